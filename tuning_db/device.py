@@ -1,0 +1,173 @@
+"""What a kernel runs on, and the versions of the tools that made it.
+
+Usage:
+    find_device("orin")          # by name or alias, from devices.json
+    match_device("NVIDIA H200")  # by the name that the driver reports
+"""
+
+import functools
+import json
+from dataclasses import dataclass, fields
+from importlib import resources
+from typing import Any
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """A device's published figures; `source` says where each comes from.
+
+    Units: bytes, bytes/s, Hz. `reported_names` are names that the driver gives it.
+    """
+
+    name: str
+    title: str
+    vendor: str
+    arch: str
+    sm_count: int
+    memory_bandwidth: float
+    l2_bytes: int
+    clock_hz: float
+    aliases: tuple[str, ...] = ()
+    reported_names: tuple[str, ...] = ()
+    source: str
+
+    @property
+    def capability(self) -> int:
+        """The compute capability as Triton's target wants it: `sm_87` is 87."""
+        return int(self.arch.removeprefix("sm_"))
+
+    @property
+    def limits(self) -> "ArchLimits":
+        """What one multiprocessor of this architecture holds."""
+        return ARCH_LIMITS[self.arch]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchLimits:
+    """Per-multiprocessor limits of an architecture.
+
+    Source: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+    """
+
+    shared_per_block: int
+    shared_per_sm: int
+    threads_per_sm: int
+    blocks_per_sm: int
+    registers_per_sm: int = 65536
+
+
+_KIB = 1024
+ARCH_LIMITS = {
+    "sm_80": ArchLimits(
+        shared_per_block=163 * _KIB,
+        shared_per_sm=164 * _KIB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
+    ),
+    "sm_86": ArchLimits(
+        shared_per_block=99 * _KIB,
+        shared_per_sm=100 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=16,
+    ),
+    "sm_87": ArchLimits(
+        shared_per_block=163 * _KIB,
+        shared_per_sm=164 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=16,
+    ),
+    "sm_89": ArchLimits(
+        shared_per_block=99 * _KIB,
+        shared_per_sm=100 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
+    ),
+    "sm_90": ArchLimits(
+        shared_per_block=227 * _KIB,
+        shared_per_sm=228 * _KIB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
+    ),
+    "sm_100": ArchLimits(
+        shared_per_block=227 * _KIB,
+        shared_per_sm=228 * _KIB,
+        threads_per_sm=2048,
+        blocks_per_sm=32,
+    ),
+    "sm_110": ArchLimits(
+        shared_per_block=227 * _KIB,
+        shared_per_sm=228 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
+    ),
+    "sm_120": ArchLimits(
+        shared_per_block=99 * _KIB,
+        shared_per_sm=100 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
+    ),
+    "sm_121": ArchLimits(
+        shared_per_block=99 * _KIB,
+        shared_per_sm=100 * _KIB,
+        threads_per_sm=1536,
+        blocks_per_sm=24,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Toolchain:
+    """The versions that a measurement depends on; empty where not applicable."""
+
+    triton: str
+    torch: str = ""
+    driver: str = ""
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON, the database key."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Toolchain":
+        """Build from a decoded JSON object; raises FlashtuneError on any other key or type."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise FlashtuneError(f"a toolchain must have just the keys {sorted(names)}")
+        if not all(isinstance(value, str) for value in data.values()):
+            raise FlashtuneError("a toolchain's versions must be text")
+        return cls(**data)
+
+
+@functools.cache
+def all_devices() -> tuple[Device, ...]:
+    """Every registered device, in the file's order."""
+    text = resources.files("flashtune.tuning_db").joinpath("devices.json").read_text("utf-8")
+    devices = []
+    for row in json.loads(text)["devices"]:
+        row["aliases"] = tuple(row.get("aliases", ()))
+        row["reported_names"] = tuple(row.get("reported_names", ()))
+        devices.append(Device(**row))
+    return tuple(devices)
+
+
+def find_device(name: str) -> Device:
+    """The device called `name` (or by that alias); raises FlashtuneError when there is none."""
+    wanted = name.strip().lower()
+    for device in all_devices():
+        if wanted == device.name or wanted in device.aliases:
+            return device
+    known = ", ".join(device.name for device in all_devices())
+    raise FlashtuneError(f"unknown device {name!r}: use one of {known} (see `flashtune devices`)")
+
+
+def match_device(reported_name: str) -> Device | None:
+    """The registered device that a driver calls `reported_name`, or None."""
+    wanted = reported_name.strip().lower()
+    for device in all_devices():
+        if wanted in (name.lower() for name in device.reported_names):
+            return device
+    return None

@@ -1,0 +1,27 @@
+"""The two environment variables, read here and nowhere else.
+
+`FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources.
+Both are read at each call, and an empty value counts as unset.
+"""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def default_data_folder() -> Path:
+    """Where the database lives unless FLASHTUNE_DB says otherwise."""
+    return Path(platformdirs.user_data_dir("flashtune"))
+
+
+def database_path() -> Path:
+    """FLASHTUNE_DB, else `tuning.db` in the user's data folder. Creates nothing."""
+    named = os.environ.get("FLASHTUNE_DB")
+    return Path(named).expanduser() if named else default_data_folder() / "tuning.db"
+
+
+def cache_dir() -> Path:
+    """FLASHTUNE_CACHE, else the user's cache folder. Creates nothing."""
+    named = os.environ.get("FLASHTUNE_CACHE")
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("flashtune"))

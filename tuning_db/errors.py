@@ -1,0 +1,9 @@
+"""The errors a person can act on."""
+
+
+class FlashtuneError(Exception):
+    """Something the caller can mend: a bad shape, an unknown device, a corrupt file.
+
+    The message is one line that says what is wrong and what to do. The command line
+    prints it and exits with 2; the runtime catches it and falls back.
+    """

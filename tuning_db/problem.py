@@ -1,0 +1,160 @@
+"""One decode head to be solved, and the names it goes by.
+
+Usage:
+    problem = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+    problem.cluster_size      # 16
+    problem.key               # canonical JSON, the database key
+    parse_shape("qwen3-vl-2b")
+    parse_shape("vocab=151936,hidden=2048,clusters=9496,probes=512,tokens=4")
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+EPILOGUES = ("argmax",)
+DEFAULT_PROBES = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Problem:
+    """A FlashHead decode step: score centroids, probe the best clusters, take the best token.
+
+    Shapes: centroids `[n_clusters, hidden_size]`, weight `[vocab_size, hidden_size]` (rows of a
+    cluster contiguous), hidden states `[n_tokens, hidden_size]`.
+    Raises FlashtuneError when the shape is not one that FlashHead can solve.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    n_clusters: int
+    n_probes: int
+    n_tokens: int = 1
+    weight_dtype: str = "bf16"
+    centroid_dtype: str = "bf16"
+    epilogue: str = "argmax"
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be solved, with one line that says why."""
+        for name in ("vocab_size", "hidden_size", "n_clusters", "n_probes", "n_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise FlashtuneError(f"{name} must be a positive whole number, not {value!r}")
+        if self.vocab_size % self.n_clusters:
+            raise FlashtuneError(
+                f"vocab_size {self.vocab_size} is not a multiple of n_clusters "
+                f"{self.n_clusters}: pad the vocabulary, or choose a number that divides it"
+            )
+        if self.n_probes > self.n_clusters:
+            raise FlashtuneError(
+                f"n_probes {self.n_probes} is more than n_clusters {self.n_clusters}"
+            )
+        for name in ("weight_dtype", "centroid_dtype"):
+            if getattr(self, name) not in DTYPE_BYTES:
+                raise FlashtuneError(
+                    f"{name} must be one of {', '.join(DTYPE_BYTES)}, not {getattr(self, name)!r}"
+                )
+        if self.epilogue not in EPILOGUES:
+            raise FlashtuneError(
+                f"epilogue must be one of {', '.join(EPILOGUES)}, not {self.epilogue!r}"
+            )
+
+    @property
+    def cluster_size(self) -> int:
+        """Tokens in a cluster."""
+        return self.vocab_size // self.n_clusters
+
+    @property
+    def centroid_bytes(self) -> int:
+        """Bytes of all centroids, read once a step."""
+        return self.n_clusters * self.hidden_size * DTYPE_BYTES[self.centroid_dtype]
+
+    @property
+    def cluster_bytes(self) -> int:
+        """Bytes of the weight rows of one cluster."""
+        return self.cluster_size * self.hidden_size * DTYPE_BYTES[self.weight_dtype]
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The fewest bytes a step must read from memory: centroids, and each row's own probes."""
+        return self.centroid_bytes + self.n_tokens * self.n_probes * self.cluster_bytes
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Problem":
+        """Build from a decoded JSON object; raises FlashtuneError on any other or missing key."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise FlashtuneError(f"a problem must have just the keys {sorted(names)}")
+        return cls(**data)
+
+    def describe(self) -> str:
+        """A short name for people: `151936x2048 c9496 p256`, with what differs from the usual."""
+        text = f"{self.vocab_size}x{self.hidden_size} c{self.n_clusters} p{self.n_probes}"
+        if self.n_tokens > 1:
+            text += f" t{self.n_tokens}"
+        if self.weight_dtype != "bf16":
+            text += f" {self.weight_dtype}"
+        if self.centroid_dtype != self.weight_dtype:
+            text += f" centroids {self.centroid_dtype}"
+        return text
+
+
+PRESETS = {
+    "qwen3-vl-2b": (151936, 2048, 9496),
+    "qwen3-0.6b": (151936, 1024, 9496),
+    "llama-3.2-1b": (128256, 2048, 8016),
+    "llama-3.2-3b": (128256, 3072, 8016),
+    "gemma-3-1b": (262144, 1152, 16384),
+    "gemma-3-270m": (262144, 640, 16384),
+}
+_SHAPE_KEYS = {
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "clusters": "n_clusters",
+    "probes": "n_probes",
+    "tokens": "n_tokens",
+    "dtype": "weight_dtype",
+}
+
+
+def parse_shape(text: str) -> Problem:
+    """Read `--shape`: a preset's name, `key=value` pairs, or a preset followed by pairs.
+
+    Raises FlashtuneError naming the part that is wrong.
+    """
+    first, *rest = (part.strip() for part in text.split(","))
+    values: dict[str, Any] = {"n_probes": DEFAULT_PROBES}
+    if "=" in first:
+        rest = [first, *rest]
+    elif first.lower() in PRESETS:
+        vocab, hidden, clusters = PRESETS[first.lower()]
+        values |= {"vocab_size": vocab, "hidden_size": hidden, "n_clusters": clusters}
+    else:
+        raise FlashtuneError(
+            f"unknown shape {first!r}: give a preset ({', '.join(PRESETS)}) "
+            "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…]"
+        )
+    for pair in rest:
+        name, _, value = pair.partition("=")
+        if name not in _SHAPE_KEYS:
+            raise FlashtuneError(
+                f"unknown key {name!r} in shape {text!r}: use {', '.join(_SHAPE_KEYS)}"
+            )
+        if name == "dtype":
+            values["weight_dtype"] = values["centroid_dtype"] = value
+        elif value.isdecimal():
+            values[_SHAPE_KEYS[name]] = int(value)
+        else:
+            raise FlashtuneError(f"{name} in shape {text!r} must be a whole number, not {value!r}")
+    missing = [key for key in ("vocab", "hidden", "clusters") if _SHAPE_KEYS[key] not in values]
+    if missing:
+        raise FlashtuneError(f"shape {text!r} lacks {', '.join(missing)}")
+    return Problem(**values)

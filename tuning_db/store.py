@@ -1,0 +1,361 @@
+"""The database of records: one SQLite file that searches write and the runtime reads.
+
+Usage:
+    with Store(default_path()) as store:
+        store.add(record)
+        store.best("nvidia-h200", problem)
+    store = open_existing(default_path())  # for reading; None where there is no database yet
+
+Opening for writing creates the file and its schema; reading never changes a file, and loads
+neither sqlite-utils nor click. Several processes may read and write at once (write-ahead log).
+Whatever is wrong with the file is a FlashtuneError that says what to do, and the file is left
+as it was. A Store belongs to the thread that opened it.
+"""
+
+import json
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from flashtune.tuning_db import environment
+from flashtune.tuning_db.device import Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record, config_key
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x464C5455  # "FLTU": tells our databases from other programs'
+BUSY_SECONDS = 10.0
+FINAL_POLICY = "final"
+
+_MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
+_HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")
+
+
+def default_path() -> Path:
+    """The database's path: FLASHTUNE_DB, else `tuning.db` in the user's data folder."""
+    return environment.database_path()
+
+
+def open_existing(path: Path) -> "Store | None":
+    """Open a database for reading; None where there is no file, or one with nothing in it yet.
+
+    Raises FlashtuneError for a file that is there and cannot be used.
+    """
+    if not path.exists():
+        return None
+    try:
+        return Store(path, read_only=True)
+    except _EmptyDatabaseError:
+        return None
+
+
+class _EmptyDatabaseError(FlashtuneError):
+    """A database whose schema nobody has written yet."""
+
+
+class Store:
+    """An open database; a context manager that closes it.
+
+    Raises FlashtuneError when `path` can't be used: not a database, made by a newer flashtune,
+    no such folder, not writable, and, with `read_only`, no such file.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open `path`, creating file and schema unless `read_only`."""
+        self.path = path
+        self._database: Database | None = None
+        _check_path(path, read_only)
+        mode = "ro" if read_only else "rwc"
+        with _clear_errors(path):
+            self._connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode={mode}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+            )
+            try:
+                version = _schema_version(self._connection, path)
+                if not read_only:
+                    self._prepare(version)
+                elif version == 0:
+                    raise _EmptyDatabaseError(f"{path} holds no records yet: run a search first")
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def __enter__(self) -> "Store":
+        """The store itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the database."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the database; closing twice is fine."""
+        self._connection.close()
+
+    def add(self, record: Record) -> None:
+        """Keep a record, in one transaction, and append its measurement to the history.
+
+        Of two measurements of the same config the newer is the record's current one, except
+        that a prediction never replaces a measurement, nor anything but another `final`
+        measurement a `final` one.
+        """
+        row = _row_of(record)
+        with self._transaction() as database:
+            found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
+            if not found or _standing(row) >= _standing(found[0]):
+                database.table("records").upsert(row, pk="key")
+            measured = {name: row[name] for name in _HISTORY_COLUMNS}
+            database.table("measurements").insert({"record": record.key, **measured})
+
+    def records(
+        self,
+        *,
+        device: str | None = None,
+        toolchain: Toolchain | None = None,
+        problem: Problem | None = None,
+        provenance: Provenance | None = None,
+        ok_only: bool = False,
+    ) -> list[Record]:
+        """The records that match, by device, problem key, time (failures last) and config key."""
+        wanted = {
+            "device": device,
+            "toolchain": toolchain.key if toolchain else None,
+            "problem": problem.key if problem else None,
+            "provenance": provenance.value if provenance else None,
+            "outcome": Outcome.OK.value if ok_only else None,
+        }
+        rows = self._matching(
+            wanted, "device, problem, median_us IS NULL, median_us, config, toolchain"
+        )
+        return [self._record(row) for row in rows]
+
+    def best(
+        self, device: str, problem: Problem, *, toolchain: Toolchain | None = None
+    ) -> Record | None:
+        """The record to run, or None.
+
+        A measured one goes before a predicted, `final` before other policies, then the fastest.
+        """
+        wanted = {
+            "device": device,
+            "problem": problem.key,
+            "toolchain": toolchain.key if toolchain else None,
+            "outcome": Outcome.OK.value,
+        }
+        order = (
+            f"provenance = '{Provenance.MEASURED.value}' DESC, policy = '{FINAL_POLICY}' DESC, "
+            "median_us, config, toolchain LIMIT 1"
+        )
+        rows = self._matching(wanted, order)
+        return self._record(rows[0]) if rows else None
+
+    def get(self, key_prefix: str) -> Record:
+        """The one record whose key starts so; raises FlashtuneError for none or several."""
+        prefix = key_prefix.strip().lower()
+        if not re.fullmatch("[0-9a-f]{1,32}", prefix):
+            raise FlashtuneError(f"{key_prefix!r} is not a record's key: give hex digits")
+        rows = self._select(
+            "SELECT * FROM records WHERE key >= ? AND key < ? ORDER BY key LIMIT 2",
+            (prefix, prefix + "g"),  # "g" sorts after every hex digit
+        )
+        if not rows:
+            raise FlashtuneError(f"no record's key starts with {prefix!r} in {self.path}")
+        if len(rows) > 1:
+            raise FlashtuneError(
+                f"{prefix!r} is ambiguous ({', '.join(row['key'] for row in rows)}, …): "
+                "give more digits"
+            )
+        return self._record(rows[0])
+
+    def measurements(self, key: str) -> list[tuple[str, Measurement]]:
+        """Every measurement of the record with this key, in the order of adding, with its time."""
+        rows = self._select("SELECT * FROM measurements WHERE record = ? ORDER BY id", (key,))
+        return [(row["created"], self._measurement(row)) for row in rows]
+
+    def problems(self, device: str) -> list[Problem]:
+        """The problems with any record on this device, sorted."""
+        rows = self._select("SELECT DISTINCT problem FROM records WHERE device = ?", (device,))
+        with self._decoding():
+            return sorted(Problem.from_json(json.loads(row["problem"])) for row in rows)
+
+    def _prepare(self, version: int) -> None:
+        from sqlite_utils import Database
+
+        _use_write_ahead_log(self._connection)
+        self._database = Database(self._connection, execute_plugins=False)
+        if version < SCHEMA_VERSION:
+            from flashtune.tuning_db.migrations import migrate
+
+            with self._transaction():
+                migrate(self._connection)
+
+    @contextmanager
+    def _transaction(self) -> "Iterator[Database]":
+        if self._database is None:
+            raise FlashtuneError(f"{self.path} is open for reading only")
+        with _clear_errors(self.path):
+            # Immediate: a transaction that reads first could not wait for another's write.
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.rollback()
+                raise
+
+    def _matching(self, wanted: dict[str, str | None], order: str) -> list[sqlite3.Row]:
+        given = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{name} = :{name}" for name in given) or "1"
+        return self._select(f"SELECT * FROM records WHERE {where} ORDER BY {order}", given)
+
+    def _select(self, sql: str, values: tuple[str, ...] | dict[str, str]) -> list[sqlite3.Row]:
+        with _clear_errors(self.path):
+            cursor = self._connection.cursor()
+            cursor.row_factory = sqlite3.Row
+            return cursor.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, FlashtuneError) as error:
+            raise FlashtuneError(
+                f"{self.path} holds a row that this flashtune cannot read ({error}): "
+                "upgrade flashtune, or set FLASHTUNE_DB to another file"
+            ) from error
+
+    def _measurement(self, row: sqlite3.Row) -> Measurement:
+        with self._decoding():
+            values = {name: row[name] for name in _MEASUREMENT_FIELDS}
+            return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
+
+    def _record(self, row: sqlite3.Row) -> Record:
+        with self._decoding():
+            return Record(
+                device=row["device"],
+                toolchain=Toolchain.from_json(json.loads(row["toolchain"])),
+                problem=Problem.from_json(json.loads(row["problem"])),
+                config=json.loads(row["config"]),
+                provenance=Provenance(row["provenance"]),
+                measurement=self._measurement(row),
+                created=row["created"],
+            )
+
+
+def _row_of(record: Record) -> dict[str, Any]:
+    measurement = {name: getattr(record.measurement, name) for name in _MEASUREMENT_FIELDS}
+    return {
+        "key": record.key,
+        "device": record.device,
+        "toolchain": record.toolchain.key,
+        "problem": record.problem.key,
+        "config": config_key(record.config),
+        "plan": str(record.config.get("plan", "")),
+        "provenance": record.provenance.value,
+        **measurement,
+        "outcome": record.measurement.outcome.value,
+        "created": record.created,
+    }
+
+
+def _standing(row: dict[str, Any] | sqlite3.Row) -> tuple[bool, bool, str]:
+    """How much a row's measurement is worth: the greater replaces the lesser."""
+    measured = row["provenance"] == Provenance.MEASURED.value
+    return measured, row["policy"] == FINAL_POLICY, row["created"]
+
+
+def _check_path(path: Path, read_only: bool) -> None:
+    """Reject what SQLite would hang on or report unclearly; make our own default folder."""
+    if path.exists():
+        if not path.is_file():
+            raise FlashtuneError(f"{path} is not a file: set FLASHTUNE_DB to a database's path")
+    elif read_only:
+        raise FlashtuneError(f"there is no database {path}: run a search first")
+    elif not path.parent.is_dir():
+        if path.parent != environment.default_data_folder():
+            raise FlashtuneError(
+                f"the folder {path.parent} does not exist: create it, or set FLASHTUNE_DB"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FlashtuneError(
+                f"cannot create the folder {path.parent} ({error.strerror}): set FLASHTUNE_DB"
+            ) from error
+
+
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The schema's version, 0 for a new database; FlashtuneError for one that isn't ours."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    application: int = connection.execute("PRAGMA application_id").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if application != APPLICATION_ID and (version or application or tables):
+        raise FlashtuneError(
+            f"{path} is another program's database: set FLASHTUNE_DB to another file"
+        )
+    if version > SCHEMA_VERSION:
+        raise FlashtuneError(
+            f"{path} was made by a newer flashtune (schema {version}, this one knows "
+            f"{SCHEMA_VERSION}): upgrade flashtune, or set FLASHTUNE_DB to another file"
+        )
+    return version
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log; SQLite doesn't wait for others by itself here."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.ProgrammingError:  # a closed store or another thread: the caller's mistake
+        raise
+    except sqlite3.DatabaseError as error:
+        raise FlashtuneError(_explain(path, str(error))) from error
+
+
+def _explain(path: Path, message: str) -> str:
+    """What a person can do about SQLite's message, as one line."""
+    if "not a database" in message or "malformed" in message:
+        return f"{path} is not a readable database ({message}): move it away, or set FLASHTUNE_DB"
+    if "is full" in message:
+        return f"the disk is full, so {path} was left as it was: free some space and run again"
+    if "locked" in message:
+        return (
+            f"{path} has been locked by another process for more than {BUSY_SECONDS:g} s: "
+            "run again when that one is done"
+        )
+    if "unable to open" in message or "readonly" in message:
+        return (
+            f"cannot open or write {path} ({message}): check that its folder is writable, "
+            "or set FLASHTUNE_DB"
+        )
+    return f"cannot use {path} ({message}): check the disk, or set FLASHTUNE_DB to another file"

@@ -1,0 +1,331 @@
+"""Tuning tables: a device's records as reviewed, diff-friendly JSON; prebuilt ones ship with us.
+
+Usage:
+    table = table_from_store(store, "nvidia-h200", per_problem=3)
+    write_table(Path("nvidia-h200.json"), table)
+    prebuilt_table("nvidia-h200")  # None when there is none
+
+The text is canonical: records in the order of problem, config and toolchain, so that measuring
+again changes only the lines of what changed, and `dumps_table(loads_table(text)) == text`.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from flashtune.tuning_db.device import Toolchain, find_device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import (
+    ConfigData,
+    Measurement,
+    Outcome,
+    Provenance,
+    Record,
+    config_key,
+)
+from flashtune.tuning_db.store import FINAL_POLICY, Store
+
+TABLE_VERSION = 1
+_TIME_DIGITS = 3  # a nanosecond: finer than any timer that a measurement comes from
+_LARGEST_COUNT = 2**31 - 1
+_PREBUILT = resources.files("flashtune.tuning_db") / "prebuilt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningTable:
+    """The records of one registered device.
+
+    Raises FlashtuneError when the device is unknown, a record is of another device, or two
+    records have the same key.
+    """
+
+    schema_version: int = TABLE_VERSION
+    device: str
+    records: tuple[Record, ...]
+
+    def __post_init__(self) -> None:
+        """Hold what every table promises."""
+        if find_device(self.device).name != self.device:
+            raise FlashtuneError(f"{self.device!r} is an alias: write the device's own name")
+        keys = set()
+        for record in self.records:
+            if record.device != self.device:
+                raise FlashtuneError(f"a table of {self.device} has a record of {record.device}")
+            if record.key in keys:
+                raise FlashtuneError(f"the record {record.key} is there twice")
+            keys.add(record.key)
+
+
+def dumps_table(table: TuningTable) -> str:
+    """The table's canonical JSON: times to the nanosecond, a newline at the end."""
+    data = {
+        "schema_version": table.schema_version,
+        "device": table.device,
+        "records": [_record_data(record) for record in sorted(table.records, key=_place)],
+    }
+    return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def loads_table(text: str, *, origin: str) -> TuningTable:
+    """Read a table from JSON; `origin` names the text in errors.
+
+    Raises FlashtuneError for anything that `dumps_table` would not have written.
+    """
+    try:
+        return _read_table(
+            json.loads(text, object_pairs_hook=_read_object, parse_constant=_refuse_constant)
+        )
+    except (FlashtuneError, ValueError) as error:
+        raise FlashtuneError(f"cannot use the tuning table {origin}: {error}") from error
+    except RecursionError:
+        raise FlashtuneError(f"cannot use the tuning table {origin}: too deeply nested") from None
+
+
+def read_table(path: Path) -> TuningTable:
+    """Read a table's file; raises FlashtuneError when it is missing, unreadable or invalid."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise FlashtuneError(f"cannot read the tuning table {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FlashtuneError(f"cannot use the tuning table {path}: it is not UTF-8") from error
+    return loads_table(text, origin=str(path))
+
+
+def write_table(path: Path, table: TuningTable) -> None:
+    """Write a table's file whole or not at all; raises FlashtuneError, the old file kept."""
+    text = dumps_table(table)
+    loads_table(text, origin=str(path))  # never write what we would refuse to read
+    target = path.resolve()  # a symbolic link stays one
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FlashtuneError(
+            f"cannot write {path} ({error.strerror}), it was left as it was: "
+            "check the folder and the space on the disk"
+        ) from error
+
+
+@functools.cache
+def prebuilt_devices() -> tuple[str, ...]:
+    """The devices that a prebuilt table ships for, sorted."""
+    if not _PREBUILT.is_dir():
+        return ()
+    names = (entry.name for entry in _PREBUILT.iterdir())
+    return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
+
+
+@functools.cache
+def prebuilt_table(device_name: str) -> TuningTable | None:
+    """The table that ships for this device (by name, not alias), or None; read once."""
+    if device_name not in prebuilt_devices():
+        return None
+    entry = _PREBUILT / f"{device_name}.json"
+    table = loads_table(entry.read_text("utf-8"), origin=f"prebuilt/{device_name}.json")
+    if table.device != device_name:
+        raise FlashtuneError(
+            f"prebuilt/{device_name}.json is a table of {table.device}: rename it"
+        )
+    return table
+
+
+def prebuilt_tables() -> dict[str, TuningTable]:
+    """Every prebuilt table by device name."""
+    tables = ((name, prebuilt_table(name)) for name in prebuilt_devices())
+    return {name: table for name, table in tables if table is not None}
+
+
+def table_from_store(store: Store, device: str, *, per_problem: int) -> TuningTable:
+    """The best `per_problem` records of each problem on this device, as a table.
+
+    Times of different toolchains don't compare, so that of each problem only the newest
+    toolchain counts among those that measured it, or, where none did, that predicted it.
+    """
+    by_problem = defaultdict(list)
+    for record in store.records(device=device, ok_only=True):
+        by_problem[record.problem].append(record)
+    chosen: list[Record] = []
+    for records in by_problem.values():
+        measured = [record for record in records if record.provenance is Provenance.MEASURED]
+        newest = max((measured or records), key=_age).toolchain
+        candidates = [record for record in records if record.toolchain == newest]
+        chosen += sorted(candidates, key=_rank)[:per_problem]
+    return TuningTable(device=device, records=tuple(sorted(chosen, key=_place)))
+
+
+def _age(record: Record) -> tuple[list[list[int]], str]:
+    """Orders records by their toolchain's versions, as numbers, then by time."""
+    chain = record.toolchain
+    versions = [
+        [int(part) for part in re.findall(r"\d+", text.partition("+")[0])]
+        for text in (chain.triton, chain.torch, chain.driver)
+    ]
+    return versions, record.created
+
+
+def _rank(record: Record) -> tuple[bool, bool, float, str]:
+    """Orders OK records, the best first."""
+    measurement = record.measurement
+    return (
+        record.provenance is not Provenance.MEASURED,
+        measurement.policy != FINAL_POLICY,
+        measurement.median_us if measurement.median_us is not None else math.inf,
+        config_key(record.config),
+    )
+
+
+def _place(record: Record) -> tuple[Problem, str, Toolchain]:
+    """Orders a file's records by what they are of, never by what was measured."""
+    return record.problem, config_key(record.config), record.toolchain
+
+
+def _record_data(record: Record) -> dict[str, Any]:
+    measurement = record.measurement
+    return {
+        "toolchain": asdict(record.toolchain),
+        "problem": asdict(record.problem),
+        "config": dict(record.config),
+        "provenance": record.provenance.value,
+        "measurement": {
+            **asdict(measurement),
+            "outcome": measurement.outcome.value,
+            "median_us": _rounded(measurement.median_us),
+            "spread_us": _rounded(measurement.spread_us),
+        },
+        "created": record.created,
+    }
+
+
+def _rounded(time_us: float | None) -> float | None:
+    return None if time_us is None else round(float(time_us), _TIME_DIGITS)
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise FlashtuneError(f"an object has a key twice: {sorted(key for key, _ in pairs)}")
+    return data
+
+
+def _refuse_constant(name: str) -> Any:
+    raise FlashtuneError(f"{name} is not a number that a table can hold")
+
+
+def _check_keys(data: Any, names: set[str], what: str) -> None:
+    if not isinstance(data, dict):
+        raise FlashtuneError(f"{what} must be an object")
+    if set(data) != names:
+        unknown, missing = sorted(set(data) - names), sorted(names - set(data))
+        raise FlashtuneError(f"{what} has unknown keys {unknown} and lacks {missing}")
+
+
+def _read_table(data: Any) -> TuningTable:
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if type(version) is int and version > TABLE_VERSION:
+        raise FlashtuneError(
+            f"it was made by a newer flashtune (schema {version}, this one knows "
+            f"{TABLE_VERSION}): upgrade flashtune"
+        )
+    _check_keys(data, {"schema_version", "device", "records"}, "a table")
+    if type(version) is not int or version != TABLE_VERSION:
+        raise FlashtuneError(f"schema_version must be {TABLE_VERSION}, not {version!r}")
+    device, rows = data["device"], data["records"]
+    if not isinstance(device, str):
+        raise FlashtuneError(f"device must be text, not {device!r}")
+    if not isinstance(rows, list):
+        raise FlashtuneError("records must be a list")
+    records = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            records.append(_read_record(device, row))
+        except (FlashtuneError, ValueError) as error:
+            raise FlashtuneError(f"record {number}: {error}") from error
+    return TuningTable(device=device, records=tuple(records))
+
+
+def _read_record(device: str, data: Any) -> Record:
+    names = {field.name for field in fields(Record)} - {"device"}
+    _check_keys(data, names, "a record")
+    return Record(
+        device=device,
+        toolchain=Toolchain.from_json(data["toolchain"]),
+        problem=Problem.from_json(data["problem"]),
+        config=_read_config(data["config"]),
+        provenance=_read_choice(Provenance, data["provenance"], "provenance"),
+        measurement=_read_measurement(data["measurement"]),
+        created=_read_created(data["created"]),
+    )
+
+
+def _read_config(data: Any) -> ConfigData:
+    if not isinstance(data, dict):
+        raise FlashtuneError("config must be an object")
+    for name, value in data.items():
+        if not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise FlashtuneError(f"config has a key {name!r}: use small letters, digits and _")
+        if type(value) not in (int, float, str, bool):
+            raise FlashtuneError(f"{name} in config must be a number, text or boolean")
+        if type(value) is float and not math.isfinite(value):
+            raise FlashtuneError(f"{name} in config must be finite")
+    if type(data.get("plan")) is not str:
+        raise FlashtuneError("config must name its plan")
+    return data
+
+
+def _read_measurement(data: Any) -> Measurement:
+    _check_keys(data, {field.name for field in fields(Measurement)}, "a measurement")
+    samples, error, policy = data["samples"], data["error"], data["policy"]
+    if type(samples) is not int or not 0 <= samples <= _LARGEST_COUNT:
+        raise FlashtuneError(f"samples must be a count, not {samples!r}")
+    if not isinstance(error, str):
+        raise FlashtuneError(f"error must be text, not {error!r}")
+    if not isinstance(policy, str) or not policy:
+        raise FlashtuneError(f"policy must be text and not empty, not {policy!r}")
+    return Measurement(
+        outcome=_read_choice(Outcome, data["outcome"], "outcome"),
+        median_us=_read_time(data["median_us"], "median_us"),
+        spread_us=_read_time(data["spread_us"], "spread_us"),
+        samples=samples,
+        error=error,
+        policy=policy,
+    )
+
+
+def _read_choice(kind: Any, value: Any, what: str) -> Any:
+    choices = [member.value for member in kind]
+    if value not in choices:
+        raise FlashtuneError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+    return kind(value)
+
+
+def _read_time(value: Any, what: str) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise FlashtuneError(f"{what} must be microseconds or null, not {value!r}")
+    return float(value)
+
+
+def _read_created(value: Any) -> str:
+    shape = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)"
+    if not isinstance(value, str) or not re.fullmatch(shape, value, re.ASCII):
+        raise FlashtuneError(f"created must be UTC as 2026-01-31T12:00:00Z, not {value!r}")
+    datetime.fromisoformat(value.removesuffix("Z").removesuffix("+00:00"))
+    return value
