@@ -53,9 +53,10 @@ class Problem:
                 f"n_probes {self.n_probes} is more than n_clusters {self.n_clusters}"
             )
         for name in ("weight_dtype", "centroid_dtype"):
-            if getattr(self, name) not in DTYPE_BYTES:
+            dtype = getattr(self, name)
+            if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
                 raise FlashtuneError(
-                    f"{name} must be one of {', '.join(DTYPE_BYTES)}, not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}"
                 )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
@@ -123,6 +124,7 @@ _SHAPE_KEYS = {
     "tokens": "n_tokens",
     "dtype": "weight_dtype",
 }
+_MOST_DIGITS = 18  # int() refuses thousands of digits with an error of its own
 
 
 def parse_shape(text: str) -> Problem:
@@ -150,7 +152,7 @@ def parse_shape(text: str) -> Problem:
             )
         if name == "dtype":
             values["weight_dtype"] = values["centroid_dtype"] = value
-        elif value.isdecimal():
+        elif value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
             values[_SHAPE_KEYS[name]] = int(value)
         else:
             raise FlashtuneError(f"{name} in shape {text!r} must be a whole number, not {value!r}")

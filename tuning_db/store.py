@@ -13,6 +13,7 @@ as it was. A Store belongs to the thread that opened it.
 """
 
 import json
+import os
 import re
 import sqlite3
 import time
@@ -51,7 +52,7 @@ def open_existing(path: Path) -> "Store | None":
 
     Raises FlashtuneError for a file that is there and cannot be used.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         return Store(path, read_only=True)
@@ -75,16 +76,9 @@ class Store:
         self.path = path
         self._database: Database | None = None
         _check_path(path, read_only)
-        mode = "ro" if read_only else "rwc"
         with _clear_errors(path):
-            self._connection = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}",
-                uri=True,
-                timeout=BUSY_SECONDS,
-                isolation_level=None,
-            )
+            self._connection, version = _connect(path, read_only)
             try:
-                version = _schema_version(self._connection, path)
                 if not read_only:
                     self._prepare(version)
                 elif version == 0:
@@ -282,14 +276,36 @@ def _standing(row: dict[str, Any] | sqlite3.Row) -> tuple[bool, bool, str]:
     return measured, row["policy"] == FINAL_POLICY, row["created"]
 
 
+def _connect(path: Path, read_only: bool) -> tuple[sqlite3.Connection, int]:
+    """An open connection and the schema's version."""
+    try:
+        return _connect_as("mode=ro" if read_only else "mode=rwc", path)
+    except sqlite3.OperationalError as error:
+        if not (read_only and _lacks_access(str(error))) or os.path.exists(f"{path}-wal"):
+            raise
+    # In a folder that isn't writable SQLite can't keep its index of the log; there is no log.
+    return _connect_as("mode=ro&immutable=1", path)
+
+
+def _connect_as(mode: str, path: Path) -> tuple[sqlite3.Connection, int]:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None
+    )
+    try:
+        return connection, _schema_version(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+
+
 def _check_path(path: Path, read_only: bool) -> None:
     """Reject what SQLite would hang on or report unclearly; make our own default folder."""
-    if path.exists():
+    if os.path.exists(path):  # Path.exists would raise for a name that is too long
         if not path.is_file():
             raise FlashtuneError(f"{path} is not a file: set FLASHTUNE_DB to a database's path")
     elif read_only:
         raise FlashtuneError(f"there is no database {path}: run a search first")
-    elif not path.parent.is_dir():
+    elif not os.path.isdir(path.parent):
         if path.parent != environment.default_data_folder():
             raise FlashtuneError(
                 f"the folder {path.parent} does not exist: create it, or set FLASHTUNE_DB"
@@ -342,6 +358,10 @@ def _clear_errors(path: Path) -> Iterator[None]:
         raise FlashtuneError(_explain(path, str(error))) from error
 
 
+def _lacks_access(message: str) -> bool:
+    return "unable to open" in message or "readonly" in message
+
+
 def _explain(path: Path, message: str) -> str:
     """What a person can do about SQLite's message, as one line."""
     if "not a database" in message or "malformed" in message:
@@ -353,7 +373,7 @@ def _explain(path: Path, message: str) -> str:
             f"{path} has been locked by another process for more than {BUSY_SECONDS:g} s: "
             "run again when that one is done"
         )
-    if "unable to open" in message or "readonly" in message:
+    if _lacks_access(message):
         return (
             f"cannot open or write {path} ({message}): check that its folder is writable, "
             "or set FLASHTUNE_DB"

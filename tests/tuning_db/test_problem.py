@@ -1,0 +1,126 @@
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
+
+
+def test_key_is_canonical_json(problem: Problem) -> None:
+    assert problem.key == (
+        '{"centroid_dtype":"bf16","epilogue":"argmax","hidden_size":64,"n_clusters":64,'
+        '"n_probes":8,"n_tokens":1,"vocab_size":1024,"weight_dtype":"bf16"}'
+    )
+    assert Problem.from_json(json.loads(problem.key)) == problem
+
+
+def test_every_field_changes_the_key(problem: Problem) -> None:
+    changes: dict[str, Any] = {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "n_clusters": 32,
+        "n_probes": 9,
+        "n_tokens": 2,
+        "weight_dtype": "fp16",
+        "centroid_dtype": "fp32",
+    }
+    keys = {dataclasses.replace(problem, **{name: value}).key for name, value in changes.items()}
+    assert len(keys | {problem.key}) == len(changes) + 1
+
+
+def test_sizes_in_bytes(problem: Problem) -> None:
+    assert problem.cluster_size == 16
+    assert problem.centroid_bytes == 64 * 64 * 2
+    assert problem.cluster_bytes == 16 * 64 * 2
+    two = dataclasses.replace(problem, n_tokens=2, weight_dtype="fp32")
+    assert two.minimum_bytes == 64 * 64 * 2 + 2 * 8 * 16 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be a positive"),
+        ({"hidden_size": True}, "hidden_size must be a positive"),
+        ({"n_tokens": 1.0}, "n_tokens must be a positive"),
+        ({"n_clusters": 63}, "not a multiple"),
+        ({"n_probes": 65}, "more than n_clusters"),
+        ({"weight_dtype": []}, "weight_dtype must be one of"),
+        ({"weight_dtype": "int4"}, "weight_dtype must be one of"),
+        ({"centroid_dtype": "BF16"}, "centroid_dtype must be one of"),
+        ({"epilogue": "beam"}, "epilogue must be one of"),
+    ],
+)
+def test_rejects_what_cannot_be_solved(
+    problem: Problem, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FlashtuneError, match=message):
+        dataclasses.replace(problem, **change)
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"vocab_size": 16}])
+def test_from_json_wants_just_its_keys(data: Any, problem: Problem) -> None:
+    with pytest.raises(FlashtuneError, match="just the keys"):
+        Problem.from_json(data)
+    with pytest.raises(FlashtuneError, match="just the keys"):
+        Problem.from_json({**dataclasses.asdict(problem), "extra": 1})
+
+
+def test_describe_names_what_differs(problem: Problem) -> None:
+    assert problem.describe() == "1024x64 c64 p8"
+    odd = dataclasses.replace(problem, n_tokens=4, weight_dtype="fp16")
+    assert odd.describe() == "1024x64 c64 p8 t4 fp16 centroids bf16"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_parse(name: str) -> None:
+    vocab, hidden, clusters = PRESETS[name]
+    problem = parse_shape(name.upper())
+    assert (problem.vocab_size, problem.hidden_size, problem.n_clusters) == (
+        vocab,
+        hidden,
+        clusters,
+    )
+    assert problem.cluster_size == 16
+
+
+def test_shapes_from_pairs() -> None:
+    text = "vocab=1024,hidden=64,clusters=64,probes=4,tokens=2,dtype=fp16"
+    assert parse_shape(text) == Problem(
+        vocab_size=1024,
+        hidden_size=64,
+        n_clusters=64,
+        n_probes=4,
+        n_tokens=2,
+        weight_dtype="fp16",
+        centroid_dtype="fp16",
+    )
+    assert parse_shape("qwen3-0.6b, probes=512").n_probes == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "unknown shape"),
+        ("qwen9", "unknown shape 'qwen9'"),
+        ("qwen3-0.6b,rows=3", "unknown key 'rows'"),
+        ("qwen3-0.6b,probes", "must be a whole number"),
+        ("qwen3-0.6b,probes=-1", "must be a whole number, not '-1'"),
+        ("qwen3-0.6b,probes=0", "n_probes must be a positive"),
+        ("qwen3-0.6b,dtype=int8", "weight_dtype must be one of"),
+        ("qwen3-0.6b,", "unknown key ''"),
+        ("hidden=64", "lacks vocab, clusters"),
+        ("vocab=1024,hidden=64,clusters=64,probes=65", "more than n_clusters"),
+    ],
+)
+def test_bad_shapes_name_the_bad_part(text: str, message: str) -> None:
+    with pytest.raises(FlashtuneError, match=message) as caught:
+        parse_shape(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("digit", ["²", "٣", "1" * 5000])
+def test_numbers_that_are_no_shape(digit: str) -> None:
+    with pytest.raises(FlashtuneError, match=r"hidden in shape .* must be a whole number"):
+        parse_shape(f"vocab=1024,hidden={digit},clusters=7")
