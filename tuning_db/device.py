@@ -40,8 +40,15 @@ class Device:
 
     @property
     def limits(self) -> "ArchLimits":
-        """What one multiprocessor of this architecture holds."""
-        return ARCH_LIMITS[self.arch]
+        """What one multiprocessor holds; of the nearest lower architecture if this is unknown.
+
+        Raises FlashtuneError for one older than any known.
+        """
+        known = sorted((int(arch.removeprefix("sm_")), arch) for arch in ARCH_LIMITS)
+        below = [arch for capability, arch in known if capability <= self.capability]
+        if not below:
+            raise FlashtuneError(f"no kernels for {self.arch}: {known[0][1]} or later is needed")
+        return ARCH_LIMITS[below[-1]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

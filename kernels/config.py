@@ -1,0 +1,230 @@
+"""Configs: a plan with all its knobs set, and the predicate that says which are valid.
+
+Usage:
+    config = default_config(problem, device)
+    config = parse_config({"plan": "staged", "selection": "threshold", …})  # from a table
+    why_invalid(config, problem, device)        # None, or one line that says why not
+
+A knob's choices stand with the knob, once: the search space, the parser and the docs read them
+from here. `when` names the knob values under which a knob matters; where it does not, it must
+keep its default, so that no two configs mean the same kernel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import ConfigData, Scalar
+
+MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
+PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
+
+
+def knob(default: Any, choices: tuple[Any, ...], when: Mapping[str, tuple[Any, ...]] | None = None) -> Any:
+    """A config's field with its choices; `when` maps other knobs to values that enable this."""
+    return field(default=default, metadata={"choices": choices, "when": dict(when or {})})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedConfig:
+    """Score, select and gather in launches of their own.
+
+    selection: `torch_topk` (the baseline), `threshold` (one program a token, a launch of its
+    own) or `in_gather` (every gather program finds the threshold itself, no launch).
+    prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation
+    of the scores, a cluster's rows are still prefetched to L2; -1 prefetches nothing.
+    """
+
+    plan: ClassVar[str] = "staged"
+    template: ClassVar[str] = "triton/staged.py.j2"
+
+    selection: str = knob("threshold", ("torch_topk", "threshold", "in_gather"))
+    score_rows: int = knob(2, (1, 2, 4, 8, 16))
+    score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
+    score_warps: int = knob(4, (1, 2, 4, 8))
+    score_stages: int = knob(1, (1, 2, 3, 4))
+    score_unroll: int = knob(1, (1, 2, 4))
+    score_programs_per_sm: int = knob(0, (0, 2, 4, 8, 16))
+    select_warps: int = knob(16, (4, 8, 16, 32), {"selection": ("threshold",)})
+    slack: int = knob(16, (0, 8, 16, 32, 64), {"selection": ("threshold", "in_gather")})
+    gather_rows: int = knob(4, (1, 2, 4, 8, 16, 32))
+    gather_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
+    gather_warps: int = knob(4, (1, 2, 4, 8, 16, 32))
+    gather_stages: int = knob(1, (1, 2, 3, 4))
+    gather_unroll: int = knob(1, (1, 2, 4))
+    gather_programs_per_sm: int = knob(1, (1, 2, 4), {"selection": ("in_gather",)})
+    prefetch_margin: int = knob(-1, PREFETCH_MARGINS, {"selection": ("in_gather",)})
+    evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    pdl: bool = knob(False, (False, True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PersistentConfig:
+    """One cooperative launch with a barrier between score and gather; knobs as in StagedConfig."""
+
+    plan: ClassVar[str] = "persistent"
+    template: ClassVar[str] = "triton/persistent.py.j2"
+
+    programs_per_sm: int = knob(1, (1, 2, 3, 4))
+    warps: int = knob(8, (4, 8, 16))
+    score_rows: int = knob(4, (1, 2, 4, 8, 16))
+    score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
+    score_stages: int = knob(1, (1, 2, 3, 4))
+    score_unroll: int = knob(1, (1, 2, 4))
+    slab_stages: int = knob(1, (1, 2, 3, 4))
+    slack: int = knob(16, (0, 8, 16, 32, 64))
+    gather_rows: int = knob(16, (4, 8, 16, 32))
+    gather_block: int = knob(256, (64, 128, 256, 512, 1024, 2048, 4096))
+    gather_stages: int = knob(1, (1, 2, 3, 4))
+    gather_unroll: int = knob(1, (1, 2, 4))
+    prefetch_margin: int = knob(-1, PREFETCH_MARGINS)
+    evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    pdl: bool = knob(False, (False, True))
+
+
+Config = StagedConfig | PersistentConfig
+PLANS: dict[str, type[Config]] = {cls.plan: cls for cls in (StagedConfig, PersistentConfig)}
+
+
+def knobs(plan: type[Config]) -> dict[str, Mapping[str, Any]]:
+    """The knobs of a plan, each with `choices`, `when` and `default`, in search order."""
+    return {f.name: {**f.metadata, "default": f.default} for f in fields(plan)}
+
+
+def enabled(plan: type[Config], name: str, values: Mapping[str, Any]) -> bool:
+    """Whether knob `name` matters, given the values of the knobs before it."""
+    when = knobs(plan)[name]["when"]
+    return all(values[other] in allowed for other, allowed in when.items())
+
+
+def config_data(config: Config) -> ConfigData:
+    """A config as plain data, its plan included: what records and tables hold."""
+    return {"plan": config.plan, **asdict(config)}
+
+
+def parse_config(data: Any) -> Config:
+    """The config that `data` describes; raises FlashtuneError on anything not a known choice.
+
+    This is the only way from a table or a database to a template.
+    """
+    if not isinstance(data, Mapping) or data.get("plan") not in PLANS:
+        raise FlashtuneError(f"a config's plan must be one of {', '.join(PLANS)}")
+    plan = PLANS[data["plan"]]
+    values: dict[str, Scalar] = {name: value for name, value in data.items() if name != "plan"}
+    known = knobs(plan)
+    if set(values) != set(known):
+        odd = ", ".join(sorted(set(values) ^ set(known)))
+        raise FlashtuneError(f"a {plan.plan} config must have just its knobs; check {odd}")
+    for name, value in values.items():
+        choices = known[name]["choices"]
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise FlashtuneError(f"{plan.plan} knob {name} must be one of {choices}, not {value!r}")
+        if not enabled(plan, name, values) and value != known[name]["default"]:
+            raise FlashtuneError(f"{plan.plan} knob {name} does not matter here: keep its default")
+    return plan(**values)  # type: ignore[arg-type]
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def why_invalid(config: Config, problem: Problem, device: Device) -> str | None:
+    """None when the config can run this problem on this device, else one line that says why."""
+    widest = max(64, next_power_of_2(problem.hidden_size))
+    score_warps = config.warps if isinstance(config, PersistentConfig) else config.score_warps
+    gather_warps = config.warps if isinstance(config, PersistentConfig) else config.gather_warps
+    for stage, warps in (("score", score_warps), ("gather", gather_warps)):
+        rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
+        stages, unroll = getattr(config, f"{stage}_stages"), getattr(config, f"{stage}_unroll")
+        sums = problem.n_tokens if stage == "score" else 1
+        if block > widest:
+            return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
+        if rows * block * sums > MAX_TILE_PER_THREAD * warps * 32:
+            return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
+        if rows * block < warps * 32:
+            return f"the {stage} tile {rows}x{block} has less than one element a thread"
+        if block >= problem.hidden_size and (stages, unroll) != (1, 1):
+            return f"{stage}_stages and {stage}_unroll need a loop over the hidden size"
+        if stages > 1 and unroll > 1:
+            return f"{stage}_stages and {stage}_unroll exclude each other"
+        if stages * rows * block * 2 > device.limits.shared_per_block:
+            return f"the {stage} stages do not fit in shared memory"
+    if config.pdl and device.capability < 90:
+        return "programmatic dependent launch needs sm_90 or later"
+    return (
+        _why_not_selected(config, problem)
+        or _why_not_prefetched(config, problem, device)
+        or (_why_not_resident(config, problem, device) if isinstance(config, PersistentConfig) else None)
+    )
+
+
+def select_warps(config: Config) -> int:
+    """Warps of the programs that search for the threshold; 0 where a library selects."""
+    if isinstance(config, PersistentConfig):
+        return config.warps
+    return {"threshold": config.select_warps, "in_gather": config.gather_warps}.get(
+        config.selection, 0
+    )
+
+
+def lanes(problem: Problem, warps: int) -> int:
+    """Scores side by side in the threshold search: four a thread, as one 16-byte load."""
+    return min(128 * warps, max(64, next_power_of_2(problem.n_clusters)))
+
+
+def _why_not_selected(config: Config, problem: Problem) -> str | None:
+    warps = select_warps(config)
+    if warps and -(-problem.n_clusters // lanes(problem, warps)) > 32:
+        return f"{problem.n_clusters} scores do not fit the registers of {warps} warps"
+    return None
+
+
+def _why_not_prefetched(config: Config, problem: Problem, device: Device) -> str | None:
+    if config.prefetch_margin < 0:
+        return None
+    if device.capability < 90:
+        return "prefetch of whole clusters needs sm_90 or later"
+    if problem.cluster_bytes % 16:
+        return f"prefetch needs clusters of a multiple of 16 bytes, not {problem.cluster_bytes}"
+    return None
+
+
+def _why_not_resident(config: PersistentConfig, problem: Problem, device: Device) -> str | None:
+    programs = device.sm_count * config.programs_per_sm
+    if problem.n_tokens > programs:
+        return f"{problem.n_tokens} tokens are more than the {programs} programs"
+    if config.programs_per_sm * config.warps * 32 > device.limits.threads_per_sm:
+        return "the grid would not be resident: too many threads for a multiprocessor"
+    return None
+
+
+def baseline_config(problem: Problem, device: Device) -> Config:
+    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster."""
+    rows = min(16, next_power_of_2(problem.cluster_size))
+    return _fitted(StagedConfig(selection="torch_topk", gather_rows=rows), problem, device)
+
+
+def default_config(problem: Problem, device: Device) -> Config:
+    """A config that is valid for every problem, used where nothing better is known."""
+    return _fitted(StagedConfig(), problem, device)
+
+
+def _fitted(config: StagedConfig, problem: Problem, device: Device) -> Config:
+    """The config with tiles narrowed, then warps raised, until it is valid."""
+    data = dict(config_data(config))
+    widest = max(64, next_power_of_2(problem.hidden_size))
+    for stage, sums in (("score", problem.n_tokens), ("gather", 1)):
+        data[f"{stage}_block"] = min(int(data[f"{stage}_block"]), widest)
+        room = MAX_TILE_PER_THREAD * int(data[f"{stage}_warps"]) * 32
+        while int(data[f"{stage}_rows"]) * int(data[f"{stage}_block"]) * sums > room:
+            smaller = f"{stage}_rows" if int(data[f"{stage}_rows"]) > 1 else f"{stage}_block"
+            data[smaller] = int(data[smaller]) // 2
+    fitted = parse_config(data)
+    reason = why_invalid(fitted, problem, device)
+    if reason:
+        raise FlashtuneError(f"no default kernel for {problem.describe()}: {reason}")
+    return fitted

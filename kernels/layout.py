@@ -1,0 +1,53 @@
+"""The weights of a head as the kernels want them: rows of a cluster adjoin, ids ascend in it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """What a step reads, on one device: `weight` permuted so that a cluster's rows adjoin.
+
+    Shapes: weight `[vocab, hidden]`, centroids `[n_clusters, hidden]`, ids int32 `[vocab]`,
+    the token id of each row of weight, ascending inside a cluster.
+    """
+
+    weight: torch.Tensor
+    centroids: torch.Tensor
+    ids: torch.Tensor
+
+
+def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:
+    """Token ids sorted by cluster, ascending inside each: int64 `[vocab]`.
+
+    cluster_assignments: the cluster of each token, integers `[vocab]`. Raises FlashtuneError
+    unless every cluster has the same number of tokens.
+    """
+    assignments = cluster_assignments.reshape(-1).to(torch.int64)
+    if assignments.numel() == 0 or assignments.min() < 0 or assignments.max() >= n_clusters:
+        raise FlashtuneError(f"cluster_assignments must lie in 0 … {n_clusters - 1}")
+    sizes = torch.bincount(assignments, minlength=n_clusters)
+    if sizes.min() != sizes.max():
+        raise FlashtuneError(
+            f"clusters must be of equal size, but they have {int(sizes.min())} to "
+            f"{int(sizes.max())} tokens: cluster the vocabulary again with equal sizes"
+        )
+    return torch.argsort(assignments, stable=True)
+
+
+def order_from_maps(vocab_maps: torch.Tensor) -> torch.Tensor:
+    """Token ids sorted by cluster from the tokens of each cluster, `[n_clusters, cluster_size]`.
+
+    Raises FlashtuneError unless every token id occurs just once.
+    """
+    order = vocab_maps.to(torch.int64).sort(dim=-1).values.reshape(-1)
+    counts = torch.bincount(order.clamp(min=0), minlength=order.numel())
+    if counts.numel() != order.numel() or counts.min() != 1 or order.min() < 0:
+        raise FlashtuneError("vocab_maps must hold every token id from 0 to vocab - 1 just once")
+    return order

@@ -1,0 +1,106 @@
+"""From problem, config and device to source text: the one place that fills in templates."""
+
+import math
+from dataclasses import asdict
+from statistics import NormalDist
+
+from flashtune.kernels.config import (
+    Config,
+    PersistentConfig,
+    StagedConfig,
+    lanes,
+    next_power_of_2,
+    select_warps,
+    why_invalid,
+)
+from flashtune.templates.render import Value, render
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+
+def render_source(problem: Problem, config: Config, device: Device) -> str:
+    """The candidate's Python source; raises FlashtuneError when the config is not valid for it."""
+    reason = why_invalid(config, problem, device)
+    if reason:
+        raise FlashtuneError(f"{config.plan} config not valid for {problem.describe()}: {reason}")
+    values: dict[str, Value] = {
+        "vocab": problem.vocab_size,
+        "hidden": problem.hidden_size,
+        "clusters": problem.n_clusters,
+        "cluster_size": problem.cluster_size,
+        "probes": problem.n_probes,
+        "tokens": problem.n_tokens,
+        **asdict(config),
+    }
+    if isinstance(config, PersistentConfig):
+        values |= _persistent_values(problem, config, device)
+    else:
+        values |= _staged_values(problem, config, device)
+    if select_warps(config):
+        values |= _threshold_values(problem, config)
+        values |= _share_values(problem, config, int(values["parts"]))
+    return render(config.template, values)
+
+
+def _staged_values(problem: Problem, config: StagedConfig, device: Device) -> dict[str, Value]:
+    """Grids: a program a tile, or a fixed number of programs that loop."""
+    tiles = -(-problem.n_clusters // config.score_rows)
+    looping = config.score_programs_per_sm * device.sm_count
+    slack = 0 if config.selection == "torch_topk" else config.slack
+    rows = (problem.n_probes + slack // 2) * problem.cluster_size
+    parts = -(-rows // config.gather_rows)
+    if config.selection == "in_gather":
+        parts = max(1, config.gather_programs_per_sm * device.sm_count // problem.n_tokens)
+    return {
+        "score_tiles": tiles,
+        "score_programs": min(looping, tiles) if looping else tiles,
+        "parts": parts,
+    }
+
+
+def _persistent_values(
+    problem: Problem, config: PersistentConfig, device: Device
+) -> dict[str, Value]:
+    programs = device.sm_count * config.programs_per_sm
+    return {
+        "programs": programs,
+        "slab": -(-problem.n_clusters // programs),
+        "parts": programs // problem.n_tokens,
+    }
+
+
+def _threshold_values(problem: Problem, config: Config) -> dict[str, Value]:
+    """Where the threshold search starts: the normal quantile at the middle of what is accepted."""
+    target = problem.n_probes + config.slack / 2
+    share = min(max(target / problem.n_clusters, 1e-6), 1 - 1e-6)
+    quantile = NormalDist().inv_cdf(1 - share)
+    width = lanes(problem, select_warps(config))
+    members = -(-problem.n_clusters // width)
+    return {
+        "lanes": width,
+        "members": members,
+        "members_padded": next_power_of_2(members),
+        "quantile": round(quantile, 6),
+        "hazard": round(NormalDist().pdf(quantile) / share, 6),
+        "log_target": round(math.log(target), 6),
+        "prefetch": config.prefetch_margin >= 0,
+        "prefetch_quantile": round(quantile - config.prefetch_margin / 100, 6),
+    }
+
+
+def _share_values(problem: Problem, config: Config, parts: int) -> dict[str, Value]:
+    """How the selected rows, and the clusters to prefetch from, are shared out among programs."""
+    touched = (config.gather_rows - 2) // problem.cluster_size + 2 if config.gather_rows > 1 else 1
+    stripe = -(-problem.n_clusters // parts)
+    stripe_padded = next_power_of_2(stripe)
+    pieces = max(1, select_warps(config) * 32 // stripe_padded)
+    while pieces > 1 and problem.cluster_bytes % (pieces * 16):
+        pieces //= 2
+    return {
+        "touched": next_power_of_2(touched),
+        "stripe": stripe,
+        "stripe_padded": stripe_padded,
+        "pieces": pieces,
+        "piece_bytes": problem.cluster_bytes // pieces,
+    }

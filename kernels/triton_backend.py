@@ -1,0 +1,155 @@
+"""The Triton backend: source text to compiled kernels, and their launches.
+
+Usage:
+    module = load_source(source)                           # jit functions, nothing compiled
+    kernels = compile_module(module, problem, capability=90)   # no GPU needed
+    step = DecodeStep(problem, module, kernels, device)    # on the GPU
+    step(weights, hidden, out)                             # launches; capturable
+"""
+
+import hashlib
+import linecache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashtune.kernels.layout import Weights
+from flashtune.tuning_db.problem import Problem
+
+ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
+EMPTY_BEST = -(2**63)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What a step writes on its way. Not to be shared by steps that run at the same time."""
+
+    scores: torch.Tensor
+    selected: torch.Tensor
+    state: torch.Tensor
+
+    @classmethod
+    def create(cls, problem: Problem, library_topk: bool, device: torch.device) -> "Scratch":
+        """Scratch in the state that a step leaves behind: no best logit yet, counters zero."""
+        tokens, clusters = problem.n_tokens, problem.n_clusters
+        width, dtype = (clusters, torch.int32)
+        if library_topk:
+            width, dtype = (problem.n_probes, torch.int64)
+        state = torch.zeros(3 * tokens + 1, dtype=torch.int64, device=device)
+        state[:tokens] = EMPTY_BEST
+        return cls(
+            scores=torch.empty(tokens, clusters, dtype=torch.float32, device=device),
+            selected=torch.empty(tokens, width, dtype=dtype, device=device),
+            state=state,
+        )
+
+
+def load_source(source: str) -> ModuleType:
+    """Execute a rendered source and return its module.
+
+    The text is registered with linecache, where Triton finds it, so nothing is written to disk.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    filename = f"flashtune-{digest}.py"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    module = ModuleType(f"flashtune_{digest}")
+    module.__file__ = filename
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module
+
+
+def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str]:
+    weight, centroid = f"*{problem.weight_dtype}", f"*{problem.centroid_dtype}"
+    types = {
+        "hidden_ptr": weight,
+        "centroids_ptr": centroid,
+        "weight_ptr": weight,
+        "ids_ptr": "*i32",
+        "out_ptr": "*i64",
+        "scores_ptr": "*fp32",
+        "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
+        "state_ptr": "*i64",
+    }
+    return {argument: types[argument] for argument in getattr(module, name).arg_names}
+
+
+def _uses_topk(module: ModuleType) -> bool:
+    return any(launch["kernel"] == "torch_topk" for launch in module.LAUNCHES)
+
+
+def compile_module(module: ModuleType, problem: Problem, capability: int) -> dict[str, Any]:
+    """Compile each kernel of a loaded source for an architecture; no GPU is needed.
+
+    Returns Triton's CompiledKernel by kernel name. Raises what Triton raises.
+    """
+    compiled = {}
+    for launch in module.LAUNCHES:
+        name = launch["kernel"]
+        if name == "torch_topk":
+            continue
+        signature = _signature(module, name, problem)
+        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(signature))}
+        options = {"num_warps": launch["num_warps"], "num_stages": 1}
+        if module.PDL:
+            options["launch_pdl"] = True
+        if module.COOPERATIVE:
+            options["launch_cooperative_grid"] = True
+        compiled[name] = triton.compile(
+            ASTSource(getattr(module, name), signature, attrs=aligned),
+            target=GPUTarget("cuda", capability, 32),
+            options=options,
+        )
+    return compiled
+
+
+class DecodeStep:
+    """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
+
+    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out int64 `[n_tokens]`. Calls
+    share one scratch: those that may run at the same time need a step each.
+    """
+
+    def __init__(
+        self, problem: Problem, module: ModuleType, kernels: dict[str, Any], device: torch.device
+    ) -> None:
+        """Bind kernels to fresh scratch on `device`, and load their binaries there."""
+        self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
+        self._launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
+
+    def _bind(self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]) -> Callable[..., None]:
+        name, scratch = launch["kernel"], self.scratch
+        if name == "torch_topk":
+            values = torch.empty_like(scratch.selected, dtype=torch.float32)
+
+            def topk(*_: torch.Tensor) -> None:
+                torch.topk(
+                    scratch.scores, values.shape[1], sorted=False, out=(values, scratch.selected)
+                )
+
+            return topk
+        grid = (launch["programs"], 1, 1)
+        if name not in kernels:  # Triton's interpreter: the jit function itself is launched
+            return getattr(module, name)[grid]
+        return kernels[name][grid]
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch the step; `out` is complete when the stream gets there."""
+        scratch = self.scratch
+        arguments = (
+            hidden,
+            weights.centroids,
+            weights.weight,
+            weights.ids,
+            out,
+            scratch.scores,
+            scratch.selected,
+            scratch.state,
+        )
+        for launch in self._launches:
+            launch(*arguments)

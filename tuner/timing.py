@@ -1,0 +1,84 @@
+"""How long a step takes as decode really is: in a CUDA graph, with cold weights, by the median.
+
+Usage:
+    timer = GraphTimer(step, workload)
+    timer.sample(20)          # microseconds a call, one value a replay
+"""
+
+import gc
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flashtune.tuner.workload import Step, Workload
+
+CALLS_PER_REPLAY = 20
+
+
+class GraphTimer:
+    """A graph of steps over rotating weights, and its replays' times.
+
+    Raises what the step raises while it is captured.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once, then capture it over every set of weights."""
+        n_sets = len(workload.sets)
+        self.calls = -(-CALLS_PER_REPLAY // n_sets) * n_sets
+        self.out = torch.empty(
+            self.calls, workload.problem.n_tokens, dtype=torch.int64, device="cuda"
+        )
+        step(workload.sets[0], workload.states[0], self.out[0])
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # a collection in a capture can unload modules
+        try:
+            with torch.cuda.graph(self.graph):
+                for call in range(self.calls):
+                    index = call % n_sets
+                    step(workload.sets[index], workload.states[index], self.out[call])
+        finally:
+            if collecting:
+                gc.enable()
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a replay."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
+        for start, end in zip(events[::2], events[1::2], strict=True):
+            start.record()
+            self.graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [
+            start.elapsed_time(end) * 1e3 / self.calls
+            for start, end in zip(events[::2], events[1::2], strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median and spread (10th to 90th percentile) of samples, in microseconds a call."""
+
+    median_us: float
+    spread_us: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        """Summarise at least two samples."""
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(statistics.median(samples), tenths[8] - tenths[0], len(samples))
+
+
+def interleaved(timers: Sequence[GraphTimer], rounds: int, replays: int = 5) -> list[list[float]]:
+    """Samples of each timer, taken in turns so that a drifting clock favours none."""
+    samples: list[list[float]] = [[] for _ in timers]
+    for _ in range(rounds):
+        for timer, own in zip(timers, samples, strict=True):
+            own.extend(timer.sample(replays))
+    return samples
