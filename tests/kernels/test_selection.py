@@ -1,0 +1,233 @@
+"""Which record is chosen, from synthetic records."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flashtune.kernels.config import (
+    Config,
+    PersistentConfig,
+    StagedConfig,
+    config_data,
+    default_config,
+    why_invalid,
+)
+from flashtune.kernels.selection import (
+    PREBUILT,
+    USER,
+    Choice,
+    Level,
+    Source,
+    choose,
+    device_distance,
+    shape_distance,
+)
+from flashtune.tuning_db.device import Toolchain, find_device
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
+
+PROBLEM = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+SMALLER = replace(PROBLEM, hidden_size=1024)
+TOOLS = Toolchain(triton="3.6.0", torch="2.13.0", driver="580.1")
+H200, ORIN = find_device("nvidia-h200"), find_device("orin")
+
+
+def staged(rows: int, **knobs: Any) -> StagedConfig:
+    """A valid config, told apart by its rows a score program."""
+    return StagedConfig(score_rows=rows, **knobs)
+
+
+def record(
+    config: Config | dict[str, Any], median_us: float | None = 10.0, **changes: Any
+) -> Record:
+    outcome = changes.pop("outcome", Outcome.OK)
+    values: dict[str, Any] = {
+        "device": H200.name,
+        "toolchain": TOOLS,
+        "problem": PROBLEM,
+        "config": config if isinstance(config, dict) else config_data(config),
+        "provenance": Provenance.MEASURED,
+        "measurement": Measurement(
+            outcome=outcome,
+            median_us=median_us if outcome is Outcome.OK else None,
+            policy=changes.pop("policy", "search"),
+        ),
+        "created": "2026-01-31T12:00:00Z",
+    }
+    return Record(**{**values, **changes})
+
+
+def pick(user: list[Record], prebuilt: list[Record] | None = None, **changes: Any) -> Choice:
+    values = {"problem": PROBLEM, "device": H200, "toolchain": TOOLS, **changes}
+    sources = [
+        Source(name=USER, records=user),
+        Source(name=PREBUILT, records=prebuilt or []),
+    ]
+    return choose(sources=sources, **values)
+
+
+def test_the_exact_record_is_chosen_and_nothing_differs() -> None:
+    near = record(staged(1), problem=SMALLER, median_us=1.0)
+    other = record(staged(8), device=ORIN.name, median_us=1.0)
+    choice = pick([near, other, record(staged(4))])
+    assert (choice.level, choice.config) == (Level.EXACT, staged(4))
+    assert choice.differences == ()
+    assert choice.why == "measured on nvidia-h200 for 151936x2048 c9496 p256"
+
+
+def test_of_exact_records_the_fastest_is_chosen_and_final_ones_go_first() -> None:
+    slow, fast = record(staged(1), 20.0), record(staged(4), 10.0)
+    assert pick([slow, fast]).config == staged(4)
+    assert pick([record(staged(1), 20.0, policy="final"), fast]).config == staged(1)
+
+
+def test_measured_goes_before_predicted_and_user_before_prebuilt() -> None:
+    predicted = record(staged(1), 1.0, provenance=Provenance.PREDICTED)
+    assert pick([predicted, record(staged(4), 30.0)]).config == staged(4)
+    assert pick([predicted], [record(staged(4), 30.0)]).config == staged(4)
+    assert pick([record(staged(1), 30.0)], [record(staged(4), 1.0)]).config == staged(1)
+    assert pick([predicted]).explain()["provenance"] == "predicted"
+
+
+def test_records_of_this_toolchain_go_before_faster_ones_of_another() -> None:
+    other = replace(TOOLS, triton="3.7.0")
+    choice = pick([record(staged(1), 1.0, toolchain=other), record(staged(4), 5.0)])
+    assert choice.config == staged(4)
+    only = pick([record(staged(1), toolchain=other)])
+    assert only.level is Level.EXACT
+    assert only.toolchain_matches is False
+    assert only.differences == (("triton", "3.6.0", "3.7.0"),)
+
+
+def test_the_nearest_shape_on_this_device_goes_before_another_device() -> None:
+    far = record(staged(1), 1.0, problem=replace(PROBLEM, hidden_size=256))
+    near = record(staged(4), 9.0, problem=SMALLER)
+    elsewhere = record(staged(8), 1.0, device="nvidia-h100")
+    choice = pick([far, near, elsewhere])
+    assert (choice.level, choice.config) == (Level.NEAREST_SHAPE, staged(4))
+    assert choice.differences == (("hidden_size", 2048, 1024),)
+    assert "hidden_size (wanted 2048, found 1024)" in choice.why
+
+
+def test_the_nearer_of_two_shapes_wins_whichever_source_it_is_from() -> None:
+    far = record(staged(1), problem=replace(PROBLEM, hidden_size=256))
+    near = record(staged(4), problem=SMALLER)
+    assert pick([far], [near]).config == staged(4)
+
+
+def test_of_other_devices_the_same_architecture_goes_first_then_the_distance() -> None:
+    b200 = record(staged(1), 1.0, device="nvidia-b200")
+    h100 = record(staged(4), 9.0, device="nvidia-h100", problem=SMALLER)
+    choice = pick([b200, h100])
+    assert (choice.level, choice.config) == (Level.NEAREST_DEVICE, staged(4))
+    assert ("device", "nvidia-h200", "nvidia-h100") in choice.differences
+    a40 = record(staged(8), 1.0, device="nvidia-a40")
+    assert pick([a40, b200]).config == staged(1)
+
+
+def test_of_the_nearest_devices_records_the_exact_problem_goes_first() -> None:
+    same = record(staged(1), 9.0, device="nvidia-h100")
+    other = record(staged(4), 1.0, device="nvidia-h100", problem=SMALLER)
+    assert pick([other, same]).config == staged(1)
+
+
+def test_records_of_unknown_devices_dtypes_and_failures_never_count() -> None:
+    choice = pick(
+        [
+            record(staged(1), device="somebody-elses-gpu"),
+            record(staged(1), problem=replace(PROBLEM, weight_dtype="fp32")),
+            record(staged(1), problem=replace(PROBLEM, centroid_dtype="fp16")),
+            record(staged(1), outcome=Outcome.CRASH),
+            record(staged(1), outcome=Outcome.PRUNED),
+        ]
+    )
+    assert (choice.level, choice.record) == (Level.DEFAULT, None)
+    assert choice.config == default_config(PROBLEM, H200)
+
+
+def test_an_invalid_config_is_skipped_and_the_explanation_says_so() -> None:
+    wide = staged(2, score_block=2048)
+    assert why_invalid(wide, SMALLER, H200)
+    on_orin = record(staged(2, pdl=True), device=ORIN.name)
+    choice = pick([record(wide, 1.0), record(staged(4), 2.0)], problem=SMALLER)
+    assert choice.config == staged(4)
+    assert choice.skipped == (
+        "user database: score_block 2048 is wider than the hidden size 1024",
+    )
+    assert pick([on_orin], device=ORIN).level is Level.DEFAULT
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"plan": "staged"},
+        {"plan": "later"},
+        {**config_data(staged(2)), "score_rows": 3},
+        {**config_data(staged(2)), "evict": "x'; import os"},
+        {**config_data(staged(2)), "new_knob": 1},
+        {**config_data(staged(2)), "pdl": 1},
+    ],
+)
+def test_a_config_that_cannot_be_parsed_is_skipped(config: dict[str, Any]) -> None:
+    choice = pick([record(config, 1.0)], [record(staged(4))])
+    assert choice.config == staged(4)
+    assert len(choice.skipped) == 1
+
+
+def test_equal_reasons_are_counted() -> None:
+    records = [record(staged(rows, score_block=2048)) for rows in (2, 4)]
+    choice = pick(records, problem=SMALLER)
+    assert choice.level is Level.DEFAULT
+    assert choice.skipped[0].endswith("hidden size 1024 (2 records)")
+
+
+def test_what_failed_here_with_these_tools_is_not_tried_again() -> None:
+    failure = record(staged(4), outcome=Outcome.WRONG_RESULT)
+    choice = pick([failure], [record(staged(4), 1.0), record(staged(1), 2.0)])
+    assert choice.config == staged(1)
+    assert choice.skipped == ("prebuilt table: failed here before (wrong_result)",)
+    elsewhere = replace(failure, device=ORIN.name)
+    earlier = replace(failure, toolchain=replace(TOOLS, triton="3.5.0"))
+    assert pick([elsewhere, earlier], [record(staged(4), 1.0)]).config == staged(4)
+
+
+def test_without_a_device_plain_torch_is_chosen() -> None:
+    choice = pick([record(staged(4))], device=None)
+    assert (choice.level, choice.config) == (Level.TORCH, None)
+
+
+def test_a_problem_without_a_default_kernel_is_for_plain_torch() -> None:
+    choice = pick([], problem=replace(PROBLEM, n_tokens=1024))
+    assert (choice.level, choice.config) == (Level.TORCH, None)
+    assert "no kernel for 151936x2048 c9496 p256 t1024 on nvidia-h200" in choice.why
+
+
+def test_explain_is_json_with_everything_in_it() -> None:
+    chosen = record(PersistentConfig(), 21.5, problem=SMALLER, device="nvidia-h100")
+    data = json.loads(json.dumps(pick([], [chosen]).explain()))
+    assert data["level"] == "nearest_device"
+    assert data["source"] == "prebuilt table"
+    assert data["provenance"] == "measured"
+    assert data["record"] == chosen.key
+    assert data["record_device"] == "nvidia-h100"
+    assert data["median_us"] == 21.5
+    assert data["toolchain_matches"] is True
+    assert data["config"] == dict(config_data(PersistentConfig()))
+    assert {"field": "hidden_size", "wanted": 2048, "found": 1024} in data["differences"]
+    default = pick([]).explain()
+    assert (default["source"], default["provenance"]) == ("built in", None)
+
+
+def test_distances_are_octaves() -> None:
+    assert shape_distance(PROBLEM, PROBLEM) == 0
+    assert shape_distance(PROBLEM, replace(SMALLER, n_tokens=4)) == pytest.approx(3)
+    # twice the clusters of half the size
+    split = replace(PROBLEM, n_clusters=2 * PROBLEM.n_clusters)
+    assert shape_distance(PROBLEM, split) == pytest.approx(2)
+    assert shape_distance(PROBLEM, replace(PROBLEM, weight_dtype="fp16")) is None
+    twice = replace(H200, memory_bandwidth=2 * H200.memory_bandwidth, sm_count=66)
+    assert device_distance(H200, twice) == pytest.approx(2)
+    assert device_distance(H200, replace(H200, memory_bandwidth=0.0)) == 0
