@@ -1,0 +1,309 @@
+"""FlashHead: a decode head as a module, with the best kernel there is.
+
+Usage:
+    head = FlashHead(weight, centroids, cluster_assignments, n_probes=256)
+    token = head(hidden)     # int64 [tokens], from hidden [tokens, hidden_size]
+    head.explain()           # what runs, and why
+
+The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
+does so ahead of time. Later calls only launch: they can be captured in a CUDA graph, and
+`torch.compile(head, fullgraph=True)` traces them as one operator. Whatever is wrong with
+kernels, compiler or database, the head still answers, in plain torch if need be, and says so
+once in the log `flashtune`.
+"""
+
+import itertools
+import threading
+from dataclasses import asdict
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from flashtune.kernels.binding import LOG, Bound, Step, TorchStep, bind
+from flashtune.kernels.layout import (
+    DTYPE_NAMES,
+    Weights,
+    order_from_maps,
+    token_order,
+)
+from flashtune.kernels.permutation import permute_rows_
+from flashtune.kernels.selection import Level
+from flashtune.kernels.this_device import device_of
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
+
+MOST_TOKENS = 16  # of one step: more are decoded one part after the other
+ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
+
+_HEADS: "WeakValueDictionary[int, FlashHead]" = WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+class FlashHead(nn.Module):
+    """The token with the best logit among the clusters nearest to a hidden state.
+
+    weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
+    device. The clusters, all of the same size, are given by one of cluster_assignments, the
+    cluster of each token `[vocab]`, or vocab_maps, the tokens of each cluster
+    `[n_clusters, cluster_size]`.
+
+    release_weight: keep no second copy of the weight, and never make one: the caller's tensor
+    itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
+    weight that is tied to the input embedding.
+
+    A graph that captured a call replays with scratch of the stream it was captured on: graphs
+    captured on one stream must not be replayed at the same time.
+    Raises FlashtuneError for tensors that are no such head. Nothing is part of the state dict.
+    """
+
+    weight: torch.Tensor
+    centroids: torch.Tensor
+    ids: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        centroids: torch.Tensor,
+        cluster_assignments: torch.Tensor | None = None,
+        *,
+        vocab_maps: torch.Tensor | None = None,
+        n_probes: int = DEFAULT_PROBES,
+        release_weight: bool = False,
+    ) -> None:
+        """Check the tensors and bring the weight's rows in the order of clusters."""
+        super().__init__()
+        weight, centroids = weight.detach(), centroids.detach()
+        problem = _checked_problem(weight, centroids, n_probes)
+        order = _order(problem, cluster_assignments, vocab_maps).to(weight.device)
+        for name, tensor in (("weight", weight), ("centroids", centroids)):
+            if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+                raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
+        if release_weight:
+            if not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
+                raise FlashtuneError(
+                    "release_weight needs a contiguous weight, 16-byte aligned: "
+                    "give it weight.contiguous().clone(), or leave release_weight off"
+                )
+            permute_rows_(weight, order)
+        else:
+            weight = weight[order]
+        self.n_probes = n_probes
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("centroids", _aligned(centroids), persistent=False)
+        self.register_buffer("ids", order.to(torch.int32), persistent=False)
+        self._start()
+
+    def _start(self) -> None:
+        """Everything that neither a copy nor a pickle takes along."""
+        self._lock = threading.RLock()
+        self._warned = False
+        self._handle = next(_HANDLES)
+        _HEADS[self._handle] = self
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is bound to the tensors' device and dtype."""
+        with self._lock:
+            self._weights = Weights(weight=self.weight, centroids=self.centroids, ids=self.ids)
+            self._index = self.weight.device.index if self.weight.is_cuda else None
+            self._bounds: dict[int, Bound] = {}
+            self._steps: dict[tuple[int, int], Step] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
+        """Move or convert the tensors, and forget what was bound to the old ones."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tensors and settings: kernels, locks and choices belong to one process."""
+        dropped = ("_lock", "_warned", "_handle", "_weights", "_index", "_bounds", "_steps")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the tensors and start afresh."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start()
+
+    def extra_repr(self) -> str:
+        """The shape, for `print`."""
+        n_clusters, hidden = self.centroids.shape
+        return f"{self.ids.numel()}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
+
+        Raises FlashtuneError for a hidden state of another shape or device. Another dtype is
+        converted to the weight's.
+        """
+        if torch.compiler.is_compiling():
+            token: torch.Tensor = _decode_op(hidden, self._handle)
+            return token
+        return self._decode(hidden)
+
+    def _decode(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights, index = self._weights, self._index
+        weight = weights.weight
+        if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            raise FlashtuneError(
+                f"hidden must be [tokens, {weight.shape[1]}], not {list(hidden.shape)}: "
+                "give hidden[None] for a single token, or flatten the leading dimensions"
+            )
+        if hidden.device != weight.device:
+            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
+        n_tokens = hidden.shape[0]
+        if not 0 < n_tokens <= MOST_TOKENS:
+            parts = [self._decode(part) for part in torch.split(hidden, MOST_TOKENS) if len(part)]
+            empty = torch.empty(0, dtype=torch.int64, device=weight.device)
+            return torch.cat([empty, *parts])
+        if hidden.requires_grad or hidden.dtype is not weight.dtype:
+            hidden = hidden.detach().to(weight.dtype)
+        if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
+            hidden = _aligned(hidden)
+        stream = 0
+        if index is not None:
+            if torch._C._cuda_getDevice() != index:
+                with torch.cuda.device(index):
+                    return self._decode(hidden)
+            stream = torch._C._cuda_getCurrentRawStream(index)
+        step = self._steps.get((n_tokens, stream)) or self._step(n_tokens, stream)
+        out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+        step(weights, hidden, out)
+        return out
+
+    def prepare(self, *n_tokens: int) -> None:
+        """Choose, compile and check the kernels for these numbers of tokens ahead of time."""
+        for number in n_tokens:
+            self._bound(number)
+
+    def explain(self, n_tokens: int = 1) -> dict[str, Any]:
+        """What runs for that many tokens, and why, as plain data; prepares it if need be.
+
+        `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
+        what went wrong on the way. More tokens than one step takes run in several.
+        """
+        bound = self._bound(min(n_tokens, MOST_TOKENS))
+        device = device_of(self.weight.device)
+        return {
+            "problem": asdict(bound.problem),
+            "device": device.name if device else str(self.weight.device),
+            **bound.choice.explain(),
+            "troubles": list(bound.troubles),
+        }
+
+    def _step(self, n_tokens: int, stream: int) -> Step:
+        """A step for a stream that has none yet."""
+        with self._lock:
+            capturing = self._index is not None and torch.cuda.is_current_stream_capturing()
+            bound = self._bounds.get(n_tokens)
+            ready = bound and (bound.spares or bound.choice.level is Level.TORCH)
+            if capturing and not ready:
+                self._warn(
+                    f"{n_tokens} tokens are captured in a CUDA graph without a kernel ready for "
+                    f"this stream: call head.prepare({n_tokens}) before the capture"
+                )
+                return TorchStep(self._problem(n_tokens), self._weights.centroids)
+            step = self._bound(n_tokens).take_step()
+            self._steps[n_tokens, stream] = step
+            return step
+
+    def _bound(self, n_tokens: int) -> Bound:
+        """The kernels for that many tokens, made on first use."""
+        with self._lock:
+            bound = self._bounds.get(n_tokens)
+            if bound is None:
+                problem = self._problem(n_tokens)
+                with torch.no_grad():
+                    bound = self._bounds[n_tokens] = bind(problem, self._weights)
+                choice = bound.choice
+                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, choice.why)
+                if bound.troubles:
+                    runs = "plain torch" if choice.level is Level.TORCH else choice.level.value
+                    self._warn(f"{'; '.join(bound.troubles)} ({runs} is used instead)")
+            return bound
+
+    def _problem(self, n_tokens: int) -> Problem:
+        return _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+
+    def _warn(self, trouble: str) -> None:
+        """Warn once in a head's life: later trouble shows in `explain`."""
+        if not self._warned:
+            self._warned = True
+            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+    head = _HEADS.get(handle)
+    if head is None:
+        raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
+    return head._decode(hidden)
+
+
+@_decode_op.register_fake
+def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied unless it is contiguous and aligned."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _problem(
+    weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
+) -> Problem:
+    for name, tensor in (("weight", weight), ("centroids", centroids)):
+        if tensor.dtype not in DTYPE_NAMES:
+            raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
+    return Problem(
+        vocab_size=weight.shape[0],
+        hidden_size=weight.shape[1],
+        n_clusters=centroids.shape[0],
+        n_probes=n_probes,
+        n_tokens=n_tokens,
+        weight_dtype=DTYPE_NAMES[weight.dtype],
+        centroid_dtype=DTYPE_NAMES[centroids.dtype],
+    )
+
+
+def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int) -> Problem:
+    """The problem that the two matrices pose; FlashtuneError where they don't fit together."""
+    for name, tensor in (("weight", weight), ("centroids", centroids)):
+        if tensor.dim() != 2:
+            raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
+    if weight.shape[1] != centroids.shape[1]:
+        raise FlashtuneError(
+            f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
+        )
+    if weight.device != centroids.device:
+        raise FlashtuneError(
+            f"weight is on {weight.device}, centroids on {centroids.device}: move one"
+        )
+    return _problem(weight, centroids, n_probes, n_tokens=1)
+
+
+def _order(
+    problem: Problem, assignments: torch.Tensor | None, vocab_maps: torch.Tensor | None
+) -> torch.Tensor:
+    """Token ids in the order of the rows, from the one of the two that is given."""
+    if (assignments is None) == (vocab_maps is None):
+        raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
+    given = assignments if assignments is not None else vocab_maps
+    assert given is not None
+    name = "vocab_maps" if assignments is None else "cluster_assignments"
+    shape = [problem.vocab_size]
+    if assignments is None:
+        shape = [problem.n_clusters, problem.cluster_size]
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
+        raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
+    if list(given.shape) != shape:
+        raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
+    return (
+        order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
+    )

@@ -1,0 +1,352 @@
+"""The FlashHead module on a CPU: results, refusals, and what survives copies and moves."""
+
+import copy
+import io
+import json
+import logging
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import flashtune
+from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.permutation import permute_rows_
+from flashtune.tuning_db.errors import FlashtuneError
+
+VOCAB, WIDTH, CLUSTERS = 96, 16, 12
+
+
+def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Small whole numbers: their sums are exact in float32, so that ties are true ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def parts(
+    vocab: int = VOCAB,
+    width: int = WIDTH,
+    clusters: int = CLUSTERS,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight, centroids that tie rarely, and cluster assignments of a shuffled vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(vocab, generator=generator)
+    assignments = torch.empty(vocab, dtype=torch.int64)
+    assignments[order] = torch.arange(vocab) // (vocab // clusters)
+    centroids = torch.nn.functional.normalize(torch.randn(clusters, width, generator=generator))
+    return whole_numbers(vocab, width, seed=seed, dtype=dtype), centroids.to(dtype), assignments
+
+
+def reference(
+    weight: torch.Tensor,
+    centroids: torch.Tensor,
+    assignments: torch.Tensor,
+    hidden: torch.Tensor,
+    n_probes: int,
+) -> list[int]:
+    """The same in float64, token by token, from the tensors as the caller has them."""
+    tokens = []
+    for state in hidden.double():
+        probed = set((centroids.double() @ state).topk(n_probes).indices.tolist())
+        logits = (weight.double() @ state).tolist()
+        allowed = [t for t, cluster in enumerate(assignments.tolist()) if cluster in probed]
+        tokens.append(min(allowed, key=lambda token: (-logits[token], token)))
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "clusters", "n_probes", "n_tokens", "dtype"),
+    [
+        (96, 16, 12, 3, 1, torch.float32),
+        (96, 16, 12, 3, 5, torch.bfloat16),
+        (96, 33, 12, 4, 2, torch.float32),
+        (96, 1152, 8, 4, 2, torch.bfloat16),
+        (144, 33, 12, 5, 3, torch.float16),
+        (96, 16, 12, 1, 4, torch.float32),
+        (96, 16, 12, 12, 4, torch.float32),
+        (96, 16, 12, 2, 2 * MOST_TOKENS + 3, torch.float32),
+    ],
+)
+def test_tokens_are_those_of_the_float64_reference(
+    vocab: int, width: int, clusters: int, n_probes: int, n_tokens: int, dtype: torch.dtype
+) -> None:
+    weight, centroids, assignments = parts(vocab, width, clusters, dtype)
+    head = FlashHead(weight, centroids, assignments, n_probes=n_probes)
+    hidden = whole_numbers(n_tokens, width, seed=1, dtype=dtype)
+    tokens = head(hidden)
+    assert tokens.dtype is torch.int64
+    assert tokens.tolist() == reference(weight, centroids, assignments, hidden, n_probes)
+
+
+def test_all_probes_give_the_dense_argmax() -> None:
+    weight, centroids, assignments = parts()
+    head = FlashHead(weight, centroids, assignments, n_probes=CLUSTERS)
+    hidden = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(head(hidden), (hidden @ weight.T).argmax(dim=1))
+
+
+def test_ties_give_the_smallest_token() -> None:
+    _, centroids, assignments = parts()
+    weight = torch.ones(VOCAB, WIDTH)
+    hidden = torch.ones(1, WIDTH)
+    head = FlashHead(weight, centroids, assignments, n_probes=2)
+    clusters = (centroids @ hidden[0]).topk(2).indices
+    smallest = min(token for token in range(VOCAB) if assignments[token] in clusters)
+    assert head(hidden).tolist() == [smallest]
+    assert FlashHead(weight, centroids, assignments, n_probes=12)(hidden).tolist() == [0]
+
+
+def test_negative_logits_are_compared_as_numbers() -> None:
+    _, centroids, assignments = parts()
+    weight = -torch.arange(1, VOCAB + 1).float()[:, None].expand(-1, WIDTH)
+    head = FlashHead(weight, centroids, assignments, n_probes=CLUSTERS)
+    assert head(torch.ones(2, WIDTH)).tolist() == [0, 0]
+    assert head(-torch.ones(1, WIDTH)).tolist() == [VOCAB - 1]
+
+
+def test_vocab_maps_mean_the_same_as_assignments() -> None:
+    weight, centroids, assignments = parts()
+    maps = torch.stack([(assignments == c).nonzero()[:, 0].flip(0) for c in range(CLUSTERS)])
+    by_maps = FlashHead(weight, centroids, vocab_maps=maps, n_probes=3)
+    by_assignments = FlashHead(weight, centroids, assignments, n_probes=3)
+    hidden = whole_numbers(6, WIDTH, seed=3)
+    assert torch.equal(by_maps(hidden), by_assignments(hidden))
+    assert torch.equal(by_maps.ids, by_assignments.ids)
+
+
+def test_the_callers_weight_is_left_alone_unless_released() -> None:
+    weight, centroids, assignments = parts()
+    before = weight.clone()
+    FlashHead(weight, centroids, assignments, n_probes=3)
+    assert torch.equal(weight, before)
+
+
+def test_a_released_weight_is_permuted_in_its_own_storage() -> None:
+    weight, centroids, assignments = parts()
+    parameter = torch.nn.Parameter(weight.clone())
+    head = FlashHead(parameter, centroids, assignments, n_probes=3, release_weight=True)
+    assert head.weight.data_ptr() == parameter.data_ptr()
+    kept = FlashHead(weight, centroids, assignments, n_probes=3)
+    assert torch.equal(head.weight, kept.weight)
+    hidden = whole_numbers(3, WIDTH, seed=4)
+    assert torch.equal(head(hidden), kept(hidden))
+
+
+def test_rows_are_permuted_by_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashtune.kernels.permutation._CHUNK_BYTES", 3 * 4 * VOCAB)
+    weight, _, _ = parts()
+    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(5))
+    expected, sizes = weight[order], []
+    select = torch.Tensor.index_select
+
+    def watched(self: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        sizes.append(self.shape[1])
+        return select(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    permute_rows_(weight, order)
+    assert torch.equal(weight, expected)
+    assert sizes == [3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("unfit", ["transposed", "misaligned"])
+def test_a_weight_that_cannot_be_used_in_place_is_not_released(unfit: str) -> None:
+    _, centroids, assignments = parts()
+    weight = torch.zeros(WIDTH, VOCAB).T
+    if unfit == "misaligned":
+        weight = torch.zeros(VOCAB * WIDTH + 1)[1:].view(VOCAB, WIDTH)
+    with pytest.raises(FlashtuneError, match="release_weight needs a contiguous weight"):
+        FlashHead(weight, centroids, assignments, n_probes=3, release_weight=True)
+    assert FlashHead(weight, centroids, assignments, n_probes=3)(torch.ones(1, WIDTH)).shape == (
+        1,
+    )
+
+
+def _with(**changes: Any) -> dict[str, Any]:
+    weight, centroids, assignments = parts()
+    values = {"weight": weight, "centroids": centroids, "cluster_assignments": assignments}
+    return {**values, "n_probes": 3, **changes}
+
+
+def _spoiled(index: int, value: float) -> torch.Tensor:
+    tensor = parts()[index].clone()
+    tensor[-1, -1] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.zeros(VOCAB)}, "weight must have two dimensions"),
+        ({"centroids": torch.zeros(2, 6, WIDTH)}, "centroids must have two dimensions"),
+        ({"centroids": torch.zeros(CLUSTERS, 8)}, "rows of 16 elements, centroids of 8"),
+        ({"centroids": torch.zeros(7, WIDTH)}, "not a multiple of n_clusters"),
+        ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be bf16"),
+        ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be bf16"),
+        ({"centroids": torch.zeros(CLUSTERS, WIDTH, device="meta")}, "centroids on meta"),
+        ({"weight": _spoiled(0, float("nan"))}, "weight has a NaN"),
+        ({"weight": _spoiled(0, float("inf"))}, "weight has a NaN or an infinity"),
+        ({"centroids": _spoiled(1, float("-inf"))}, "centroids has a NaN or an infinity"),
+        ({"n_probes": 0}, "n_probes must be a positive whole number"),
+        ({"n_probes": 13}, "n_probes 13 is more than n_clusters 12"),
+        ({"n_probes": 2.5}, "n_probes must be a positive whole number"),
+        ({"cluster_assignments": None}, "just one of cluster_assignments and vocab_maps"),
+        ({"vocab_maps": torch.arange(VOCAB).view(CLUSTERS, -1)}, "just one of"),
+        ({"cluster_assignments": torch.zeros(VOCAB)}, "must be whole numbers"),
+        ({"cluster_assignments": torch.arange(8)}, r"must be \[96\], not \[8\]"),
+        ({"cluster_assignments": torch.full((VOCAB,), -1)}, "must lie in 0 … 11"),
+        ({"cluster_assignments": torch.arange(VOCAB) // 9}, "clusters must be of equal size"),
+        (
+            {"cluster_assignments": None, "vocab_maps": torch.arange(VOCAB)},
+            r"vocab_maps must be \[12, 8\]",
+        ),
+        (
+            {"cluster_assignments": None, "vocab_maps": torch.zeros(12, 8).long()},
+            "every token id",
+        ),
+    ],
+)
+def test_bad_tensors_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlashtuneError, match=message) as caught:
+        FlashHead(**_with(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_hidden_state_is_refused() -> None:
+    head = FlashHead(**_with())
+    with pytest.raises(FlashtuneError, match=r"hidden must be \[tokens, 16\], not \[16\]"):
+        head(torch.zeros(WIDTH))
+    with pytest.raises(FlashtuneError, match=r"not \[2, 3, 16\]"):
+        head(torch.zeros(2, 3, WIDTH))
+    with pytest.raises(FlashtuneError, match=r"not \[1, 15\]"):
+        head(torch.zeros(1, 15))
+    with pytest.raises(FlashtuneError, match="hidden is on meta, the head on cpu"):
+        head(torch.zeros(1, WIDTH, device="meta"))
+
+
+def test_hidden_states_of_any_layout_and_dtype_are_taken() -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(4, WIDTH, seed=6)
+    expected = head(hidden)
+    assert torch.equal(head(hidden.T.contiguous().T), expected)
+    shifted = torch.zeros(4 * WIDTH + 1)[1:].view(4, WIDTH).copy_(hidden)
+    assert torch.equal(head(shifted), expected)
+    assert torch.equal(head(hidden.double().requires_grad_()), expected)
+    assert torch.equal(head(hidden.bfloat16()), expected)
+    assert head(hidden[:0]).shape == (0,)
+
+
+def test_nothing_is_in_the_state_dict() -> None:
+    head = FlashHead(**_with())
+    assert head.state_dict() == {}
+    head.load_state_dict({})
+
+
+def test_copies_and_pickles_decode_alike_and_share_nothing() -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(3, WIDTH, seed=7)
+    expected = head(hidden)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(other(hidden), expected)
+        assert other.weight.data_ptr() != head.weight.data_ptr()
+        assert other._handle != head._handle
+    file = io.BytesIO()
+    torch.save(torch.nn.ModuleList([head]), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)[0](hidden), expected)
+
+
+def test_converting_the_module_forgets_what_was_bound() -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(2, WIDTH, seed=8)
+    expected = head(hidden)
+    assert head.explain(2)["problem"]["weight_dtype"] == "fp32"
+    assert head.to(torch.bfloat16) is head
+    assert head.explain(2)["problem"]["weight_dtype"] == "bf16"
+    assert head.ids.dtype is torch.int32
+    assert head(hidden).shape == expected.shape
+    nested = torch.nn.Sequential(FlashHead(**_with())).half()
+    assert nested[0].explain()["problem"]["centroid_dtype"] == "fp16"
+
+
+def test_on_a_cpu_centroids_are_converted_once() -> None:
+    weight, centroids, assignments = parts(dtype=torch.bfloat16)
+    head = FlashHead(weight, centroids, assignments, n_probes=3)
+    head(torch.zeros(1, WIDTH))
+    step = head._steps[1, 0]
+    assert vars(step)["_centroids"].dtype is torch.float32
+    head(torch.zeros(1, WIDTH))
+    assert head._steps[1, 0] is step
+
+
+def test_explain_is_json_and_says_what_runs() -> None:
+    head = FlashHead(**_with())
+    data = json.loads(json.dumps(head.explain(3)))
+    assert (data["level"], data["device"], data["troubles"]) == ("torch", "cpu", [])
+    assert data["problem"]["n_tokens"] == 3
+    assert repr(head) == "FlashHead(96x16, n_clusters=12, n_probes=3)"
+
+
+def test_a_choice_is_logged_once_and_a_cpu_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
+    head = FlashHead(**_with())
+    with caplog.at_level(logging.INFO, logger="flashtune"):
+        for _ in range(3):
+            head(torch.zeros(1, WIDTH))
+    assert [(line.levelname, line.getMessage()) for line in caplog.records] == [
+        (
+            "INFO",
+            "96x16 c12 p3 fp32 runs torch: no kernels for this kind of device: "
+            "plain torch runs instead",
+        )
+    ]
+
+
+def test_threads_may_share_a_head() -> None:
+    head = FlashHead(**_with())
+    states = whole_numbers(8, 2, WIDTH, seed=9)
+    expected = [FlashHead(**_with())(state).tolist() for state in states]
+    results: dict[int, list[list[int]]] = {}
+
+    def work(number: int) -> None:
+        results[number] = [head(states[number]).tolist() for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[number] for number in range(8)] == [[tokens] * 20 for tokens in expected]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_traces_the_whole_call(backend: str) -> None:
+    torch.compiler.reset()
+    head = FlashHead(**_with())
+    other = FlashHead(**_with(weight=-parts()[0]))
+    hidden = whole_numbers(3, WIDTH, seed=10)
+
+    def model(hidden: torch.Tensor) -> torch.Tensor:
+        return head(2 * hidden) + VOCAB * other(2 * hidden)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(hidden), model(hidden))
+    assert torch.equal(torch.compile(head, fullgraph=True, backend=backend)(hidden), head(hidden))
+
+
+def test_the_operator_keeps_its_contract() -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(3, WIDTH, seed=11)
+    torch.library.opcheck(torch.ops.flashtune.decode.default, (hidden, head._handle))
+
+
+def test_a_compiled_head_that_is_gone_says_so() -> None:
+    with pytest.raises(FlashtuneError, match="is gone"):
+        torch.ops.flashtune.decode(torch.zeros(1, WIDTH), -1)
+
+
+def test_the_public_name_is_this_class() -> None:
+    assert flashtune.FlashHead is FlashHead
