@@ -30,12 +30,12 @@ def imports(source: str) -> set[str]:
 
 def wrong_imports(folder: str, source: str) -> list[str]:
     """The imports of a module in `folder` that no arrow allows."""
+    allowed = [[name] for name in MAY_IMPORT[folder]]
     wrong = []
     for name in imports(source):
         head, *rest = name.split(".")
-        if head in ("", *MAY_IMPORT):  # relative, or by a folder's bare name
-            wrong.append(name)
-        elif head == "flashtune" and (not rest or rest[0] not in MAY_IMPORT[folder]):
+        by_bare_name = head in ("", *MAY_IMPORT)  # relative counts as such
+        if by_bare_name or (head == "flashtune" and rest[:1] not in allowed):
             wrong.append(name)
     return sorted(wrong)
 

@@ -1,0 +1,127 @@
+"""The FlashHead module on an NVIDIA GPU."""
+
+import threading
+
+import pytest
+import torch
+
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.reference import Judge
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
+]
+SLACK = 64  # the most that any config probes beyond what was asked
+
+
+def make_head(seed: int = 0, n_probes: int = 64) -> FlashHead:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    weight = torch.randn(16384, 512, generator=generator, device="cuda").bfloat16()
+    centroids = torch.randn(1024, 512, generator=generator, device="cuda")
+    order = torch.randperm(16384, generator=generator, device="cuda")
+    unit = torch.nn.functional.normalize(centroids).bfloat16()
+    return FlashHead(weight, unit, order // 16, n_probes=n_probes)
+
+
+def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(n_tokens, 512, generator=generator, device="cuda").bfloat16()
+
+
+def why_wrong(head: FlashHead, tokens: torch.Tensor, hidden: torch.Tensor) -> str | None:
+    return Judge(head._weights, head.n_probes).why_wrong(tokens, hidden, SLACK)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 20])
+def test_a_kernel_runs_and_its_tokens_are_right(n_tokens: int) -> None:
+    head = make_head()
+    for seed in range(3):
+        hidden = states(n_tokens, seed)
+        assert why_wrong(head, head(hidden), hidden) is None
+    assert head.explain(n_tokens)["level"] != "torch"
+    assert head.explain(n_tokens)["troubles"] == []
+
+
+@pytest.mark.parametrize("warm", ["called", "prepared"])
+def test_a_call_can_be_captured(warm: str) -> None:
+    head = make_head()
+    hidden = states(2)
+    if warm == "called":
+        head(hidden)
+    else:
+        head.prepare(2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    for seed in range(3):
+        fresh = states(2, seed)
+        hidden.copy_(fresh)
+        graph.replay()
+        assert why_wrong(head, out, fresh) is None
+        assert why_wrong(head, head(fresh), fresh) is None  # eager calls between replays
+
+
+def test_a_capture_without_preparation_still_answers() -> None:
+    head = make_head()
+    hidden = states(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    graph.replay()
+    assert why_wrong(head, out, hidden) is None
+    head(hidden)
+    assert head.explain()["level"] != "torch"
+
+
+def test_two_streams_do_not_disturb_each_other() -> None:
+    head = make_head()
+    inputs = [states(1, seed) for seed in range(2)]
+    expected = [head(hidden).item() for hidden in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    tokens: list[list[torch.Tensor]] = [[], []]
+    for _ in range(200):
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                tokens[number].append(head(inputs[number]))
+    torch.cuda.synchronize()
+    assert [torch.cat(found).unique().tolist() for found in tokens] == [[one] for one in expected]
+
+
+def test_threads_on_one_stream_do_not_disturb_each_other() -> None:
+    head = make_head()
+    inputs = [states(1, seed) for seed in range(4)]
+    expected = [head(hidden).item() for hidden in inputs]
+    found: dict[int, list[int]] = {}
+
+    def work(number: int) -> None:
+        tokens = [head(inputs[number]) for _ in range(200)]
+        found[number] = torch.cat(tokens).unique().tolist()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(4)] == [[one] for one in expected]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_torch_compile_traces_it(mode: str) -> None:
+    torch.compiler.reset()
+    head = make_head()
+    head.prepare(1)
+    compiled = torch.compile(head, fullgraph=True, mode=mode)
+    for seed in range(5):
+        hidden = states(1, seed)
+        assert torch.equal(compiled(hidden).clone(), head(hidden))
+
+
+def test_a_head_that_moves_is_bound_again() -> None:
+    head = make_head().cpu()
+    hidden = states(1)
+    assert head(hidden.cpu()).device.type == "cpu"
+    head.cuda()
+    assert why_wrong(head, head(hidden), hidden) is None
+    assert head.explain()["level"] != "torch"
