@@ -14,6 +14,8 @@ once in the log `flashtune`.
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
@@ -205,8 +207,9 @@ class FlashHead(nn.Module):
                     f"this stream: call head.prepare({n_tokens}) before the capture"
                 )
                 return TorchStep(self._problem(n_tokens), self._weights.centroids)
-            step = self._bound(n_tokens).take_step()
-            self._steps[n_tokens, stream] = step
+            bound = self._bound(n_tokens)
+            with _lasting(self._weights.weight.device):
+                step = self._steps[n_tokens, stream] = bound.take_step()
             return step
 
     def _bound(self, n_tokens: int) -> Bound:
@@ -215,7 +218,7 @@ class FlashHead(nn.Module):
             bound = self._bounds.get(n_tokens)
             if bound is None:
                 problem = self._problem(n_tokens)
-                with torch.no_grad():
+                with _lasting(self._weights.weight.device):
                     bound = self._bounds[n_tokens] = bind(problem, self._weights)
                 choice = bound.choice
                 LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, choice.why)
@@ -232,6 +235,14 @@ class FlashHead(nn.Module):
         if not self._warned:
             self._warned = True
             LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+
+
+@contextmanager
+def _lasting(device: torch.device) -> Iterator[None]:
+    """Make tensors that outlive the call: on this device, and free of the caller's modes."""
+    index = device.index if device.type == "cuda" else None
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(index):
+        yield
 
 
 @torch.library.custom_op("flashtune::decode", mutates_args=())

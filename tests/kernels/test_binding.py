@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from flashtune.kernels import binding
-from flashtune.kernels.config import Config, StagedConfig, config_data, default_config
+from flashtune.kernels.config import (
+    Config,
+    StagedConfig,
+    baseline_config,
+    config_data,
+    default_config,
+)
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.layout import Weights
 from flashtune.tuning_db import table
@@ -130,6 +136,17 @@ def test_a_kernel_that_probes_all_clusters_gives_the_dense_argmax() -> None:
     smallest = [int((dense[:, row] == best[row]).nonzero()[0, 0]) for row in range(2)]
     assert head(hidden).tolist() == smallest
     assert head.explain(2)["level"] == "default"
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_step_made_in_inference_mode_also_runs_outside_it(database: Path) -> None:
+    with Store(database) as store:
+        store.add(record(baseline_config(PROBLEM, H200)))
+    head = make_head()
+    with torch.inference_mode():
+        token = head(states(1)).item()
+    assert head.explain()["config"]["selection"] == "torch_topk"
+    assert head(states(1)).tolist() == [token]
 
 
 def test_the_nearest_shape_serves_where_the_database_lacks_the_problem(
