@@ -240,7 +240,7 @@ class FlashHead(nn.Module):
 @contextmanager
 def _lasting(device: torch.device) -> Iterator[None]:
     """Make tensors that outlive the call: on this device, and free of the caller's modes."""
-    index = device.index if device.type == "cuda" else None
+    index = device.index if device.type == "cuda" else -1  # which changes nothing
     with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(index):
         yield
 
