@@ -80,7 +80,6 @@ def _threshold_values(problem: Problem, config: Config) -> dict[str, Value]:
     return {
         "lanes": width,
         "members": members,
-        "members_padded": next_power_of_2(members),
         "quantile": round(quantile, 6),
         "hazard": round(NormalDist().pdf(quantile) / share, 6),
         "log_target": round(math.log(target), 6),
@@ -98,7 +97,7 @@ def _share_values(problem: Problem, config: Config, parts: int) -> dict[str, Val
     while pieces > 1 and problem.cluster_bytes % (pieces * 16):
         pieces //= 2
     return {
-        "touched": next_power_of_2(touched),
+        "touched": touched,
         "stripe": stripe,
         "stripe_padded": stripe_padded,
         "pieces": pieces,
