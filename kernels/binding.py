@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
-from flashtune.kernels.layout import Weights
+from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.reference import decode
 from flashtune.kernels.selection import (
     PREBUILT,
@@ -35,7 +36,6 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.store import default_path, open_existing
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
-Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 LOG = logging.getLogger("flashtune")
 N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
 _TORCH_BYTES = 2**28  # of float32 rows that plain torch gathers at once
@@ -191,13 +191,8 @@ def compile_step(
 
     Raises whatever the templates, Triton and the driver raise.
     """
-    # Here, so that a head works, if slowly, where Triton is missing or broken.
-    from flashtune.kernels.source import render_source
-    from flashtune.kernels.triton_backend import DecodeStep, compile_module, load_source
-
-    module = load_source(render_source(problem, config, device))
-    kernels = compile_module(module, problem, device.capability)
-    return lambda: LockedStep(DecodeStep(problem, module, kernels, torch_device))
+    load = backend_of(device).loader(problem, config, device, torch_device)
+    return lambda: LockedStep(load())
 
 
 def _check(step: Step, problem: Problem, weights: Weights) -> None:

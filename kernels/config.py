@@ -23,7 +23,9 @@ MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spil
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
 
 
-def knob(default: Any, choices: tuple[Any, ...], when: Mapping[str, tuple[Any, ...]] | None = None) -> Any:
+def knob(
+    default: Any, choices: tuple[Any, ...], when: Mapping[str, tuple[Any, ...]] | None = None
+) -> Any:
     """A config's field with its choices; `when` maps other knobs to values that enable this."""
     return field(default=default, metadata={"choices": choices, "when": dict(when or {})})
 
@@ -121,7 +123,9 @@ def parse_config(data: Any) -> Config:
     for name, value in values.items():
         choices = known[name]["choices"]
         if not any(value == choice and type(value) is type(choice) for choice in choices):
-            raise FlashtuneError(f"{plan.plan} knob {name} must be one of {choices}, not {value!r}")
+            raise FlashtuneError(
+                f"{plan.plan} knob {name} must be one of {choices}, not {value!r}"
+            )
         if not enabled(plan, name, values) and value != known[name]["default"]:
             raise FlashtuneError(f"{plan.plan} knob {name} does not matter here: keep its default")
     return plan(**values)  # type: ignore[arg-type]
@@ -158,7 +162,11 @@ def why_invalid(config: Config, problem: Problem, device: Device) -> str | None:
     return (
         _why_not_selected(config, problem)
         or _why_not_prefetched(config, problem, device)
-        or (_why_not_resident(config, problem, device) if isinstance(config, PersistentConfig) else None)
+        or (
+            _why_not_resident(config, problem, device)
+            if isinstance(config, PersistentConfig)
+            else None
+        )
     )
 
 

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from flashtune.kernels.binding import LOG, Bound, Step, TorchStep, bind
+from flashtune.kernels.binding import LOG, Bound, TorchStep, bind
 from flashtune.kernels.layout import (
     DTYPE_NAMES,
     Weights,

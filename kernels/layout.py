@@ -1,5 +1,6 @@
 """The weights of a head as the kernels want them: rows of a cluster adjoin, ids ascend in it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,11 @@ class Weights:
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
+
+
+Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
+"""A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes the token
+ids to out, int64 `[n_tokens]`."""
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:

@@ -82,7 +82,9 @@ class Judge:
         own_bound = self._bound(self.weights.weight[position : position + 1], state)[0]
         slip = own_bound + self._bound(rows[best : best + 1], state)[0]
         if own < logits[best] - slip:
-            return f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
+            return (
+                f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
+            )
         candidates = ids.view(n_clusters, -1)[must].flatten()
         tied = candidates[logits == own]
         if tied.numel() and int(tied.min()) < token:

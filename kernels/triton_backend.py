@@ -1,25 +1,34 @@
-"""The Triton backend: source text to compiled kernels, and their launches.
+"""The Triton backend: source text to compiled kernels, their needs, and their launches.
 
 Usage:
-    module = load_source(source)                           # jit functions, nothing compiled
+    module = load_source(source)                               # jit functions, nothing compiled
     kernels = compile_module(module, problem, capability=90)   # no GPU needed
-    step = DecodeStep(problem, module, kernels, device)    # on the GPU
-    step(weights, hidden, out)                             # launches; capturable
+    step = DecodeStep(problem, module, kernels, device)        # on the GPU
+    step(weights, hidden, out)                                 # launches; capturable
 """
 
 import hashlib
 import linecache
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashtune.kernels.layout import Weights
+from flashtune.kernels.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.config import Config
+from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.source import render_source
+from flashtune.kernels.timing import GraphTimer
+from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
@@ -122,7 +131,9 @@ class DecodeStep:
         self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
         self._launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
 
-    def _bind(self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]) -> Callable[..., None]:
+    def _bind(
+        self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]
+    ) -> Callable[..., None]:
         name, scratch = launch["kernel"], self.scratch
         if name == "torch_topk":
             values = torch.empty_like(scratch.selected, dtype=torch.float32)
@@ -134,9 +145,9 @@ class DecodeStep:
 
             return topk
         grid = (launch["programs"], 1, 1)
-        if name not in kernels:  # Triton's interpreter: the jit function itself is launched
-            return getattr(module, name)[grid]
-        return kernels[name][grid]
+        # Triton's interpreter compiles nothing: the jit function itself is launched
+        launched = kernels[name] if name in kernels else getattr(module, name)
+        return cast("Callable[..., None]", launched[grid])
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Launch the step; `out` is complete when the stream gets there."""
@@ -153,3 +164,60 @@ class DecodeStep:
         )
         for launch in self._launches:
             launch(*arguments)
+
+
+class TritonBackend:
+    """NVIDIA GPUs, through Triton."""
+
+    name = "triton"
+
+    def render(self, problem: Problem, config: Config, device: Device) -> str:
+        """The candidate's Python source."""
+        return render_source(problem, config, device)
+
+    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+        """Compile for the device's architecture and read what the kernels need."""
+        module = load_source(render_source(problem, config, device))
+        kernels = compile_module(module, problem, device.capability)
+        uses = [
+            _read_use(launch, kernels[launch["kernel"]])
+            for launch in module.LAUNCHES
+            if launch["kernel"] in kernels
+        ]
+        for use in uses:
+            if use.shared_bytes > device.limits.shared_per_block:
+                raise DoesNotFitError(
+                    f"{use.kernel} needs {use.shared_bytes} bytes of shared memory, "
+                    f"{device.name} has {device.limits.shared_per_block} a block"
+                )
+        return uses
+
+    def loader(
+        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+    ) -> Callable[[], Step]:
+        """Compile; each call of the result loads the kernels with scratch of its own."""
+        module = load_source(render_source(problem, config, device))
+        kernels = compile_module(module, problem, device.capability)
+        return lambda: DecodeStep(problem, module, kernels, torch_device)
+
+    def timer(self, step: Step, workload: Workload) -> GraphTimer:
+        """A CUDA graph over rotating weights."""
+        return GraphTimer(step, workload)
+
+
+def _read_use(launch: dict[str, Any], kernel: Any) -> KernelUse:
+    """Registers and spills from the binary, by the cuobjdump that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.kernel)
+        binary.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK):(\d+)", report))
+    return KernelUse(
+        kernel=launch["kernel"],
+        programs=launch["programs"],
+        warps=launch["num_warps"],
+        registers=int(found["REG"]),
+        shared_bytes=kernel.metadata.shared,
+        spilled=int(found["STACK"]),
+    )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtune.tuner.workload import Step, Workload
+from flashtune.kernels.layout import Step
+from flashtune.kernels.workload import Workload
 
 CALLS_PER_REPLAY = 20
 
@@ -48,7 +49,10 @@ class GraphTimer:
 
     def sample(self, replays: int) -> list[float]:
         """Microseconds a call, one value a replay."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * replays)]
+        events = [
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2 * replays)
+        ]
         for start, end in zip(events[::2], events[1::2], strict=True):
             start.record()
             self.graph.replay()

@@ -5,16 +5,14 @@ Usage:
     workload.why_wrong(step, slack=16)     # None, or why the step's tokens are not right
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.layout import TORCH_DTYPES, Weights
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
 from flashtune.kernels.reference import Judge
 from flashtune.tuning_db.problem import Problem
 
-Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 POISON = -7  # no token id
 N_CHECKS = 4
 
@@ -46,7 +44,7 @@ class Workload:
             return torch.randn(*size, generator=generator, device=device)
 
         weight = torch.empty(shape, dtype=TORCH_DTYPES[problem.weight_dtype], device=device)
-        for rows in weight.split(2**14):
+        for rows in torch.split(weight, 2**14):
             rows.copy_(normal(*rows.shape))
         centroids = torch.nn.functional.normalize(normal(problem.n_clusters, shape[1]), dim=1)
         centroids = centroids.to(TORCH_DTYPES[problem.centroid_dtype])
