@@ -16,6 +16,7 @@ import torch
 
 from flashtune.kernels.config import Config
 from flashtune.kernels.layout import Step
+from flashtune.kernels.timing import Timer
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -38,17 +39,11 @@ class KernelUse:
     spilled: int
 
 
-class Timer(Protocol):
-    """A step made ready to be timed over and over."""
-
-    def sample(self, number: int) -> list[float]:
-        """That many samples, each in microseconds a call."""
-
-
 class Backend(Protocol):
     """Renders, compiles, loads and times the candidates of one kind of device."""
 
     name: str
+    torch_device: str  # where its tensors lie, as torch names it
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's source; raises FlashtuneError when the config is not valid for it."""

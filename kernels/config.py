@@ -159,15 +159,10 @@ def why_invalid(config: Config, problem: Problem, device: Device) -> str | None:
             return f"the {stage} stages do not fit in shared memory"
     if config.pdl and device.capability < 90:
         return "programmatic dependent launch needs sm_90 or later"
-    return (
-        _why_not_selected(config, problem)
-        or _why_not_prefetched(config, problem, device)
-        or (
-            _why_not_resident(config, problem, device)
-            if isinstance(config, PersistentConfig)
-            else None
-        )
-    )
+    reason = _why_not_selected(config, problem) or _why_not_prefetched(config, problem, device)
+    if reason is None and isinstance(config, PersistentConfig):
+        reason = _why_not_resident(config, problem, device)
+    return reason
 
 
 def select_warps(config: Config) -> int:
@@ -236,3 +231,8 @@ def _fitted(config: StagedConfig, problem: Problem, device: Device) -> Config:
     if reason:
         raise FlashtuneError(f"no default kernel for {problem.describe()}: {reason}")
     return fitted
+
+
+def slack_of(config: Config) -> int:
+    """How many clusters more than asked a config may probe; none where a library selects."""
+    return config.slack if select_warps(config) else 0

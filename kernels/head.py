@@ -26,6 +26,7 @@ from torch import nn
 from flashtune.kernels.binding import LOG, Bound, TorchStep, bind
 from flashtune.kernels.layout import (
     DTYPE_NAMES,
+    Step,
     Weights,
     order_from_maps,
     token_order,

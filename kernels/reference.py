@@ -32,7 +32,8 @@ class Judge:
     """Whether tokens are right answers for these weights, in float64.
 
     A kernel must probe at least the `n_probes` best clusters and at most `slack` more; which of
-    those more is its own choice. Rounding in float32 may swap clusters or logits that are closer
+    those more is its own choice, but a cluster is probed whole: a token must be the best of its
+    own, too. Rounding in float32 may swap clusters or logits that are closer
     than the error bound of a sum of products: (width / 32 + 16) 2^-24 sum |a_i b_i|, for sums
     of at most width / 32 sequential and 16 pairwise steps (Higham, Accuracy and Stability of
     Numerical Algorithms, section 4.2). With `exact`, for inputs of small whole numbers, whose
@@ -63,7 +64,9 @@ class Judge:
         scores = centroids.double() @ state
         bound = self._bound(centroids, state)
         ranked = torch.sort(scores, descending=True).values
-        certain = scores - bound > ranked[self.n_probes - 1] + bound.max()
+        must = torch.ones_like(scores, dtype=torch.bool)
+        if self.n_probes < n_clusters:
+            must = scores - bound > ranked[self.n_probes] + bound.max()
         last = min(self.n_probes + slack, n_clusters) - 1
         possible = scores + bound >= ranked[last] - bound.max()
 
@@ -72,9 +75,7 @@ class Judge:
         if not possible[cluster]:
             rank = int((scores > scores[cluster]).sum()) + 1
             return f"token {token} is of the cluster ranked {rank}, of {self.n_probes} probes"
-        must = certain.nonzero().flatten()
-        if must.numel() == 0:
-            return None
+        must[cluster] = True
         rows = self.weights.weight.view(n_clusters, -1, width)[must].flatten(0, 1)
         logits = rows.double() @ state
         own = self.weights.weight[position].double() @ state

@@ -9,6 +9,7 @@ import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,13 @@ from flashtune.kernels.layout import Step
 from flashtune.kernels.workload import Workload
 
 CALLS_PER_REPLAY = 20
+
+
+class Timer(Protocol):
+    """A step made ready to be timed over and over."""
+
+    def sample(self, replays: int) -> list[float]:
+        """That many samples, each in microseconds a call."""
 
 
 class GraphTimer:
@@ -79,7 +87,7 @@ class Timing:
         return cls(statistics.median(samples), tenths[8] - tenths[0], len(samples))
 
 
-def interleaved(timers: Sequence[GraphTimer], rounds: int, replays: int = 5) -> list[list[float]]:
+def interleaved(timers: Sequence[Timer], rounds: int, replays: int = 5) -> list[list[float]]:
     """Samples of each timer, taken in turns so that a drifting clock favours none."""
     samples: list[list[float]] = [[] for _ in timers]
     for _ in range(rounds):

@@ -170,6 +170,7 @@ class TritonBackend:
     """NVIDIA GPUs, through Triton."""
 
     name = "triton"
+    torch_device = "cuda"
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's Python source."""

@@ -61,6 +61,7 @@ class Workload:
         ]
         workload = cls(problem, sets, tuple(states[:n_sets]), tuple(states[n_sets:]))
         workload._plant(workload.checks[1], problem.n_probes - 1)
+        workload._plant(workload.checks[2], problem.n_clusters - 1)
         return workload
 
     def _plant(self, states: torch.Tensor, rank: int) -> None:

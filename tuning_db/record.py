@@ -42,6 +42,9 @@ class Provenance(str, Enum):
 class Measurement:
     """One evaluation of a config. Times are microseconds a call.
 
+    OK and PRUNED measurements have a time, and only they: PRUNED is a config that was right, but
+    so slow at its first sample that no more were taken.
+
     `spread_us` is the distance between the 10th and 90th percentile of the samples; `error`
     says why the outcome is not OK; `policy` names how the time was taken (`search`, `final`,
     `race`) or, for a prediction, the cost model's version.
@@ -59,7 +62,8 @@ class Measurement:
         for time_us in (self.median_us, self.spread_us):
             if time_us is not None and not 0 <= time_us < math.inf:
                 raise ValueError(f"a measurement of {time_us} microseconds")
-        if (self.median_us is not None) != (self.outcome is Outcome.OK):
+        timed = self.outcome in (Outcome.OK, Outcome.PRUNED)
+        if (self.median_us is not None) != timed:
             raise ValueError(
                 f"a measurement with outcome {self.outcome.value} and median {self.median_us}"
             )

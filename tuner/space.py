@@ -1,0 +1,189 @@
+"""The configs a search chooses from: conditional by plan, narrowed by what the user fixes.
+
+Usage:
+    space = Space(problem, device, fixed={"plan": "staged"})
+    config, reason = space.suggest(trial)     # reason is None when the config is valid
+    for config in space.configs(): …          # every valid config
+
+A knob is called `plan.knob` in Optuna, because its choices may not change between trials; a knob
+that does not matter under the values before it is not suggested.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+
+from flashtune.kernels.config import (
+    PLANS,
+    Config,
+    config_data,
+    enabled,
+    knobs,
+    why_invalid,
+)
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+Choices = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Every valid config for a problem and device, with some knobs fixed to one value.
+
+    Raises FlashtuneError when `fixed` names an unknown knob or value.
+    """
+
+    problem: Problem
+    device: Device
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what is fixed."""
+        for name, value in self.fixed.items():
+            choices = list(PLANS) if name == "plan" else _all_choices(name)
+            if not choices:
+                raise FlashtuneError(f"unknown knob {name!r}: see `flashtune render --knobs`")
+            if value not in choices:
+                raise FlashtuneError(f"knob {name} must be one of {choices}, not {value!r}")
+
+    @property
+    def plans(self) -> list[str]:
+        """The plans to choose from."""
+        return [self.fixed["plan"]] if "plan" in self.fixed else list(PLANS)
+
+    def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
+        """The config a trial asks for, and why it is not valid, if so."""
+        plan = PLANS[trial.suggest_categorical("plan", self.plans)]
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, values):
+                values[name] = trial.suggest_categorical(f"{plan.plan}.{name}", choices)
+            else:
+                values[name] = knobs(plan)[name]["default"]
+        config = plan(**values)
+        return config, why_invalid(config, self.problem, self.device)
+
+    def parameters(self, config: Config) -> dict[str, Any] | None:
+        """What a trial would have to be given for `suggest` to return this config.
+
+        None when the config is not in the space.
+        """
+        if config.plan not in self.plans:
+            return None
+        plan, data = PLANS[config.plan], config_data(config)
+        parameters: dict[str, Any] = {"plan": config.plan}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, data):
+                if data[name] not in choices:
+                    return None
+                parameters[f"{plan.plan}.{name}"] = data[name]
+        return parameters
+
+    def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distributions of `parameters(config)`."""
+        plan, data = PLANS[config.plan], config_data(config)
+        found: dict[str, optuna.distributions.BaseDistribution] = {
+            "plan": optuna.distributions.CategoricalDistribution(self.plans)
+        }
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, data):
+                distribution = optuna.distributions.CategoricalDistribution(choices)
+                found[f"{plan.plan}.{name}"] = distribution
+        return found
+
+    def configs(self) -> Iterator[Config]:
+        """Every valid config, in the order of the knobs' choices."""
+        for plan in self.plans:
+            yield from self._complete(PLANS[plan], {})
+
+    def neighbours(self, config: Config) -> list[Config]:
+        """The valid configs that differ in one knob, and in those that it switches on or off."""
+        plan = PLANS[config.plan]
+        found = []
+        for name, choices in self._knobs(plan).items():
+            for choice in choices:
+                near = self._changed(config, name, choice)
+                if near != config and why_invalid(near, self.problem, self.device) is None:
+                    found.append(near)
+        return list(dict.fromkeys(found))
+
+    def starts(self) -> list[Config]:
+        """One valid config near the default for each plan and each value of its first knob."""
+        found = []
+        for plan in (PLANS[name] for name in self.plans):
+            first = next(iter(self._knobs(plan)))
+            for choice in self._knobs(plan)[first]:
+                near = self._repaired(self._changed(plan(), first, choice))
+                if near is not None:
+                    found.append(near)
+        return list(dict.fromkeys(found))
+
+    def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
+        """The choices of each knob that are left when what is fixed is fixed."""
+        return {
+            name: (self.fixed[name],) if name in self.fixed else knob["choices"]
+            for name, knob in knobs(plan).items()
+        }
+
+    def _changed(self, config: Config, name: str, value: Any) -> Config:
+        """The config with one knob changed and the fixed ones as they must be."""
+        plan = PLANS[config.plan]
+        data = {**config_data(config), name: value}
+        del data["plan"]
+        for each, knob in knobs(plan).items():
+            if not enabled(plan, each, data):
+                data[each] = knob["default"]
+            elif each in self.fixed:
+                data[each] = self.fixed[each]
+        return plan(**data)
+
+    def _repaired(self, config: Config) -> Config | None:
+        """The config itself if it is valid, else a valid one a change of one or two knobs away."""
+        if why_invalid(config, self.problem, self.device) is None:
+            return config
+        for name, choices in self._knobs(PLANS[config.plan]).items():
+            for choice in choices:
+                near = self._changed(config, name, choice)
+                if self.neighbours(near):
+                    return self.neighbours(near)[0]
+        return None
+
+    def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
+        """Every valid config of a plan whose first knobs have these values."""
+        left = list(self._knobs(plan).items())[len(values) :]
+        if not left:
+            config = plan(**values)
+            if why_invalid(config, self.problem, self.device) is None:
+                yield config
+            return
+        name, choices = left[0]
+        if not enabled(plan, name, values):
+            choices = (knobs(plan)[name]["default"],)
+        for choice in choices:
+            yield from self._complete(plan, {**values, name: choice})
+
+
+def _all_choices(name: str) -> list[Any]:
+    """The choices of a knob over all plans that have it."""
+    found = [knobs(plan)[name]["choices"] for plan in PLANS.values() if name in knobs(plan)]
+    return list(dict.fromkeys(choice for choices in found for choice in choices))
+
+
+def parse_fixed(text: str) -> tuple[str, Any]:
+    """Read `--fix`: KNOB=VALUE, with the value as the knob's choices have it.
+
+    Raises FlashtuneError on a knob or value that does not exist.
+    """
+    name, _, value = text.partition("=")
+    choices = list(PLANS) if name == "plan" else _all_choices(name)
+    if not choices:
+        known = dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan))
+        raise FlashtuneError(f"unknown knob {name!r}: use plan, {', '.join(known)}")
+    for choice in choices:
+        if str(choice).lower() == value.lower():
+            return name, choice
+    raise FlashtuneError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
