@@ -112,7 +112,7 @@ def parse_config(data: Any) -> Config:
 
     This is the only way from a table or a database to a template.
     """
-    if not isinstance(data, Mapping) or data.get("plan") not in PLANS:
+    if not isinstance(data, Mapping) or data.get("plan") not in tuple(PLANS):
         raise FlashtuneError(f"a config's plan must be one of {', '.join(PLANS)}")
     plan = PLANS[data["plan"]]
     values: dict[str, Scalar] = {name: value for name, value in data.items() if name != "plan"}
@@ -217,7 +217,7 @@ def default_config(problem: Problem, device: Device) -> Config:
 
 
 def _fitted(config: StagedConfig, problem: Problem, device: Device) -> Config:
-    """The config with tiles narrowed, then warps raised, until it is valid."""
+    """The config with tiles narrowed, then warps taken away, until it is valid."""
     data = dict(config_data(config))
     widest = max(64, next_power_of_2(problem.hidden_size))
     for stage, sums in (("score", problem.n_tokens), ("gather", 1)):
@@ -226,6 +226,8 @@ def _fitted(config: StagedConfig, problem: Problem, device: Device) -> Config:
         while int(data[f"{stage}_rows"]) * int(data[f"{stage}_block"]) * sums > room:
             smaller = f"{stage}_rows" if int(data[f"{stage}_rows"]) > 1 else f"{stage}_block"
             data[smaller] = int(data[smaller]) // 2
+        tile = int(data[f"{stage}_rows"]) * int(data[f"{stage}_block"])
+        data[f"{stage}_warps"] = min(int(data[f"{stage}_warps"]), tile // 32)
     fitted = parse_config(data)
     reason = why_invalid(fitted, problem, device)
     if reason:

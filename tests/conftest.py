@@ -1,0 +1,59 @@
+"""The switch for golden files, and what tests of kernels share."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from flashtune.kernels.config import PLANS, Config, enabled, knobs
+from flashtune.tuning_db.problem import Problem
+
+RandomConfig = Callable[[random.Random], Config]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--accept-golden",
+        action="store_true",
+        help="write generated source to tests/golden instead of comparing it",
+    )
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels loaded from here on are run by Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def random_config() -> RandomConfig:
+    """Any config that parses, valid for a problem or not: `random_config(rng)`."""
+
+    def draw(rng: random.Random) -> Config:
+        plan = rng.choice(list(PLANS.values()))
+        values = {}
+        for name, known in knobs(plan).items():
+            free = enabled(plan, name, values)
+            values[name] = rng.choice(known["choices"]) if free else known["default"]
+        return plan(**values)
+
+    return draw
+
+
+@pytest.fixture
+def random_problem() -> Callable[[random.Random], Problem]:
+    """A problem of odd sizes: `random_problem(rng)`."""
+
+    def draw(rng: random.Random) -> Problem:
+        clusters = rng.choice((1, 2, 31, 97, 500, 9496, 16384))
+        return Problem(
+            vocab_size=clusters * rng.choice((1, 5, 12, 16, 33)),
+            hidden_size=rng.choice((1, 33, 64, 200, 640, 1152, 2048, 3072, 65536)),
+            n_clusters=clusters,
+            n_probes=rng.randint(1, min(clusters, 512)),
+            n_tokens=rng.choice((1, 2, 3, 8)),
+            weight_dtype=rng.choice(("bf16", "fp16", "fp32")),
+            centroid_dtype=rng.choice(("bf16", "fp32")),
+        )
+
+    return draw
