@@ -1,0 +1,96 @@
+"""The inputs that candidates are verified and timed on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
+from flashtune.kernels.reference import decode
+from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.problem import Problem
+
+PROBLEM = Problem(vocab_size=384, hidden_size=64, n_clusters=32, n_probes=8, n_tokens=3)
+CPU = torch.device("cpu")
+
+
+def make(problem: Problem = PROBLEM, cold_bytes: int = 1, seed: int = 0) -> Workload:
+    return Workload.create(problem, CPU, cold_bytes=cold_bytes, seed=seed)
+
+
+def step_with(n_probes: int) -> Step:
+    def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(decode(weights, hidden, n_probes))
+
+    return step
+
+
+@pytest.mark.parametrize("n_probes", [1, 2, 8, 31, 32])
+def test_a_right_step_passes(n_probes: int) -> None:
+    workload = make(replace(PROBLEM, n_probes=n_probes))
+    assert workload.why_wrong(step_with(n_probes), slack=0) is None
+
+
+@pytest.mark.parametrize("n_probes", [2, 8, 31, 32])
+def test_a_step_that_probes_one_cluster_too_few_is_caught(n_probes: int) -> None:
+    workload = make(replace(PROBLEM, n_probes=n_probes))
+    reason = workload.why_wrong(step_with(n_probes - 1), slack=0)
+    assert reason is not None
+    assert "but there is" in reason
+
+
+@pytest.mark.parametrize("n_probes", [1, 8, 27])
+def test_a_step_that_probes_all_clusters_is_caught(n_probes: int) -> None:
+    workload = make(replace(PROBLEM, n_probes=n_probes))
+    reason = workload.why_wrong(step_with(32), slack=4)
+    assert reason is not None
+    assert "is of the cluster ranked" in reason
+
+
+def test_a_step_that_writes_nothing_is_caught() -> None:
+    assert "not in the vocabulary" in (make().why_wrong(lambda *_: None, slack=0) or "")
+
+
+def test_a_step_that_is_right_only_once_is_caught() -> None:
+    calls = []
+
+    def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        calls.append(out)
+        if len(calls) % 2:
+            out.copy_(decode(weights, hidden, PROBLEM.n_probes))
+
+    assert make().why_wrong(step, slack=0) is not None
+    assert len(calls) == 2
+
+
+def test_sets_are_larger_than_what_must_stay_cold() -> None:
+    cold = 10 * PROBLEM.minimum_bytes
+    workload = make(cold_bytes=cold)
+    assert len(workload.sets) == len(workload.states)
+    assert len(workload.sets) * PROBLEM.minimum_bytes > 2 * cold
+    assert len({weights.centroids.data_ptr() for weights in workload.sets}) == len(workload.sets)
+    assert len(make().sets) > 1
+
+
+def test_a_seed_gives_one_workload_and_another_gives_another() -> None:
+    first, same, other = make(seed=1), make(seed=1), make(seed=2)
+    assert torch.equal(first.sets[0].weight, same.sets[0].weight)
+    assert torch.equal(first.checks[0], same.checks[0])
+    assert not torch.equal(first.sets[0].weight, other.sets[0].weight)
+    assert not torch.equal(first.checks[0], other.checks[0])
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_tensors_are_as_the_problem_says(dtype: str) -> None:
+    workload = make(replace(PROBLEM, weight_dtype=dtype, centroid_dtype="fp32"))
+    weights = workload.sets[0]
+    assert weights.weight.shape == (384, 64)
+    assert weights.weight.dtype is workload.states[0].dtype is TORCH_DTYPES[dtype]
+    assert weights.centroids.shape == (32, 64)
+    assert weights.centroids.dtype is torch.float32
+    torch.testing.assert_close(weights.centroids.norm(dim=1), torch.ones(32))
+    ids = weights.ids.view(32, 12)
+    assert ids.dtype is torch.int32
+    assert ids.flatten().sort().values.tolist() == list(range(384))
+    assert bool((ids.diff(dim=1) > 0).all())
+    assert all(state.shape == (3, 64) for state in (*workload.states, *workload.checks))
