@@ -1,0 +1,84 @@
+"""Generated source, as text: a change of a template shows as a change of these files.
+
+`pytest --accept-golden` writes them.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from flashtune.kernels.config import (
+    PersistentConfig,
+    StagedConfig,
+    baseline_config,
+    default_config,
+)
+from flashtune.kernels.source import render_source
+from flashtune.kernels.triton_backend import load_source
+from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.problem import Problem, parse_shape
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ORIN, H200 = find_device("orin"), find_device("h200")
+QWEN, GEMMA = parse_shape("qwen3-vl-2b"), parse_shape("gemma-3-1b")
+ODD = Problem(vocab_size=384, hidden_size=33, n_clusters=32, n_probes=5, n_tokens=3)
+HUGE = Problem(vocab_size=262144, hidden_size=8192, n_clusters=16384, n_probes=256)
+
+
+CASES = {
+    "staged-torch_topk-orin": (QWEN, baseline_config(QWEN, ORIN), ORIN),
+    "staged-threshold-orin": (QWEN, default_config(QWEN, ORIN), ORIN),
+    "staged-threshold-pdl-looping": (
+        QWEN,
+        StagedConfig(score_programs_per_sm=4, score_stages=3, gather_unroll=2, pdl=True),
+        H200,
+    ),
+    "staged-in_gather-orin": (QWEN, StagedConfig(selection="in_gather", gather_warps=16), ORIN),
+    "staged-in_gather-prefetch-pdl": (
+        QWEN,
+        StagedConfig(selection="in_gather", gather_warps=16, prefetch_margin=5, pdl=True),
+        H200,
+    ),
+    "staged-in_gather-odd": (
+        ODD,
+        StagedConfig(
+            selection="in_gather", gather_rows=16, score_block=64, gather_block=64, evict="no_hint"
+        ),
+        ORIN,
+    ),
+    "staged-threshold-ragged": (GEMMA, default_config(GEMMA, ORIN), ORIN),
+    "staged-threshold-int64": (HUGE, default_config(HUGE, H200), H200),
+    "persistent-orin": (QWEN, PersistentConfig(), ORIN),
+    "persistent-prefetch-pdl": (QWEN, PersistentConfig(prefetch_margin=0, pdl=True), H200),
+    "persistent-odd": (ODD, PersistentConfig(score_block=64, gather_block=64), ORIN),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generated_source_is_as_accepted(name: str, pytestconfig: pytest.Config) -> None:
+    problem, config, device = CASES[name]
+    path = GOLDEN / f"{name}.py.txt"
+    source = render_source(problem, config, device)
+    if pytestconfig.getoption("--accept-golden"):
+        path.write_text(source, "utf-8")
+    assert path.exists(), f"no {path.name}: accept it with --accept-golden"
+    assert source == path.read_text("utf-8"), f"{path.name} differs: see --accept-golden"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accepted_source_parses_and_loads(name: str) -> None:
+    source = (GOLDEN / f"{name}.py.txt").read_text("utf-8")
+    ast.parse(source)
+    module = load_source(source)
+    kernels = [launch["kernel"] for launch in module.LAUNCHES]
+    assert all(name == "torch_topk" or hasattr(module, name) for name in kernels)
+
+
+def test_every_golden_file_has_a_case(pytestconfig: pytest.Config) -> None:
+    orphans = {path for path in GOLDEN.iterdir() if path.name.removesuffix(".py.txt") not in CASES}
+    if pytestconfig.getoption("--accept-golden"):
+        for path in orphans:
+            path.unlink()
+        orphans = set()
+    assert not orphans
