@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+SEARCH_ARGS ?= --shape qwen3-vl-2b
+PYTEST_ARGS ?= -n 2
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup search test format golden clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) SEARCH_ARGS="$(SEARCH_ARGS)" PYTEST_ARGS="$(PYTEST_ARGS)"'
+
+search: $(READY) ## tune for a Jetson Orin Nano Super
+	$(VENV)/bin/flashtune search --device orin $(SEARCH_ARGS)
+
+test: $(READY) ## lint, check types, and run the tests
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+format: $(READY) ## format, and fix what ruff can
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+golden: $(READY) ## accept changes of generated source
+	$(VENV)/bin/pytest tests/templates --accept-golden
+
+setup: $(READY) ## make the virtual environment; the others do so when they need it
+
+# pip learned dependency groups in 25.1
+$(READY): pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo 'flashtune needs Python 3.10 or later, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=…' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet 'pip>=25.1'
+	$(VENV)/bin/python -m pip install --quiet -c constraints-dev.txt --editable . --group dev
+	@touch $@
+
+clean: ## remove the virtual environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
