@@ -191,13 +191,18 @@ class MeasuringEvaluator(_Closing):
         return evaluations
 
     def compare(self, configs: Sequence[Config]) -> list[Measurement]:
-        """Time several configs in turns, so that a drifting clock favours none."""
+        """Time several configs in turns, so that a drifting clock favours none.
+
+        What had not been measured yet is given up.
+        """
+        self._compilers.close()
+        self._measurer.drop()
         self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
-        answers: list[tuple[Task, Reply]] = []
-        while not answers:
-            answers = self._measurer.wait(1.0)
-        measurements = list(answers[0][1].measurements)
-        return measurements if len(measurements) == len(configs) else []
+        while True:
+            for task, reply in self._measurer.wait(1.0):
+                if task.kind == "compare":
+                    complete = len(reply.measurements) == len(configs)
+                    return list(reply.measurements) if complete else []
 
     def close(self) -> None:
         """End compilers and measurer."""

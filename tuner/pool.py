@@ -128,9 +128,13 @@ class WorkerPool:
             if answered or not self.pending or time.monotonic() >= end:
                 return answered
 
+    def drop(self) -> None:
+        """Forget the tasks that no worker has begun."""
+        self._queue.clear()
+
     def close(self) -> None:
         """End every process and forget what was pending."""
-        self._queue.clear()
+        self.drop()
         for process in self._processes:
             process.end()
         self._processes.clear()

@@ -59,8 +59,8 @@ class Proposals:
     def __next__(self) -> Config:
         """A config that is neither known nor under way; StopIteration when there is none left."""
         if self._sampler == "exhaustive":
-            config = next(each for each in self._all if self._is_new(each))
-            return self._claim(config, None)
+            fresh = next(each for each in self._all if self._is_new(each))
+            return self._claim(fresh, None)
         for _ in range(_STALE):
             config, trial = self._propose()
             if config is not None and self._is_new(config):

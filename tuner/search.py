@@ -57,8 +57,9 @@ class Event:
 class Result:
     """What a search came to. Times are of the final comparison where there was one.
 
-    `default_kept`: nothing beat the default by more than the noise. `interrupted`: by the user
-    or the timeout; what was measured is in the store all the same.
+    `default_kept`: nothing beat the default by more than the noise. A search that timed out or
+    was cancelled (Ctrl-C) has all that it measured in the store; only a cancelled one leaves the
+    finalists uncompared.
     """
 
     problem: Problem
@@ -68,7 +69,8 @@ class Result:
     evaluated: int
     failed: int
     default_kept: bool
-    interrupted: bool
+    timed_out: bool
+    cancelled: bool
 
 
 def search(
@@ -91,14 +93,14 @@ def search(
     proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
     run = _Run(proposals, evaluator, store, budget, toolchain)
     run.recall()
+    timed_out = cancelled = False
     try:
-        interrupted = run.evaluate(on_event)
-        if not interrupted:
-            on_event(run.event(comparing=True))
-            run.compare()
+        timed_out = run.evaluate(on_event)
+        on_event(run.event(comparing=True))
+        run.compare()
     except KeyboardInterrupt:
-        interrupted = True
-    return run.result(interrupted)
+        cancelled = True
+    return run.result(timed_out, cancelled)
 
 
 @dataclass
@@ -180,7 +182,7 @@ class _Run:
             comparing=comparing,
         )
 
-    def result(self, interrupted: bool) -> Result:
+    def result(self, timed_out: bool, cancelled: bool) -> Result:
         """What the search came to."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
@@ -192,7 +194,8 @@ class _Run:
             evaluated=event.done,
             failed=event.failed,
             default_kept=self._default_kept(),
-            interrupted=interrupted,
+            timed_out=timed_out,
+            cancelled=cancelled,
         )
 
     def _write(self, config: Config, measurement: Measurement) -> None:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.problem import Problem
@@ -88,6 +89,22 @@ class Record:
     def key(self) -> str:
         """The row's identity: device, toolchain, problem and config, hashed."""
         return record_key(self.device, self.toolchain, self.problem, self.config)
+
+    def data(self) -> dict[str, Any]:
+        """The record and its key as plain data."""
+        return {
+            "key": self.key,
+            "device": self.device,
+            "toolchain": asdict(self.toolchain),
+            "problem": asdict(self.problem),
+            "config": dict(self.config),
+            "provenance": self.provenance.value,
+            "measurement": {
+                **asdict(self.measurement),
+                "outcome": self.measurement.outcome.value,
+            },
+            "created": self.created,
+        }
 
 
 def config_key(config: ConfigData) -> str:

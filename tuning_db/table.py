@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -197,20 +197,11 @@ def _place(record: Record) -> tuple[Problem, str, Toolchain]:
 
 
 def _record_data(record: Record) -> dict[str, Any]:
-    measurement = record.measurement
-    return {
-        "toolchain": asdict(record.toolchain),
-        "problem": asdict(record.problem),
-        "config": dict(record.config),
-        "provenance": record.provenance.value,
-        "measurement": {
-            **asdict(measurement),
-            "outcome": measurement.outcome.value,
-            "median_us": _rounded(measurement.median_us),
-            "spread_us": _rounded(measurement.spread_us),
-        },
-        "created": record.created,
-    }
+    data = record.data()
+    del data["key"], data["device"]
+    for name in ("median_us", "spread_us"):
+        data["measurement"][name] = _rounded(data["measurement"][name])
+    return data
 
 
 def _rounded(time_us: float | None) -> float | None:

@@ -1,0 +1,193 @@
+"""What a person sees: progress while a search runs, tables of results and records.
+
+Progress goes to standard error: a live bar on a terminal, a line now and then elsewhere.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from flashtune.kernels.config import PLANS, knobs
+from flashtune.tuner.search import Event, Result
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
+
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def floor_us(problem: Problem, device: Device) -> float | None:
+    """Microseconds that the fewest bytes take at the published bandwidth; None if not known."""
+    if not device.memory_bandwidth:
+        return None
+    return 1e6 * problem.minimum_bytes / device.memory_bandwidth
+
+
+def short_config(config: ConfigData) -> str:
+    """The plan, and the knobs that differ from their defaults."""
+    plan = PLANS[str(config["plan"])]
+    changed = [
+        f"{name}={config[name]}"
+        for name, knob in knobs(plan).items()
+        if config.get(name) != knob["default"]
+    ]
+    return " ".join([plan.plan, *changed])
+
+
+class SearchProgress:
+    """Shows how the searches of a run go: trials, best so far, ratio to the floor, time left."""
+
+    def __init__(self, device: Device, provenance: Provenance) -> None:
+        """Nothing is shown before the first search."""
+        self._device, self._provenance = device, provenance
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._last_line = 0.0
+
+    def __enter__(self) -> "SearchProgress":
+        """Start the display."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the display."""
+        self._bar.stop()
+
+    def start(self, problem: Problem, trials: int) -> "ProblemProgress":
+        """Begin a search; the result is its `on_event`."""
+        task = self._bar.add_task(problem.describe(), total=trials, best="")
+        return ProblemProgress(self, problem, task)
+
+    def show(self, problem: Problem, task: TaskID, event: Event, since: float) -> None:
+        """Show how far one search is."""
+        best = self.describe_best(problem, event)
+        self._bar.update(task, completed=event.done, total=event.total, best=best)
+        now = time.monotonic()
+        due = event.comparing or now - self._last_line >= LINE_SECONDS
+        if self._bar.disable and due:
+            self._last_line = now
+            rate = (now - since) / max(1, event.done)
+            left = rate * max(0, event.total - event.done)
+            print(
+                f"{problem.describe()}: {event.done}/{event.total} trials, {best}, "
+                f"about {left:.0f} s left",
+                file=sys.stderr,
+            )
+
+    def describe_best(self, problem: Problem, event: Event) -> str:
+        """The best time so far and its ratio to the byte floor."""
+        if event.best_us is None:
+            return f"nothing works yet, {event.failed} failed"
+        floor = floor_us(problem, self._device)
+        ratio = f" = {event.best_us / floor:.2f} x floor" if floor else ""
+        timing = event.comparing and self._provenance is Provenance.MEASURED
+        doing = ", timing the best side by side" if timing else ""
+        return (
+            f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
+            f"{event.failed} failed{doing}"
+        )
+
+
+class ProblemProgress:
+    """The progress of one problem's search."""
+
+    def __init__(self, progress: SearchProgress, problem: Problem, task: TaskID) -> None:
+        """Counted from now."""
+        self._progress, self._problem, self._task = progress, problem, task
+        self._since = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        self._progress.show(self._problem, self._task, event, self._since)
+
+
+def results_table(results: Sequence[Result], device: Device, provenance: Provenance) -> Table:
+    """Baseline, default and winner of each problem."""
+    table = Table(title=f"{device.title}: times in microseconds, {provenance.value}")
+    for heading in ("problem", "baseline", "default", "winner", "floor", "ratio", "config"):
+        table.add_column(heading, justify="left" if heading in ("problem", "config") else "right")
+    for result in results:
+        floor = floor_us(result.problem, device)
+        time_us = result.winner.measurement.median_us if result.winner else None
+        table.add_row(
+            result.problem.describe(),
+            _number(result.baseline_us),
+            _number(result.default_us),
+            _number(time_us),
+            _number(floor),
+            f"{time_us / floor:.2f}" if time_us and floor else "",
+            short_config(result.winner.config) if result.winner else "nothing worked",
+        )
+    return table
+
+
+def records_table(records: Iterable[Record]) -> Table:
+    """Records, a line each."""
+    table = Table()
+    for heading in ("record", "device", "problem", "time us", "outcome", "provenance", "config"):
+        table.add_column(heading, justify="right" if heading == "time us" else "left")
+    for record in records:
+        measurement = record.measurement
+        failed = measurement.outcome not in (Outcome.OK, Outcome.PRUNED)
+        table.add_row(
+            record.key[:12],
+            record.device,
+            record.problem.describe(),
+            _number(measurement.median_us),
+            measurement.outcome.value,
+            record.provenance.value,
+            measurement.error if failed else short_config(record.config),
+        )
+    return table
+
+
+def devices_table(devices: Iterable[Device], here: str | None) -> Table:
+    """The registry, with the device of this machine marked."""
+    table = Table()
+    for heading in ("device", "title", "arch", "SMs", "GB/s", "L2 MiB", "aliases", ""):
+        table.add_column(
+            heading, justify="right" if heading in ("SMs", "GB/s", "L2 MiB") else "left"
+        )
+    for device in devices:
+        table.add_row(
+            device.name,
+            device.title,
+            device.arch,
+            str(device.sm_count),
+            f"{device.memory_bandwidth / 1e9:.0f}",
+            f"{device.l2_bytes / 2**20:.0f}",
+            ", ".join(device.aliases),
+            "this machine" if device.name == here else "",
+        )
+    return table
+
+
+def _number(time_us: float | None) -> str:
+    return "" if time_us is None else f"{time_us:.1f}"

@@ -1,0 +1,154 @@
+"""A run of `flashtune search`: several problems on one device, within one budget.
+
+Usage:
+    session = Session(request, store)
+    results = session.run()      # progress on standard error
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from flashtune.kernels.this_device import device_of, toolchain
+from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.report import SearchProgress, floor_us
+from flashtune.tuner.search import Budget, Result, search
+from flashtune.tuner.space import Space
+from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance, Record
+from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all."""
+
+    device: Device
+    problems: Sequence[Problem]
+    trials: int
+    timeout_s: float | None = None
+    sampler: str = "tpe"
+    seed: int = 0
+    jobs: int = 1
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def this_device() -> Device:
+    """The device of this machine; raises FlashtuneError when kernels can run on none."""
+    device = device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    if device is None:
+        raise FlashtuneError(
+            "this machine has no NVIDIA GPU that torch can use: name a device to predict for, "
+            "as in `flashtune search --device orin`"
+        )
+    return device
+
+
+class Session:
+    """Runs the searches of a request one after another."""
+
+    def __init__(self, request: SearchRequest, store: Store) -> None:
+        """Measures where the device is this machine's, predicts where it is not.
+
+        Raises FlashtuneError when what is fixed leaves no valid config for a problem.
+        """
+        self.request, self.store = request, store
+        self.cancelled = False
+        self.provenance = Provenance.MEASURED if _is_here(request.device) else Provenance.PREDICTED
+        self.toolchain = toolchain()
+        if self.provenance is Provenance.PREDICTED:
+            self.toolchain = Toolchain(triton=self.toolchain.triton)
+        self._spaces = [Space(p, request.device, request.fixed) for p in request.problems]
+        for space in self._spaces:
+            if next(space.configs(), None) is None:
+                raise FlashtuneError(
+                    f"no valid config for {space.problem.describe()} on {request.device.name} "
+                    f"with {dict(request.fixed)}: fix less"
+                )
+
+    def run(self) -> list[Result]:
+        """The results so far; a search cut short by Ctrl-C is the last of them."""
+        request = self.request
+        end = time.monotonic() + (request.timeout_s or float("inf"))
+        results: list[Result] = []
+        with SearchProgress(request.device, self.provenance) as progress:
+            for number, space in enumerate(self._spaces):
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                share = left / (len(self._spaces) - number) if request.timeout_s else None
+                try:
+                    results.append(self._search(space, share, progress))
+                    self.cancelled = results[-1].cancelled
+                except KeyboardInterrupt:
+                    self.cancelled = True
+                if self.cancelled:
+                    break
+        return results
+
+    def _search(self, space: Space, timeout_s: float | None, progress: SearchProgress) -> Result:
+        with closing(self._evaluator(space.problem)) as evaluator:
+            return search(
+                space,
+                evaluator,
+                self.store,
+                Budget(trials=self.request.trials, timeout_s=timeout_s),
+                toolchain=self.toolchain,
+                sampler=self.request.sampler,
+                seed=self.request.seed,
+                near=self._near(space.problem),
+                on_event=progress.start(space.problem, self.request.trials),
+            )
+
+    def _evaluator(self, problem: Problem) -> Evaluator:
+        request = self.request
+        if self.provenance is Provenance.PREDICTED:
+            return PredictingEvaluator(problem, request.device, jobs=request.jobs)
+        return MeasuringEvaluator(problem, request.device, jobs=request.jobs, seed=request.seed)
+
+    def _near(self, problem: Problem) -> list[Record]:
+        """Winners of other problems on this device, the user's first, then the shipped ones."""
+        name = self.request.device.name
+        found = [self.store.best(name, other) for other in self.store.problems(name)]
+        table = prebuilt_table(name)
+        records = [record for record in found if record] + list(table.records if table else ())
+        return [record for record in records if record.problem != problem]
+
+
+def _is_here(device: Device) -> bool:
+    try:
+        return this_device() == device
+    except FlashtuneError:
+        return False
+
+
+def result_data(
+    device: Device, provenance: Provenance, results: Sequence[Result]
+) -> dict[str, Any]:
+    """The results as plain data."""
+    return {
+        "device": device.name,
+        "provenance": provenance.value,
+        "results": [
+            {
+                "problem": asdict(result.problem),
+                "winner": result.winner.data() if result.winner else None,
+                "default_us": result.default_us,
+                "baseline_us": result.baseline_us,
+                "floor_us": floor_us(result.problem, device),
+                "evaluated": result.evaluated,
+                "failed": result.failed,
+                "default_kept": result.default_kept,
+                "timed_out": result.timed_out,
+                "cancelled": result.cancelled,
+            }
+            for result in results
+        ],
+    }
