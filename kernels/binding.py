@@ -100,7 +100,7 @@ def bind(problem: Problem, weights: Weights) -> Bound:
     troubles: list[str] = []
     try:
         device = device_of(weights.weight.device)
-        choice = _best_choice(problem, device, toolchain(), troubles)
+        choice = best_choice(problem, device, toolchain(), troubles)
         while device is not None and choice.config is not None:
             try:
                 new_step = compile_step(problem, choice.config, device, weights.weight.device)
@@ -130,19 +130,19 @@ def bind(problem: Problem, weights: Weights) -> Bound:
     )
 
 
-def _best_choice(
+def best_choice(
     problem: Problem, device: Device | None, tools: Toolchain, troubles: list[str]
 ) -> Choice:
     """Look for this problem first; read all there is only where that finds nothing."""
     if device is None:
         return choose(problem, device, tools, ())
-    choice = choose(problem, device, tools, _read_sources(device, problem, troubles))
+    choice = choose(problem, device, tools, read_sources(device, problem, troubles))
     if choice.level is Level.EXACT:
         return choice
-    return choose(problem, device, tools, _read_sources(device, None, troubles))
+    return choose(problem, device, tools, read_sources(device, None, troubles))
 
 
-def _read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
+def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
     """The records of one problem on this device, or of all problems and devices.
 
     What cannot be read is left out, and `troubles` says so once.

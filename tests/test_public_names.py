@@ -48,8 +48,8 @@ def test_the_runtime_loads_nothing_of_the_search() -> None:
     decode = (
         "import torch; from flashtune.kernels.head import FlashHead; "
         "FlashHead(torch.eye(4), torch.eye(4), torch.arange(4), n_probes=2)(torch.eye(4)); "
-        "from flashtune.kernels.binding import compile_step, _read_sources; "
+        "from flashtune.kernels.binding import compile_step, read_sources; "
         "from flashtune.tuning_db.device import find_device; "
-        "_read_sources(find_device('h200'), None, [])"
+        "read_sources(find_device('h200'), None, [])"
     )
     assert loaded_by(decode, SEARCH_ONLY) == []

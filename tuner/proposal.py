@@ -20,7 +20,6 @@ from flashtune.kernels.config import (
     baseline_config,
     default_config,
     parse_config,
-    why_invalid,
 )
 from flashtune.kernels.selection import shape_distance
 from flashtune.tuner.space import Space
@@ -165,13 +164,8 @@ def _winners(space: Space, near: Iterable[Record]) -> list[Config]:
             ranked.append((record.device != space.device.name, distance, number, record))
     found: dict[Config, None] = {}
     for *_, record in sorted(ranked, key=lambda row: row[:3]):
-        try:
-            config = parse_config(record.config)
-        except FlashtuneError:
-            continue  # of another version of its plan
-        valid = why_invalid(config, space.problem, space.device) is None
-        if valid and space.parameters(config) is not None:
-            found[config] = None
+        if space.holds(record.config):
+            found[parse_config(record.config)] = None
     return list(found)[:NEAR_WINNERS]
 
 

@@ -21,11 +21,13 @@ from flashtune.kernels.config import (
     config_data,
     enabled,
     knobs,
+    parse_config,
     why_invalid,
 )
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import ConfigData
 
 Choices = Sequence[Any]
 
@@ -82,6 +84,15 @@ class Space:
                     return None
                 parameters[f"{plan.plan}.{name}"] = data[name]
         return parameters
+
+    def holds(self, data: ConfigData) -> bool:
+        """Whether a config on record is a valid one of this space."""
+        try:
+            config = parse_config(data)
+        except FlashtuneError:
+            return False
+        valid = why_invalid(config, self.problem, self.device) is None
+        return valid and self.parameters(config) is not None
 
     def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distributions of `parameters(config)`."""
