@@ -39,6 +39,19 @@ class KernelUse:
     spilled: int
 
 
+def resident_programs(use: KernelUse, device: Device) -> int:
+    """Programs of a kernel that one multiprocessor holds at a time; at least one."""
+    limits, threads = device.limits, 32 * use.warps
+    registers = max(1, use.registers) * threads
+    room = [
+        limits.blocks_per_sm,
+        limits.threads_per_sm // threads,
+        limits.registers_per_sm // registers,
+        limits.shared_per_sm // (use.shared_bytes + 1024),
+    ]
+    return max(1, min(room))
+
+
 class Backend(Protocol):
     """Renders, compiles, loads and times the candidates of one kind of device."""
 

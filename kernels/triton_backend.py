@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashtune.kernels.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.config import Config
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.source import render_source
@@ -190,6 +190,12 @@ class TritonBackend:
                 raise DoesNotFitError(
                     f"{use.kernel} needs {use.shared_bytes} bytes of shared memory, "
                     f"{device.name} has {device.limits.shared_per_block} a block"
+                )
+            at_once = resident_programs(use, device) * device.sm_count
+            if module.COOPERATIVE and use.programs > at_once:
+                raise DoesNotFitError(
+                    f"{use.kernel} needs {use.programs} programs resident at once, "
+                    f"{device.name} holds {at_once}"
                 )
         return uses
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flashtune.kernels.backend import KernelUse
+from flashtune.kernels.backend import KernelUse, resident_programs
 from flashtune.kernels.config import (
     Config,
     PersistentConfig,
@@ -80,19 +80,6 @@ def _gather(problem: Problem, config: Config, programs: int) -> Stage:
     probes = problem.n_probes + slack_of(config) / 2
     total = problem.n_tokens * probes * problem.cluster_bytes
     return Stage(total, programs, tile * DTYPE_BYTES[problem.weight_dtype] * depth)
-
-
-def resident_programs(use: KernelUse, device: Device) -> int:
-    """Programs of a kernel that one multiprocessor holds at a time; at least one."""
-    limits, threads = device.limits, 32 * use.warps
-    registers = max(1, use.registers) * threads
-    room = [
-        limits.blocks_per_sm,
-        limits.threads_per_sm // threads,
-        limits.registers_per_sm // registers,
-        limits.shared_per_sm // (use.shared_bytes + 1024),
-    ]
-    return max(1, min(room))
 
 
 def _stage_s(stage: Stage, use: KernelUse, device: Device) -> float:

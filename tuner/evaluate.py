@@ -1,7 +1,8 @@
 """Where a candidate is evaluated: measured on this machine's device, or predicted.
 
 Usage:
-    with MeasuringEvaluator(problem, device, jobs=8, seed=0) as evaluator:
+    with WorkerPool(8) as compilers, WorkerPool(1) as measurer:
+        evaluator = MeasuringEvaluator(problem, device, compilers, measurer, seed=0)
         evaluator.submit(config)
         for evaluation in evaluator.wait(1.0):
             evaluation.config, evaluation.measurement
@@ -11,12 +12,11 @@ Both keep compilers running ahead: `room` says how many more configs may be subm
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 from flashtune.kernels.config import Config
 from flashtune.tuner.cost_model import VERSION, predict_us
-from flashtune.tuner.pool import COMMAND, WorkerPool
+from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.task import Reply, Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -61,43 +61,19 @@ class Evaluator(Protocol):
         """End what is under way."""
 
 
-class _Closing:
-    """Evaluators end with their `with` block."""
-
-    def close(self) -> None:
-        """End what is under way."""
-        raise NotImplementedError
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
-
-class PredictingEvaluator(_Closing):
+class PredictingEvaluator:
     """Cross-compiles for a device that is not here, and asks the cost model."""
 
     provenance = Provenance.PREDICTED
 
-    def __init__(
-        self, problem: Problem, device: Device, *, jobs: int, command: Sequence[str] = COMMAND
-    ) -> None:
-        """`jobs` compilers at a time."""
-        self._problem, self._device, self._jobs = problem, device, jobs
-        self._pool = WorkerPool(jobs, command)
-
-    def __enter__(self) -> "PredictingEvaluator":
-        """The evaluator itself."""
-        return self
+    def __init__(self, problem: Problem, device: Device, compilers: WorkerPool) -> None:
+        """The pool is the caller's, to be used for one problem after another."""
+        self._problem, self._device, self._pool = problem, device, compilers
 
     @property
     def room(self) -> int:
         """Compilers without work, and one config in hand for each."""
-        return max(0, 2 * self._jobs - self._pool.pending)
+        return max(0, 2 * self._pool.size - self._pool.pending)
 
     @property
     def pending(self) -> int:
@@ -121,8 +97,8 @@ class PredictingEvaluator(_Closing):
         return []
 
     def close(self) -> None:
-        """End the compilers."""
-        self._pool.close()
+        """End what is under way."""
+        self._pool.cancel()
 
     def _measurement(self, config: Config, reply: Reply) -> Measurement:
         if reply.measurements:
@@ -136,7 +112,7 @@ class PredictingEvaluator(_Closing):
         return Measurement(outcome=Outcome.OK, median_us=time_us, policy=VERSION)
 
 
-class MeasuringEvaluator(_Closing):
+class MeasuringEvaluator:
     """Compiles in parallel, then verifies and times one config after another on the device."""
 
     provenance = Provenance.MEASURED
@@ -145,25 +121,20 @@ class MeasuringEvaluator(_Closing):
         self,
         problem: Problem,
         device: Device,
+        compilers: WorkerPool,
+        measurer: WorkerPool,
         *,
-        jobs: int,
         seed: int,
-        command: Sequence[str] = COMMAND,
     ) -> None:
-        """`jobs` compilers at a time; `seed` makes the inputs."""
-        self._problem, self._device, self._jobs, self._seed = problem, device, jobs, seed
-        self._compilers = WorkerPool(jobs, command)
-        self._measurer = WorkerPool(1, command)
+        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs."""
+        self._problem, self._device, self._seed = problem, device, seed
+        self._compilers, self._measurer = compilers, measurer
         self._best_us: float | None = None
-
-    def __enter__(self) -> "MeasuringEvaluator":
-        """The evaluator itself."""
-        return self
 
     @property
     def room(self) -> int:
         """As many configs may be under way as compilers can keep ahead of the timing."""
-        return max(0, 2 * self._jobs + 2 - self.pending)
+        return max(0, 2 * self._compilers.size + 2 - self.pending)
 
     @property
     def pending(self) -> int:
@@ -195,19 +166,18 @@ class MeasuringEvaluator(_Closing):
 
         What had not been measured yet is given up.
         """
-        self._compilers.close()
-        self._measurer.drop()
+        self.close()
         self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
-        while True:
-            for task, reply in self._measurer.wait(1.0):
-                if task.kind == "compare":
-                    complete = len(reply.measurements) == len(configs)
-                    return list(reply.measurements) if complete else []
+        answers: list[tuple[Task, Reply]] = []
+        while not answers:
+            answers = self._measurer.wait(1.0)
+        measurements = list(answers[0][1].measurements)
+        return measurements if len(measurements) == len(configs) else []
 
     def close(self) -> None:
-        """End compilers and measurer."""
-        self._compilers.close()
-        self._measurer.close()
+        """End what is under way."""
+        self._compilers.cancel()
+        self._measurer.cancel()
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
         return Task(

@@ -91,7 +91,7 @@ class WorkerPool:
 
     def __init__(self, size: int, command: Sequence[str] = COMMAND) -> None:
         """No process is started before the first task."""
-        self._size = size
+        self.size = size
         self._command = tuple(command)
         self._queue: deque[_Request] = deque()
         self._processes: list[_Process] = []
@@ -128,20 +128,23 @@ class WorkerPool:
             if answered or not self.pending or time.monotonic() >= end:
                 return answered
 
-    def drop(self) -> None:
-        """Forget the tasks that no worker has begun."""
+    def cancel(self) -> None:
+        """Forget every pending task: those begun end with their process, idle ones live on."""
         self._queue.clear()
+        for process in [each for each in self._processes if each.request is not None]:
+            process.end()
+            self._processes.remove(process)
 
     def close(self) -> None:
         """End every process and forget what was pending."""
-        self.drop()
+        self._queue.clear()
         for process in self._processes:
             process.end()
         self._processes.clear()
 
     def _assign(self) -> None:
         idle = [process for process in self._processes if process.request is None]
-        while self._queue and (idle or len(self._processes) < self._size):
+        while self._queue and (idle or len(self._processes) < self.size):
             if not idle:
                 self._processes.append(_Process(self._command))
                 idle.append(self._processes[-1])

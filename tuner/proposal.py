@@ -11,7 +11,7 @@ Usage:
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import optuna
 
@@ -28,7 +28,8 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 
 SAMPLERS = ("tpe", "gp", "random", "exhaustive")
 NEAR_WINNERS = 4
-BEST = 6  # configs whose neighbours are tried
+BEST = 3  # configs of an arm whose neighbours are tried
+FAR = 1.6  # an arm whose best is that much slower than the best of all is left alone
 _STALE = 200  # proposals in a row that are known or not valid, before the source runs dry
 
 
@@ -135,12 +136,23 @@ class Proposals:
         return None, None
 
     def _neighbour(self) -> Config | None:
-        """One of the best configs' untried neighbours."""
-        for config in self.ranked()[:BEST]:
-            fresh = [near for near in self.space.neighbours(config) if self._is_new(near)]
-            if fresh:
-                return self._random.choice(fresh)
-        return None
+        """An untried neighbour, or a neighbour's neighbour, of one of an arm's best configs.
+
+        The nearer an arm's best is to the best of all, the more often is it the arm's turn.
+        """
+        arms: dict[Hashable, list[Config]] = {}
+        for config in self.ranked():
+            arms.setdefault(self.space.arm(config), []).append(config)
+        if not arms:
+            return None
+        times = {arm: self.known[configs[0]].median_us or 0.0 for arm, configs in arms.items()}
+        best_us = min(times.values())
+        weights = [max(0.0, FAR - times[arm] / best_us) for arm in arms]
+        arm = self._random.choices(list(arms), weights)[0]
+        config = self._random.choice(arms[arm][:BEST])
+        for _ in range(self._random.choice((1, 1, 2))):
+            config = self._random.choice(self.space.neighbours(config) or [config])
+        return config
 
     def _is_new(self, config: Config) -> bool:
         return config not in self.known and config not in self._trials

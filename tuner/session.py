@@ -15,6 +15,7 @@ import torch
 
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.report import SearchProgress, floor_us
 from flashtune.tuner.search import Budget, Result, search
 from flashtune.tuner.space import Space
@@ -78,14 +79,19 @@ class Session:
         request = self.request
         end = time.monotonic() + (request.timeout_s or float("inf"))
         results: list[Result] = []
-        with SearchProgress(request.device, self.provenance) as progress:
+        with (
+            WorkerPool(request.jobs) as compilers,
+            WorkerPool(1) as measurer,
+            SearchProgress(request.device, self.provenance) as progress,
+        ):
             for number, space in enumerate(self._spaces):
                 left = end - time.monotonic()
                 if left <= 0:
                     break
                 share = left / (len(self._spaces) - number) if request.timeout_s else None
                 try:
-                    results.append(self._search(space, share, progress))
+                    evaluator = self._evaluator(space.problem, compilers, measurer)
+                    results.append(self._search(space, share, evaluator, progress))
                     self.cancelled = results[-1].cancelled
                 except KeyboardInterrupt:
                     self.cancelled = True
@@ -93,8 +99,14 @@ class Session:
                     break
         return results
 
-    def _search(self, space: Space, timeout_s: float | None, progress: SearchProgress) -> Result:
-        with closing(self._evaluator(space.problem)) as evaluator:
+    def _search(
+        self,
+        space: Space,
+        timeout_s: float | None,
+        evaluator: Evaluator,
+        progress: SearchProgress,
+    ) -> Result:
+        with closing(evaluator):
             return search(
                 space,
                 evaluator,
@@ -107,11 +119,13 @@ class Session:
                 on_event=progress.start(space.problem, self.request.trials),
             )
 
-    def _evaluator(self, problem: Problem) -> Evaluator:
+    def _evaluator(
+        self, problem: Problem, compilers: WorkerPool, measurer: WorkerPool
+    ) -> Evaluator:
         request = self.request
         if self.provenance is Provenance.PREDICTED:
-            return PredictingEvaluator(problem, request.device, jobs=request.jobs)
-        return MeasuringEvaluator(problem, request.device, jobs=request.jobs, seed=request.seed)
+            return PredictingEvaluator(problem, request.device, compilers)
+        return MeasuringEvaluator(problem, request.device, compilers, measurer, seed=request.seed)
 
     def _near(self, problem: Problem) -> list[Record]:
         """Winners of other problems on this device, the user's first, then the shipped ones."""

@@ -10,7 +10,7 @@ that does not matter under the values before it is not suggested.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import optuna
@@ -121,6 +121,10 @@ class Space:
                 if near != config and why_invalid(near, self.problem, self.device) is None:
                     found.append(near)
         return list(dict.fromkeys(found))
+
+    def arm(self, config: Config) -> tuple[str, Any]:
+        """The family that a config belongs to: its plan and the value of its first knob."""
+        return config.plan, next(iter(asdict(config).values()))
 
     def starts(self) -> list[Config]:
         """One valid config near the default for each plan and each value of its first knob."""
