@@ -21,8 +21,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels loaded from here on are run by Triton's interpreter."""
+    """Kernels loaded from here on are run by Triton's interpreter.
+
+    What runs a function is settled as it is decorated, so Triton's own library, decorated when
+    it was imported, is decorated again.
+    """
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    again: dict[object, object] = {}
+    for module in (tl, tl.standard):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                function = again.setdefault(value, triton.jit(value.fn))
+                monkeypatch.setattr(module, name, function)
 
 
 @pytest.fixture

@@ -70,9 +70,8 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are rendered and loaded as ever, but run by Triton's interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("flashtune.kernels.triton_backend.compile_module", lambda *_: {})
 
 

@@ -1,0 +1,320 @@
+"""What a decode step must do, whatever its plan: once by Triton's interpreter, once on a GPU."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import triton
+
+from flashtune.kernels.config import Config, PersistentConfig, StagedConfig, why_invalid
+from flashtune.kernels.layout import Weights
+from flashtune.kernels.reference import Judge
+from flashtune.kernels.source import render_source
+from flashtune.kernels.this_device import device_of
+from flashtune.kernels.triton_backend import DecodeStep, TritonBackend, load_source
+from flashtune.kernels.workload import POISON, Workload
+from flashtune.tuning_db.device import Device, find_device
+from flashtune.tuning_db.problem import Problem
+
+# numpy, of NaN and infinities, where the interpreter computes
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+IN_GATHER = StagedConfig(selection="in_gather", gather_rows=16, gather_programs_per_sm=2, slack=8)
+CONFIGS: dict[str, Config] = {
+    "torch_topk": StagedConfig(selection="torch_topk", gather_rows=16),
+    "threshold": StagedConfig(score_rows=4, slack=0),
+    "threshold_looping": StagedConfig(score_rows=4, score_programs_per_sm=2, select_warps=4),
+    "in_gather": IN_GATHER,
+    "persistent": PersistentConfig(slack=8),
+}
+ON_SM_90: dict[str, Config] = {
+    "torch_topk_pdl": replace(CONFIGS["torch_topk"], pdl=True),
+    "threshold_pdl": replace(CONFIGS["threshold"], pdl=True),
+    "in_gather_pdl": replace(IN_GATHER, pdl=True),
+    "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
+    "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
+}
+CANNOT_LOOP = triton.__version__.startswith("3.6.")  # with numpy 2.4
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where steps run, on which problems, and with tiles how wide."""
+
+    device: Device
+    torch_device: torch.device
+    problems: dict[str, Problem]
+    block: int
+    step: Callable[[Problem, Config, Device], DecodeStep]
+
+    def make(self, problem: Problem, config: Config) -> DecodeStep:
+        """A step for a config, with tiles of this runner's width; skips what cannot run here."""
+        fitted = replace(config, score_block=self.block, gather_block=self.block)
+        if (config.pdl or config.prefetch_margin >= 0) and self.device.capability < 90:
+            pytest.skip("needs sm_90")
+        if isinstance(config, PersistentConfig) and problem.n_tokens > self.device.sm_count:
+            pytest.skip("the interpreter runs one program at a time: no barrier between several")
+        return self.step(problem, fitted, self.device)
+
+
+def _interpreted_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
+    module = load_source(render_source(problem, config, device))
+    return DecodeStep(problem, module, {}, torch.device("cpu"))
+
+
+def _cuda_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
+    step = TritonBackend().loader(problem, config, device, torch.device("cuda"))()
+    assert isinstance(step, DecodeStep)
+    return step
+
+
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
+]
+CASES = [pytest.param(("interpreter", name), id=f"interpreter-{name}") for name in CONFIGS]
+CASES += [
+    pytest.param(("cuda", name), id=f"cuda-{name}", marks=ON_CUDA)
+    for name in (*CONFIGS, *ON_SM_90)
+]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The names of a runner and of a config; inline assembly is not for the interpreter."""
+    if request.param == ("interpreter", "threshold_looping") and CANNOT_LOOP:
+        pytest.skip("this interpreter cannot loop from a program's number on")
+    return request.param
+
+
+@pytest.fixture
+def config(case: tuple[str, str]) -> Config:
+    return {**CONFIGS, **ON_SM_90}[case[1]]
+
+
+@pytest.fixture
+def runner(case: tuple[str, str], request: pytest.FixtureRequest) -> Runner:
+    if case[0] == "interpreter":
+        request.getfixturevalue("interpreted")
+        return Runner(
+            device=replace(find_device("orin"), sm_count=1),
+            torch_device=torch.device("cpu"),
+            problems={
+                "twelve": Problem(vocab_size=132, hidden_size=33, n_clusters=11, n_probes=3),
+                "sixteen": Problem(vocab_size=144, hidden_size=96, n_clusters=9, n_probes=4),
+            },
+            block=64,
+            step=_interpreted_step,
+        )
+    device = device_of(torch.device("cuda"))
+    assert device is not None
+    return Runner(
+        device=device,
+        torch_device=torch.device("cuda"),
+        problems={
+            "twelve": Problem(vocab_size=16380, hidden_size=1152, n_clusters=1365, n_probes=64),
+            "sixteen": Problem(vocab_size=40000, hidden_size=640, n_clusters=2500, n_probes=77),
+        },
+        block=256,
+        step=_cuda_step,
+    )
+
+
+@pytest.fixture
+def problem(runner: Runner) -> Problem:
+    return runner.problems["twelve"]
+
+
+def slack_of(config: Config) -> int:
+    return 0 if getattr(config, "selection", "") == "torch_topk" else config.slack
+
+
+def make_weights(problem: Problem, runner: Runner, seed: int = 0, whole: bool = False) -> Weights:
+    """Random weights, of small whole numbers if `whole`, for exact sums and many ties."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int) -> torch.Tensor:
+        shape = (rows, problem.hidden_size)
+        if whole:
+            return torch.randint(-1, 2, shape, generator=generator).bfloat16()
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    order = torch.randperm(problem.vocab_size, generator=generator).view(problem.n_clusters, -1)
+    return Weights(
+        weight=draw(problem.vocab_size).to(runner.torch_device),
+        centroids=draw(problem.n_clusters).to(runner.torch_device),
+        ids=order.sort(dim=1).values.flatten().int().to(runner.torch_device),
+    )
+
+
+def run(step: DecodeStep, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+    out = torch.full((hidden.shape[0],), POISON, device=hidden.device)
+    step(weights, hidden, out)
+    return out
+
+
+def random_states(problem: Problem, runner: Runner, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(problem.n_tokens, problem.hidden_size, generator=generator)
+    return states.bfloat16().to(runner.torch_device)
+
+
+@pytest.mark.parametrize(
+    ("clusters_of", "probes"),
+    [("twelve", "some"), ("twelve", "all"), ("sixteen", "one"), ("sixteen", "some")],
+)
+def test_tokens_are_right(runner: Runner, config: Config, clusters_of: str, probes: str) -> None:
+    problem = runner.problems[clusters_of]
+    numbers = {"one": 1, "some": problem.n_probes, "all": problem.n_clusters}
+    problem = replace(problem, n_probes=numbers[probes])
+    step = runner.make(problem, config)
+    workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
+    assert workload.why_wrong(step, slack_of(config)) is None
+
+
+def test_each_token_probes_clusters_of_its_own(
+    runner: Runner, config: Config, problem: Problem
+) -> None:
+    problem = replace(problem, n_tokens=3)
+    step = runner.make(problem, config)
+    weights, hidden = make_weights(problem, runner), random_states(problem, runner, seed=1)
+    scores = hidden.float() @ weights.centroids.float().T
+    probed = scores.topk(problem.n_probes, dim=1).indices.tolist()
+    assert len({frozenset(clusters) for clusters in probed}) == 3
+    tokens = run(step, weights, hidden)
+    judge = Judge(weights, problem.n_probes)
+    assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
+    assert len(set(tokens.tolist())) > 1
+
+
+def test_negative_logits_are_compared_as_numbers(
+    runner: Runner, config: Config, problem: Problem
+) -> None:
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    weights = replace(weights, weight=-weights.weight.abs())
+    hidden = random_states(problem, runner, seed=2).abs()
+    assert bool((weights.weight.float() @ hidden[0].float() < 0).all())
+    tokens = run(step, weights, hidden)
+    assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+
+
+def test_the_smallest_of_tied_tokens_wins(
+    runner: Runner, config: Config, problem: Problem
+) -> None:
+    step = runner.make(problem, config)
+    for seed in range(2):
+        weights = make_weights(problem, runner, seed, whole=True)
+        rows = weights.weight.view(problem.n_clusters, -1, problem.hidden_size)
+        rows[:, :] = rows[:1, :1]  # all tokens tie
+        if seed:
+            rows[:, ::2] += 1  # half of each cluster's do, the others lie above or below
+        hidden = torch.ones(1, problem.hidden_size).bfloat16().to(runner.torch_device)
+        judge = Judge(weights, problem.n_probes, exact=True)
+        assert judge.why_wrong(run(step, weights, hidden), hidden, slack_of(config)) is None
+
+
+def test_whole_numbers_give_the_exact_token(
+    runner: Runner, config: Config, problem: Problem
+) -> None:
+    step = runner.make(problem, config)
+    for seed in range(2):
+        weights = make_weights(problem, runner, seed, whole=True)
+        hidden = random_states(problem, runner, seed).sign()
+        judge = Judge(weights, problem.n_probes, exact=True)
+        assert judge.why_wrong(run(step, weights, hidden), hidden, slack_of(config)) is None
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_state_of_zeros_ties_everything(
+    runner: Runner, config: Config, problem: Problem, zero: float
+) -> None:
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    hidden = torch.full((1, problem.hidden_size), zero).bfloat16().to(runner.torch_device)
+    tokens = run(step, weights, hidden)
+    judge = Judge(weights, problem.n_probes, exact=True)
+    assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
+    if getattr(config, "selection", "") != "torch_topk":  # which picks among clusters that tie
+        assert tokens.tolist() == [0]
+
+
+def test_signed_zeros_tie(runner: Runner, config: Config, problem: Problem) -> None:
+    problem = replace(problem, n_probes=problem.n_clusters)
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    weights.weight[:] = torch.where(weights.ids % 2 == 0, -0.0, 0.0)[:, None]
+    hidden = random_states(problem, runner, seed=4).abs()
+    assert run(step, weights, hidden).tolist() == [0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_state_that_is_not_finite_gives_some_token(
+    runner: Runner, config: Config, problem: Problem, value: float
+) -> None:
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    hidden = random_states(problem, runner, seed=5)
+    bad = hidden.clone()
+    bad[0, 7] = value
+    step.scratch.selected.fill_(2**30)  # no cluster that an earlier call listed
+    assert 0 <= run(step, weights, bad).item() < problem.vocab_size
+    tokens = run(step, weights, hidden)  # and the next call is right again
+    assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+
+
+def test_calls_leave_nothing_behind_for_the_next(
+    runner: Runner, config: Config, problem: Problem
+) -> None:
+    """Each call has lower logits than the one before, and finds its scratch spoiled."""
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    before = step.scratch.state.clone()
+    judge = Judge(weights, problem.n_probes)
+    for call in range(3):
+        hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
+        tokens = run(step, weights, hidden)
+        assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
+        count = slice(problem.n_tokens, 2 * problem.n_tokens)  # written before it is read
+        step.scratch.state[count] = before[count]
+        assert torch.equal(step.scratch.state, before)
+        step.scratch.state[count] = 10**6
+        step.scratch.scores.fill_(float("nan"))
+        step.scratch.selected.fill_(2**30)
+        before = step.scratch.state.clone()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("seed", range(8))
+def test_any_valid_config_gives_right_tokens(
+    seed: int, random_config: Callable[[random.Random], Config]
+) -> None:
+    rng = random.Random(seed)
+    device = replace(find_device("orin"), sm_count=1)
+    while True:
+        config, problem = random_config(rng), _small_problem(rng)
+        if isinstance(config, PersistentConfig):
+            config = replace(
+                config, programs_per_sm=1
+            )  # or the interpreter never leaves a barrier
+        loops = getattr(config, "score_programs_per_sm", 0) > 0
+        if why_invalid(config, problem, device) is None and not (loops and CANNOT_LOOP):
+            break
+    step = _interpreted_step(problem, config, device)
+    workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
+    assert workload.why_wrong(step, slack_of(config)) is None
+
+
+def _small_problem(rng: random.Random) -> Problem:
+    clusters, size = rng.choice((1, 7, 11, 33)), rng.choice((1, 3, 5, 12))
+    return Problem(
+        vocab_size=clusters * size,
+        hidden_size=rng.choice((1, 33, 96, 200)),
+        n_clusters=clusters,
+        n_probes=rng.randint(1, clusters),
+        n_tokens=rng.choice((1, 1, 2)),
+        weight_dtype=rng.choice(("bf16", "fp16", "fp32")),
+        centroid_dtype=rng.choice(("bf16", "fp16", "fp32")),
+    )
