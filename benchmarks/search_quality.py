@@ -4,7 +4,8 @@
     python benchmarks/search_quality.py all.db --device h200 --shape … --fix …
 
 Replays searches over the records: the best of all, and for each seed the time found with a
-share of the evaluations.
+share of the evaluations. With --cold, searches do without the starting points found by hand, of
+which one may be the best itself.
 """
 
 import tempfile
@@ -32,6 +33,7 @@ from flashtune.tuning_db.store import Store
 @click.option("--fix", "fixed", type=FIX, multiple=True)
 @click.option("--share", default=0.15, help="Of the evaluations that a search may spend.")
 @click.option("--seeds", default=5)
+@click.option("--cold", is_flag=True, help="Without the known good starting points.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe")
 def main(
     database: Path,
@@ -40,10 +42,11 @@ def main(
     fixed: Sequence[tuple[str, Any]],
     share: float,
     seeds: int,
+    cold: bool,
     sampler: str,
 ) -> None:
     """Replay searches over an exhaustive database."""
-    space = Space(problem, device, dict(fixed))
+    space = Space(problem, device, dict(fixed), *([()] if cold else []))
     with Store(database, read_only=True) as store:
         records = store.records(device=device.name, problem=problem)
     records = [record for record in records if space.holds(record.config)]

@@ -88,6 +88,34 @@ class PersistentConfig:
 
 
 Config = StagedConfig | PersistentConfig
+
+# Where a search of each family begins: what was found by hand on one H200, with and without what
+# only sm_90 has. What is not valid for a problem and device is left out there.
+STARTS: tuple[Config, ...] = (
+    StagedConfig(pdl=True),
+    StagedConfig(),
+    StagedConfig(
+        selection="in_gather",
+        score_unroll=2,
+        slack=8,
+        gather_rows=32,
+        gather_block=512,
+        gather_warps=8,
+        prefetch_margin=5,
+        pdl=True,
+    ),
+    StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
+    PersistentConfig(
+        score_rows=8,
+        score_block=2048,
+        slab_stages=3,
+        gather_block=1024,
+        gather_unroll=2,
+        prefetch_margin=10,
+        pdl=True,
+    ),
+    PersistentConfig(score_rows=8, gather_block=512),
+)
 PLANS: dict[str, type[Config]] = {cls.plan: cls for cls in (StagedConfig, PersistentConfig)}
 
 

@@ -10,8 +10,8 @@ Usage:
 
 import random
 import warnings
-from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 
 import optuna
 
@@ -28,8 +28,9 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 
 SAMPLERS = ("tpe", "gp", "random", "exhaustive")
 NEAR_WINNERS = 4
-BEST = 3  # configs of an arm whose neighbours are tried
-FAR = 1.6  # an arm whose best is that much slower than the best of all is left alone
+BEST = 3  # configs of a family whose neighbours are tried
+FAIR = 25  # configs that a family may spend before it is judged by its best
+FAR = 1.5  # a family whose best is that much slower than the best of all is then left alone
 _STALE = 200  # proposals in a row that are known or not valid, before the source runs dry
 
 
@@ -136,23 +137,26 @@ class Proposals:
         return None, None
 
     def _neighbour(self) -> Config | None:
-        """An untried neighbour, or a neighbour's neighbour, of one of an arm's best configs.
+        """A neighbour of one of a family's best configs.
 
-        The nearer an arm's best is to the best of all, the more often is it the arm's turn.
+        A family that has spent little gets as many turns as the best; after that, the nearer its
+        best is to the best of all, the more.
         """
-        arms: dict[Hashable, list[Config]] = {}
-        for config in self.ranked():
-            arms.setdefault(self.space.arm(config), []).append(config)
-        if not arms:
+        families: dict[tuple[str, str | None], list[Config]] = {}
+        times = {config: each.median_us for config, each in self.known.items() if each.median_us}
+        for config in sorted(times, key=lambda config: times[config]):
+            families.setdefault(self.space.family(config), []).append(config)
+        if not families:
             return None
-        times = {arm: self.known[configs[0]].median_us or 0.0 for arm, configs in arms.items()}
+        spent = Counter(self.space.family(config) for config in [*self.known, *self._trials])
         best_us = min(times.values())
-        weights = [max(0.0, FAR - times[arm] / best_us) for arm in arms]
-        arm = self._random.choices(list(arms), weights)[0]
-        config = self._random.choice(arms[arm][:BEST])
-        for _ in range(self._random.choice((1, 1, 2))):
-            config = self._random.choice(self.space.neighbours(config) or [config])
-        return config
+        weights = [
+            FAR - 1 if spent[family] < FAIR else max(0.0, FAR - times[configs[0]] / best_us)
+            for family, configs in families.items()
+        ]
+        family = self._random.choices(list(families), weights)[0]
+        config = self._random.choice(families[family][:BEST])
+        return self._random.choice(self.space.neighbours(config) or [config])
 
     def _is_new(self, config: Config) -> bool:
         return config not in self.known and config not in self._trials
@@ -187,7 +191,7 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
             return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=16
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
             )
         if name == "gp":
             try:

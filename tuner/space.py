@@ -17,10 +17,12 @@ import optuna
 
 from flashtune.kernels.config import (
     PLANS,
+    STARTS,
     Config,
     config_data,
     enabled,
     knobs,
+    next_power_of_2,
     parse_config,
     why_invalid,
 )
@@ -36,12 +38,15 @@ Choices = Sequence[Any]
 class Space:
     """Every valid config for a problem and device, with some knobs fixed to one value.
 
+    `known_good`: configs from which searches begin.
+
     Raises FlashtuneError when `fixed` names an unknown knob or value.
     """
 
     problem: Problem
     device: Device
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    known_good: tuple[Config, ...] = STARTS
 
     def __post_init__(self) -> None:
         """Check what is fixed."""
@@ -122,20 +127,18 @@ class Space:
                     found.append(near)
         return list(dict.fromkeys(found))
 
-    def arm(self, config: Config) -> tuple[str, Any]:
-        """The family that a config belongs to: its plan and the value of its first knob."""
-        return config.plan, next(iter(asdict(config).values()))
+    def family(self, config: Config) -> tuple[str, str | None]:
+        """The family that a config belongs to: its plan, and its first knob if that is a name."""
+        first = next(iter(asdict(config).values()))
+        return config.plan, first if isinstance(first, str) else None
 
     def starts(self) -> list[Config]:
-        """One valid config near the default for each plan and each value of its first knob."""
-        found = []
-        for plan in (PLANS[name] for name in self.plans):
-            first = next(iter(self._knobs(plan)))
-            for choice in self._knobs(plan)[first]:
-                near = self._repaired(self._changed(plan(), first, choice))
-                if near is not None:
-                    found.append(near)
-        return list(dict.fromkeys(found))
+        """The known good starting points that are valid here, with what is fixed as it must be."""
+        found = (self._within(config) for config in self.known_good if config.plan in self.plans)
+        valid = (
+            config for config in found if why_invalid(config, self.problem, self.device) is None
+        )
+        return list(dict.fromkeys(valid))
 
     def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
         """The choices of each knob that are left when what is fixed is fixed."""
@@ -156,16 +159,12 @@ class Space:
                 data[each] = self.fixed[each]
         return plan(**data)
 
-    def _repaired(self, config: Config) -> Config | None:
-        """The config itself if it is valid, else a valid one a change of one or two knobs away."""
-        if why_invalid(config, self.problem, self.device) is None:
-            return config
-        for name, choices in self._knobs(PLANS[config.plan]).items():
-            for choice in choices:
-                near = self._changed(config, name, choice)
-                if self.neighbours(near):
-                    return self.neighbours(near)[0]
-        return None
+    def _within(self, config: Config) -> Config:
+        """The config with no block wider than the hidden size, and what is fixed as it must be."""
+        widest = max(64, next_power_of_2(self.problem.hidden_size))
+        for name in ("score_block", "gather_block"):
+            config = self._changed(config, name, min(getattr(config, name), widest))
+        return config
 
     def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
         """Every valid config of a plan whose first knobs have these values."""
