@@ -24,13 +24,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels loaded from here on are run by Triton's interpreter.
 
     What runs a function is settled as it is decorated, so Triton's own library, decorated when
-    it was imported, is decorated again.
+    it was imported, is decorated again. The interpreter may leave its own versions of builtins
+    in `triton.language.core`; they are put back, so that later tests can compile.
     """
     import triton
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name, value in list(vars(tl.core).items()):
+        if not name.startswith("__"):
+            monkeypatch.setattr(tl.core, name, value)
     again: dict[object, object] = {}
     for module in (tl, tl.standard):
         for name, value in list(vars(module).items()):
