@@ -10,7 +10,7 @@ from here. `when` names the knob values under which a knob matters; where it doe
 keep its default, so that no two configs mean the same kernel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -166,31 +166,8 @@ def next_power_of_2(number: int) -> int:
 
 def why_invalid(config: Config, problem: Problem, device: Device) -> str | None:
     """None when the config can run this problem on this device, else one line that says why."""
-    widest = max(64, next_power_of_2(problem.hidden_size))
-    score_warps = config.warps if isinstance(config, PersistentConfig) else config.score_warps
-    gather_warps = config.warps if isinstance(config, PersistentConfig) else config.gather_warps
-    for stage, warps in (("score", score_warps), ("gather", gather_warps)):
-        rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
-        stages, unroll = getattr(config, f"{stage}_stages"), getattr(config, f"{stage}_unroll")
-        sums = problem.n_tokens if stage == "score" else 1
-        if block > widest:
-            return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
-        if rows * block * sums > MAX_TILE_PER_THREAD * warps * 32:
-            return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
-        if rows * block < warps * 32:
-            return f"the {stage} tile {rows}x{block} has less than one element a thread"
-        if block >= problem.hidden_size and (stages, unroll) != (1, 1):
-            return f"{stage}_stages and {stage}_unroll need a loop over the hidden size"
-        if stages > 1 and unroll > 1:
-            return f"{stage}_stages and {stage}_unroll exclude each other"
-        if stages * rows * block * 2 > device.limits.shared_per_block:
-            return f"the {stage} stages do not fit in shared memory"
-    if config.pdl and device.capability < 90:
-        return "programmatic dependent launch needs sm_90 or later"
-    reason = _why_not_selected(config, problem) or _why_not_prefetched(config, problem, device)
-    if reason is None and isinstance(config, PersistentConfig):
-        reason = _why_not_resident(config, problem, device)
-    return reason
+    reasons = (rule.why_broken(config, problem, device) for rule in RULES)
+    return next((reason for reason in reasons if reason), None)
 
 
 def select_warps(config: Config) -> int:
@@ -207,7 +184,43 @@ def lanes(problem: Problem, warps: int) -> int:
     return min(128 * warps, max(64, next_power_of_2(problem.n_clusters)))
 
 
-def _why_not_selected(config: Config, problem: Problem) -> str | None:
+def _why_not_scored(config: Config, problem: Problem, device: Device) -> str | None:
+    return _why_not_tiled("score", config, problem, device)
+
+
+def _why_not_gathered(config: Config, problem: Problem, device: Device) -> str | None:
+    return _why_not_tiled("gather", config, problem, device)
+
+
+def _why_not_tiled(stage: str, config: Config, problem: Problem, device: Device) -> str | None:
+    widest = max(64, next_power_of_2(problem.hidden_size))
+    own = isinstance(config, StagedConfig)  # a launch of its own, with its own warps
+    warps = getattr(config, f"{stage}_warps" if own else "warps")
+    rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
+    stages, unroll = getattr(config, f"{stage}_stages"), getattr(config, f"{stage}_unroll")
+    sums = problem.n_tokens if stage == "score" else 1
+    if block > widest:
+        return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
+    if rows * block * sums > MAX_TILE_PER_THREAD * warps * 32:
+        return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
+    if rows * block < warps * 32:
+        return f"the {stage} tile {rows}x{block} has less than one element a thread"
+    if block >= problem.hidden_size and (stages, unroll) != (1, 1):
+        return f"{stage}_stages and {stage}_unroll need a loop over the hidden size"
+    if stages > 1 and unroll > 1:
+        return f"{stage}_stages and {stage}_unroll exclude each other"
+    if stages * rows * block * 2 > device.limits.shared_per_block:
+        return f"the {stage} stages do not fit in shared memory"
+    return None
+
+
+def _why_not_overlapped(config: Config, problem: Problem, device: Device) -> str | None:
+    if config.pdl and device.capability < 90:
+        return "programmatic dependent launch needs sm_90 or later"
+    return None
+
+
+def _why_not_selected(config: Config, problem: Problem, device: Device) -> str | None:
     warps = select_warps(config)
     if warps and -(-problem.n_clusters // lanes(problem, warps)) > 32:
         return f"{problem.n_clusters} scores do not fit the registers of {warps} warps"
@@ -224,13 +237,37 @@ def _why_not_prefetched(config: Config, problem: Problem, device: Device) -> str
     return None
 
 
-def _why_not_resident(config: PersistentConfig, problem: Problem, device: Device) -> str | None:
+def _why_not_resident(config: Config, problem: Problem, device: Device) -> str | None:
+    if not isinstance(config, PersistentConfig):
+        return None
     programs = device.sm_count * config.programs_per_sm
     if problem.n_tokens > programs:
         return f"{problem.n_tokens} tokens are more than the {programs} programs"
     if config.programs_per_sm * config.warps * 32 > device.limits.threads_per_sm:
         return "the grid would not be resident: too many threads for a multiprocessor"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One condition of `why_invalid`, and every knob that it reads, of whichever plan.
+
+    Whoever enumerates configs can judge a rule as soon as its knobs are set.
+    """
+
+    why_broken: Callable[[Config, Problem, Device], str | None]
+    knobs: frozenset[str]
+
+
+_TILE = ("rows", "block", "warps", "stages", "unroll")
+RULES = (
+    Rule(_why_not_scored, frozenset(["warps", *(f"score_{each}" for each in _TILE)])),
+    Rule(_why_not_gathered, frozenset(["warps", *(f"gather_{each}" for each in _TILE)])),
+    Rule(_why_not_overlapped, frozenset(["pdl"])),
+    Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps", "warps"])),
+    Rule(_why_not_prefetched, frozenset(["prefetch_margin"])),
+    Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),
+)
 
 
 def baseline_config(problem: Problem, device: Device) -> Config:

@@ -11,14 +11,17 @@ that does not matter under the values before it is not suggested.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 import optuna
 
 from flashtune.kernels.config import (
     PLANS,
+    RULES,
     STARTS,
     Config,
+    Rule,
     config_data,
     enabled,
     knobs,
@@ -53,14 +56,22 @@ class Space:
         for name, value in self.fixed.items():
             choices = list(PLANS) if name == "plan" else _all_choices(name)
             if not choices:
-                raise FlashtuneError(f"unknown knob {name!r}: see `flashtune render --knobs`")
+                raise FlashtuneError(f"unknown knob {name!r}: use plan, {_known_knobs()}")
             if value not in choices:
                 raise FlashtuneError(f"knob {name} must be one of {choices}, not {value!r}")
 
     @property
     def plans(self) -> list[str]:
-        """The plans to choose from."""
-        return [self.fixed["plan"]] if "plan" in self.fixed else list(PLANS)
+        """The plans to choose from: those that have every fixed value among their choices."""
+        return [
+            name
+            for name, plan in PLANS.items()
+            if self.fixed.get("plan", name) == name
+            and all(
+                self.fixed.get(each, knob["default"]) in knob["choices"]
+                for each, knob in knobs(plan).items()
+            )
+        ]
 
     def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
         """The config a trial asks for, and why it is not valid, if so."""
@@ -112,7 +123,11 @@ class Space:
         return found
 
     def configs(self) -> Iterator[Config]:
-        """Every valid config, in the order of the knobs' choices."""
+        """Every valid config, in the order of the knobs' choices.
+
+        Rules are judged as soon as their knobs are set, and a family that one of them leaves
+        nothing of is passed over: there are too many configs to try each.
+        """
         for plan in self.plans:
             yield from self._complete(PLANS[plan], {})
 
@@ -168,17 +183,44 @@ class Space:
 
     def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
         """Every valid config of a plan whose first knobs have these values."""
-        left = list(self._knobs(plan).items())[len(values) :]
-        if not left:
-            config = plan(**values)
-            if why_invalid(config, self.problem, self.device) is None:
-                yield config
+        names = list(knobs(plan))
+        if len(values) == len(names):
+            yield plan(**values)
             return
-        name, choices = left[0]
+        if len(values) == 1 and not self._may_hold(plan, values):
+            return
+        name, later = names[len(values)], set(names[len(values) + 1 :])
+        rules = [rule for rule in RULES if name in rule.knobs and not rule.knobs & later]
+        for choice in self._choices(plan, name, values):
+            chosen = {**values, name: choice}
+            if self._keeps(plan, chosen, rules):
+                yield from self._complete(plan, chosen)
+
+    def _may_hold(self, plan: type[Config], values: dict[str, Any]) -> bool:
+        """Whether each rule by itself leaves any config of a plan with these first values."""
+        for rule in RULES:
+            names = [name for name in knobs(plan) if name in rule.knobs]
+            choices = product(*(self._choices(plan, name, values) for name in names))
+            picks = ({**values, **dict(zip(names, each, strict=True))} for each in choices)
+            if not any(self._keeps(plan, pick, [rule]) for pick in picks):
+                return False
+        return True
+
+    def _keeps(self, plan: type[Config], values: dict[str, Any], rules: Sequence[Rule]) -> bool:
+        config = plan(**values)
+        return not any(rule.why_broken(config, self.problem, self.device) for rule in rules)
+
+    def _choices(self, plan: type[Config], name: str, values: dict[str, Any]) -> Choices:
+        """What a knob may be once those with a say in whether it matters have their values."""
+        if name in values:
+            return (values[name],)
         if not enabled(plan, name, values):
-            choices = (knobs(plan)[name]["default"],)
-        for choice in choices:
-            yield from self._complete(plan, {**values, name: choice})
+            return (knobs(plan)[name]["default"],)
+        return self._knobs(plan)[name]
+
+
+def _known_knobs() -> str:
+    return ", ".join(dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan)))
 
 
 def _all_choices(name: str) -> list[Any]:
@@ -195,8 +237,7 @@ def parse_fixed(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     choices = list(PLANS) if name == "plan" else _all_choices(name)
     if not choices:
-        known = dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan))
-        raise FlashtuneError(f"unknown knob {name!r}: use plan, {', '.join(known)}")
+        raise FlashtuneError(f"unknown knob {name!r}: use plan, {_known_knobs()}")
     for choice in choices:
         if str(choice).lower() == value.lower():
             return name, choice
