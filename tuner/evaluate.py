@@ -164,7 +164,8 @@ class MeasuringEvaluator:
     def compare(self, configs: Sequence[Config]) -> list[Measurement]:
         """Time several configs in turns, so that a drifting clock favours none.
 
-        What had not been measured yet is given up.
+        What had not been measured yet is given up. Empty where any failed: which of them it was
+        is not known, and none has done worse than when it was measured.
         """
         self.close()
         self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
@@ -172,7 +173,7 @@ class MeasuringEvaluator:
         while not answers:
             answers = self._measurer.wait(1.0)
         measurements = list(answers[0][1].measurements)
-        return measurements if len(measurements) == len(configs) else []
+        return measurements if all(each.outcome is Outcome.OK for each in measurements) else []
 
     def close(self) -> None:
         """End what is under way."""
