@@ -122,11 +122,12 @@ class WorkerPool:
     def wait(self, seconds: float) -> list[tuple[Task, Reply]]:
         """The tasks answered within `seconds`: returns once there is any, or none are pending."""
         end = time.monotonic() + seconds
-        while True:
+        while self.pending:
             answered = self._collect(max(0.0, min(end - time.monotonic(), 0.2)))
             self._assign()
-            if answered or not self.pending or time.monotonic() >= end:
+            if answered or time.monotonic() >= end:
                 return answered
+        return []
 
     def cancel(self) -> None:
         """Forget every pending task: those begun end with their process, idle ones live on."""
