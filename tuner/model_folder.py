@@ -28,7 +28,8 @@ def read_model(folder: str | Path) -> Problem:
     """
     folder = Path(folder)
     config = _read_config(folder / "config.json")
-    text = {**config, **config.get("text_config", {})}
+    text_config = config.get("text_config")
+    text = {**config, **text_config} if isinstance(text_config, dict) else config
     assets = folder / str(config.get("flash_head_cache_dir", ASSETS_FOLDER)) / CLUSTERING_FILE
     if not assets.exists():
         assets = folder / CLUSTERING_FILE
@@ -42,14 +43,17 @@ def read_model(folder: str | Path) -> Problem:
     dtype = str(text.get("dtype", text.get("torch_dtype", "bfloat16")))
     if dtype not in _DTYPES:
         raise FlashtuneError(f"{folder / 'config.json'}: dtype {dtype} is none of {list(_DTYPES)}")
-    return Problem(
-        vocab_size=shapes["cluster_assignments"][-1],
-        hidden_size=hidden,
-        n_clusters=n_clusters,
-        n_probes=int(config.get("n_probes", max(1, n_clusters // TOKENS_A_CLUSTER))),
-        weight_dtype=_DTYPES[dtype],
-        centroid_dtype=_DTYPES[dtype],
-    )
+    try:
+        return Problem(
+            vocab_size=shapes["cluster_assignments"][-1],
+            hidden_size=hidden,
+            n_clusters=n_clusters,
+            n_probes=config.get("n_probes", max(1, n_clusters // TOKENS_A_CLUSTER)),
+            weight_dtype=_DTYPES[dtype],
+            centroid_dtype=_DTYPES[dtype],
+        )
+    except FlashtuneError as error:
+        raise FlashtuneError(f"{folder / 'config.json'} with {assets.name}: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
