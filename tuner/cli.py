@@ -12,9 +12,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from flashtune import __version__
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import default_config, parse_config
+from flashtune.tuner.lookup import best_record
 from flashtune.tuner.model_folder import read_model
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.report import devices_table, records_table, results_table
@@ -76,7 +76,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for sc
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="flashtune")
+@click.version_option(package_name="flashtune")
 def cli() -> None:
     """FlashHead decode kernels, tuned for your device.
 
@@ -243,14 +243,13 @@ def show(
 @_database
 @_json
 def best(device: Device, problem: Problem, database: Path | None, as_json: bool) -> None:
-    """Show the best record of a shape on a device.
+    """Show the best record of a shape on a device, of the database or a shipped table.
 
     \b
     Example:
-      flashtune best --device orin --shape qwen3-vl-2b --json
+      flashtune best --device h200 --shape qwen3-vl-2b --json
     """
-    with Store(database or default_path(), read_only=True) as store:
-        record = store.best(device.name, problem)
+    record = best_record(device, problem, database)
     if record is None:
         raise FlashtuneError(
             f"no record for {problem.describe()} on {device.name}: run `flashtune search`"

@@ -51,7 +51,7 @@ def record(
         "provenance": Provenance.MEASURED,
         "measurement": Measurement(
             outcome=outcome,
-            median_us=median_us if outcome is Outcome.OK else None,
+            median_us=median_us if outcome in (Outcome.OK, Outcome.PRUNED) else None,
             policy=changes.pop("policy", "search"),
         ),
         "created": "2026-01-31T12:00:00Z",
