@@ -1,0 +1,137 @@
+"""The cost model's properties: what must be slower is predicted slower. No number is held."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from flashtune.kernels.backend import KernelUse
+from flashtune.kernels.config import (
+    Config,
+    PersistentConfig,
+    StagedConfig,
+    default_config,
+    why_invalid,
+)
+from flashtune.tuner.cost_model import predict_us
+from flashtune.tuner.report import floor_us
+from flashtune.tuning_db.device import Device, all_devices, find_device
+from flashtune.tuning_db.problem import Problem
+
+QWEN = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+CONFIGS = (StagedConfig(), StagedConfig(selection="in_gather"), PersistentConfig(gather_rows=8))
+DEVICES = all_devices()
+
+
+def uses(config: Config, problem: Problem, device: Device, **changes: int) -> list[KernelUse]:
+    """What a config's kernels might need: as many programs as it has tiles."""
+    if isinstance(config, PersistentConfig):
+        rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
+    else:
+        rows = {
+            "score": (-(-problem.n_clusters // config.score_rows), config.score_warps),
+            "gather": (
+                problem.n_probes * -(-problem.cluster_size // config.gather_rows),
+                config.gather_warps,
+            ),
+        }
+        if config.selection == "threshold":
+            rows["select"] = (problem.n_tokens, config.select_warps)
+    plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
+    return [
+        KernelUse(kernel=name, programs=programs, warps=warps, **plausible)
+        for name, (programs, warps) in rows.items()
+    ]
+
+
+def predict(
+    config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
+) -> float:
+    device = device or find_device("h200")
+    return predict_us(problem, config, device, uses(config, problem, device, **changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+class TestOnEveryDevice:
+    def test_more_bytes_are_slower(self, config: Config, device: Device) -> None:
+        times = [
+            predict(config, problem, device)
+            for problem in (
+                QWEN,
+                replace(QWEN, hidden_size=4096),
+                replace(QWEN, n_probes=1024),
+                replace(QWEN, weight_dtype="fp32"),
+                replace(QWEN, centroid_dtype="fp32"),
+                replace(QWEN, n_tokens=4),
+            )
+        ]
+        assert all(time > times[0] for time in times[1:])
+
+    def test_more_bandwidth_is_faster(self, config: Config, device: Device) -> None:
+        doubled = replace(device, memory_bandwidth=2 * device.memory_bandwidth)
+        assert predict(config, QWEN, doubled) < predict(config, QWEN, device)
+
+    def test_a_higher_clock_is_faster(self, config: Config, device: Device) -> None:
+        doubled = replace(device, clock_hz=2 * device.clock_hz)
+        assert predict(config, QWEN, doubled) < predict(config, QWEN, device)
+
+    def test_spills_are_slower_and_the_more_the_worse(
+        self, config: Config, device: Device
+    ) -> None:
+        none, some, many = (
+            predict(config, QWEN, device, spilled=spilled) for spilled in (0, 64, 1024)
+        )
+        assert none < some < many
+
+    def test_fewer_resident_programs_are_no_faster(self, config: Config, device: Device) -> None:
+        # As many as fit is best only up to the tail of the last wave: compare one with many.
+        crowded = predict(config, QWEN, device, shared_bytes=device.limits.shared_per_block)
+        assert crowded >= predict(config, QWEN, device)
+
+    def test_nothing_is_faster_than_its_bytes(self, config: Config, device: Device) -> None:
+        floor = floor_us(QWEN, device)
+        assert floor is not None
+        assert predict(config, QWEN, device) > floor
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_a_threshold_beats_a_library_at_many_clusters(device: Device) -> None:
+    topk = StagedConfig(selection="torch_topk")
+    assert predict(StagedConfig(), QWEN, device) < predict(topk, QWEN, device)
+
+
+def test_overlapped_launches_are_faster() -> None:
+    assert predict(StagedConfig(pdl=True)) < predict(StagedConfig())
+
+
+def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
+    device = replace(find_device("h200"), clock_hz=0.0)
+    assert 0 < predict(StagedConfig(), QWEN, device) < math.inf
+
+
+def test_predictions_are_finite_and_positive(random_config, random_problem) -> None:
+    generator = random.Random(3)
+    seen = {plan: 0 for plan in ("staged", "persistent")}
+    for _ in range(10_000):
+        config, device = random_config(generator), generator.choice(DEVICES)
+        problem = random_problem(generator)
+        if why_invalid(config, problem, device) is not None:
+            continue
+        seen[config.plan] += 1
+        changes = {
+            "registers": generator.randint(16, 255),
+            "shared_bytes": generator.randrange(device.limits.shared_per_block),
+            "spilled": generator.choice((0, 0, 512)),
+        }
+        assert 0 < predict(config, problem, device, **changes) < math.inf
+    assert min(seen.values()) > 5
+
+
+def test_every_device_ranks_its_default_within_reason() -> None:
+    """No more than fifty times the floor: a slip of a unit would be a thousand."""
+    for device in DEVICES:
+        floor = floor_us(QWEN, device)
+        assert floor is not None
+        assert predict(default_config(QWEN, device), QWEN, device) < 50 * floor
