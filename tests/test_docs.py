@@ -1,0 +1,143 @@
+"""The documents and the command line say the same, and links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from flashtune.tuner.cli import cli
+
+ROOT = Path(__file__).parents[1]
+CLI = ROOT / "docs" / "cli.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def commands(
+    group: click.Group = cli, path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+def sections() -> dict[str, str]:
+    """The part of docs/cli.md about each command, by the words that call it."""
+    parts = re.split(r"^#+ `flashtune (.+)`$", CLI.read_text("utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def undocumented(name: str, command: click.Command, text: str) -> list[str]:
+    """The options that a command has and its section does not name, and the other way round."""
+    options = {
+        text for option in command.params if isinstance(option, click.Option)
+        for text in option.opts
+    }  # fmt: skip
+    named = set(re.findall(r"`(--[a-z-]+)[^`]*`", without_code(text)))
+    return sorted(options ^ named)
+
+
+def test_every_command_has_a_section_and_no_other_has() -> None:
+    assert sorted(sections()) == sorted(name for name, _ in commands())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_every_option_is_in_its_commands_section(name: str) -> None:
+    command = dict(commands())[name]
+    assert undocumented(name, command, sections()[name]) == []
+
+
+@pytest.mark.parametrize("name", ["search", "show", "tables export"])
+def test_defaults_are_told_as_they_are(name: str) -> None:
+    text = without_code(sections()[name])
+    for option in dict(commands())[name].params:
+        if isinstance(option.type, click.IntRange) and isinstance(option.show_default, bool):
+            line = next(line for line in text.splitlines() if f"`--{option.name}" in line)
+            assert f"({option.default})" in line, option.name
+
+
+def fenced_commands() -> Iterator[tuple[str, list[str]]]:
+    """Each `flashtune …` line of a fenced block: the document's name, and its words."""
+    for document in DOCUMENTS:
+        for block in re.findall(
+            r"^```[a-z]*\n(.*?)^```$", document.read_text("utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+                if words and words[0].rpartition("/")[2] == "flashtune":
+                    yield document.name, words[1:]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    list(fenced_commands()),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
+    command: click.Command = cli
+    context = None
+    words = list(words)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        assert name in command.commands, f"{document}: no command {name}"
+        context = click.Context(command, parent=context, info_name=name)
+        command = command.commands[name]
+    while "--model" in words:  # the folder is on nobody's disk
+        assert "models" in [option.name for option in command.params]
+        at = words.index("--model")
+        del words[at : at + 2]
+    try:
+        command.make_context(command.name, words, parent=context)
+    except click.exceptions.Exit as asked:  # --help
+        assert asked.exit_code == 0
+    except click.ClickException as error:
+        pytest.fail(f"{document}: flashtune {' '.join(words)}: {error.format_message()}")
+
+
+def test_documents_show_commands() -> None:
+    assert {name for name, _ in fenced_commands()} >= {"README.md", "cli.md"}
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(path.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_resolve(document: Path) -> None:
+    text = without_code(document.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{document.name}: {target}"
+        assert path.is_relative_to(ROOT), f"{document.name}: {target} leads out of the repository"
+        if anchor:
+            assert anchor in anchors(path), f"{document.name}: {target}"
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    """Of what is tracked, or of what lies here where this is no checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    names = listed.stdout.split("\0") if listed.returncode == 0 else ["README.md", "docs/cli.md"]
+    pattern = re.compile(rb"(?<![\w./-])/(?:work|root|home/[a-z]\w*)(?:/|\b)")
+    found = [
+        name
+        for name in names
+        if name and (ROOT / name).is_file() and pattern.search((ROOT / name).read_bytes())
+    ]
+    assert found == []
