@@ -147,7 +147,7 @@ def test_what_fails_to_compile_is_not_measured(space: Space) -> None:
 
 
 def test_the_best_time_so_far_goes_with_each_measurement(space: Space) -> None:
-    times = iter([30.0, 20.0, 25.0, 9.0])
+    times = iter([30.0, 20.0, 15.0, 9.0])
     outcomes = iter([Outcome.OK, Outcome.OK, Outcome.PRUNED, Outcome.OK])
 
     def reply(task: Task) -> Reply:

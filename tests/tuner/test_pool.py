@@ -138,7 +138,7 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task
 def test_a_fresh_worker_has_time_to_start(
     workers: WorkerPool, task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert answer(workers, task(stub.ANSWER), seconds=0.0).outcome is Outcome.OK
+    assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
     workers.close()
     monkeypatch.setattr(pool, "START_SECONDS", 0.0)
     assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT

@@ -27,7 +27,7 @@ class Replay(ReplayEvaluator):
         super().__init__(records, at_once=at_once)
         self.submitted: list[Config] = []
         self.final_us: dict[Config, float] | None = None
-        self.compared: list[Config] = []
+        self.compared: list[Config] | None = None
 
     def submit(self, config: Config) -> None:
         self.submitted.append(config)
@@ -228,7 +228,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     assert cut.cancelled and not cut.timed_out
     assert cut.evaluated == len(kept) == 17
     assert cut.winner is not None
-    assert first.compared == []
+    assert first.compared is None
     done = run(second, 40, sampler=sampler)
     assert not done.cancelled
     assert done.evaluated == len(store.records()) == 40
@@ -358,7 +358,7 @@ def test_a_search_in_which_nothing_works_has_no_winner(run, replay) -> None:
     result = run(evaluator, 12)
     assert (result.winner, result.default_us, result.baseline_us) == (None, None, None)
     assert result.evaluated == result.failed == 12
-    assert evaluator.compared == []
+    assert evaluator.compared is None
 
 
 def test_events_say_how_far_a_search_is(run, replay) -> None:
