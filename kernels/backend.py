@@ -57,6 +57,7 @@ class Backend(Protocol):
 
     name: str
     torch_device: str  # where its tensors lie, as torch names it
+    times_alone: bool  # whether compilers that run beside the timing would slow it down
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's source; raises FlashtuneError when the config is not valid for it."""
@@ -82,4 +83,8 @@ def backend_of(device: Device) -> Backend:
         from flashtune.kernels.triton_backend import TritonBackend
 
         return TritonBackend()
+    if device.vendor == "cpu":
+        from flashtune.kernels.cpp_backend import CppBackend
+
+        return CppBackend()
     raise FlashtuneError(f"no kernels for devices of {device.vendor}: {device.name}")

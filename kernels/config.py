@@ -5,129 +5,58 @@ Usage:
     config = parse_config({"plan": "staged", "selection": "threshold", …})  # from a table
     why_invalid(config, problem, device)        # None, or one line that says why not
 
-A knob's choices stand with the knob, once: the search space, the parser and the docs read them
-from here. `when` names the knob values under which a knob matters; where it does not, it must
-keep its default, so that no two configs mean the same kernel.
+Each kind of device has a family of plans, registered here by the device's vendor.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from flashtune.kernels import cpp_config, triton_config
+from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
+from flashtune.kernels.knob import Rule, enabled, knobs, why_broken
+from flashtune.kernels.triton_config import PersistentConfig, StagedConfig
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData, Scalar
 
-MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
-PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
-
-
-def knob(
-    default: Any, choices: tuple[Any, ...], when: Mapping[str, tuple[Any, ...]] | None = None
-) -> Any:
-    """A config's field with its choices; `when` maps other knobs to values that enable this."""
-    return field(default=default, metadata={"choices": choices, "when": dict(when or {})})
+Config = StagedConfig | PersistentConfig | CppFusedConfig | CppStagedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StagedConfig:
-    """Score, select and gather in launches of their own.
+class Family:
+    """The plans for one kind of device, and what is known of their configs."""
 
-    selection: `torch_topk` (the baseline), `threshold` (one program a token, a launch of its
-    own) or `in_gather` (every gather program finds the threshold itself, no launch).
-    prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation
-    of the scores, a cluster's rows are still prefetched to L2; -1 prefetches nothing.
-    """
-
-    plan: ClassVar[str] = "staged"
-    template: ClassVar[str] = "triton/staged.py.j2"
-
-    selection: str = knob("threshold", ("torch_topk", "threshold", "in_gather"))
-    score_rows: int = knob(2, (1, 2, 4, 8, 16))
-    score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
-    score_warps: int = knob(4, (1, 2, 4, 8))
-    score_stages: int = knob(1, (1, 2, 3, 4))
-    score_unroll: int = knob(1, (1, 2, 4))
-    score_programs_per_sm: int = knob(0, (0, 2, 4, 8, 16))
-    select_warps: int = knob(16, (4, 8, 16, 32), {"selection": ("threshold",)})
-    slack: int = knob(16, (0, 8, 16, 32, 64), {"selection": ("threshold", "in_gather")})
-    gather_rows: int = knob(4, (1, 2, 4, 8, 16, 32))
-    gather_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
-    gather_warps: int = knob(4, (1, 2, 4, 8, 16, 32))
-    gather_stages: int = knob(1, (1, 2, 3, 4))
-    gather_unroll: int = knob(1, (1, 2, 4))
-    gather_programs_per_sm: int = knob(1, (1, 2, 4), {"selection": ("in_gather",)})
-    prefetch_margin: int = knob(-1, PREFETCH_MARGINS, {"selection": ("in_gather",)})
-    evict: str = knob("evict_first", ("evict_first", "no_hint"))
-    pdl: bool = knob(False, (False, True))
+    plans: tuple[type[Config], ...]
+    rules: tuple[Rule, ...]
+    default: Callable[[Problem, Device], Config]
+    baseline: Callable[[Problem, Device], Config]
+    known_good: Callable[[Problem, Device], Sequence[Config]]
+    slack_of: Callable[[Any], int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PersistentConfig:
-    """One cooperative launch with a barrier between score and gather; knobs as in StagedConfig."""
-
-    plan: ClassVar[str] = "persistent"
-    template: ClassVar[str] = "triton/persistent.py.j2"
-
-    programs_per_sm: int = knob(1, (1, 2, 3, 4))
-    warps: int = knob(8, (4, 8, 16))
-    score_rows: int = knob(4, (1, 2, 4, 8, 16))
-    score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
-    score_stages: int = knob(1, (1, 2, 3, 4))
-    score_unroll: int = knob(1, (1, 2, 4))
-    slab_stages: int = knob(1, (1, 2, 3, 4))
-    slack: int = knob(16, (0, 8, 16, 32, 64))
-    gather_rows: int = knob(16, (4, 8, 16, 32))
-    gather_block: int = knob(256, (64, 128, 256, 512, 1024, 2048, 4096))
-    gather_stages: int = knob(1, (1, 2, 3, 4))
-    gather_unroll: int = knob(1, (1, 2, 4))
-    prefetch_margin: int = knob(-1, PREFETCH_MARGINS)
-    evict: str = knob("evict_first", ("evict_first", "no_hint"))
-    pdl: bool = knob(False, (False, True))
-
-
-Config = StagedConfig | PersistentConfig
-
-# Where a search of each family begins: what was found by hand on one H200, with and without what
-# only sm_90 has. What is not valid for a problem and device is left out there.
-STARTS: tuple[Config, ...] = (
-    StagedConfig(pdl=True),
-    StagedConfig(),
-    StagedConfig(
-        selection="in_gather",
-        score_unroll=2,
-        slack=8,
-        gather_rows=32,
-        gather_block=512,
-        gather_warps=8,
-        prefetch_margin=5,
-        pdl=True,
+FAMILIES = {
+    "nvidia": Family(
+        plans=(StagedConfig, PersistentConfig),
+        rules=triton_config.RULES,
+        default=triton_config.default_config,
+        baseline=triton_config.baseline_config,
+        known_good=triton_config.known_good,
+        slack_of=triton_config.slack_of,
     ),
-    StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
-    PersistentConfig(
-        score_rows=8,
-        score_block=2048,
-        slab_stages=3,
-        gather_block=1024,
-        gather_unroll=2,
-        prefetch_margin=10,
-        pdl=True,
+    "cpu": Family(
+        plans=(CppFusedConfig, CppStagedConfig),
+        rules=cpp_config.RULES,
+        default=cpp_config.default_config,
+        baseline=cpp_config.baseline_config,
+        known_good=cpp_config.known_good,
+        slack_of=cpp_config.slack_of,
     ),
-    PersistentConfig(score_rows=8, gather_block=512),
-)
-PLANS: dict[str, type[Config]] = {cls.plan: cls for cls in (StagedConfig, PersistentConfig)}
-
-
-def knobs(plan: type[Config]) -> dict[str, Mapping[str, Any]]:
-    """The knobs of a plan, each with `choices`, `when` and `default`, in search order."""
-    return {f.name: {**f.metadata, "default": f.default} for f in fields(plan)}
-
-
-def enabled(plan: type[Config], name: str, values: Mapping[str, Any]) -> bool:
-    """Whether knob `name` matters, given the values of the knobs before it."""
-    when = knobs(plan)[name]["when"]
-    return all(values[other] in allowed for other, allowed in when.items())
+}
+PLANS: dict[str, type[Config]] = {
+    plan.plan: plan for family in FAMILIES.values() for plan in family.plans
+}
 
 
 def config_data(config: Config) -> ConfigData:
@@ -159,147 +88,46 @@ def parse_config(data: Any) -> Config:
     return plan(**values)  # type: ignore[arg-type]
 
 
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
+def plans_of(device: Device) -> dict[str, type[Config]]:
+    """The plans that run on a device, by name; raises FlashtuneError when there are none."""
+    return {plan.plan: plan for plan in _family_of(device).plans}
+
+
+def rules_of(device: Device) -> tuple[Rule, ...]:
+    """The rules that make a config of a device's plans valid."""
+    return _family_of(device).rules
 
 
 def why_invalid(config: Config, problem: Problem, device: Device) -> str | None:
     """None when the config can run this problem on this device, else one line that says why."""
-    reasons = (rule.why_broken(config, problem, device) for rule in RULES)
-    return next((reason for reason in reasons if reason), None)
-
-
-def select_warps(config: Config) -> int:
-    """Warps of the programs that search for the threshold; 0 where a library selects."""
-    if isinstance(config, PersistentConfig):
-        return config.warps
-    return {"threshold": config.select_warps, "in_gather": config.gather_warps}.get(
-        config.selection, 0
-    )
-
-
-def lanes(problem: Problem, warps: int) -> int:
-    """Scores side by side in the threshold search: four a thread, as one 16-byte load."""
-    return min(128 * warps, max(64, next_power_of_2(problem.n_clusters)))
-
-
-def _why_not_scored(config: Config, problem: Problem, device: Device) -> str | None:
-    return _why_not_tiled("score", config, problem, device)
-
-
-def _why_not_gathered(config: Config, problem: Problem, device: Device) -> str | None:
-    return _why_not_tiled("gather", config, problem, device)
-
-
-def _why_not_tiled(stage: str, config: Config, problem: Problem, device: Device) -> str | None:
-    widest = max(64, next_power_of_2(problem.hidden_size))
-    own = isinstance(config, StagedConfig)  # a launch of its own, with its own warps
-    warps = getattr(config, f"{stage}_warps" if own else "warps")
-    rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
-    stages, unroll = getattr(config, f"{stage}_stages"), getattr(config, f"{stage}_unroll")
-    sums = problem.n_tokens if stage == "score" else 1
-    if block > widest:
-        return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
-    if rows * block * sums > MAX_TILE_PER_THREAD * warps * 32:
-        return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
-    if rows * block < warps * 32:
-        return f"the {stage} tile {rows}x{block} has less than one element a thread"
-    if block >= problem.hidden_size and (stages, unroll) != (1, 1):
-        return f"{stage}_stages and {stage}_unroll need a loop over the hidden size"
-    if stages > 1 and unroll > 1:
-        return f"{stage}_stages and {stage}_unroll exclude each other"
-    if stages * rows * block * 2 > device.limits.shared_per_block:
-        return f"the {stage} stages do not fit in shared memory"
-    return None
-
-
-def _why_not_overlapped(config: Config, problem: Problem, device: Device) -> str | None:
-    if config.pdl and device.capability < 90:
-        return "programmatic dependent launch needs sm_90 or later"
-    return None
-
-
-def _why_not_selected(config: Config, problem: Problem, device: Device) -> str | None:
-    warps = select_warps(config)
-    if warps and -(-problem.n_clusters // lanes(problem, warps)) > 32:
-        return f"{problem.n_clusters} scores do not fit the registers of {warps} warps"
-    return None
-
-
-def _why_not_prefetched(config: Config, problem: Problem, device: Device) -> str | None:
-    if config.prefetch_margin < 0:
-        return None
-    if device.capability < 90:
-        return "prefetch of whole clusters needs sm_90 or later"
-    if problem.cluster_bytes % 16:
-        return f"prefetch needs clusters of a multiple of 16 bytes, not {problem.cluster_bytes}"
-    return None
-
-
-def _why_not_resident(config: Config, problem: Problem, device: Device) -> str | None:
-    if not isinstance(config, PersistentConfig):
-        return None
-    programs = device.sm_count * config.programs_per_sm
-    if problem.n_tokens > programs:
-        return f"{problem.n_tokens} tokens are more than the {programs} programs"
-    if config.programs_per_sm * config.warps * 32 > device.limits.threads_per_sm:
-        return "the grid would not be resident: too many threads for a multiprocessor"
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One condition of `why_invalid`, and every knob that it reads, of whichever plan.
-
-    Whoever enumerates configs can judge a rule as soon as its knobs are set.
-    """
-
-    why_broken: Callable[[Config, Problem, Device], str | None]
-    knobs: frozenset[str]
-
-
-_TILE = ("rows", "block", "warps", "stages", "unroll")
-RULES = (
-    Rule(_why_not_scored, frozenset(["warps", *(f"score_{each}" for each in _TILE)])),
-    Rule(_why_not_gathered, frozenset(["warps", *(f"gather_{each}" for each in _TILE)])),
-    Rule(_why_not_overlapped, frozenset(["pdl"])),
-    Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps", "warps"])),
-    Rule(_why_not_prefetched, frozenset(["prefetch_margin"])),
-    Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),
-)
+    family = _family_of(device)
+    if not isinstance(config, family.plans):
+        return f"{config.plan} is no plan for {device.name}"
+    return why_broken(family.rules, config, problem, device)
 
 
 def baseline_config(problem: Problem, device: Device) -> Config:
-    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster."""
-    rows = min(16, next_power_of_2(problem.cluster_size))
-    return _fitted(StagedConfig(selection="torch_topk", gather_rows=rows), problem, device)
+    """The pipeline every comparison is made with: a library selects the clusters."""
+    return _family_of(device).baseline(problem, device)
 
 
 def default_config(problem: Problem, device: Device) -> Config:
     """A config that is valid for every problem, used where nothing better is known."""
-    return _fitted(StagedConfig(), problem, device)
+    return _family_of(device).default(problem, device)
 
 
-def _fitted(config: StagedConfig, problem: Problem, device: Device) -> Config:
-    """The config with tiles narrowed, then warps taken away, until it is valid."""
-    data = dict(config_data(config))
-    widest = max(64, next_power_of_2(problem.hidden_size))
-    for stage, sums in (("score", problem.n_tokens), ("gather", 1)):
-        data[f"{stage}_block"] = min(int(data[f"{stage}_block"]), widest)
-        room = MAX_TILE_PER_THREAD * int(data[f"{stage}_warps"]) * 32
-        while int(data[f"{stage}_rows"]) * int(data[f"{stage}_block"]) * sums > room:
-            smaller = f"{stage}_rows" if int(data[f"{stage}_rows"]) > 1 else f"{stage}_block"
-            data[smaller] = int(data[smaller]) // 2
-        tile = int(data[f"{stage}_rows"]) * int(data[f"{stage}_block"])
-        data[f"{stage}_warps"] = min(int(data[f"{stage}_warps"]), tile // 32)
-    fitted = parse_config(data)
-    reason = why_invalid(fitted, problem, device)
-    if reason:
-        raise FlashtuneError(f"no default kernel for {problem.describe()}: {reason}")
-    return fitted
+def known_good(problem: Problem, device: Device) -> Sequence[Config]:
+    """Configs from which searches begin, valid or not: what was found by hand."""
+    return _family_of(device).known_good(problem, device)
 
 
 def slack_of(config: Config) -> int:
     """How many clusters more than asked a config may probe; none where a library selects."""
-    return config.slack if select_warps(config) else 0
+    family = next(each for each in FAMILIES.values() if isinstance(config, each.plans))
+    return family.slack_of(config)
+
+
+def _family_of(device: Device) -> Family:
+    if device.vendor not in FAMILIES:
+        raise FlashtuneError(f"no kernels for devices of {device.vendor}: {device.name}")
+    return FAMILIES[device.vendor]

@@ -181,7 +181,7 @@ def _candidates(
                 if record.device not in devices:
                     devices[record.device] = _registered(record.device)
                 other = devices[record.device]
-                if other is None:
+                if other is None or other.vendor != device.vendor:
                     continue
                 level = Level.NEAREST_DEVICE
                 nearness = (other.arch != device.arch, device_distance(device, other), distance)

@@ -4,14 +4,14 @@ import math
 from dataclasses import asdict
 from statistics import NormalDist
 
-from flashtune.kernels.config import (
-    Config,
+from flashtune.kernels.config import Config, why_invalid
+from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
+    TritonConfig,
     lanes,
     next_power_of_2,
     select_warps,
-    why_invalid,
 )
 from flashtune.templates.render import Value, render
 from flashtune.tuning_db.device import Device
@@ -22,7 +22,7 @@ from flashtune.tuning_db.problem import Problem
 def render_source(problem: Problem, config: Config, device: Device) -> str:
     """The candidate's Python source; raises FlashtuneError when the config is not valid for it."""
     reason = why_invalid(config, problem, device)
-    if reason:
+    if reason or not isinstance(config, TritonConfig):
         raise FlashtuneError(f"{config.plan} config not valid for {problem.describe()}: {reason}")
     values: dict[str, Value] = {
         "vocab": problem.vocab_size,
@@ -70,7 +70,7 @@ def _persistent_values(
     }
 
 
-def _threshold_values(problem: Problem, config: Config) -> dict[str, Value]:
+def _threshold_values(problem: Problem, config: TritonConfig) -> dict[str, Value]:
     """Where the threshold search starts: the normal quantile at the middle of what is accepted."""
     target = problem.n_probes + config.slack / 2
     share = min(max(target / problem.n_clusters, 1e-6), 1 - 1e-6)
@@ -88,7 +88,7 @@ def _threshold_values(problem: Problem, config: Config) -> dict[str, Value]:
     }
 
 
-def _share_values(problem: Problem, config: Config, parts: int) -> dict[str, Value]:
+def _share_values(problem: Problem, config: TritonConfig, parts: int) -> dict[str, Value]:
     """How the selected rows, and the clusters to prefetch from, are shared out among programs."""
     touched = (config.gather_rows - 2) // problem.cluster_size + 2 if config.gather_rows > 1 else 1
     stripe = -(-problem.n_clusters // parts)

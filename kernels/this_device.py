@@ -13,21 +13,40 @@ from typing import Any
 
 import torch
 
-from flashtune.tuning_db.device import Device, Toolchain, all_devices, match_device
+from flashtune.kernels.this_cpu import ALIAS, describe_cpu, this_cpu
+from flashtune.tuning_db.device import (
+    Device,
+    Toolchain,
+    all_devices,
+    find_device,
+    match_device,
+)
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _LARGER_ORIN_BYTES = 9 * 2**30  # tells an Orin NX 16GB from an Orin Nano 8GB: both have 8 SMs
 
 
 def device_of(device: torch.device) -> Device | None:
-    """The registered device, or one described by its driver; None unless it is an NVIDIA GPU.
+    """The registered device, or one that its driver or system describes; None without kernels.
 
     A GPU with fewer multiprocessors than its registered namesake (a slice of it) is a device of
     its own.
     """
+    if device.type == "cpu":
+        return this_cpu()
     if device.type != "cuda" or torch.version.hip:
         return None
     return describe_gpu(torch.cuda.get_device_properties(device))
+
+
+def named_device(name: str) -> Device:
+    """The device of that name or alias: `cpu` is this machine's, the others are registered.
+
+    Raises FlashtuneError when there is none.
+    """
+    if name.strip().lower() in (ALIAS, describe_cpu().name):
+        return this_cpu()
+    return find_device(name)
 
 
 def describe_gpu(properties: Any) -> Device:

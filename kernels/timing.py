@@ -1,12 +1,13 @@
-"""How long a step takes as decode really is: in a CUDA graph, with cold weights, by the median.
+"""How long a step takes as decode really is: with cold weights, by the median.
 
 Usage:
-    timer = GraphTimer(step, workload)
+    timer = GraphTimer(step, workload)      # a CUDA graph; WallTimer for steps on the CPU
     timer.sample(20)          # microseconds a call, one value a replay
 """
 
 import gc
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from flashtune.kernels.layout import Step
 from flashtune.kernels.workload import Workload
 
 CALLS_PER_REPLAY = 20
+CALLS_PER_PASS = 8
 
 
 class Timer(Protocol):
@@ -70,6 +72,36 @@ class GraphTimer:
             start.elapsed_time(end) * 1e3 / self.calls
             for start, end in zip(events[::2], events[1::2], strict=True)
         ]
+
+
+class WallTimer:
+    """Steps over rotating weights, one after the other, by the clock on the wall.
+
+    For steps that are done when they return.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once on every set of weights."""
+        self._step, self._workload = step, workload
+        n_sets = len(workload.sets)
+        self.calls = -(-CALLS_PER_PASS // n_sets) * n_sets
+        self.out = torch.empty(workload.problem.n_tokens, dtype=torch.int64)
+        self._run(n_sets)
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a pass."""
+        samples = []
+        for _ in range(replays):
+            start = time.perf_counter()
+            self._run(self.calls)
+            samples.append((time.perf_counter() - start) * 1e6 / self.calls)
+        return samples
+
+    def _run(self, calls: int) -> None:
+        sets, states = self._workload.sets, self._workload.states
+        for call in range(calls):
+            index = call % len(sets)
+            self._step(sets[index], states[index], self.out)
 
 
 @dataclass(frozen=True, slots=True)

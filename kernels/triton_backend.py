@@ -171,6 +171,7 @@ class TritonBackend:
 
     name = "triton"
     torch_device = "cuda"
+    times_alone = False
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's Python source."""

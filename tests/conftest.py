@@ -1,7 +1,7 @@
 """The switch for golden files, and what tests of kernels share."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -17,6 +17,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write generated source to tests/golden instead of comparing it",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Libraries are built in a folder of the tests' own, which their processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    if folder.name.startswith("popen-"):  # one process of several
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHTUNE_CACHE", str(folder / "kernel-cache"))
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import default_config, parse_config
+from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
 from flashtune.tuner.model_folder import read_model
 from flashtune.tuner.proposal import SAMPLERS
@@ -21,7 +22,7 @@ from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
 from flashtune.tuner.space import parse_fixed
 from flashtune.tuner.tables import tables
-from flashtune.tuning_db.device import Device, all_devices, find_device
+from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Provenance
@@ -64,7 +65,7 @@ class _Commands(click.Group):
 
 SHAPE = _Parsed("shape", parse_shape)
 MODEL = _Parsed("folder", read_model)
-DEVICE = _Parsed("device", find_device)
+DEVICE = _Parsed("device", named_device)
 FIX = _Parsed("knob=value", parse_fixed)
 _database = click.option(
     "--db",
@@ -278,7 +279,7 @@ def render(
     if key is not None:
         with Store(database or default_path(), read_only=True) as store:
             record = store.get(key)
-        device, problem = find_device(record.device), record.problem
+        device, problem = named_device(record.device), record.problem
         config = parse_config(record.config)
     elif device is not None and problem is not None:
         config = default_config(problem, device)

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashtune.kernels.backend import KernelUse, resident_programs
-from flashtune.kernels.config import (
-    Config,
+from flashtune.kernels.config import Config, slack_of
+from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
+    TritonConfig,
     lanes,
     select_warps,
-    slack_of,
 )
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DTYPE_BYTES, Problem
 
 VERSION = "roofline-1"
@@ -48,7 +49,12 @@ class Stage:
 def predict_us(
     problem: Problem, config: Config, device: Device, uses: Sequence[KernelUse]
 ) -> float:
-    """Microseconds a call. `uses` are the compiled kernels' needs, by kernel name."""
+    """Microseconds a call. `uses` are the compiled kernels' needs, by kernel name.
+
+    Raises FlashtuneError for configs of CPUs.
+    """
+    if not isinstance(config, TritonConfig):
+        raise FlashtuneError("times on CPUs are not predicted: search on the machine itself")
     slower = REFERENCE_HZ / device.clock_hz if device.clock_hz else 1.0
     needs = {use.kernel: use for use in uses}
     if isinstance(config, PersistentConfig):
@@ -65,7 +71,7 @@ def predict_us(
     return 1e6 * (seconds + slower * ARRIVAL_S)
 
 
-def _score(problem: Problem, config: Config, programs: int) -> Stage:
+def _score(problem: Problem, config: TritonConfig, programs: int) -> Stage:
     tile = config.score_rows * min(config.score_block, problem.hidden_size)
     depth = max(config.score_stages, config.score_unroll)
     if isinstance(config, PersistentConfig):
@@ -74,7 +80,7 @@ def _score(problem: Problem, config: Config, programs: int) -> Stage:
     return Stage(problem.centroid_bytes, programs, tile * width * depth)
 
 
-def _gather(problem: Problem, config: Config, programs: int) -> Stage:
+def _gather(problem: Problem, config: TritonConfig, programs: int) -> Stage:
     tile = config.gather_rows * min(config.gather_block, problem.hidden_size)
     depth = max(config.gather_stages, config.gather_unroll)
     probes = problem.n_probes + slack_of(config) / 2
@@ -94,7 +100,7 @@ def _stage_s(stage: Stage, use: KernelUse, device: Device) -> float:
     return MEMORY_LATENCY_S + spilled * tail * stage.total_bytes / drawn
 
 
-def _selection_s(problem: Problem, config: Config) -> float:
+def _selection_s(problem: Problem, config: TritonConfig) -> float:
     """Seconds of the search for the threshold at the reference clock, or of `torch.topk`."""
     if isinstance(config, StagedConfig) and config.selection == "torch_topk":
         return TOPK_S * math.sqrt(problem.n_tokens)

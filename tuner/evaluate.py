@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
 from flashtune.tuner.cost_model import VERSION, predict_us
 from flashtune.tuner.pool import WorkerPool
@@ -113,7 +114,10 @@ class PredictingEvaluator:
 
 
 class MeasuringEvaluator:
-    """Compiles in parallel, then verifies and times one config after another on the device."""
+    """Compiles in parallel, then verifies and times one config after another on the device.
+
+    Where compilers would disturb the timing, the two take turns.
+    """
 
     provenance = Provenance.MEASURED
 
@@ -130,16 +134,20 @@ class MeasuringEvaluator:
         self._problem, self._device, self._seed = problem, device, seed
         self._compilers, self._measurer = compilers, measurer
         self._best_us: float | None = None
+        self._in_turns = backend_of(device).times_alone
+        self._compiled: list[tuple[Config, ...]] = []
 
     @property
     def room(self) -> int:
         """As many configs may be under way as compilers can keep ahead of the timing."""
+        if self._in_turns and (self._measurer.pending or self._compiled):
+            return 0
         return max(0, 2 * self._compilers.size + 2 - self.pending)
 
     @property
     def pending(self) -> int:
         """Configs being compiled, measured, or waiting for either."""
-        return self._compilers.pending + self._measurer.pending
+        return self._compilers.pending + len(self._compiled) + self._measurer.pending
 
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
@@ -153,7 +161,11 @@ class MeasuringEvaluator:
             if reply.measurements:
                 evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
             else:
-                self._measurer.submit(self._task("measure", task.configs), MEASURE_SECONDS)
+                self._compiled.append(task.configs)
+        if not (self._in_turns and self._compilers.pending):
+            for configs in self._compiled:
+                self._measurer.submit(self._task("measure", configs), MEASURE_SECONDS)
+            self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
             measurement = reply.measurements[0]
             if measurement.outcome is Outcome.OK and measurement.median_us is not None:
@@ -178,6 +190,7 @@ class MeasuringEvaluator:
     def close(self) -> None:
         """End what is under way."""
         self._compilers.cancel()
+        self._compiled.clear()
         self._measurer.cancel()
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:

@@ -20,7 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from flashtune.kernels.config import PLANS, knobs
+from flashtune.kernels.config import PLANS
+from flashtune.kernels.knob import knobs
 from flashtune.tuner.search import Event, Result
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem

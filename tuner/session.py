@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.pool import WorkerPool
@@ -42,12 +43,12 @@ class SearchRequest:
 
 
 def this_device() -> Device:
-    """The device of this machine; raises FlashtuneError when kernels can run on none."""
+    """This machine's GPU; raises FlashtuneError when kernels can run on none."""
     device = device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
     if device is None:
         raise FlashtuneError(
-            "this machine has no NVIDIA GPU that torch can use: name a device to predict for, "
-            "as in `flashtune search --device orin`"
+            "this machine has no NVIDIA GPU that torch can use: name a device, as in "
+            "`flashtune search --device cpu` to measure, or `--device orin` to predict"
         )
     return device
 
@@ -138,9 +139,9 @@ class Session:
 
 def _is_here(device: Device) -> bool:
     try:
-        return this_device() == device
+        return device in (this_cpu(), this_device())
     except FlashtuneError:
-        return False
+        return device == this_cpu()
 
 
 def result_data(

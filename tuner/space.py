@@ -18,17 +18,15 @@ import optuna
 
 from flashtune.kernels.config import (
     PLANS,
-    RULES,
-    STARTS,
     Config,
-    Rule,
     config_data,
-    enabled,
-    knobs,
-    next_power_of_2,
+    known_good,
     parse_config,
+    plans_of,
+    rules_of,
     why_invalid,
 )
+from flashtune.kernels.knob import Rule, enabled, knobs
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -41,7 +39,8 @@ Choices = Sequence[Any]
 class Space:
     """Every valid config for a problem and device, with some knobs fixed to one value.
 
-    `known_good`: configs from which searches begin.
+    `known_good`: configs from which searches begin; None stands for those that are known for the
+    device.
 
     Raises FlashtuneError when `fixed` names an unknown knob or value.
     """
@@ -49,12 +48,12 @@ class Space:
     problem: Problem
     device: Device
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    known_good: tuple[Config, ...] = STARTS
+    known_good: Sequence[Config] | None = None
 
     def __post_init__(self) -> None:
         """Check what is fixed."""
         for name, value in self.fixed.items():
-            choices = list(PLANS) if name == "plan" else _all_choices(name)
+            choices = list(plans_of(self.device)) if name == "plan" else _all_choices(name)
             if not choices:
                 raise FlashtuneError(f"unknown knob {name!r}: use plan, {_known_knobs()}")
             if value not in choices:
@@ -65,7 +64,7 @@ class Space:
         """The plans to choose from: those that have every fixed value among their choices."""
         return [
             name
-            for name, plan in PLANS.items()
+            for name, plan in plans_of(self.device).items()
             if self.fixed.get("plan", name) == name
             and all(
                 self.fixed.get(each, knob["default"]) in knob["choices"]
@@ -149,7 +148,10 @@ class Space:
 
     def starts(self) -> list[Config]:
         """The known good starting points that are valid here, with what is fixed as it must be."""
-        found = (self._within(config) for config in self.known_good if config.plan in self.plans)
+        known = self.known_good
+        if known is None:
+            known = known_good(self.problem, self.device)
+        found = (self._within(config) for config in known if config.plan in self.plans)
         valid = (
             config for config in found if why_invalid(config, self.problem, self.device) is None
         )
@@ -175,11 +177,9 @@ class Space:
         return plan(**data)
 
     def _within(self, config: Config) -> Config:
-        """The config with no block wider than the hidden size, and what is fixed as it must be."""
-        widest = max(64, next_power_of_2(self.problem.hidden_size))
-        for name in ("score_block", "gather_block"):
-            config = self._changed(config, name, min(getattr(config, name), widest))
-        return config
+        """The config with what is fixed as it must be."""
+        first = next(iter(knobs(PLANS[config.plan])))
+        return self._changed(config, first, getattr(config, first))
 
     def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
         """Every valid config of a plan whose first knobs have these values."""
@@ -190,7 +190,9 @@ class Space:
         if len(values) == 1 and not self._may_hold(plan, values):
             return
         name, later = names[len(values)], set(names[len(values) + 1 :])
-        rules = [rule for rule in RULES if name in rule.knobs and not rule.knobs & later]
+        rules = [
+            rule for rule in rules_of(self.device) if name in rule.knobs and not rule.knobs & later
+        ]
         for choice in self._choices(plan, name, values):
             chosen = {**values, name: choice}
             if self._keeps(plan, chosen, rules):
@@ -198,7 +200,7 @@ class Space:
 
     def _may_hold(self, plan: type[Config], values: dict[str, Any]) -> bool:
         """Whether each rule by itself leaves any config of a plan with these first values."""
-        for rule in RULES:
+        for rule in rules_of(self.device):
             names = [name for name in knobs(plan) if name in rule.knobs]
             choices = product(*(self._choices(plan, name, values) for name in names))
             picks = ({**values, **dict(zip(names, each, strict=True))} for each in choices)

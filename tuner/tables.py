@@ -6,7 +6,7 @@ import click
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import parse_config, why_invalid
-from flashtune.tuning_db.device import find_device
+from flashtune.kernels.this_device import named_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Record
 from flashtune.tuning_db.store import Store, default_path
@@ -39,7 +39,7 @@ def export(name: str, output: Path, keep: int, database: Path | None) -> None:
     Example:
       flashtune tables export --device h200 --output nvidia-h200.json
     """
-    device = find_device(name)
+    device = named_device(name)
     with Store(database or default_path(), read_only=True) as store:
         table = table_from_store(store, device.name, per_problem=keep)
     if not table.records:
@@ -87,7 +87,7 @@ def check(files: tuple[Path, ...], compiles: bool) -> None:
 def _checked(path: Path) -> TuningTable:
     """The table, each of whose configs is valid and renders; FlashtuneError names what is not."""
     table = read_table(path)
-    device = find_device(table.device)
+    device = named_device(table.device)
     for record in table.records:
         where = f"{path}: {record.problem.describe()}"
         try:
@@ -102,7 +102,7 @@ def _checked(path: Path) -> TuningTable:
 
 
 def _compile(path: Path, record: Record) -> None:
-    device = find_device(record.device)
+    device = named_device(record.device)
     try:
         backend_of(device).compile(record.problem, parse_config(record.config), device)
     except Exception as error:

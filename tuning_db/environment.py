@@ -1,7 +1,8 @@
-"""The two environment variables, read here and nowhere else.
+"""The environment variables, read here and nowhere else.
 
-`FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources.
-Both are read at each call, and an empty value counts as unset.
+`FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources and
+compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments.
+All are read at each call, and an empty value counts as unset.
 """
 
 import os
@@ -25,3 +26,8 @@ def cache_dir() -> Path:
     """FLASHTUNE_CACHE, else the user's cache folder. Creates nothing."""
     named = os.environ.get("FLASHTUNE_CACHE")
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("flashtune"))
+
+
+def named_compiler() -> str:
+    """CXX, or nothing. May hold arguments after the program."""
+    return os.environ.get("CXX", "")

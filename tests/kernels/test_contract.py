@@ -1,4 +1,4 @@
-"""What a decode step must do, whatever its plan: once by Triton's interpreter, once on a GPU."""
+"""What a decode step must do, whatever its plan: interpreted, on a GPU, and on this CPU."""
 
 import random
 from collections.abc import Callable
@@ -8,12 +8,21 @@ import pytest
 import torch
 import triton
 
-from flashtune.kernels.config import Config, PersistentConfig, StagedConfig, why_invalid
-from flashtune.kernels.layout import Weights
+from flashtune.kernels.backend import backend_of
+from flashtune.kernels.config import (
+    Config,
+    PersistentConfig,
+    StagedConfig,
+    slack_of,
+    why_invalid,
+)
+from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.reference import Judge
 from flashtune.kernels.source import render_source
+from flashtune.kernels.this_cpu import describe_cpu
 from flashtune.kernels.this_device import device_of
-from flashtune.kernels.triton_backend import DecodeStep, TritonBackend, load_source
+from flashtune.kernels.triton_backend import DecodeStep, load_source
 from flashtune.kernels.workload import POISON, Workload
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem
@@ -36,6 +45,31 @@ ON_SM_90: dict[str, Config] = {
     "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
 }
+CPU = describe_cpu()
+THREADS = 2 if CPU.sm_count > 1 else 1
+ON_CPU: dict[str, Config] = {
+    "fused": CppFusedConfig(simd=simd_levels(CPU.arch)[-1], threads=THREADS, slack=0),
+    "fused_histogram": CppFusedConfig(
+        simd=simd_levels(CPU.arch)[-1],
+        selection="histogram",
+        slack=8,
+        parts=1,
+        score_rows=2,
+        score_columns=1,
+        gather_rows=8,
+        gather_columns=1,
+        gather_prefetch=1,
+    ),
+    "staged": CppStagedConfig(threads=THREADS, score_rows=4, score_prefetch=2, gather_rows=2),
+    "staged_nth_element": CppStagedConfig(
+        simd=simd_levels(CPU.arch)[min(1, len(simd_levels(CPU.arch)) - 1)],
+        selection="nth_element",
+        threads=THREADS,
+        gather_parts=1,
+        gather_unroll=2,
+        gather_columns=1,
+    ),
+}
 CANNOT_LOOP = triton.__version__.startswith("3.6.")  # with numpy 2.4
 
 
@@ -47,10 +81,12 @@ class Runner:
     torch_device: torch.device
     problems: dict[str, Problem]
     block: int
-    step: Callable[[Problem, Config, Device], DecodeStep]
+    step: Callable[[Problem, Config, Device], Step]
 
-    def make(self, problem: Problem, config: Config) -> DecodeStep:
+    def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
+        if not isinstance(config, StagedConfig | PersistentConfig):
+            return self.step(problem, _narrowed(config, problem), self.device)
         fitted = replace(config, score_block=self.block, gather_block=self.block)
         if (config.pdl or config.prefetch_margin >= 0) and self.device.capability < 90:
             pytest.skip("needs sm_90")
@@ -64,10 +100,17 @@ def _interpreted_step(problem: Problem, config: Config, device: Device) -> Decod
     return DecodeStep(problem, module, {}, torch.device("cpu"))
 
 
-def _cuda_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
-    step = TritonBackend().loader(problem, config, device, torch.device("cuda"))()
-    assert isinstance(step, DecodeStep)
-    return step
+def _compiled_step(problem: Problem, config: Config, device: Device) -> Step:
+    backend = backend_of(device)
+    return backend.loader(problem, config, device, torch.device(backend.torch_device))()
+
+
+def _narrowed(config: Config, problem: Problem) -> Config:
+    """A config for CPUs with one column wherever the hidden size has room for no more."""
+    narrow = {
+        f"{stage}_{knob}": 1 for stage in ("score", "gather") for knob in ("columns", "unroll")
+    }
+    return replace(config, **narrow) if why_invalid(config, problem, CPU) else config
 
 
 ON_CUDA = [
@@ -79,6 +122,7 @@ CASES += [
     pytest.param(("cuda", name), id=f"cuda-{name}", marks=ON_CUDA)
     for name in (*CONFIGS, *ON_SM_90)
 ]
+CASES += [pytest.param(("cpu", name), id=f"cpu-{name}") for name in ON_CPU]
 
 
 @pytest.fixture(params=CASES)
@@ -91,7 +135,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def config(case: tuple[str, str]) -> Config:
-    return {**CONFIGS, **ON_SM_90}[case[1]]
+    return {**CONFIGS, **ON_SM_90, **ON_CPU}[case[1]]
 
 
 @pytest.fixture
@@ -108,6 +152,17 @@ def runner(case: tuple[str, str], request: pytest.FixtureRequest) -> Runner:
             block=64,
             step=_interpreted_step,
         )
+    if case[0] == "cpu":
+        return Runner(
+            device=CPU,
+            torch_device=torch.device("cpu"),
+            problems={
+                "twelve": Problem(vocab_size=16380, hidden_size=99, n_clusters=1365, n_probes=64),
+                "sixteen": Problem(vocab_size=40000, hidden_size=96, n_clusters=2500, n_probes=77),
+            },
+            block=0,
+            step=_compiled_step,
+        )
     device = device_of(torch.device("cuda"))
     assert device is not None
     return Runner(
@@ -118,17 +173,13 @@ def runner(case: tuple[str, str], request: pytest.FixtureRequest) -> Runner:
             "sixteen": Problem(vocab_size=40000, hidden_size=640, n_clusters=2500, n_probes=77),
         },
         block=256,
-        step=_cuda_step,
+        step=_compiled_step,
     )
 
 
 @pytest.fixture
 def problem(runner: Runner) -> Problem:
     return runner.problems["twelve"]
-
-
-def slack_of(config: Config) -> int:
-    return 0 if getattr(config, "selection", "") == "torch_topk" else config.slack
 
 
 def make_weights(problem: Problem, runner: Runner, seed: int = 0, whole: bool = False) -> Weights:
@@ -149,7 +200,7 @@ def make_weights(problem: Problem, runner: Runner, seed: int = 0, whole: bool = 
     )
 
 
-def run(step: DecodeStep, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+def run(step: Step, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     out = torch.full((hidden.shape[0],), POISON, device=hidden.device)
     step(weights, hidden, out)
     return out
@@ -237,7 +288,7 @@ def test_a_state_of_zeros_ties_everything(
     tokens = run(step, weights, hidden)
     judge = Judge(weights, problem.n_probes, exact=True)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
-    if getattr(config, "selection", "") != "torch_topk":  # which picks among clusters that tie
+    if isinstance(step, DecodeStep) and slack_of(config):  # others pick among clusters that tie
         assert tokens.tolist() == [0]
 
 
@@ -259,7 +310,8 @@ def test_a_state_that_is_not_finite_gives_some_token(
     hidden = random_states(problem, runner, seed=5)
     bad = hidden.clone()
     bad[0, 7] = value
-    step.scratch.selected.fill_(2**30)  # no cluster that an earlier call listed
+    if isinstance(step, DecodeStep):
+        step.scratch.selected.fill_(2**30)  # no cluster that an earlier call listed
     assert 0 <= run(step, weights, bad).item() < problem.vocab_size
     tokens = run(step, weights, hidden)  # and the next call is right again
     assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
@@ -271,12 +323,14 @@ def test_calls_leave_nothing_behind_for_the_next(
     """Each call has lower logits than the one before, and finds its scratch spoiled."""
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
-    before = step.scratch.state.clone()
+    before = step.scratch.state.clone() if isinstance(step, DecodeStep) else None
     judge = Judge(weights, problem.n_probes)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
         tokens = run(step, weights, hidden)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
+        if not isinstance(step, DecodeStep) or before is None:
+            continue
         count = slice(problem.n_tokens, 2 * problem.n_tokens)  # written before it is read
         step.scratch.state[count] = before[count]
         assert torch.equal(step.scratch.state, before)
@@ -284,6 +338,19 @@ def test_calls_leave_nothing_behind_for_the_next(
         step.scratch.scores.fill_(float("nan"))
         step.scratch.selected.fill_(2**30)
         before = step.scratch.state.clone()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_valid_config_of_a_cpu_gives_right_tokens(
+    seed: int, random_config: Callable[[random.Random], Config]
+) -> None:
+    rng = random.Random(seed)
+    config, problem = random_config(rng), _small_problem(rng)
+    while why_invalid(config, problem, CPU):
+        config, problem = random_config(rng), _small_problem(rng)
+    step = _compiled_step(problem, config, CPU)
+    workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
+    assert workload.why_wrong(step, slack_of(config)) is None
 
 
 @pytest.mark.usefixtures("interpreted")

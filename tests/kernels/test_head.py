@@ -19,6 +19,13 @@ from flashtune.tuning_db.errors import FlashtuneError
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 
 
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without kernels, so that nothing is compiled."""
+    for module in ("binding", "head"):
+        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
+
+
 def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Small whole numbers: their sums are exact in float32, so that ties are true ties."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,15 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from flashtune.kernels.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    select_warps,
-    why_invalid,
-)
+from flashtune.kernels.config import Config, PersistentConfig, StagedConfig, why_invalid
 from flashtune.kernels.source import render_source
 from flashtune.kernels.triton_backend import load_source
+from flashtune.kernels.triton_config import select_warps
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels.this_device import describe_gpu, device_of, toolchain
+from flashtune.kernels.this_device import describe_gpu, toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 
 
@@ -61,10 +61,6 @@ def test_an_unknown_architecture_has_the_limits_of_the_nearest_lower_one() -> No
     assert earlier.memory_bandwidth == 0
     with pytest.raises(FlashtuneError, match="no kernels for sm_75"):
         _ = earlier.limits
-
-
-def test_a_cpu_has_no_kernels() -> None:
-    assert device_of(torch.device("cpu")) is None
 
 
 def test_the_toolchain_names_this_torch() -> None:

@@ -4,19 +4,22 @@
 """
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import (
+    Config,
     PersistentConfig,
     StagedConfig,
     baseline_config,
     default_config,
 )
-from flashtune.kernels.source import render_source
+from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
 from flashtune.kernels.triton_backend import load_source
-from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -24,9 +27,21 @@ ORIN, H200 = find_device("orin"), find_device("h200")
 QWEN, GEMMA = parse_shape("qwen3-vl-2b"), parse_shape("gemma-3-1b")
 ODD = Problem(vocab_size=384, hidden_size=33, n_clusters=32, n_probes=5, n_tokens=3)
 HUGE = Problem(vocab_size=262144, hidden_size=8192, n_clusters=16384, n_probes=256)
+X86 = Device(
+    name="some-x86",
+    title="Some x86",
+    vendor="cpu",
+    arch="x86_64-avx512_bf16",
+    sm_count=4,
+    memory_bandwidth=0.0,
+    l2_bytes=2**25,
+    clock_hz=0.0,
+    source="nowhere",
+)
+ARM = replace(X86, name="some-arm", title="Some ARM", arch="aarch64-neon_bf16")
+FP16 = replace(QWEN, weight_dtype="fp16", centroid_dtype="fp16", n_tokens=2)
 
-
-CASES = {
+CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-torch_topk-orin": (QWEN, baseline_config(QWEN, ORIN), ORIN),
     "staged-threshold-orin": (QWEN, default_config(QWEN, ORIN), ORIN),
     "staged-threshold-pdl-looping": (
@@ -52,23 +67,42 @@ CASES = {
     "persistent-orin": (QWEN, PersistentConfig(), ORIN),
     "persistent-prefetch-pdl": (QWEN, PersistentConfig(prefetch_margin=0, pdl=True), H200),
     "persistent-odd": (ODD, PersistentConfig(score_block=64, gather_block=64), ORIN),
+    "cpp_fused-x86": (QWEN, default_config(QWEN, X86), X86),
+    "cpp_staged-x86": (QWEN, baseline_config(QWEN, X86), X86),
+    "cpp_fused-arm": (QWEN, default_config(QWEN, ARM), ARM),
+    "cpp_fused-histogram-odd": (
+        ODD,
+        CppFusedConfig(selection="histogram", score_prefetch=1, gather_rows=8),
+        X86,
+    ),
+    "cpp_staged-fp16": (
+        FP16,
+        CppStagedConfig(simd="avx2", threads=2, score_rows=4, gather_columns=4, gather_unroll=2),
+        X86,
+    ),
 }
+
+
+def golden_path(name: str) -> Path:
+    """Where a case's source is kept: Python or C++, as text."""
+    language = "cpp" if CASES[name][2].vendor == "cpu" else "py"
+    return GOLDEN / f"{name}.{language}.txt"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_source_is_as_accepted(name: str, pytestconfig: pytest.Config) -> None:
     problem, config, device = CASES[name]
-    path = GOLDEN / f"{name}.py.txt"
-    source = render_source(problem, config, device)
+    path = golden_path(name)
+    source = backend_of(device).render(problem, config, device)
     if pytestconfig.getoption("--accept-golden"):
         path.write_text(source, "utf-8")
     assert path.exists(), f"no {path.name}: accept it with --accept-golden"
     assert source == path.read_text("utf-8"), f"{path.name} differs: see --accept-golden"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2].vendor != "cpu"])
 def test_accepted_source_parses_and_loads(name: str) -> None:
-    source = (GOLDEN / f"{name}.py.txt").read_text("utf-8")
+    source = golden_path(name).read_text("utf-8")
     ast.parse(source)
     module = load_source(source)
     kernels = [launch["kernel"] for launch in module.LAUNCHES]
@@ -76,7 +110,7 @@ def test_accepted_source_parses_and_loads(name: str) -> None:
 
 
 def test_every_golden_file_has_a_case(pytestconfig: pytest.Config) -> None:
-    orphans = {path for path in GOLDEN.iterdir() if path.name.removesuffix(".py.txt") not in CASES}
+    orphans = set(GOLDEN.iterdir()) - {golden_path(name) for name in CASES}
     if pytestconfig.getoption("--accept-golden"):
         for path in orphans:
             path.unlink()

@@ -1,0 +1,220 @@
+"""The decode head on this machine's CPU, side by side: dense, plain torch, flashtune.
+
+    python benchmarks/cpu_decode.py [--shape NAME]… [--rounds N] [--json FILE]
+
+Prints a Markdown table a shape. All rows are taken in turns in one process, on cold weights, by
+the wall clock; the times are medians over the rounds, the ratio to the floor is the median of
+the rounds' own ratios. The byte floor is the time a C++ loop takes to read as many bytes as a
+step must, with one thread or with all, whichever is faster, in the same rounds. Every kernel is
+verified against float64 before it is timed; the choice comes from the same selection as the
+runtime's, so `flashtune search --device cpu --shape …` first.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from torch.nn.functional import linear
+
+from flashtune.kernels.backend import backend_of
+from flashtune.kernels.binding import best_choice
+from flashtune.kernels.config import (
+    Config,
+    baseline_config,
+    config_data,
+    default_config,
+    slack_of,
+)
+from flashtune.kernels.huge_pages import advise
+from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.read_bandwidth import Reader
+from flashtune.kernels.this_cpu import this_cpu
+from flashtune.kernels.this_device import toolchain
+from flashtune.kernels.timing import WallTimer
+from flashtune.kernels.workload import Workload
+from flashtune.tuner.report import short_config
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem, parse_shape
+
+SHAPES = ("qwen3-0.6b", "vocab=49152,hidden=576,clusters=3072,probes=128")
+READ_BYTES = 2**28  # of a buffer that reads rotate through
+IDLE_S = 0.005
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; `floor_ratio` is over the byte floor of the same round."""
+
+    name: str
+    median_us: float
+    least_us: float
+    floor_ratio: float
+    detail: str = ""
+
+
+class ReadTimer:
+    """Reads of as many bytes as a step must read, from places that rotate."""
+
+    def __init__(self, problem: Problem, device: Device, threads: int) -> None:
+        """Fill a buffer larger than the last cache."""
+        self._reader = Reader(device, threads)
+        self._bytes = problem.minimum_bytes
+        buffer = torch.empty(max(READ_BYTES, 3 * device.l2_bytes), dtype=torch.uint8)
+        advise(buffer)
+        self._parts = buffer.fill_(1).split(self._bytes)[:-1]
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds for a step's bytes, one value a pass over the buffer."""
+        samples = []
+        for _ in range(replays):
+            start = time.perf_counter()
+            read = sum(map(self._reader, self._parts))
+            samples.append((time.perf_counter() - start) * 1e6 * self._bytes / read)
+        return samples
+
+
+class ApartTimer:
+    """Single calls of a step, each after something else was done."""
+
+    def __init__(self, step: Step, workload: Workload, between: Callable[[], object]) -> None:
+        """`between` is not timed."""
+        self._step, self._workload, self._between = step, workload, between
+        self._out = torch.empty(workload.problem.n_tokens, dtype=torch.int64)
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds, the median over the sets a replay."""
+        samples = []
+        for _ in range(replays):
+            calls = []
+            for weights, state in zip(self._workload.sets, self._workload.states, strict=True):
+                self._between()
+                start = time.perf_counter()
+                self._step(weights, state, self._out)
+                calls.append((time.perf_counter() - start) * 1e6)
+            samples.append(statistics.median(calls))
+        return samples
+
+
+def dense(weight: torch.Tensor) -> Step:
+    """The dense head: a product with all of the weight, then argmax."""
+
+    def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        torch.argmax(linear(hidden.to(weight.dtype), weight), dim=-1, out=out)
+
+    return step
+
+
+def torch_flash_head(problem: Problem) -> Step:
+    """FlashHead in plain torch, in the weights' dtype, for one token."""
+
+    def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        scores = linear(hidden, weights.centroids)[0]
+        clusters = scores.topk(problem.n_probes, sorted=False).indices
+        by_cluster = weights.weight.view(problem.n_clusters, -1)
+        rows = by_cluster.index_select(0, clusters).view(-1, problem.hidden_size)
+        best = linear(hidden, rows)[0].argmax()
+        size = problem.cluster_size
+        out[0] = weights.ids[clusters[best // size] * size + best % size]
+
+    return step
+
+
+def kernel(problem: Problem, config: Config, device: Device, workload: Workload) -> Step:
+    """A config's step, verified; raises RuntimeError when its tokens are wrong."""
+    step = backend_of(device).loader(problem, config, device, torch.device("cpu"))()
+    reason = workload.why_wrong(step, slack_of(config))
+    if reason:
+        raise RuntimeError(f"{config}: {reason}")
+    return step
+
+
+def measure(problem: Problem, device: Device, rounds: int) -> list[Row]:
+    """The rows of one problem."""
+    torch.set_num_threads(device.sm_count)
+    workload = Workload.create(problem, torch.device("cpu"), device.l2_bytes, seed=0)
+    weight = workload.sets[0].weight
+    choice = best_choice(problem, device, toolchain(), [])
+    assert choice.config is not None
+    configs = {
+        "baseline": baseline_config(problem, device),
+        "default": default_config(problem, device),
+        "choice": choice.config,
+    }
+    timers = {
+        "dense torch": WallTimer(dense(weight.clone()), workload),
+        "dense torch fp32": WallTimer(dense(weight.float()), workload),
+        "plain torch FlashHead": WallTimer(torch_flash_head(problem), workload),
+    }
+    steps = {name: kernel(problem, each, device, workload) for name, each in configs.items()}
+    timers |= {name: WallTimer(step, workload) for name, step in steps.items()}
+    timers["choice, after 5 ms idle"] = ApartTimer(
+        steps["choice"], workload, lambda: time.sleep(IDLE_S)
+    )
+    square = torch.randn(1024, 1024).to(weight.dtype)
+    timers["choice, after a torch matmul"] = ApartTimer(
+        steps["choice"], workload, lambda: square @ square
+    )
+    for threads in sorted({1, device.sm_count}):
+        timers[f"read, threads={threads}"] = ReadTimer(problem, device, threads)
+    details = {name: short_config(config_data(config)) for name, config in configs.items()}
+    details["choice"] += f" ({choice.level.value})"
+    return _rows(timers, details, rounds)
+
+
+def _rows(timers: dict[str, WallTimer], details: dict[str, str], rounds: int) -> list[Row]:
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            samples[name] += timer.sample(1)
+    reads = [own for name, own in samples.items() if name.startswith("read")]
+    floors = min(reads, key=statistics.median)
+    return [
+        Row(
+            name,
+            statistics.median(own),
+            min(own),
+            statistics.median(one / floor for one, floor in zip(own, floors, strict=True)),
+            details.get(name, ""),
+        )
+        for name, own in samples.items()
+    ]
+
+
+def print_table(problem: Problem, rows: Sequence[Row]) -> None:
+    """One problem's rows as a Markdown table."""
+    floor = min(row.median_us for row in rows if row.name.startswith("read"))
+    rate = problem.minimum_bytes / floor / 1e3
+    print(f"\n{problem.describe()}: {problem.minimum_bytes / 1e6:.1f} MB a step, ", end="")
+    print(f"read at {rate:.1f} GB/s in {floor:.0f} us\n")
+    print("| | median us | least us | x floor, in turns | |\n|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.median_us:.0f} | {row.least_us:.0f} | {row.floor_ratio:.2f} "
+            f"| {row.detail} |"
+        )
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, default=SHAPES)
+@click.option("--rounds", default=25, show_default=True)
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path))
+def main(shapes: Sequence[str], rounds: int, path: Path | None) -> None:
+    """Measure and print."""
+    device = this_cpu()
+    print(f"{device.title} ({device.arch}), torch {torch.__version__}")
+    results = {}
+    for problem in map(parse_shape, shapes):
+        rows = measure(problem, device, rounds)
+        print_table(problem, rows)
+        results[problem.describe()] = [asdict(row) for row in rows]
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

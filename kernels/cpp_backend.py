@@ -1,0 +1,91 @@
+"""The C++ backend: CPUs, through the machine's own compiler.
+
+Usage:
+    step = CppStep(load_library(source, arch, simd))
+    step(weights, hidden, out)        # done when it returns
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flashtune.kernels.backend import KernelUse
+from flashtune.kernels.config import Config
+from flashtune.kernels.cpp_config import CppConfig
+from flashtune.kernels.cpp_source import render_cpp
+from flashtune.kernels.huge_pages import advise
+from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.library import build_library, load_library
+from flashtune.kernels.timing import WallTimer
+from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+
+class CppStep:
+    """A candidate ready to run, with scratch and threads of its own.
+
+    hidden `[n_tokens, hidden]`, contiguous; out int64 `[n_tokens]`, complete on return. The
+    threads start with the first call and sleep between calls. One call at a time.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raises MemoryError where there is none for the scratch."""
+        library.flashtune_open.restype = ctypes.c_void_p
+        library.flashtune_close.argtypes = (ctypes.c_void_p,)
+        library.flashtune_decode.argtypes = (ctypes.c_void_p,) * 6
+        library.flashtune_decode.restype = None
+        self._handle = library.flashtune_open()
+        if not self._handle:
+            raise MemoryError("no memory for the scratch of a decode step")
+        self._decode = library.flashtune_decode
+        self._advised: set[tuple[int, int]] = set()
+        weakref.finalize(self, library.flashtune_close, self._handle)
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Run the step."""
+        place = (weights.centroids.data_ptr(), weights.weight.data_ptr())
+        if place not in self._advised:
+            self._advised.add(place)
+            advise(weights.centroids)
+            advise(weights.weight)
+        self._decode(
+            self._handle, *place, weights.ids.data_ptr(), hidden.data_ptr(), out.data_ptr()
+        )
+
+
+class CppBackend:
+    """CPUs, through C++."""
+
+    name = "cpp"
+    torch_device = "cpu"
+    times_alone = True
+
+    def render(self, problem: Problem, config: Config, device: Device) -> str:
+        """The candidate's C++ source."""
+        return render_cpp(problem, config, device)
+
+    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+        """Compile into the cache; nothing is known of what a CPU's code needs."""
+        build_library(*_library_parts(problem, config, device))
+        return ()
+
+    def loader(
+        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+    ) -> Callable[[], Step]:
+        """Compile; each call of the result makes a step with scratch and threads of its own."""
+        library = load_library(*_library_parts(problem, config, device))
+        return lambda: CppStep(library)
+
+    def timer(self, step: Step, workload: Workload) -> WallTimer:
+        """The wall clock over rotating weights."""
+        return WallTimer(step, workload)
+
+
+def _library_parts(problem: Problem, config: Config, device: Device) -> tuple[str, str, str]:
+    """Source, arch and SIMD level; raises FlashtuneError when the config is not valid."""
+    source = render_cpp(problem, config, device)
+    assert isinstance(config, CppConfig)
+    return source, device.arch, config.simd

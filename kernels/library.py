@@ -1,0 +1,137 @@
+"""C++ source to a shared library in the cache, by the machine's own compiler.
+
+Usage:
+    library = load_library(source, device.arch, "avx512")     # a ctypes.CDLL
+    build_library(source, device.arch, "avx512")              # the same without loading it
+
+A library's name is a hash of its source, the compiler with its version, the flags and the
+machine's instruction sets: a cache folder may be shared by machines, and none loads what was
+built for another.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashtune.tuning_db.environment import cache_dir, named_compiler
+from flashtune.tuning_db.errors import FlashtuneError
+
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_SECONDS = 100
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+SIMD_FLAGS = {
+    "scalar": (),
+    "avx2": _AVX2,
+    "avx512": (*_AVX512, "-mprefer-vector-width=512"),
+    "avx512_bf16": (*_AVX512, "-mprefer-vector-width=512", "-mavx512bf16"),
+    "neon": (),
+    "neon_bf16": ("-march=armv8.2-a+fp16+bf16",),
+}
+
+
+def load_library(source: str, arch: str, simd: str) -> ctypes.CDLL:
+    """Build the library unless the cache has it, and load it.
+
+    Raises FlashtuneError where there is no compiler, or it fails, or the cache can't be used.
+    """
+    path = build_library(source, arch, simd)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise FlashtuneError(f"{path} does not load ({error}): delete it") from error
+
+
+def build_library(source: str, arch: str, simd: str) -> Path:
+    """The library's file, compiled unless the cache has it; errors as in `load_library`."""
+    command = [*_compiler(named_compiler()), *FLAGS, *SIMD_FLAGS[simd]]
+    key = "\n".join((source, arch, *command, _version(command[0])))
+    folder = cache_dir() / "cpp"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    path = folder / f"{name}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder / f"{name[:2]}.lock"):
+            if not path.exists():
+                _compile(command, source, path)
+    except OSError as error:
+        raise FlashtuneError(
+            f"kernels can't be kept in {folder} ({error}): set FLASHTUNE_CACHE to a folder "
+            "that can be written"
+        ) from error
+    return path
+
+
+def _compile(command: list[str], source: str, path: Path) -> None:
+    """Compile beside `path`, then rename, so that no other process sees half a library."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        text, library = Path(folder, "decode.cpp"), Path(folder, "decode.so")
+        text.write_text(source, "utf-8")
+        try:
+            done = subprocess.run(
+                [*command, str(text), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMPILE_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FlashtuneError(
+                f"{command[0]} took more than {COMPILE_SECONDS} s for a kernel: set CXX to "
+                "another compiler"
+            ) from error
+        if done.returncode or not library.exists():
+            said = next((line for line in done.stderr.splitlines() if "error" in line), "")
+            raise FlashtuneError(
+                f"{command[0]} failed with {done.returncode}: "
+                f"{said.strip() or 'it said nothing'} (set CXX to another compiler)"
+            )
+        os.replace(library, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock; the system gives it back when a process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compiler(named: str) -> list[str]:
+    """$CXX with its arguments, else the first compiler there is."""
+    if named.strip():
+        program, *arguments = named.split()
+        found = shutil.which(program)
+        if found is None:
+            raise FlashtuneError(f"there is no compiler {program!r}, which CXX names: mend CXX")
+        return [found, *arguments]
+    for program in COMPILERS:
+        found = shutil.which(program)
+        if found:
+            return [found]
+    raise FlashtuneError(
+        f"no C++ compiler ({', '.join(COMPILERS)}): install g++, or set CXX to one"
+    )
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    """What the compiler says of itself; empty where it says nothing."""
+    try:
+        done = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FlashtuneError(f"{compiler} does not run ({error}): set CXX to another") from error
+    return done.stdout
