@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+CPU_ARGS ?= --shape qwen3-0.6b --trials 40
 SEARCH_ARGS ?= --shape qwen3-vl-2b
 PYTEST_ARGS ?= -n 2
 READY := $(VENV)/.ready
@@ -9,9 +10,11 @@ READY := $(VENV)/.ready
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) SEARCH_ARGS="$(SEARCH_ARGS)" PYTEST_ARGS="$(PYTEST_ARGS)"'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CPU_ARGS="$(CPU_ARGS)" SEARCH_ARGS="$(SEARCH_ARGS)" PYTEST_ARGS="$(PYTEST_ARGS)"'
 
-search: $(READY) ## tune for a Jetson Orin Nano Super
+search: $(READY) ## tune for this machine's CPU, measured; then for a Jetson Orin Nano Super, predicted
+	$(VENV)/bin/flashtune search --device cpu $(CPU_ARGS)
+	$(VENV)/bin/python benchmarks/cpu_decode.py --shape qwen3-0.6b --rounds 10
 	$(VENV)/bin/flashtune search --device orin $(SEARCH_ARGS)
 
 test: $(READY) ## lint, check types, and run the tests

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from flashtune.kernels.config import Config
 from flashtune.tuner.cli import DEVICE, FIX, SHAPE
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.replay import ReplayEvaluator
@@ -24,6 +25,16 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store
+
+
+class ColdSpace(Space):
+    """A space of which no good starting points are known."""
+
+    __slots__ = ()
+
+    def starts(self) -> list[Config]:
+        """None."""
+        return []
 
 
 @click.command()
@@ -46,7 +57,7 @@ def main(
     sampler: str,
 ) -> None:
     """Replay searches over an exhaustive database."""
-    space = Space(problem, device, dict(fixed), *([()] if cold else []))
+    space = (ColdSpace if cold else Space)(problem, device, dict(fixed))
     with Store(database, read_only=True) as store:
         records = store.records(device=device.name, problem=problem)
     records = [record for record in records if space.holds(record.config)]

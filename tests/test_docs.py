@@ -90,7 +90,9 @@ def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name = words.pop(0)
         assert name in command.commands, f"{document}: no command {name}"
-        context = click.Context(command, parent=context, info_name=name)
+        context = click.Context(
+            command, parent=context, info_name=name, **command.context_settings
+        )
         command = command.commands[name]
     while "--model" in words:  # the folder is on nobody's disk
         assert "models" in [option.name for option in command.params]

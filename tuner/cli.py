@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import default_config, parse_config
+from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
 from flashtune.tuner.model_folder import read_model
@@ -183,11 +184,8 @@ def devices(as_json: bool) -> None:
     Example:
       flashtune devices
     """
-    try:
-        here: Device | None = this_device()
-    except FlashtuneError:
-        here = None
-    known = [*all_devices(), *([here] if here and here not in all_devices() else [])]
+    here = {this_device(), this_cpu()}
+    known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
     if as_json:
         rows = [
             {
@@ -199,15 +197,13 @@ def devices(as_json: bool) -> None:
                 "l2_bytes": device.l2_bytes,
                 "aliases": device.aliases,
                 "source": device.source,
-                "here": device == here,
+                "here": device in here,
             }
             for device in known
         ]
         click.echo(json.dumps(rows, indent=1))
         return
-    Console().print(devices_table(known, here.name if here else None))
-    if here is None:
-        click.echo("This machine has no device that kernels can run on: searches predict.")
+    Console().print(devices_table(known, here))
 
 
 @cli.command()

@@ -5,7 +5,7 @@ Progress goes to standard error: a live bar on a terminal, a line now and then e
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -169,8 +169,8 @@ def records_table(records: Iterable[Record]) -> Table:
     return table
 
 
-def devices_table(devices: Iterable[Device], here: str | None) -> Table:
-    """The registry, with the device of this machine marked."""
+def devices_table(devices: Iterable[Device], here: Collection[Device]) -> Table:
+    """Devices, with those of this machine marked."""
     table = Table()
     for heading in ("device", "title", "arch", "SMs", "GB/s", "L2 MiB", "aliases", ""):
         table.add_column(
@@ -185,7 +185,7 @@ def devices_table(devices: Iterable[Device], here: str | None) -> Table:
             f"{device.memory_bandwidth / 1e9:.0f}",
             f"{device.l2_bytes / 2**20:.0f}",
             ", ".join(device.aliases),
-            "this machine" if device.name == here else "",
+            "this machine" if device in here else "",
         )
     return table
 

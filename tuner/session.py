@@ -43,14 +43,9 @@ class SearchRequest:
 
 
 def this_device() -> Device:
-    """This machine's GPU; raises FlashtuneError when kernels can run on none."""
-    device = device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
-    if device is None:
-        raise FlashtuneError(
-            "this machine has no NVIDIA GPU that torch can use: name a device, as in "
-            "`flashtune search --device cpu` to measure, or `--device orin` to predict"
-        )
-    return device
+    """This machine's GPU; its CPU where kernels can run on none."""
+    gpu = device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    return gpu or this_cpu()
 
 
 class Session:
@@ -63,7 +58,8 @@ class Session:
         """
         self.request, self.store = request, store
         self.cancelled = False
-        self.provenance = Provenance.MEASURED if _is_here(request.device) else Provenance.PREDICTED
+        here = request.device in (this_device(), this_cpu())
+        self.provenance = Provenance.MEASURED if here else Provenance.PREDICTED
         self.toolchain = toolchain()
         if self.provenance is Provenance.PREDICTED:
             self.toolchain = Toolchain(triton=self.toolchain.triton)
@@ -135,13 +131,6 @@ class Session:
         table = prebuilt_table(name)
         records = [record for record in found if record] + list(table.records if table else ())
         return [record for record in records if record.problem != problem]
-
-
-def _is_here(device: Device) -> bool:
-    try:
-        return device in (this_cpu(), this_device())
-    except FlashtuneError:
-        return device == this_cpu()
 
 
 def result_data(
