@@ -337,7 +337,7 @@ class TestAPredictedSearch:
         assert len(records) == 3
         assert {record["provenance"] for record in records} == {"predicted"}
         assert all("roofline" in record["measurement"]["policy"] for record in records)
-        assert all(record["toolchain"]["driver"] == "" for record in records)
+        assert all(record["toolchain"]["torch"] == "" for record in records)
 
     def test_a_person_is_told(self, predicted: Predicted) -> None:
         """The same search again has nothing left to evaluate, and says the same."""
@@ -516,7 +516,7 @@ class TestModels:
         self, model, problem: Problem, below: str, nested: bool
     ) -> None:
         text = {"hidden_size": 64, "dtype": "bfloat16"}
-        config = {"text_config": text} if nested else {**text, "text_config": None}
+        config = {"text_config": text} if nested else {**text, "text_config": ["odd"]}
         folder = model(
             {**config, "n_probes": 4, "flash_head_cache_dir": below or "x"}, below=below
         )

@@ -11,7 +11,6 @@ from flashtune.kernels.config import (
     Config,
     PersistentConfig,
     StagedConfig,
-    default_config,
     why_invalid,
 )
 from flashtune.tuner.cost_model import predict_us
@@ -90,10 +89,12 @@ class TestOnEveryDevice:
         crowded = predict(config, QWEN, device, shared_bytes=device.limits.shared_per_block)
         assert crowded >= predict(config, QWEN, device)
 
-    def test_nothing_is_faster_than_its_bytes(self, config: Config, device: Device) -> None:
+    def test_nothing_beats_its_bytes_or_is_far_from_them(
+        self, config: Config, device: Device
+    ) -> None:
         floor = floor_us(QWEN, device)
         assert floor is not None
-        assert predict(config, QWEN, device) > floor
+        assert floor < predict(config, QWEN, device) < 50 * floor  # a slip of a unit is more
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
@@ -127,11 +128,3 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
         }
         assert 0 < predict(config, problem, device, **changes) < math.inf
     assert min(seen.values()) > 5
-
-
-def test_every_device_ranks_its_default_within_reason() -> None:
-    """No more than fifty times the floor: a slip of a unit would be a thousand."""
-    for device in DEVICES:
-        floor = floor_us(QWEN, device)
-        assert floor is not None
-        assert predict(default_config(QWEN, device), QWEN, device) < 50 * floor

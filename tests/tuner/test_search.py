@@ -53,13 +53,12 @@ def landscape(config: Config) -> float:
     """A smooth valley: 10 us at its bottom, more with each doubling away from it."""
     data = config_data(config)
     away = [
-        (0.5, math.log2(int(data["score_rows"])) - 3),
-        (0.1, math.log2(int(data["score_block"])) - 9),
-        (0.3, math.log2(int(data["score_warps"])) - 1),
-        (0.7, math.log2(int(data["gather_rows"])) - 1),
-        (0.2, math.log2(int(data.get("select_warps", 8))) - 3),
-        (0.05, int(data["slack"]) / 16 - 1),
-        (1.0, 0.0 if data["evict"] == "evict_first" else 1.0),
+        (2.0, math.log2(int(data["score_rows"])) - 3),
+        (1.2, math.log2(int(data["score_warps"])) - 1),
+        (2.8, math.log2(int(data["gather_rows"])) - 1),
+        (0.8, math.log2(int(data["select_warps"])) - 3),
+        (0.2, int(data["slack"]) / 16 - 1),
+        (4.0, 0.0 if data["evict"] == "evict_first" else 1.0),
     ]
     return 10 + sum(weight * distance**2 for weight, distance in away)
 
@@ -375,7 +374,9 @@ def test_events_say_how_far_a_search_is(run, replay) -> None:
 def test_tpe_finds_the_valley_with_few_evaluations(
     free_space, recorded, toolchain: Toolchain, tmp_path: Path
 ) -> None:
-    """Within 3 % of the optimum with 15 % of the evaluations, for five seeds."""
+    """Within 3 % of the optimum with 15 % of the evaluations, for five seeds: drawing at random
+    fails at some of them.
+    """
     problem = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
     space = free_space(
         "score_rows", "score_warps", "gather_rows", "slack",
@@ -384,6 +385,7 @@ def test_tpe_finds_the_valley_with_few_evaluations(
     space = Space(problem, space.device, space.fixed, known_good=())
     configs = list(space.configs())
     best = min(map(landscape, configs))
+    assert sum(landscape(config) <= 1.03 * best for config in configs) < len(configs) / 100
     records = [recorded(config, landscape(config)) for config in configs]
     for seed in range(5):
         evaluator = Replay(records)
