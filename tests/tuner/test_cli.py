@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -399,6 +400,23 @@ class TestAPredictedSearch:
         again = tmp_path / "again.json"
         done("tables", "export", "--device", "orin", "--keep", 2, "--output", again, "--db", other)
         assert again.read_text() == path.read_text()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_search_on_this_machine_measures(tmp_path: Path) -> None:
+    """With a real compiler and real workers: the default and the baseline, then both again."""
+    where = ("--device", "cpu", "--shape", TINY, "--db", tmp_path / "tuning.db")
+    result = run("search", *where, "--jobs", 1, "--trials", 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert "PREDICTED" not in result.stderr
+    data = json.loads(result.stdout)
+    [found] = data["results"]
+    assert data["provenance"] == "measured"
+    assert (found["evaluated"], found["failed"]) == (2, 0)
+    assert found["winner"]["measurement"]["policy"] == "final"
+    assert found["winner"]["toolchain"]["torch"] == torch.__version__
+    assert found["winner"] == json.loads(done("best", *where, "--json"))
+    assert 0 < found["default_us"] < 10_000
 
 
 CHILD = """

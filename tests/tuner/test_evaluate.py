@@ -2,15 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import pytest
 
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import Config
+from flashtune.kernels.this_cpu import this_cpu
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.replay import ReplayEvaluator
 from flashtune.tuner.space import Space
 from flashtune.tuner.task import Reply, Task
+from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome
 
 FITS = tuple(
@@ -177,3 +180,22 @@ def test_a_failed_comparison_says_nothing_of_the_finalists(space: Space, count: 
     assert evaluator.compare(configs[:2]) == []
     assert evaluator.pending == 0  # what was under way is given up
     assert measurer.asked[0].kind == "compare"
+
+
+def test_compilers_rest_where_they_would_disturb_the_timing(problem: Problem) -> None:
+    """On a CPU nothing is measured before all is compiled, nor submitted before all is timed."""
+    cpu = this_cpu()
+    compilers, measurer = InstantPool(2, compiles), InstantPool(1, measures)
+    evaluator = MeasuringEvaluator(problem, cpu, compilers, measurer, seed=0)
+    configs = list(islice(Space(problem, cpu).configs(), 14))
+    answers: list[Config] = []
+    largest = 0
+    while configs or evaluator.pending:
+        for _ in range(min(evaluator.room, len(configs))):
+            assert not measurer.pending
+            evaluator.submit(configs.pop())
+        largest = max(largest, evaluator.pending)
+        answers += [each.config for each in evaluator.wait(0)]
+        assert not (compilers.pending and measurer.pending)
+    assert len(set(answers)) == len(answers) == 14
+    assert largest > 1
