@@ -138,7 +138,7 @@ def measure(problem: Problem, device: Device, rounds: int) -> list[Row]:
     torch.set_num_threads(device.sm_count)
     workload = Workload.create(problem, torch.device("cpu"), device.l2_bytes, seed=0)
     weight = workload.sets[0].weight
-    choice = best_choice(problem, device, toolchain(), [])
+    choice = best_choice(problem, device, toolchain(device), [])
     assert choice.config is not None
     configs = {
         "baseline": baseline_config(problem, device),

@@ -64,7 +64,7 @@ def compare(problem: Problem, device: Device, bandwidth: float, seed: int) -> di
     workload = Workload.create(
         problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=seed
     )
-    choice = best_choice(problem, device, toolchain(), [])
+    choice = best_choice(problem, device, toolchain(device), [])
     configs = {
         "baseline": baseline_config(problem, device),
         "default": default_config(problem, device),
@@ -121,7 +121,7 @@ def main(shapes: Sequence[str], tokens: Sequence[int], seed: int, output: Path |
     if device is None:
         raise click.ClickException("this benchmark needs an NVIDIA GPU")
     bandwidth = read_bandwidth()
-    print(f"{device.title}, {toolchain()}, read bandwidth {bandwidth / 1e12:.2f} TB/s\n")
+    print(f"{device.title}, {toolchain(device)}, read bandwidth {bandwidth / 1e12:.2f} TB/s\n")
     problems = [parse_shape(f"{shape},tokens={count}") for shape in shapes for count in tokens]
     rows = []
     for problem in problems:

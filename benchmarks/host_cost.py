@@ -52,7 +52,7 @@ def main() -> None:
     head(hidden)
     sources = read_sources(device, None, [])
     start = time.perf_counter()
-    choice = choose(problem, device, toolchain(), sources)
+    choice = choose(problem, device, toolchain(device), sources)
     lookup = 1e6 * (time.perf_counter() - start)
     assert choice.config is not None
     step = backend_of(device).loader(problem, choice.config, device, where)()

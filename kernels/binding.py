@@ -100,7 +100,7 @@ def bind(problem: Problem, weights: Weights) -> Bound:
     troubles: list[str] = []
     try:
         device = device_of(weights.weight.device)
-        choice = best_choice(problem, device, toolchain(), troubles)
+        choice = best_choice(problem, device, toolchain(device), troubles)
         while device is not None and choice.config is not None:
             try:
                 new_step = compile_step(problem, choice.config, device, weights.weight.device)

@@ -125,6 +125,15 @@ def _compiler(named: str) -> list[str]:
     )
 
 
+def compiler_version() -> str:
+    """The compiler's name for itself and its version, one line; empty where there is none."""
+    try:
+        said = _version(_compiler(named_compiler())[0])
+    except FlashtuneError:
+        return ""
+    return next(iter(said.splitlines()), "")
+
+
 @functools.cache
 def _version(compiler: str) -> str:
     """What the compiler says of itself; empty where it says nothing."""

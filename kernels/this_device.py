@@ -2,7 +2,7 @@
 
 Usage:
     device_of(weight.device)   # None for a device that has no kernels
-    toolchain()
+    toolchain(device)
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flashtune.kernels.library import compiler_version
 from flashtune.kernels.this_cpu import ALIAS, describe_cpu, this_cpu
 from flashtune.tuning_db.device import (
     Device,
@@ -93,8 +94,13 @@ def _jetson(properties: Any, arch: str) -> Device | None:
 
 
 @functools.cache
-def toolchain() -> Toolchain:
-    """The versions of this process: Triton and driver are empty where there is none."""
+def toolchain(device: Device | None) -> Toolchain:
+    """What makes kernels for a device in this process: a compiler for CPUs, else Triton.
+
+    A version is empty where there is no such tool.
+    """
+    if device is not None and device.vendor == "cpu":
+        return Toolchain(compiler=compiler_version())
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:

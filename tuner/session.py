@@ -60,7 +60,7 @@ class Session:
         self.cancelled = False
         here = request.device in (this_device(), this_cpu())
         self.provenance = Provenance.MEASURED if here else Provenance.PREDICTED
-        self.toolchain = toolchain()
+        self.toolchain = toolchain(request.device)
         if self.provenance is Provenance.PREDICTED:
             self.toolchain = Toolchain(triton=self.toolchain.triton)
         self._spaces = [Space(p, request.device, request.fixed) for p in request.problems]

@@ -126,11 +126,15 @@ ARCH_LIMITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Toolchain:
-    """The versions that a measurement depends on; empty where not applicable."""
+    """The versions that a measurement depends on; empty where not applicable.
 
-    triton: str
+    compiler: of C++ kernels, as its own `--version` has it.
+    """
+
+    triton: str = ""
     torch: str = ""
     driver: str = ""
+    compiler: str = ""
 
     @property
     def key(self) -> str:

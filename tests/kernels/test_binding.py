@@ -64,7 +64,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FLASHTUNE_DB", str(path))
     for module in ("binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: H200)
-    monkeypatch.setattr(binding, "toolchain", lambda: TOOLS)
+    monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
     monkeypatch.setattr(binding, "prebuilt_devices", lambda: ())
     yield path
 

@@ -198,7 +198,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
     for module in ("binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: CPU)
-    monkeypatch.setattr(binding, "toolchain", lambda: TOOLS)
+    monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
     return tmp_path / "tuning.db"
 
 

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from flashtune.kernels.library import compiler_version
+from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import describe_gpu, toolchain
+from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 
 
@@ -64,5 +67,12 @@ def test_an_unknown_architecture_has_the_limits_of_the_nearest_lower_one() -> No
 
 
 def test_the_toolchain_names_this_torch() -> None:
-    assert toolchain().torch == torch.__version__
-    assert toolchain().triton.startswith("3.")
+    assert toolchain(None).torch == torch.__version__
+    assert toolchain(None).triton.startswith("3.")
+    assert toolchain(None).compiler == ""
+
+
+def test_the_toolchain_of_a_cpu_is_its_compiler() -> None:
+    tools = toolchain(this_cpu())
+    assert tools == Toolchain(compiler=compiler_version())
+    assert any(character.isdigit() for character in tools.compiler)

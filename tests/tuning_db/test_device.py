@@ -81,11 +81,13 @@ def test_devices_are_matched_by_the_driver_s_name() -> None:
 
 def test_toolchain_keys_are_canonical_and_read_back() -> None:
     chain = Toolchain(triton="3.6.0", torch="2.13.0")
-    assert chain.key == '{"driver":"","torch":"2.13.0","triton":"3.6.0"}'
+    assert chain.key == '{"compiler":"","driver":"","torch":"2.13.0","triton":"3.6.0"}'
     assert Toolchain.from_json(json.loads(chain.key)) == chain
 
 
-@pytest.mark.parametrize("data", [None, {"triton": "3"}, {"triton": 3, "torch": "", "driver": ""}])
+@pytest.mark.parametrize(
+    "data", [None, {"triton": "3"}, {"triton": 3, "torch": "", "driver": "", "compiler": ""}]
+)
 def test_a_toolchain_is_text_under_its_own_keys(data: object) -> None:
     with pytest.raises(FlashtuneError, match="toolchain"):
         Toolchain.from_json(data)
