@@ -62,8 +62,8 @@ class Proposals:
         if self._sampler == "exhaustive":
             fresh = next(each for each in self._all if self._is_new(each))
             return self._claim(fresh, None)
-        for _ in range(_STALE):
-            config, trial = self._propose()
+        for stale in range(_STALE):
+            config, trial = self._propose(stale)
             if config is not None and self._is_new(config):
                 return self._claim(config, trial)
         raise StopIteration
@@ -103,12 +103,17 @@ class Proposals:
         }
         return sorted(times, key=lambda config: times[config])
 
-    def _propose(self) -> tuple[Config | None, optuna.Trial | None]:
-        """The next idea, new or not, and its trial where Optuna had it."""
+    def _propose(self, stale: int) -> tuple[Config | None, optuna.Trial | None]:
+        """The next idea, new or not, and its trial where Optuna had it.
+
+        A Gaussian process repeats itself where it expects the best, valid or not: after a few
+        `stale` ideas in a row a neighbour goes instead.
+        """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        if self._sampler == "tpe" and self._turn % 2:
+        stuck = self._sampler == "gp" and stale % 4 == 3
+        if stuck or (self._sampler == "tpe" and self._turn % 2):
             return self._neighbour(), None
         return self._ask()
 

@@ -44,8 +44,11 @@ class SearchRequest:
 
 def this_device() -> Device:
     """This machine's GPU; its CPU where kernels can run on none."""
-    gpu = device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
-    return gpu or this_cpu()
+    return _this_gpu() or this_cpu()
+
+
+def _this_gpu() -> Device | None:
+    return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
 
 
 class Session:
@@ -58,7 +61,7 @@ class Session:
         """
         self.request, self.store = request, store
         self.cancelled = False
-        here = request.device in (this_device(), this_cpu())
+        here = request.device.vendor == "cpu" or request.device == _this_gpu()
         self.provenance = Provenance.MEASURED if here else Provenance.PREDICTED
         self.toolchain = toolchain(request.device)
         if self.provenance is Provenance.PREDICTED:
