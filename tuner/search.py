@@ -27,7 +27,7 @@ from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Record
-from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
 NOISE = 0.01  # of the default's time; a smaller lead is none
@@ -157,7 +157,8 @@ class _Run:
         """Time the best configs and the default side by side, and write that down.
 
         Where none beats the default by more than the noise, only the default's time is written,
-        which makes it the winner.
+        which makes it the winner, and the times of those that an earlier run compared, so that
+        no lucky one of old stands.
         """
         ranked = self.proposals.ranked()
         wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
@@ -165,8 +166,11 @@ class _Run:
         if len(configs) > 1:
             measurements = self.evaluator.compare(configs)
             self.finals = dict(zip(configs, measurements, strict=False))
+        compared = {
+            config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
+        }
         for config, measurement in self.finals.items():
-            if not self._default_kept() or config == self.default:
+            if not self._default_kept() or config in {self.default, *compared}:
                 self._write(config, measurement)
 
     def event(self, comparing: bool = False) -> Event:
@@ -186,14 +190,16 @@ class _Run:
         """What the search came to."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
+        winner = self.store.best(device.name, problem, toolchain=self.toolchain)
+        default_won = winner is not None and winner.config == config_data(self.default)
         return Result(
             problem=problem,
-            winner=self.store.best(device.name, problem, toolchain=self.toolchain),
+            winner=winner,
             default_us=self._time_of(self.default),
             baseline_us=self._time_of(baseline_config(problem, device)),
             evaluated=event.done,
             failed=event.failed,
-            default_kept=self._default_kept(),
+            default_kept=default_won and self._default_kept(),
             timed_out=timed_out,
             cancelled=cancelled,
         )

@@ -310,6 +310,21 @@ def test_a_lead_within_the_noise_is_none(
     assert store.best(space.device.name, space.problem) == result.winner
 
 
+def test_an_earlier_runs_lucky_time_does_not_stand(
+    run, replay, store: Store, space: Space
+) -> None:
+    """A second run compares the first run's winner again, and finds that it leads by nothing."""
+    default = default_config(space.problem, space.device)
+    best = min(space.configs(), key=landscape)
+    for best_us in (5.0, 10.5):
+        evaluator = replay()
+        evaluator.final_us = {default: 10.0, best: best_us}
+        result = run(evaluator, 10_000, sampler="exhaustive")
+    assert result.default_kept
+    assert result.winner is not None
+    assert result.winner.config == config_data(default)
+
+
 def test_a_spread_of_the_default_is_noise_too(run, replay, space: Space) -> None:
     default = default_config(space.problem, space.device)
     best = min(space.configs(), key=landscape)
