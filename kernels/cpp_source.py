@@ -1,11 +1,10 @@
 """From problem, config and device to the C++ source of a decode step."""
 
-import math
 from dataclasses import asdict
-from statistics import NormalDist
 
 from flashtune.kernels.config import Config, why_invalid
 from flashtune.kernels.cpp_config import LANES, CppConfig, CppFusedConfig, slack_of
+from flashtune.kernels.source_values import shape_values, threshold_values
 from flashtune.templates.render import Value, render
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -23,33 +22,16 @@ def render_cpp(problem: Problem, config: Config, device: Device) -> str:
         raise FlashtuneError(f"{config.plan} config not valid for {problem.describe()}: {reason}")
     values: dict[str, Value] = {
         "plan": config.plan,
-        "vocab": problem.vocab_size,
-        "hidden": problem.hidden_size,
-        "clusters": problem.n_clusters,
-        "cluster_size": problem.cluster_size,
-        "probes": problem.n_probes,
+        **shape_values(problem),
         "most": min(problem.n_probes + slack_of(config), problem.n_clusters),
-        "tokens": problem.n_tokens,
         "weight_format": FORMATS[problem.weight_dtype],
         "centroid_format": FORMATS[problem.centroid_dtype],
         "lanes": LANES[config.simd],
         **asdict(config),
-        **_threshold_values(problem, config),
+        **threshold_values(problem, slack_of(config)),
         **_part_values(config),
     }
     return render(config.template, values)
-
-
-def _threshold_values(problem: Problem, config: CppConfig) -> dict[str, Value]:
-    """Where the threshold search starts: the normal quantile at the middle of what is accepted."""
-    target = problem.n_probes + slack_of(config) / 2
-    share = min(max(target / problem.n_clusters, 1e-6), 1 - 1e-6)
-    quantile = NormalDist().inv_cdf(1 - share)
-    return {
-        "quantile": round(quantile, 6),
-        "hazard": round(NormalDist().pdf(quantile) / share, 6),
-        "log_target": round(math.log(target), 6),
-    }
 
 
 def _part_values(config: CppConfig) -> dict[str, Value]:

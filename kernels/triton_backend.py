@@ -25,8 +25,8 @@ from triton.compiler import ASTSource
 from flashtune.kernels.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.config import Config
 from flashtune.kernels.layout import Step, Weights
-from flashtune.kernels.source import render_source
 from flashtune.kernels.timing import GraphTimer
+from flashtune.kernels.triton_source import render_triton
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -175,11 +175,11 @@ class TritonBackend:
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's Python source."""
-        return render_source(problem, config, device)
+        return render_triton(problem, config, device)
 
     def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        module = load_source(render_source(problem, config, device))
+        module = load_source(render_triton(problem, config, device))
         kernels = compile_module(module, problem, device.capability)
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
@@ -204,7 +204,7 @@ class TritonBackend:
         self, problem: Problem, config: Config, device: Device, torch_device: torch.device
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        module = load_source(render_source(problem, config, device))
+        module = load_source(render_triton(problem, config, device))
         kernels = compile_module(module, problem, device.capability)
         return lambda: DecodeStep(problem, module, kernels, torch_device)
 

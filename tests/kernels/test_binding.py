@@ -207,7 +207,7 @@ def test_where_all_kernels_fail_plain_torch_answers_with_one_warning(
     assert "plain torch is used instead" in warnings_of(caplog)[0]
 
 
-@pytest.mark.parametrize("broken", ["render_source", "triton", "device_of", "toolchain"])
+@pytest.mark.parametrize("broken", ["render_triton", "triton", "device_of", "toolchain"])
 def test_nothing_that_is_broken_on_the_way_escapes(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,14 +216,15 @@ def test_nothing_that_is_broken_on_the_way_escapes(
 
     if broken == "triton":
         monkeypatch.setitem(__import__("sys").modules, "flashtune.kernels.triton_backend", None)
-    elif broken == "render_source":
-        monkeypatch.setattr("flashtune.kernels.source.render_source", fail)
+    elif broken == "render_triton":
+        monkeypatch.setattr("flashtune.kernels.triton_backend.render_triton", fail)
     else:
         monkeypatch.setattr(binding, broken, fail)
     head = make_head()
     assert head(states(2)).shape == (2,)
     assert head.explain(2)["level"] == "torch"
     assert len(warnings_of(caplog)) == 1
+    assert broken == "triton" or "broken on purpose" in warnings_of(caplog)[0]
 
 
 def test_a_database_that_cannot_be_read_is_left_out(

@@ -19,10 +19,10 @@ from flashtune.kernels.config import (
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.reference import Judge
-from flashtune.kernels.source import render_source
 from flashtune.kernels.this_cpu import describe_cpu
 from flashtune.kernels.this_device import device_of
 from flashtune.kernels.triton_backend import DecodeStep, load_source
+from flashtune.kernels.triton_source import render_triton
 from flashtune.kernels.workload import POISON, Workload
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem
@@ -96,7 +96,7 @@ class Runner:
 
 
 def _interpreted_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
-    module = load_source(render_source(problem, config, device))
+    module = load_source(render_triton(problem, config, device))
     return DecodeStep(problem, module, {}, torch.device("cpu"))
 
 

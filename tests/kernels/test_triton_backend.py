@@ -12,13 +12,13 @@ from triton.compiler.errors import CompilationError
 from flashtune.kernels import triton_backend
 from flashtune.kernels.backend import DoesNotFitError, KernelUse
 from flashtune.kernels.config import Config, PersistentConfig, StagedConfig
-from flashtune.kernels.source import render_source
 from flashtune.kernels.triton_backend import (
     Scratch,
     TritonBackend,
     compile_module,
     load_source,
 )
+from flashtune.kernels.triton_source import render_triton
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem
 
@@ -44,7 +44,7 @@ def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(config: Config, device: Device = ORIN) -> ModuleType:
-    return load_source(render_source(PROBLEM, config, device))
+    return load_source(render_triton(PROBLEM, config, device))
 
 
 @pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
@@ -95,7 +95,7 @@ def test_a_source_that_is_not_python_raises() -> None:
 
 
 def test_a_kernel_that_triton_refuses_raises_what_can_be_caught() -> None:
-    source = render_source(PROBLEM, CONFIGS["threshold"], ORIN)
+    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
     module = load_source(source.replace("tl.cumsum(in_lane, axis=0)", "tl.no_such_scan(in_lane)"))
     with pytest.raises(CompilationError, match="no_such_scan"):
         compile_module(module, PROBLEM, ORIN.capability)
@@ -114,7 +114,7 @@ def test_a_kernel_that_needs_more_than_the_device_has_is_an_outcome(
 
 
 def test_a_loaded_module_can_show_its_source() -> None:
-    source = render_source(PROBLEM, CONFIGS["threshold"], ORIN)
+    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
     module = load_source(source)
     assert inspect.getsource(module.score.fn) in source
     assert load_source(source).__name__ == module.__name__

@@ -1,10 +1,13 @@
-"""From problem, config and device to source text: the one place that fills in templates."""
+"""From problem, config and device to the Python source of a decode step."""
 
-import math
 from dataclasses import asdict
-from statistics import NormalDist
 
 from flashtune.kernels.config import Config, why_invalid
+from flashtune.kernels.source_values import (
+    shape_values,
+    threshold_quantile,
+    threshold_values,
+)
 from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
@@ -19,18 +22,13 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 
-def render_source(problem: Problem, config: Config, device: Device) -> str:
+def render_triton(problem: Problem, config: Config, device: Device) -> str:
     """The candidate's Python source; raises FlashtuneError when the config is not valid for it."""
     reason = why_invalid(config, problem, device)
     if reason or not isinstance(config, TritonConfig):
         raise FlashtuneError(f"{config.plan} config not valid for {problem.describe()}: {reason}")
     values: dict[str, Value] = {
-        "vocab": problem.vocab_size,
-        "hidden": problem.hidden_size,
-        "clusters": problem.n_clusters,
-        "cluster_size": problem.cluster_size,
-        "probes": problem.n_probes,
-        "tokens": problem.n_tokens,
+        **shape_values(problem),
         **asdict(config),
     }
     if isinstance(config, PersistentConfig):
@@ -71,20 +69,15 @@ def _persistent_values(
 
 
 def _threshold_values(problem: Problem, config: TritonConfig) -> dict[str, Value]:
-    """Where the threshold search starts: the normal quantile at the middle of what is accepted."""
-    target = problem.n_probes + config.slack / 2
-    share = min(max(target / problem.n_clusters, 1e-6), 1 - 1e-6)
-    quantile = NormalDist().inv_cdf(1 - share)
+    """The threshold search: where it starts, how scores lie in lanes, what is prefetched."""
     width = lanes(problem, select_warps(config))
-    members = -(-problem.n_clusters // width)
+    least = threshold_quantile(problem, config.slack) - config.prefetch_margin / 100
     return {
+        **threshold_values(problem, config.slack),
         "lanes": width,
-        "members": members,
-        "quantile": round(quantile, 6),
-        "hazard": round(NormalDist().pdf(quantile) / share, 6),
-        "log_target": round(math.log(target), 6),
+        "members": -(-problem.n_clusters // width),
         "prefetch": config.prefetch_margin >= 0,
-        "prefetch_quantile": round(quantile - config.prefetch_margin / 100, 6),
+        "prefetch_quantile": round(least, 6),
     }
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from flashtune.kernels.config import Config, PersistentConfig, StagedConfig, why_invalid
-from flashtune.kernels.source import render_source
 from flashtune.kernels.triton_backend import load_source
 from flashtune.kernels.triton_config import select_warps
+from flashtune.kernels.triton_source import render_triton
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -21,11 +21,11 @@ DEVICES = [find_device(name) for name in ("orin", "l4", "h200", "rtx-5090")]
 
 def test_an_invalid_config_is_not_rendered() -> None:
     with pytest.raises(FlashtuneError, match=r"staged config not valid for .*: programmatic"):
-        render_source(QWEN, StagedConfig(pdl=True), ORIN)
+        render_triton(QWEN, StagedConfig(pdl=True), ORIN)
 
 
 def test_rendering_is_a_function_of_its_arguments() -> None:
-    sources = [render_source(QWEN, StagedConfig(), H200) for _ in range(2)]
+    sources = [render_triton(QWEN, StagedConfig(), H200) for _ in range(2)]
     assert sources[0] == sources[1]
 
 
@@ -40,7 +40,7 @@ def test_any_valid_config_renders_source_whose_numbers_fit_together(
         if why_invalid(config, problem, device):
             continue
         rendered.append(config)
-        source = render_source(problem, config, device)
+        source = render_triton(problem, config, device)
         ast.parse(source)
         _check_numbers(source, problem, config)
     kinds = {getattr(config, "selection", config.plan) for config in rendered}
@@ -77,5 +77,5 @@ def test_offsets_are_64_bits_wide_just_where_they_must_be(name: str) -> None:
     config = {"staged": StagedConfig(), "persistent": PersistentConfig()}[name]
     below = Problem(vocab_size=262128, hidden_size=8192, n_clusters=16383, n_probes=8)
     above = Problem(vocab_size=262144, hidden_size=8192, n_clusters=16384, n_probes=8)
-    assert "rows.to(tl.int64)" not in render_source(below, config, H200)
-    assert render_source(above, config, H200).count("rows.to(tl.int64)") == 1  # not of centroids
+    assert "rows.to(tl.int64)" not in render_triton(below, config, H200)
+    assert render_triton(above, config, H200).count("rows.to(tl.int64)") == 1  # not of centroids

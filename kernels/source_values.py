@@ -1,0 +1,42 @@
+"""What the templates of every backend are filled in with."""
+
+import math
+from statistics import NormalDist
+
+from flashtune.templates.render import Value
+from flashtune.tuning_db.problem import Problem
+
+
+def shape_values(problem: Problem) -> dict[str, Value]:
+    """The sizes of the problem."""
+    return {
+        "vocab": problem.vocab_size,
+        "hidden": problem.hidden_size,
+        "clusters": problem.n_clusters,
+        "cluster_size": problem.cluster_size,
+        "probes": problem.n_probes,
+        "tokens": problem.n_tokens,
+    }
+
+
+def threshold_values(problem: Problem, slack: int) -> dict[str, Value]:
+    """Where the threshold search starts: the normal quantile at the middle of what is accepted.
+
+    hazard is -d log(count) / d quantile there.
+    """
+    quantile, share = threshold_quantile(problem, slack), _share(problem, slack)
+    return {
+        "quantile": round(quantile, 6),
+        "hazard": round(NormalDist().pdf(quantile) / share, 6),
+        "log_target": round(math.log(problem.n_probes + slack / 2), 6),
+    }
+
+
+def threshold_quantile(problem: Problem, slack: int) -> float:
+    """How many deviations above the mean the expected threshold lies, for normal scores."""
+    return NormalDist().inv_cdf(1 - _share(problem, slack))
+
+
+def _share(problem: Problem, slack: int) -> float:
+    """The share of clusters to select, kept inside (0, 1)."""
+    return min(max((problem.n_probes + slack / 2) / problem.n_clusters, 1e-6), 1 - 1e-6)
