@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 
-from flashtune.kernels.config import Config
 from flashtune.tuner.cli import DEVICE, FIX, SHAPE
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.replay import ReplayEvaluator
@@ -25,16 +24,6 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store
-
-
-class ColdSpace(Space):
-    """A space of which no good starting points are known."""
-
-    __slots__ = ()
-
-    def starts(self) -> list[Config]:
-        """None."""
-        return []
 
 
 @click.command()
@@ -57,7 +46,7 @@ def main(
     sampler: str,
 ) -> None:
     """Replay searches over an exhaustive database."""
-    space = (ColdSpace if cold else Space)(problem, device, dict(fixed))
+    space = Space(problem, device, dict(fixed), known_good=() if cold else None)
     with Store(database, read_only=True) as store:
         records = store.records(device=device.name, problem=problem)
     records = [record for record in records if space.holds(record.config)]

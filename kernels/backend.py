@@ -55,7 +55,6 @@ def resident_programs(use: KernelUse, device: Device) -> int:
 class Backend(Protocol):
     """Renders, compiles, loads and times the candidates of one kind of device."""
 
-    name: str
     torch_device: str  # where its tensors lie, as torch names it
     times_alone: bool  # whether compilers that run beside the timing would slow it down
 

@@ -59,7 +59,6 @@ class CppStep:
 class CppBackend:
     """CPUs, through C++."""
 
-    name = "cpp"
     torch_device = "cpu"
     times_alone = True
 

@@ -169,7 +169,6 @@ class DecodeStep:
 class TritonBackend:
     """NVIDIA GPUs, through Triton."""
 
-    name = "triton"
     torch_device = "cuda"
     times_alone = False
 
@@ -179,8 +178,7 @@ class TritonBackend:
 
     def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        module = load_source(render_triton(problem, config, device))
-        kernels = compile_module(module, problem, device.capability)
+        module, kernels = _compiled(problem, config, device)
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES
@@ -204,13 +202,20 @@ class TritonBackend:
         self, problem: Problem, config: Config, device: Device, torch_device: torch.device
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        module = load_source(render_triton(problem, config, device))
-        kernels = compile_module(module, problem, device.capability)
+        module, kernels = _compiled(problem, config, device)
         return lambda: DecodeStep(problem, module, kernels, torch_device)
 
     def timer(self, step: Step, workload: Workload) -> GraphTimer:
         """A CUDA graph over rotating weights."""
         return GraphTimer(step, workload)
+
+
+def _compiled(
+    problem: Problem, config: Config, device: Device
+) -> tuple[ModuleType, dict[str, Any]]:
+    """The candidate's module, and its kernels compiled for the device's architecture."""
+    module = load_source(render_triton(problem, config, device))
+    return module, compile_module(module, problem, device.capability)
 
 
 def _read_use(launch: dict[str, Any], kernel: Any) -> KernelUse:

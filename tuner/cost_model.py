@@ -2,8 +2,8 @@
 
 Each launch takes its overhead, then as long as its bytes need at the bandwidth that its bytes in
 flight can draw, stretched by the last, partly filled wave; a threshold search adds its rounds.
-The constants that are not a device's published figures were read off one H200 (DESIGN notes in
-docs/cost-model.md) and scale with the clock. What comes out ranks candidates: it is a
+The constants that are not a device's published figures are estimates after timings on one H200
+(docs/cost-model.md) and scale with the clock. What comes out ranks candidates: it is a
 prediction, and records say so.
 """
 
@@ -25,7 +25,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DTYPE_BYTES, Problem
 
 VERSION = "roofline-1"
-REFERENCE_HZ = 1.98e9  # clock of the H200 that the latencies were read off
+REFERENCE_HZ = 1.98e9  # clock of the H200 that the latencies are estimates for
 MEMORY_LATENCY_S = 0.9e-6
 REACHABLE = 0.92  # share of the published bandwidth that a copy reaches
 LAUNCH_S = 1.5e-6  # from one kernel of a graph to the next

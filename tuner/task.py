@@ -16,8 +16,6 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome
 
-KINDS = ("compile", "measure", "compare")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:

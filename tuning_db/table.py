@@ -146,12 +146,6 @@ def prebuilt_table(device_name: str) -> TuningTable | None:
     return table
 
 
-def prebuilt_tables() -> dict[str, TuningTable]:
-    """Every prebuilt table by device name."""
-    tables = ((name, prebuilt_table(name)) for name in prebuilt_devices())
-    return {name: table for name, table in tables if table is not None}
-
-
 def table_from_store(store: Store, device: str, *, per_problem: int) -> TuningTable:
     """The best `per_problem` records of each problem on this device, as a table.
 

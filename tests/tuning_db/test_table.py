@@ -20,7 +20,6 @@ from flashtune.tuning_db.table import (
     loads_table,
     prebuilt_devices,
     prebuilt_table,
-    prebuilt_tables,
     read_table,
     table_from_store,
     write_table,
@@ -301,6 +300,12 @@ def prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     yield tmp_path / "prebuilt"
     prebuilt_devices.cache_clear()
     prebuilt_table.cache_clear()
+
+
+def prebuilt_tables() -> dict[str, TuningTable]:
+    """Every prebuilt table by device name."""
+    tables = ((name, prebuilt_table(name)) for name in prebuilt_devices())
+    return {name: table for name, table in tables if table is not None}
 
 
 def test_prebuilt_tables_are_found_by_name(prebuilt: Path, table: TuningTable) -> None:
