@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import optuna
 import pytest
 
 from flashtune.kernels.config import Config, baseline_config, config_data, default_config
@@ -289,6 +290,27 @@ def test_a_seed_gives_the_same_search_again(replay, run, tmp_path: Path, sampler
 
     assert submitted(3, "a.db") == submitted(3, "b.db")
     assert submitted(4, "c.db") != submitted(3, "d.db")
+
+
+def test_a_gaussian_process_that_repeats_itself_does_not_end_the_search(
+    run, replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stubborn(optuna.samplers.BaseSampler):
+        """Proposes the first choice of everything, always."""
+
+        def infer_relative_search_space(self, study, trial) -> dict:
+            return {}
+
+        def sample_relative(self, study, trial, search_space) -> dict:
+            return {}
+
+        def sample_independent(self, study, trial, name, distribution) -> object:
+            return distribution.choices[0]
+
+    monkeypatch.setattr("flashtune.tuner.proposal._sampler", lambda name, seed: Stubborn())
+    evaluator = replay()
+    assert run(evaluator, 30, sampler="gp").evaluated == 30
+    assert len(set(evaluator.submitted)) == 30
 
 
 @pytest.mark.parametrize(("lead", "kept"), [(0.05, True), (0.15, False)])
