@@ -17,6 +17,7 @@ from flashtune.kernels.config import default_config, parse_config
 from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
+from flashtune.tuner.model import model
 from flashtune.tuner.model_folder import read_model
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.report import devices_table, records_table, results_table
@@ -91,6 +92,7 @@ def cli() -> None:
 
 
 cli.add_command(tables)
+cli.add_command(model)
 
 
 @cli.command()
