@@ -9,6 +9,7 @@ from flashtune.kernels.config import parse_config, why_invalid
 from flashtune.kernels.this_device import named_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Record
+from flashtune.tuning_db.shortlist import MOST
 from flashtune.tuning_db.store import Store, default_path
 from flashtune.tuning_db.table import TuningTable, read_table, table_from_store, write_table
 
@@ -29,11 +30,21 @@ def tables() -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Configs to keep for each shape, the best first.",
+    help="Measured configs to keep for each shape, the best first.",
+)
+@click.option(
+    "--shortlist",
+    type=click.IntRange(1),
+    default=MOST,
+    show_default=True,
+    help="Predicted configs to keep for each shape that nobody has measured.",
 )
 @_database
-def export(name: str, output: Path, keep: int, database: Path | None) -> None:
+def export(name: str, output: Path, keep: int, shortlist: int, database: Path | None) -> None:
     """Write a device's best records to a table.
+
+    Of shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel,
+    then configs that are fast and unlike those. The runtime races them on the device.
 
     \b
     Example:
@@ -41,11 +52,12 @@ def export(name: str, output: Path, keep: int, database: Path | None) -> None:
     """
     device = named_device(name)
     with Store(database or default_path(), read_only=True) as store:
-        table = table_from_store(store, device.name, per_problem=keep)
+        table = table_from_store(store, device.name, measured=keep, predicted=shortlist)
     if not table.records:
         raise FlashtuneError(f"no record of {device.name} that worked: run `flashtune search`")
     write_table(output, table)
-    click.echo(f"{output}: {len(table.records)} records of {device.name}")
+    problems = len({record.problem for record in table.records})
+    click.echo(f"{output}: {len(table.records)} records of {device.name}, {problems} shapes")
 
 
 @tables.command("import")

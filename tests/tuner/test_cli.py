@@ -124,6 +124,10 @@ class TestWhatIsRefused:
             (("render", "--device", "h200"), ["--record", "--device", "--shape"]),
             (("tables", "export", "--device", "gtx", "--output", "x.json"), ["gtx"]),
             (("tables", "export", "--device", "h200"), ["'--output'"]),
+            (
+                ("tables", "export", "--device", "h200", "--output", "x", "--shortlist", "0"),
+                ["'--shortlist'"],
+            ),
             (("tables", "import"), ["FILES"]),
             (("tables", "check", "not-there.json"), ["not-there.json"]),
             (("nonsense",), ["nonsense"]),
@@ -387,7 +391,7 @@ class TestAPredictedSearch:
     def test_a_table_goes_round(self, predicted: Predicted, tmp_path: Path) -> None:
         database, data = predicted
         path, other = tmp_path / "orin.json", tmp_path / "other.db"
-        done("tables", "export", "--device", "orin", "--keep", 2, "--output", path,
+        done("tables", "export", "--device", "orin", "--shortlist", 2, "--output", path,
              "--db", database)  # fmt: skip
         assert "2 records" in done("tables", "check", "--compile", path)
         done("tables", "import", path, "--db", other)
@@ -399,7 +403,7 @@ class TestAPredictedSearch:
             winner["measurement"]["median_us"], abs=1e-3
         )
         again = tmp_path / "again.json"
-        done("tables", "export", "--device", "orin", "--keep", 2, "--output", again, "--db", other)
+        done("tables", "export", "--device", "orin", "--output", again, "--db", other)
         assert again.read_text() == path.read_text()
 
 
