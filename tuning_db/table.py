@@ -134,6 +134,11 @@ def prebuilt_devices() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
 
 
+def prebuilt_paths() -> list[Path]:
+    """The files of the prebuilt tables, in the order of `prebuilt_devices`."""
+    return [Path(str(_PREBUILT / f"{name}.json")) for name in prebuilt_devices()]
+
+
 @functools.cache
 def prebuilt_table(device_name: str) -> TuningTable | None:
     """The table that ships for this device (by name, not alias), or None; read once."""
