@@ -175,6 +175,8 @@ def _take_turn(
     kept = _keep(start, database, [*failed, *([winner] if winner else [])])
     race = Race(seconds=0.0, comparison=comparison, dropped=_dropped(comparison, winner))
     if winner is None:
+        if any(entry.config == choice.config for entry in failed):
+            choice = default_choice(start.problem, start.device, skipped=choice.skipped)
         return choice, replace(race, why_not="there were too few to compare")
     return _won(start, winner, comparison, kept), race
 
