@@ -10,6 +10,8 @@ import torch
 
 from flashtune.kernels.layout import Weights
 
+_ROWS_AT_ONCE = 4096  # that are judged in float64
+
 
 def decode(weights: Weights, hidden: torch.Tensor, n_probes: int) -> torch.Tensor:
     """Best token among the rows of the `n_probes` best clusters: int64 `[n_tokens]`.
@@ -46,23 +48,42 @@ class Judge:
 
     def why_wrong(self, tokens: torch.Tensor, hidden: torch.Tensor, slack: int) -> str | None:
         """None when each of `tokens` `[n_tokens]` is right for `hidden`, else why one is not."""
-        for index, (token, state) in enumerate(zip(tokens.tolist(), hidden, strict=True)):
-            reason = self._why_token_wrong(token, state.double(), slack)
+        states = hidden.double()
+        scores, bounds = (each.T for each in self._products(self.weights.centroids, states))
+        rows = zip(tokens.tolist(), states, scores, bounds, strict=True)
+        for index, (token, state, own_scores, own_bounds) in enumerate(rows):
+            reason = self._why_token_wrong(token, state, own_scores, own_bounds, slack)
             if reason:
                 return f"row {index}: {reason}"
         return None
 
-    def _bound(self, matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        depth = 0 if self.exact else matrix.shape[1] / 32 + 16
-        return depth * 2.0**-24 * (matrix.double().abs() @ state.abs())
+    def _products(
+        self, matrix: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`matrix @ states.T` in float64 and its error bounds, a few rows of it at a time.
 
-    def _why_token_wrong(self, token: int, state: torch.Tensor, slack: int) -> str | None:
-        centroids, ids = self.weights.centroids, self.weights.ids
-        n_clusters, width = centroids.shape
+        The whole matrix in float64 would be four times as large as the weights themselves.
+        """
+        depth = 0 if self.exact else matrix.shape[1] / 32 + 16
+        sums, bounds = [], []
+        for part in torch.split(matrix, _ROWS_AT_ONCE):
+            rows = part.double()
+            sums.append(rows @ states.T)
+            bounds.append(rows.abs() @ states.abs().T)
+        return torch.cat(sums), depth * 2.0**-24 * torch.cat(bounds)
+
+    def _why_token_wrong(
+        self,
+        token: int,
+        state: torch.Tensor,
+        scores: torch.Tensor,
+        bound: torch.Tensor,
+        slack: int,
+    ) -> str | None:
+        ids = self.weights.ids
+        n_clusters, width = self.weights.centroids.shape
         if not 0 <= token < ids.numel():
             return f"token {token} is not in the vocabulary"
-        scores = centroids.double() @ state
-        bound = self._bound(centroids, state)
         ranked = torch.sort(scores, descending=True).values
         must = torch.ones_like(scores, dtype=torch.bool)
         if self.n_probes < n_clusters:
@@ -77,11 +98,11 @@ class Judge:
             return f"token {token} is of the cluster ranked {rank}, of {self.n_probes} probes"
         must[cluster] = True
         rows = self.weights.weight.view(n_clusters, -1, width)[must].flatten(0, 1)
-        logits = rows.double() @ state
+        logits, bounds = (each[:, 0] for each in self._products(rows, state[None]))
         own = self.weights.weight[position].double() @ state
         best = int(logits.argmax())
-        own_bound = self._bound(self.weights.weight[position : position + 1], state)[0]
-        slip = own_bound + self._bound(rows[best : best + 1], state)[0]
+        own_bound = self._products(self.weights.weight[position : position + 1], state[None])[1]
+        slip = own_bound[0, 0] + bounds[best]
         if own < logits[best] - slip:
             return (
                 f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
