@@ -11,6 +11,7 @@ A file is JSON, packed: fitting and checking then need neither a database nor a 
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -167,16 +168,25 @@ def read_calibration(path: Any) -> Calibration:
     the file has its default. Raises FlashtuneError for anything else that is wrong with it.
     """
     try:
-        data = json.loads(gzip.decompress(path.read_bytes()))
+        packed = path.read_bytes()
+    except OSError as error:
+        raise FlashtuneError(f"cannot read the calibration {path}: {error.strerror}") from error
+    try:
+        data = json.loads(gzip.decompress(packed))
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
         problems = [Problem.from_json(each) for each in data["problems"]]
         samples = [_sample(row, problems) for row in data["samples"]]
         toolchain = Toolchain.from_json(data["toolchain"])
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FlashtuneError(f"cannot read the calibration {path}: {reason}") from error
-    except (EOFError, KeyError, TypeError, ValueError, FlashtuneError) as error:
+    except (
+        EOFError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        FlashtuneError,
+        zlib.error,
+    ) as error:
         raise FlashtuneError(
             f"cannot use the calibration {path} ({error}): make it anew with "
             "`flashtune model calibrate`"
