@@ -31,7 +31,8 @@ from flashtune.tuning_db.shortlist import shortlist
 
 DRAWS = 1000  # random configs to begin with
 ROUNDS = 3  # of looking at the neighbours of the best
-BEST = 6  # of each family
+BEST = 6  # of each family, whose neighbours are looked at
+KEPT = 30  # of each family, to make the shortlist from
 _MOST_REGISTERS = 255
 _BASE_REGISTERS = 24  # of a thread, for addresses and loops
 
@@ -53,11 +54,12 @@ def promising(
         for config in fresh:
             if config not in times:
                 times[config] = _expected_us(problem, config, device, model)
-        fresh = [each for config in _best(space, times) for each in space.neighbours(config)]
+        best = _best(space, times, BEST)
+        fresh = [each for config in best for each in space.neighbours(config)]
     records = [
-        _record(problem, device, config, time_us)
-        for config, time_us in times.items()
-        if time_us < math.inf
+        _record(problem, device, config, times[config])
+        for config in _best(space, times, KEPT)
+        if times[config] < math.inf
     ]
     return [parse_config(record.config) for record in shortlist(records, most)]
 
@@ -71,12 +73,12 @@ def _expected_us(problem: Problem, config: Config, device: Device, model: CostMo
     return model.predict(problem, config, device, uses).time_us
 
 
-def _best(space: Space, times: dict[Config, float]) -> list[Config]:
+def _best(space: Space, times: dict[Config, float], count: int) -> list[Config]:
     """The fastest of each family."""
     families: dict[tuple[str, str | None], list[Config]] = {}
     for config in sorted(times, key=lambda config: times[config]):
         families.setdefault(space.family(config), []).append(config)
-    return [config for own in families.values() for config in own[:BEST]]
+    return [config for own in families.values() for config in own[:count]]
 
 
 def _draw(device: Device, generator: random.Random) -> Config:
