@@ -37,7 +37,7 @@ from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
-MOST_TOKENS = 16  # of one step: more are decoded one part after the other
+MOST_TOKENS = 32  # of one step: more are decoded one part after the other
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 
 _HEADS: "WeakValueDictionary[int, FlashHead]" = WeakValueDictionary()

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,12 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
+    """The product of two tiles: the interpreter's own multiplies the bits of bf16 as integers."""
+    wide = [builder.create_fp_ext(each, sums.dtype).data for each in (a, b)]
+    return type(sums)(wide[0] @ wide[1] + sums.data, sums.dtype.scalar)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels loaded from here on are run by Triton's interpreter.
@@ -40,12 +47,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, value in list(vars(tl.core).items()):
         if not name.startswith("__"):
             monkeypatch.setattr(tl.core, name, value)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     again: dict[object, object] = {}
     for module in (tl, tl.standard):
         for name, value in list(vars(module).items()):

@@ -79,9 +79,15 @@ class Problem:
         return self.cluster_size * self.hidden_size * DTYPE_BYTES[self.weight_dtype]
 
     @property
+    def distinct_clusters(self) -> float:
+        """How many clusters the tokens together probe, when each probes its own at random."""
+        missed = (1 - self.n_probes / self.n_clusters) ** self.n_tokens
+        return self.n_clusters * (1 - missed)
+
+    @property
     def minimum_bytes(self) -> int:
-        """The fewest bytes a step must read from memory: centroids, and each row's own probes."""
-        return self.centroid_bytes + self.n_tokens * self.n_probes * self.cluster_bytes
+        """The fewest bytes a step must read: all centroids and every probed cluster, once each."""
+        return self.centroid_bytes + round(self.distinct_clusters * self.cluster_bytes)
 
     @property
     def key(self) -> str:

@@ -13,12 +13,14 @@ from flashtune.kernels.config import (
     Config,
     PersistentConfig,
     StagedConfig,
+    TritonConfig,
     slack_of,
     why_invalid,
 )
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.reference import Judge
+from flashtune.kernels.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
 from flashtune.kernels.this_cpu import describe_cpu
 from flashtune.kernels.this_device import device_of
 from flashtune.kernels.triton_backend import DecodeStep, load_source
@@ -37,6 +39,8 @@ CONFIGS: dict[str, Config] = {
     "threshold_looping": StagedConfig(score_rows=4, score_programs_per_sm=2, select_warps=4),
     "in_gather": IN_GATHER,
     "persistent": PersistentConfig(slack=8),
+    "batched": BatchedConfig(slack=8, score_stages=2),
+    "dense": DenseConfig(gather_rows=32, gather_stages=2),
 }
 ON_SM_90: dict[str, Config] = {
     "torch_topk_pdl": replace(CONFIGS["torch_topk"], pdl=True),
@@ -44,6 +48,8 @@ ON_SM_90: dict[str, Config] = {
     "in_gather_pdl": replace(IN_GATHER, pdl=True),
     "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
+    "batched_pdl": BatchedConfig(pdl=True, slack=0, gather_rows=16, gather_stages=4),
+    "dense_pdl": DenseConfig(pdl=True, gather_rows=128),
 }
 CPU = describe_cpu()
 THREADS = 2 if CPU.sm_count > 1 else 1
@@ -85,10 +91,15 @@ class Runner:
 
     def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
-        if not isinstance(config, StagedConfig | PersistentConfig):
+        if not isinstance(config, TritonConfig):
             return self.step(problem, _narrowed(config, problem), self.device)
-        fitted = replace(config, score_block=self.block, gather_block=self.block)
-        if (config.pdl or config.prefetch_margin >= 0) and self.device.capability < 90:
+        block = self.block // 2 if isinstance(config, TENSOR_PLANS) else self.block
+        blocks = {f"{stage}_block": block for stage in ("score", "gather")}
+        fitted = replace(
+            config, **{name: blocks[name] for name in blocks if hasattr(config, name)}
+        )
+        prefetches = getattr(config, "prefetch_margin", -1) >= 0
+        if (config.pdl or prefetches) and self.device.capability < 90:
             pytest.skip("needs sm_90")
         if isinstance(config, PersistentConfig) and problem.n_tokens > self.device.sm_count:
             pytest.skip("the interpreter runs one program at a time: no barrier between several")
