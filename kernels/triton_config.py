@@ -10,6 +10,7 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
+BATCHED_FROM = 8  # tokens: with fewer, the plan for one token was as fast on an H200
 MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
 
@@ -101,9 +102,18 @@ STARTS: tuple[TritonConfig, ...] = (
         pdl=True,
     ),
     PersistentConfig(score_rows=8, gather_block=512),
-    BatchedConfig(pdl=True),
     BatchedConfig(),
-    DenseConfig(pdl=True),
+    BatchedConfig(
+        score_block=256,
+        score_warps=1,
+        score_stages=4,
+        select_warps=8,
+        slack=64,
+        gather_block=256,
+    ),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4, pdl=True),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4),
+    DenseConfig(gather_rows=128, gather_block=64, gather_stages=5, pdl=True),
     DenseConfig(),
 )
 
@@ -239,6 +249,9 @@ def baseline_config(problem: Problem, device: Device) -> TritonConfig:
 
 def default_config(problem: Problem, device: Device) -> TritonConfig:
     """A config that is valid for every problem, used where nothing better is known."""
+    batched = BatchedConfig()
+    if problem.n_tokens >= BATCHED_FROM and not why_broken(RULES, batched, problem, device):
+        return batched
     return _fitted(StagedConfig(), problem, device)
 
 

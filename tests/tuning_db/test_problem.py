@@ -35,7 +35,9 @@ def test_sizes_in_bytes(problem: Problem) -> None:
     assert problem.centroid_bytes == 64 * 64 * 2
     assert problem.cluster_bytes == 16 * 64 * 2
     two = dataclasses.replace(problem, n_tokens=2, weight_dtype="fp32")
-    assert two.minimum_bytes == 64 * 64 * 2 + 2 * 8 * 16 * 64 * 4
+    distinct = 64 * (1 - (1 - 8 / 64) ** 2)  # 15 of 64 clusters: one in eight is probed twice
+    assert two.distinct_clusters == distinct == 15
+    assert two.minimum_bytes == 64 * 64 * 2 + 15 * 16 * 64 * 4
 
 
 @pytest.mark.parametrize(
