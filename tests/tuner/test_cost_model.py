@@ -29,13 +29,14 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
     if isinstance(config, PersistentConfig):
         rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
     else:
-        clusters = problem.vocab_size if isinstance(config, DenseConfig) else problem.n_probes
+        probes = isinstance(config, StagedConfig)
+        clusters = problem.n_probes if probes else problem.n_clusters
         tiles = clusters * -(-problem.cluster_size // config.gather_rows)
         rows = {"gather": (tiles, config.gather_warps)}
         if not isinstance(config, DenseConfig):
             scored = -(-problem.n_clusters // config.score_rows)
             rows["score"] = (scored, config.score_warps)
-        if config.selection == "threshold":
+        if getattr(config, "selection", "none") == "threshold":
             rows["select"] = (problem.n_tokens, config.select_warps)
     plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
     return [
