@@ -34,7 +34,8 @@ from flashtune.tuning_db.store import FINAL_POLICY
 
 USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
-_SAME_FIELDS = ("weight_dtype", "centroid_dtype", "epilogue")
+_SAME_FIELDS = ("weight_dtype", "centroid_dtype")
+EPILOGUE_OCTAVES = 0.1  # distance of another epilogue: it changes little of what is fast
 
 
 class Level(str, Enum):
@@ -98,10 +99,14 @@ class Choice:
 
 
 def shape_distance(wanted: Problem, found: Problem) -> float | None:
-    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes or epilogue differ."""
+    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
+
+    Every config runs with every epilogue, so that another one is but a little way off.
+    """
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
-    return sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    return octaves + EPILOGUE_OCTAVES * (wanted.epilogue != found.epilogue)
 
 
 def device_distance(wanted: Device, found: Device) -> float:
@@ -244,7 +249,7 @@ def _chosen(
     record = candidate.record
     differences = [
         Difference(name, getattr(problem, name), getattr(record.problem, name))
-        for name in ("vocab_size", *SHAPE_FIELDS)
+        for name in ("vocab_size", *SHAPE_FIELDS, "epilogue")
     ]
     differences.append(Difference("device", device.name, record.device))
     differences += [

@@ -1,5 +1,6 @@
 """From problem, config and device to the Python source of a decode step."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from flashtune.kernels.config import Config, why_invalid
@@ -40,6 +41,8 @@ def render_triton(problem: Problem, config: Config, device: Device) -> str:
         values |= _tensor_values(problem, config)
     else:
         values |= _scalar_values(problem, config, device)
+    if problem.epilogue == "logits" and not isinstance(config, DenseConfig):
+        values |= _fill_values(problem, values)
     return render(config.template, values)
 
 
@@ -86,6 +89,15 @@ def _staged_values(problem: Problem, config: StagedConfig, device: Device) -> di
         "score_programs": min(looping, tiles) if looping else tiles,
         "parts": parts,
     }
+
+
+def _fill_values(problem: Problem, values: Mapping[str, Value]) -> dict[str, Value]:
+    """How the output is shared out to be filled in: in whole lines of 128 bytes."""
+    programs = int(values["programs" if "programs" in values else "score_programs"])
+    warps = int(values["warps" if "warps" in values else "score_warps"])
+    elements = problem.n_tokens * problem.vocab_size
+    share = -(-elements // (64 * programs)) * 64
+    return {"fill_share": share, "fill_block": min(next_power_of_2(share), 256 * warps)}
 
 
 def _persistent_values(

@@ -2,18 +2,17 @@
 
 Usage:
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
-    workload.why_wrong(step, slack=16)     # None, or why the step's tokens are not right
+    workload.why_wrong(step, slack=16)     # None, or why what the step writes is not right
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, poisoned_out
 from flashtune.kernels.reference import Judge
 from flashtune.tuning_db.problem import Problem
 
-POISON = -7  # no token id
 N_CHECKS = 4
 
 
@@ -51,7 +50,7 @@ class Workload:
         order = torch.randperm(problem.vocab_size, generator=generator, device=device)
         ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten().to(torch.int32)
 
-        a_set = min(problem.minimum_bytes, problem.vocab_size * shape[1] * 2)
+        a_set = min(problem.read_bytes, problem.vocab_size * shape[1] * 2)
         n_sets = max(2, -(-2 * cold_bytes // a_set) + 1)
         sets = tuple(
             Weights(weight=weight, centroids=centroids.clone(), ids=ids) for _ in range(n_sets)
@@ -75,14 +74,14 @@ class Workload:
             weights.weight[row] = (state * scale).to(weights.weight.dtype)
 
     def why_wrong(self, step: Step, slack: int) -> str | None:
-        """None when the step's tokens are right for every check, called twice each, else why not.
+        """None when what the step writes is right for every check, twice each, else why not.
 
         The output is poisoned before each call.
         """
         judge = Judge(self.sets[0], self.problem.n_probes)
         for number, states in enumerate(self.checks):
             for _ in range(2):
-                out = torch.full((self.problem.n_tokens,), POISON, device=states.device)
+                out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
                 reason = judge.why_wrong(out, states, slack)
                 if reason:

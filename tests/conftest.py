@@ -43,12 +43,25 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What runs a function is settled as it is decorated, so Triton's own library, decorated when
     it was imported, is decorated again. The interpreter may leave its own versions of builtins
-    in `triton.language.core`; they are put back, so that later tests can compile.
+    in `triton.language.core`; they are put back, so that later tests can compile. It cuts float32
+    off to bf16 where compiled kernels round, so that conversion is torch's here.
     """
+    import numpy as np
+    import torch
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
+
+    cut_off = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut_off(values, source, target, rounding)
+        rounded = torch.from_numpy(np.array(values)).bfloat16()
+        return rounded.view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, value in list(vars(tl.core).items()):

@@ -41,6 +41,7 @@ X86 = Device(
 )
 ARM = replace(X86, name="some-arm", title="Some ARM", arch="aarch64-neon_bf16")
 BATCH = replace(QWEN, n_tokens=8)
+LOGITS = replace(QWEN, epilogue="logits")
 FP16 = replace(QWEN, weight_dtype="fp16", centroid_dtype="fp16", n_tokens=2)
 
 CASES: dict[str, tuple[Problem, Config, Device]] = {
@@ -76,6 +77,21 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
         H200,
     ),
     "dense-pdl": (BATCH, DenseConfig(pdl=True), H200),
+    "batched-logits": (replace(BATCH, epilogue="logits"), BatchedConfig(), H200),
+    "dense-logits": (replace(BATCH, epilogue="logits"), DenseConfig(), H200),
+    "staged-threshold-logits": (LOGITS, StagedConfig(pdl=True), H200),
+    "staged-in_gather-logits-odd": (
+        replace(ODD, epilogue="logits"),
+        StagedConfig(selection="in_gather", score_block=64, gather_block=64),
+        ORIN,
+    ),
+    "persistent-logits": (LOGITS, PersistentConfig(), ORIN),
+    "cpp_fused-logits-fp16": (
+        replace(FP16, epilogue="logits"),
+        CppFusedConfig(simd="avx2", threads=2),
+        X86,
+    ),
+    "cpp_staged-logits": (LOGITS, baseline_config(LOGITS, X86), X86),
     "cpp_fused-x86": (QWEN, default_config(QWEN, X86), X86),
     "cpp_staged-x86": (QWEN, baseline_config(QWEN, X86), X86),
     "cpp_fused-arm": (QWEN, default_config(QWEN, ARM), ARM),
