@@ -6,7 +6,8 @@ Usage:
     step(weights, hidden, out)
     bound.troubles                     # what went wrong on the way, one line each
 
-The chain is the chosen config, the default config, plain torch.
+The chain is the chosen config, the default config, plain torch. A choice that nobody has measured
+here, with these tools, is raced for first, if there is time to.
 """
 
 import logging
@@ -19,6 +20,7 @@ import torch
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
 from flashtune.kernels.layout import Step, Weights, new_out, poisoned_out
+from flashtune.kernels.race import Race, Start, hold
 from flashtune.kernels.reference import decode, decode_logits
 from flashtune.kernels.selection import (
     PREBUILT,
@@ -51,6 +53,7 @@ class Bound:
     troubles: list[str]
     new_step: Callable[[], Step]
     spares: list[Step] = field(default_factory=list)
+    race: Race | None = None
 
     def take_step(self) -> Step:
         """A step that shares no scratch with any other one."""
@@ -91,16 +94,19 @@ class LockedStep:
             self._step(weights, hidden, out)
 
 
-def bind(problem: Problem, weights: Weights) -> Bound:
+def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
     """The best that runs here, compiled, loaded and checked, with spare steps.
 
-    Takes seconds where kernels must be compiled, and must not be called while the current
-    stream is being captured.
+    Takes seconds where kernels must be compiled, up to `race_seconds` more where a race is held
+    (with None never), and must not be called while the current stream is being captured.
     """
     troubles: list[str] = []
+    race = None
     try:
         device = device_of(weights.weight.device)
         choice = best_choice(problem, device, toolchain(device), troubles)
+        if race_seconds is not None and device and choice.config and not choice.settled:
+            choice, race = _race(problem, weights, device, choice, race_seconds, troubles)
         while device is not None and choice.config is not None:
             try:
                 new_step = compile_step(problem, choice.config, device, weights.weight.device)
@@ -116,6 +122,7 @@ def bind(problem: Problem, weights: Weights) -> Bound:
                     troubles=troubles,
                     new_step=new_step,
                     spares=steps,
+                    race=race,
                 )
         if device is not None:
             _note(troubles, choice.why)
@@ -127,7 +134,29 @@ def bind(problem: Problem, weights: Weights) -> Bound:
         choice=choice,
         troubles=troubles,
         new_step=lambda: TorchStep(problem, weights.centroids),
+        race=race,
     )
+
+
+def _race(
+    problem: Problem,
+    weights: Weights,
+    device: Device,
+    choice: Choice,
+    seconds: float,
+    troubles: list[str],
+) -> tuple[Choice, Race]:
+    tools = toolchain(device)
+    start = Start(
+        problem=problem,
+        weights=weights,
+        device=device,
+        toolchain=tools,
+        look=lambda: _look(problem, device, tools, troubles),
+        seconds=seconds,
+        troubles=troubles,
+    )
+    return hold(start, choice)
 
 
 def best_choice(
@@ -136,10 +165,19 @@ def best_choice(
     """Look for this problem first; read all there is only where that finds nothing."""
     if device is None:
         return choose(problem, device, tools, ())
-    choice = choose(problem, device, tools, read_sources(device, problem, troubles))
-    if choice.level is Level.EXACT:
-        return choice
-    return choose(problem, device, tools, read_sources(device, None, troubles))
+    return _look(problem, device, tools, troubles)[0]
+
+
+def _look(
+    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
+) -> tuple[Choice, list[Source]]:
+    """The choice, and the records that it was made from."""
+    sources = read_sources(device, problem, troubles)
+    choice = choose(problem, device, tools, sources)
+    if choice.level is not Level.EXACT:
+        sources = read_sources(device, None, troubles)
+        choice = choose(problem, device, tools, sources)
+    return choice, sources
 
 
 def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:

@@ -7,10 +7,10 @@ Usage:
     head.explain()           # what runs, and why
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
-does so ahead of time. Later calls only launch: they can be captured in a CUDA graph, and
-`torch.compile(head, fullgraph=True)` traces them as one operator. Whatever is wrong with
-kernels, compiler or database, the head still answers, in plain torch if need be, and says so
-once in the log `flashtune`.
+does so ahead of time. What was never measured here is raced for then (docs/tables.md). Later
+calls only launch: they can be captured in a CUDA graph, and `torch.compile(head, fullgraph=True)`
+traces them as one operator. Whatever is wrong with kernels, compiler or database, the head still
+answers, in plain torch if need be, and says so once in the log `flashtune`.
 """
 
 import itertools
@@ -33,12 +33,14 @@ from flashtune.kernels.layout import (
     token_order,
 )
 from flashtune.kernels.permutation import permute_rows_
+from flashtune.kernels.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.selection import Level
 from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
 MOST_TOKENS = 32  # of one step: more are decoded one part after the other
+TUNE = ("race", "never")
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 
 _HEADS: "WeakValueDictionary[int, FlashHead]" = WeakValueDictionary()
@@ -56,6 +58,11 @@ class FlashHead(nn.Module):
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
     weight that is tied to the input embedding.
+
+    tune: with `race`, kernels that were only predicted for this device, or measured with other
+    tools, are timed on it when they are first needed, and the winner is kept in the user's
+    database; all this takes 20 seconds in a head's life at most. With `never` the best record
+    there is runs untried.
 
     A graph that captured a call replays with scratch of the stream it was captured on: graphs
     captured on one stream must not be replayed at the same time.
@@ -75,9 +82,12 @@ class FlashHead(nn.Module):
         vocab_maps: torch.Tensor | None = None,
         n_probes: int = DEFAULT_PROBES,
         release_weight: bool = False,
+        tune: str = "race",
     ) -> None:
         """Check the tensors and bring the weight's rows in the order of clusters."""
         super().__init__()
+        if tune not in TUNE:
+            raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         weight, centroids = weight.detach(), centroids.detach()
         problem = _checked_problem(weight, centroids, n_probes)
         order = _order(problem, cluster_assignments, vocab_maps).to(weight.device)
@@ -94,6 +104,7 @@ class FlashHead(nn.Module):
         else:
             weight = weight[order]
         self.n_probes = n_probes
+        self.tune = tune
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
@@ -103,6 +114,7 @@ class FlashHead(nn.Module):
         """Everything that neither a copy nor a pickle takes along."""
         self._lock = threading.RLock()
         self._warned = False
+        self._race_seconds = MOST_SECONDS if self.tune == "race" else None
         self._handle = next(_HANDLES)
         _HEADS[self._handle] = self
         self._forget()
@@ -124,7 +136,9 @@ class FlashHead(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
         dropped = ("_lock", "_warned", "_handle", "_weights", "_index", "_bounds", "_steps")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+        kept = {name: value for name, value in self.__dict__.items() if name not in dropped}
+        del kept["_race_seconds"]
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the tensors and start afresh."""
@@ -207,7 +221,10 @@ class FlashHead(nn.Module):
         """What runs for that many tokens, and why, as plain data; prepares it if need be.
 
         `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
-        what went wrong on the way. More tokens than one step takes run in several.
+        what went wrong on the way. `raced` says that the config once won a race here, `stale`
+        that it was measured with tools that have changed since, and `race` what this process
+        timed, if it did, and why each other config was dropped. More tokens than one step takes
+        run in several.
         """
         bound = self._bound(epilogue, min(n_tokens, MOST_TOKENS))
         device = device_of(self.weight.device)
@@ -215,6 +232,7 @@ class FlashHead(nn.Module):
             "problem": asdict(bound.problem),
             "device": device.name if device else str(self.weight.device),
             **bound.choice.explain(),
+            "race": bound.race.explain() if bound.race else None,
             "troubles": list(bound.troubles),
         }
 
@@ -243,12 +261,18 @@ class FlashHead(nn.Module):
             if bound is None:
                 problem = self._problem(epilogue, n_tokens)
                 with _lasting(self._weights.weight.device):
-                    bound = self._bounds[epilogue, n_tokens] = bind(problem, self._weights)
-                choice = bound.choice
-                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, choice.why)
+                    bound = bind(problem, self._weights, race_seconds=self._race_seconds)
+                self._bounds[epilogue, n_tokens] = bound
+                choice, race = bound.choice, bound.race
+                why = choice.why
+                if race is not None and self._race_seconds is not None:
+                    self._race_seconds -= race.seconds
+                    why += f" ({race.describe()})"
+                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, why)
                 if bound.troubles:
                     runs = "plain torch" if choice.level is Level.TORCH else choice.level.value
-                    self._warn(f"{'; '.join(bound.troubles)} ({runs} is used instead)")
+                    instead = "" if choice.source == UNKEPT else f" ({runs} is used instead)"
+                    self._warn("; ".join(bound.troubles) + instead)
             return bound
 
     def _problem(self, epilogue: str, n_tokens: int) -> Problem:

@@ -10,6 +10,8 @@ import torch
 
 from flashtune.kernels.layout import FILL, Weights
 
+_ROWS_AT_ONCE = 4096  # that are judged in float64
+
 
 def decode(weights: Weights, hidden: torch.Tensor, n_probes: int) -> torch.Tensor:
     """Best token among the rows of the `n_probes` best clusters: int64 `[n_tokens]`.
@@ -47,6 +49,19 @@ def _candidates(
 
 
 @dataclass(frozen=True, slots=True)
+class _Clusters:
+    """The clusters' scores for one token; which of them must be probed, and which may be."""
+
+    scores: torch.Tensor
+    must: torch.Tensor
+    possible: torch.Tensor
+
+    def rank(self, cluster: int) -> int:
+        """A cluster's place among all, the best being 1."""
+        return int((self.scores > self.scores[cluster]).sum()) + 1
+
+
+@dataclass(frozen=True, slots=True)
 class Judge:
     """Whether tokens or logits are right answers for these weights, in float64.
 
@@ -69,49 +84,58 @@ class Judge:
 
         out: tokens `[n_tokens]`, or logits `[n_tokens, vocab]`.
         """
-        for index, (found, state) in enumerate(zip(out, hidden, strict=True)):
+        states = hidden.double()
+        scores, bounds = (each.T for each in self._products(self.weights.centroids, states))
+        for index, (found, state) in enumerate(zip(out, states, strict=True)):
+            clusters = self._clusters(scores[index], bounds[index], slack)
             if out.dim() == 1:
-                reason = self._why_token_wrong(int(found), state.double(), slack)
+                reason = self._why_token_wrong(int(found), state, clusters)
             else:
-                reason = self._why_logits_wrong(found, state.double(), slack)
+                reason = self._why_logits_wrong(found, state, clusters)
             if reason:
                 return f"row {index}: {reason}"
         return None
 
-    def _bound(self, matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        depth = 0 if self.exact else matrix.shape[1] / 32 + 16
-        return depth * 2.0**-24 * (matrix.double().abs() @ state.abs())
+    def _products(
+        self, matrix: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`matrix @ states.T` in float64 and its error bounds, a few rows of it at a time.
 
-    def _clusters(
-        self, state: torch.Tensor, slack: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores of the clusters; which of them must be probed; which may be."""
-        centroids = self.weights.centroids
-        scores = centroids.double() @ state
-        bound = self._bound(centroids, state)
+        The whole matrix in float64 would be four times as large as the weights themselves.
+        """
+        depth = 0 if self.exact else matrix.shape[1] / 32 + 16
+        sums, bounds = [], []
+        for part in torch.split(matrix, _ROWS_AT_ONCE):
+            rows = part.double()
+            sums.append(rows @ states.T)
+            bounds.append(rows.abs() @ states.abs().T)
+        return torch.cat(sums), depth * 2.0**-24 * torch.cat(bounds)
+
+    def _clusters(self, scores: torch.Tensor, bound: torch.Tensor, slack: int) -> "_Clusters":
+        """What one token's scores, to within `bound`, leave open."""
         ranked = torch.sort(scores, descending=True).values
         must = torch.ones_like(scores, dtype=torch.bool)
         if self.n_probes < len(scores):
             must = scores - bound > ranked[self.n_probes] + bound.max()
         last = min(self.n_probes + slack, len(scores)) - 1
-        return scores, must, scores + bound >= ranked[last] - bound.max()
+        return _Clusters(scores, must, scores + bound >= ranked[last] - bound.max())
 
     def _why_logits_wrong(
-        self, found: torch.Tensor, state: torch.Tensor, slack: int
+        self, found: torch.Tensor, state: torch.Tensor, clusters: "_Clusters"
     ) -> str | None:
         """Why `found` `[vocab]` is no right row of logits."""
         ids = self.weights.ids.long().view(len(self.weights.centroids), -1)
-        scores, must, possible = self._clusters(state, slack)
+        must, possible = clusters.must, clusters.possible
         filled = found[ids] == torch.tensor(FILL, dtype=found.dtype)
         astray = ~possible[:, None] & ~filled
         if bool(astray.any()):
             cluster, member = astray.nonzero()[0].tolist()
             return (
                 f"token {int(ids[cluster, member])} of the cluster ranked "
-                f"{_rank(scores, cluster)}, of {self.n_probes} probes, is not filled in"
+                f"{clusters.rank(cluster)}, of {self.n_probes} probes, is not filled in"
             )
         rows = self.weights.weight.view(*ids.shape, -1)[possible].flatten(0, 1)
-        own, bound = rows.double() @ state, self._bound(rows, state)
+        own, bound = (each[:, 0] for each in self._products(rows, state[None]))
         least, most = (own - bound).to(found.dtype), (own + bound).to(found.dtype)
         candidates = found[ids[possible]].flatten()
         right = (least <= candidates) & (candidates <= most)
@@ -129,24 +153,25 @@ class Judge:
             return f"{int(whole.sum())} clusters are probed, not {self.n_probes}"
         return None
 
-    def _why_token_wrong(self, token: int, state: torch.Tensor, slack: int) -> str | None:
-        centroids, ids = self.weights.centroids, self.weights.ids
-        n_clusters, width = centroids.shape
+    def _why_token_wrong(
+        self, token: int, state: torch.Tensor, clusters: "_Clusters"
+    ) -> str | None:
+        ids, must = self.weights.ids, clusters.must.clone()
+        n_clusters, width = self.weights.centroids.shape
         if not 0 <= token < ids.numel():
             return f"token {token} is not in the vocabulary"
-        scores, must, possible = self._clusters(state, slack)
         position = int((ids == token).nonzero()[0])
         cluster = position // (ids.numel() // n_clusters)
-        if not possible[cluster]:
-            rank = _rank(scores, cluster)
+        if not clusters.possible[cluster]:
+            rank = clusters.rank(cluster)
             return f"token {token} is of the cluster ranked {rank}, of {self.n_probes} probes"
         must[cluster] = True
         rows = self.weights.weight.view(n_clusters, -1, width)[must].flatten(0, 1)
-        logits = rows.double() @ state
+        logits, bounds = (each[:, 0] for each in self._products(rows, state[None]))
         own = self.weights.weight[position].double() @ state
         best = int(logits.argmax())
-        own_bound = self._bound(self.weights.weight[position : position + 1], state)[0]
-        slip = own_bound + self._bound(rows[best : best + 1], state)[0]
+        own_bound = self._products(self.weights.weight[position : position + 1], state[None])[1]
+        slip = own_bound[0, 0] + bounds[best]
         if own < logits[best] - slip:
             return (
                 f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
@@ -156,8 +181,3 @@ class Judge:
         if tied.numel() and int(tied.min()) < token:
             return f"token {token} ties with the smaller id {int(tied.min())}"
         return None
-
-
-def _rank(scores: torch.Tensor, cluster: int) -> int:
-    """A cluster's place among all, the best being 1."""
-    return int((scores > scores[cluster]).sum()) + 1

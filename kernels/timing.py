@@ -46,7 +46,8 @@ class GraphTimer:
         collecting = gc.isenabled()
         gc.disable()  # a collection in a capture can unload modules
         try:
-            with torch.cuda.graph(self.graph):
+            # What other threads do meanwhile must not fail: a race is held beside a live model.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 for call in range(self.calls):
                     index = call % n_sets
                     step(workload.sets[index], workload.states[index], self.out[call])

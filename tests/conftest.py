@@ -37,6 +37,18 @@ def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
     return type(sums)(wide[0] @ wide[1] + sums.data, sums.dtype.scalar)
 
 
+@pytest.fixture(autouse=True)
+def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Heads race only in tests that ask for `racing`: compilers would run in all others."""
+    if "racing" not in request.fixturenames:
+        monkeypatch.setattr("flashtune.kernels.head.MOST_SECONDS", 0.0)
+
+
+@pytest.fixture
+def racing() -> None:
+    """Heads of this test race as they do elsewhere."""
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels loaded from here on are run by Triton's interpreter.

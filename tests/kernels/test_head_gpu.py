@@ -1,6 +1,7 @@
 """The FlashHead module on an NVIDIA GPU."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ pytestmark = [
 SLACK = 64  # the most that any config probes beyond what was asked
 
 
-def make_head(seed: int = 0, n_probes: int = 64) -> FlashHead:
+def make_head(seed: int = 0, n_probes: int = 64, tune: str = "never") -> FlashHead:
     generator = torch.Generator("cuda").manual_seed(seed)
     weight = torch.randn(16384, 512, generator=generator, device="cuda").bfloat16()
     centroids = torch.randn(1024, 512, generator=generator, device="cuda")
     order = torch.randperm(16384, generator=generator, device="cuda")
     unit = torch.nn.functional.normalize(centroids).bfloat16()
-    return FlashHead(weight, unit, order // 16, n_probes=n_probes)
+    return FlashHead(weight, unit, order // 16, n_probes=n_probes, tune=tune)
 
 
 def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
@@ -149,3 +150,40 @@ def test_a_head_that_moves_is_bound_again() -> None:
     head.cuda()
     assert why_wrong(head, head(hidden), hidden) is None
     assert head.explain()["level"] != "torch"
+
+
+@pytest.mark.usefixtures("racing")
+def test_what_was_never_measured_is_raced_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
+    monkeypatch.setattr("flashtune.kernels.binding.prebuilt_devices", lambda: ())
+    head = make_head(tune="race")
+    data = head.explain()
+    assert (data["level"], data["raced"], data["troubles"]) == ("exact", True, [])
+    timed = [each for each in data["race"]["timed"] if each["outcome"] in ("ok", "pruned")]
+    assert len(timed) > 1
+    assert data["median_us"] <= data["race"]["timed"][0]["median_us"]
+    assert data["race"]["seconds"] < 25
+    hidden = states(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    graph.replay()
+    assert why_wrong(head, out, hidden) is None
+    again = make_head(tune="race").explain()
+    assert (again["race"], again["config"]) == (None, data["config"])
+
+
+@pytest.mark.usefixtures("racing")
+def test_nothing_is_raced_while_a_stream_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
+    head, hidden = make_head(tune="race"), states(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    graph.replay()
+    assert why_wrong(head, out, hidden) is None
+    assert not (tmp_path / "tuning.db").exists()
