@@ -14,9 +14,10 @@ once in the log `flashtune`.
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,8 +32,10 @@ from flashtune.kernels.layout import (
     order_from_maps,
     token_order,
 )
+from flashtune.kernels.model_folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
 from flashtune.kernels.selection import Level
+from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
 from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
@@ -48,13 +51,17 @@ class FlashHead(nn.Module):
     """The token with the best logit among the clusters nearest to a hidden state.
 
     weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
-    device. The clusters, all of the same size, are given by one of cluster_assignments, the
-    cluster of each token `[vocab]`, or vocab_maps, the tokens of each cluster
-    `[n_clusters, cluster_size]`.
+    device. The clusters are given by one of cluster_assignments, the cluster of each token
+    `[vocab]`, or vocab_maps, the tokens of each cluster `[n_clusters, cluster_size]`. They are
+    all of the same size; only where n_clusters does not divide vocab may some, given by
+    cluster_assignments, have fewer tokens.
+
+    special_token_ids are candidates of every call, whatever is probed. They are compared by a
+    few operations of torch after the kernel (see docs/model-folders.md for what that costs).
 
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
-    weight that is tied to the input embedding.
+    weight that is tied to the input embedding. It needs clusters all of the same size.
 
     A graph that captured a call replays with scratch of the stream it was captured on: graphs
     captured on one stream must not be replayed at the same time.
@@ -64,6 +71,8 @@ class FlashHead(nn.Module):
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
+    places: torch.Tensor
+    special_token_ids: torch.Tensor
 
     def __init__(
         self,
@@ -73,13 +82,17 @@ class FlashHead(nn.Module):
         *,
         vocab_maps: torch.Tensor | None = None,
         n_probes: int = DEFAULT_PROBES,
+        special_token_ids: Sequence[int] = (),
         release_weight: bool = False,
     ) -> None:
         """Check the tensors and bring the weight's rows in the order of clusters."""
         super().__init__()
         weight, centroids = weight.detach(), centroids.detach()
         problem = _checked_problem(weight, centroids, n_probes)
-        order = _order(problem, cluster_assignments, vocab_maps).to(weight.device)
+        self.vocab_size = weight.shape[0]
+        order = _order(problem, self.vocab_size, cluster_assignments, vocab_maps)
+        order = order.to(weight.device)
+        special = checked_special_tokens(special_token_ids, self.vocab_size)
         for name, tensor in (("weight", weight), ("centroids", centroids)):
             if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
                 raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
@@ -89,6 +102,11 @@ class FlashHead(nn.Module):
                     "release_weight needs a contiguous weight, 16-byte aligned: "
                     "give it weight.contiguous().clone(), or leave release_weight off"
                 )
+            if order.numel() != self.vocab_size:
+                raise FlashtuneError(
+                    f"release_weight needs n_clusters to divide vocab, but {problem.n_clusters} "
+                    f"does not divide {self.vocab_size}: leave release_weight off"
+                )
             permute_rows_(weight, order)
         else:
             weight = weight[order]
@@ -96,7 +114,43 @@ class FlashHead(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
+        places = torch.empty(self.vocab_size if special else 0, dtype=torch.int64)
+        if special:
+            places[order.cpu()] = torch.arange(order.numel())
+        self.register_buffer("places", places.to(weight.device), persistent=False)
+        specials = torch.tensor(special, dtype=torch.int64, device=weight.device)
+        self.register_buffer("special_token_ids", specials, persistent=False)
         self._start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        n_probes: int | None = None,
+        revision: str | None = None,
+    ) -> "FlashHead":
+        """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
+
+        source: a model folder, or the name of a repository in Hugging Face's cache (at that
+        revision); nothing is downloaded. device: torch's default device unless given. n_probes:
+        as many as the model's config says unless given. Only the head is read, with the
+        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
+        file and the tensor, what was found there and what was expected.
+        """
+        where = str(torch.get_default_device() if device is None else device)
+        parts = ModelFolder.open(source, revision).read_head(where)
+        weight, centroids = parts.weight, parts.clusters.centroids
+        return cls(
+            weight,
+            centroids,
+            parts.clusters.assignments,
+            n_probes=parts.n_probes if n_probes is None else n_probes,
+            special_token_ids=parts.special_token_ids,
+            release_weight=weight.shape[0] % centroids.shape[0] == 0
+            and weight.data_ptr() % ALIGNMENT == 0,
+        )
 
     def _start(self) -> None:
         """Everything that neither a copy nor a pickle takes along."""
@@ -110,6 +164,9 @@ class FlashHead(nn.Module):
         """Drop what is bound to the tensors' device and dtype."""
         with self._lock:
             self._weights = Weights(weight=self.weight, centroids=self.centroids, ids=self.ids)
+            self._special = None
+            if self.special_token_ids.numel():
+                self._special = SpecialTokens(ids=self.special_token_ids, places=self.places)
             self._index = self.weight.device.index if self.weight.is_cuda else None
             self._bounds: dict[int, Bound] = {}
             self._steps: dict[tuple[int, int], Step] = {}
@@ -122,7 +179,8 @@ class FlashHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
-        dropped = ("_lock", "_warned", "_handle", "_weights", "_index", "_bounds", "_steps")
+        dropped = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
+        dropped += ("_bounds", "_steps")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,7 +191,7 @@ class FlashHead(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for `print`."""
         n_clusters, hidden = self.centroids.shape
-        return f"{self.ids.numel()}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
+        return f"{self.vocab_size}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
@@ -174,7 +232,7 @@ class FlashHead(nn.Module):
         step = self._steps.get((n_tokens, stream)) or self._step(n_tokens, stream)
         out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
         step(weights, hidden, out)
-        return out
+        return out if self._special is None else self._special(weights, hidden, out)
 
     def prepare(self, *n_tokens: int) -> None:
         """Choose, compile and check the kernels for these numbers of tokens ahead of time."""
@@ -270,13 +328,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def _problem(
     weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
 ) -> Problem:
+    """The problem, its vocabulary rounded up to whole clusters."""
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dtype not in DTYPE_NAMES:
             raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
+    n_clusters = centroids.shape[0]
     return Problem(
-        vocab_size=weight.shape[0],
+        vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
         hidden_size=weight.shape[1],
-        n_clusters=centroids.shape[0],
+        n_clusters=n_clusters,
         n_probes=n_probes,
         n_tokens=n_tokens,
         weight_dtype=DTYPE_NAMES[weight.dtype],
@@ -289,6 +349,8 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dim() != 2:
             raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
+        if not tensor.numel():
+            raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
     if weight.shape[1] != centroids.shape[1]:
         raise FlashtuneError(
             f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
@@ -301,7 +363,10 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
 
 
 def _order(
-    problem: Problem, assignments: torch.Tensor | None, vocab_maps: torch.Tensor | None
+    problem: Problem,
+    vocab_size: int,
+    assignments: torch.Tensor | None,
+    vocab_maps: torch.Tensor | None,
 ) -> torch.Tensor:
     """Token ids in the order of the rows, from the one of the two that is given."""
     if (assignments is None) == (vocab_maps is None):
@@ -309,13 +374,18 @@ def _order(
     given = assignments if assignments is not None else vocab_maps
     assert given is not None
     name = "vocab_maps" if assignments is None else "cluster_assignments"
-    shape = [problem.vocab_size]
+    shape = [vocab_size]
     if assignments is None:
         shape = [problem.n_clusters, problem.cluster_size]
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
         raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
     if list(given.shape) != shape:
         raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
+    if vocab_size != problem.vocab_size and assignments is None:
+        raise FlashtuneError(
+            f"vocab_maps need a vocabulary that is a multiple of n_clusters, but {vocab_size} "
+            f"is not one of {problem.n_clusters}: give cluster_assignments"
+        )
     return (
         order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
     )
