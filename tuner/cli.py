@@ -14,10 +14,10 @@ from rich.console import Console
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import default_config, parse_config
+from flashtune.kernels.model_folder import read_model
 from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
-from flashtune.tuner.model_folder import read_model
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
