@@ -114,12 +114,9 @@ class FlashHead(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
-        places = torch.empty(self.vocab_size if special else 0, dtype=torch.int64)
-        if special:
-            places[order.cpu()] = torch.arange(order.numel())
-        self.register_buffer("places", places.to(weight.device), persistent=False)
-        specials = torch.tensor(special, dtype=torch.int64, device=weight.device)
-        self.register_buffer("special_token_ids", specials, persistent=False)
+        tokens = SpecialTokens.of(special, order)
+        self.register_buffer("special_token_ids", tokens.ids, persistent=False)
+        self.register_buffer("places", tokens.places, persistent=False)
         self._start()
 
     @classmethod
@@ -179,8 +176,8 @@ class FlashHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
-        dropped = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
-        dropped += ("_bounds", "_steps")
+        bound = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
+        dropped = (*bound, "_bounds", "_steps")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

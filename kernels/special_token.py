@@ -1,7 +1,7 @@
 """Tokens that are candidates of every decode step, whatever clusters are probed.
 
 Usage:
-    special = SpecialTokens(ids=ids, places=places)
+    special = SpecialTokens.of(ids, order)
     tokens = special(weights, hidden, tokens)     # after a step has written `tokens`
 """
 
@@ -24,6 +24,14 @@ class SpecialTokens:
 
     ids: torch.Tensor
     places: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: Sequence[int], order: torch.Tensor) -> "SpecialTokens":
+        """From ids in ascending order, and the token of each row of the permuted weight."""
+        rows = torch.arange(order.numel(), device=order.device)
+        places = torch.empty(int(order.max()) + 1, dtype=torch.int64, device=order.device)
+        places[order] = rows  # of a token with several rows, which are alike, any one
+        return cls(ids=torch.tensor(ids, dtype=torch.int64, device=order.device), places=places)
 
     def __call__(
         self, weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor

@@ -3,7 +3,7 @@
 Usage:
     kmeans = BalancedKMeans(weight, n_clusters=3072, seed=0)
     for _ in range(ITERATIONS):
-        fit = kmeans.step()          # how much of the rows lies along their centroids
+        fit = kmeans.step()             # how much of the rows lies along their centroids
     kmeans.clusters()
 
 Rows are taken less their mean, which adds the same to every logit and tells no token from
@@ -42,6 +42,7 @@ class BalancedKMeans:
         if not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
             raise FlashtuneError("the weight has a NaN or an infinity: fetch the model again")
         self._weight, self.n_clusters, self.seed = weight, n_clusters, seed
+        self.origin = Origin.of(weight)
         self._rows = weight.float() - weight.mean(dim=0, dtype=torch.float32)
         self._rows /= self._rows.norm(dim=1).mean().clamp(min=1e-30)
         self._larger = vocab_size % n_clusters  # clusters that have a token more than the others
@@ -56,17 +57,24 @@ class BalancedKMeans:
         self.assignments, self.iteration = assignments.to(self._rows.device), iteration
 
     def step(self) -> float:
-        """Assign every token anew; the share of all rows' length that lies along centroids."""
+        """Assign every token anew; then as `fit`."""
         centroids = self._centroids()
         scores, candidates = self._best(self._rows, centroids, _CANDIDATES)
 
-        def best_free(tokens: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def best_free(
+            tokens: torch.Tensor, free: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             best, at = self._best(self._rows[tokens], centroids[free], 1)
             return best[:, 0], at[:, 0]
 
         self.assignments = assign(scores, candidates, self._sizes, best_free)
         self.iteration += 1
-        along = (self._rows * centroids[self.assignments]).sum(dim=1)
+        return self.fit()
+
+    def fit(self) -> float:
+        """The share of all rows' length that lies along their centroids' directions."""
+        assert self.assignments is not None
+        along = (self._rows * self._centroids()[self.assignments]).sum(dim=1)
         return float(along.mean())
 
     def clusters(self) -> Clusters:
@@ -76,7 +84,7 @@ class BalancedKMeans:
         return Clusters(
             centroids=centroids,
             assignments=self.assignments,
-            origin=Origin.of(self._weight),
+            origin=self.origin,
         )
 
     def _centroids(self) -> torch.Tensor:
@@ -108,7 +116,7 @@ class BalancedKMeans:
         """Scores and positions of each row's best centroids, best first: `[rows, number]`."""
         number = min(number, len(centroids))
         chunk = max(1, _SCORE_BYTES // (4 * len(centroids)))
-        parts = [(part @ centroids.T).topk(number) for part in rows.split(chunk)]
+        parts = [(part @ centroids.T).topk(number) for part in torch.split(rows, chunk)]
         return torch.cat([part.values for part in parts]), torch.cat(
             [part.indices for part in parts]
         )
