@@ -144,7 +144,7 @@ def _origin(path: Path, text: str | None) -> Origin | None:
 
 def write_clusters(path: Path, clusters: Clusters) -> None:
     """Write a file as `read_clusters` reads it."""
-    metadata = {"format": "pt"}
+    metadata = {}  # of one key at most: several would be written in any order
     if clusters.origin is not None:
         metadata[_METADATA] = json.dumps(asdict(clusters.origin), sort_keys=True)
     tensors = {
