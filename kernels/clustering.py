@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from flashtune.kernels.layout import DTYPE_NAMES
 from flashtune.kernels.tensor_file import open_tensors, shape_of
@@ -151,4 +151,4 @@ def write_clusters(path: Path, clusters: Clusters) -> None:
         CENTROIDS: clusters.centroids.T[None, None].contiguous().cpu(),
         ASSIGNMENTS: clusters.assignments.to(torch.int64).contiguous().cpu(),
     }
-    save_file(tensors, path, metadata=metadata)
+    path.write_bytes(save(tensors, metadata))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from flashtune.kernels.clustering import ASSIGNMENTS, write_clusters
 from flashtune.kernels.model_folder import (
@@ -203,5 +203,5 @@ class Checkpoint:
         text = json.dumps({"run": self._run, "iteration": self._kmeans.iteration})
         new = self.path.with_name(self.path.name + ".new")
         tensors = {ASSIGNMENTS: self._kmeans.assignments.cpu()}
-        save_file(tensors, new, metadata={_METADATA: text})
+        new.write_bytes(save(tensors, {_METADATA: text}))
         new.replace(self.path)

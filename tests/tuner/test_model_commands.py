@@ -16,6 +16,7 @@ from flashtune.kernels.model_folder import ModelFolder
 from flashtune.tuner import clustered_folder, quality_report
 from flashtune.tuner.cli import cli
 from flashtune.tuner.kmeans import BalancedKMeans
+from flashtune.tuning_db.errors import FlashtuneError
 
 VOCAB, WIDTH = 200, 16
 EMBEDDING = "model.embed_tokens.weight"
@@ -391,7 +392,10 @@ class TestDecodeStates:
         assert tokens == expected
 
     def test_a_folder_that_transformers_cannot_load(self, folder: ModelFolder) -> None:
-        result = run("quality", "--model", folder.path.parent / "absent")
-        assert result.exit_code == 2
-        (folder.path / "model.safetensors").write_bytes(b"")
-        assert "not a whole safetensors file" in refused("quality", "--model", folder.path)
+        from flashtune.tuner.decode_state import decode_states
+
+        config = json.loads((folder.path / "config.json").read_text())
+        (folder.path / "config.json").write_text(json.dumps({**config, "model_type": "odd"}))
+        with pytest.raises(FlashtuneError, match="transformers cannot load it") as caught:
+            decode_states(folder, ["a"], 1, "cpu")
+        assert "\n" not in str(caught.value)
