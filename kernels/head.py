@@ -3,6 +3,7 @@
 Usage:
     head = FlashHead(weight, centroids, cluster_assignments, n_probes=256)
     token = head(hidden)     # int64 [tokens], from hidden [tokens, hidden_size]
+    head.logits(hidden)      # [tokens, vocab], for sampling
     head.explain()           # what runs, and why
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
@@ -14,9 +15,10 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -31,14 +33,16 @@ from flashtune.kernels.layout import (
     order_from_maps,
     token_order,
 )
+from flashtune.kernels.model_folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
 from flashtune.kernels.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.selection import Level
+from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
 from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
-MOST_TOKENS = 16  # of one step: more are decoded one part after the other
+MOST_TOKENS = 32  # of one step: more are decoded one part after the other
 TUNE = ("race", "never")
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 
@@ -50,13 +54,17 @@ class FlashHead(nn.Module):
     """The token with the best logit among the clusters nearest to a hidden state.
 
     weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
-    device. The clusters, all of the same size, are given by one of cluster_assignments, the
-    cluster of each token `[vocab]`, or vocab_maps, the tokens of each cluster
-    `[n_clusters, cluster_size]`.
+    device. The clusters are given by one of cluster_assignments, the cluster of each token
+    `[vocab]`, or vocab_maps, the tokens of each cluster `[n_clusters, cluster_size]`. They are
+    all of the same size; only where n_clusters does not divide vocab may some, given by
+    cluster_assignments, have fewer tokens.
+
+    special_token_ids are candidates of every call, whatever is probed. They are compared by a
+    few operations of torch after the kernel (see docs/model-folders.md for what that costs).
 
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
-    weight that is tied to the input embedding.
+    weight that is tied to the input embedding. It needs clusters all of the same size.
 
     tune: with `race`, kernels that were only predicted for this device, or measured with other
     tools, are timed on it when they are first needed, and the winner is kept in the user's
@@ -71,6 +79,8 @@ class FlashHead(nn.Module):
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
+    places: torch.Tensor
+    special_token_ids: torch.Tensor
 
     def __init__(
         self,
@@ -80,6 +90,7 @@ class FlashHead(nn.Module):
         *,
         vocab_maps: torch.Tensor | None = None,
         n_probes: int = DEFAULT_PROBES,
+        special_token_ids: Sequence[int] = (),
         release_weight: bool = False,
         tune: str = "race",
     ) -> None:
@@ -89,7 +100,10 @@ class FlashHead(nn.Module):
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         weight, centroids = weight.detach(), centroids.detach()
         problem = _checked_problem(weight, centroids, n_probes)
-        order = _order(problem, cluster_assignments, vocab_maps).to(weight.device)
+        self.vocab_size = weight.shape[0]
+        order = _order(problem, self.vocab_size, cluster_assignments, vocab_maps)
+        order = order.to(weight.device)
+        special = checked_special_tokens(special_token_ids, self.vocab_size)
         for name, tensor in (("weight", weight), ("centroids", centroids)):
             if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
                 raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
@@ -99,6 +113,11 @@ class FlashHead(nn.Module):
                     "release_weight needs a contiguous weight, 16-byte aligned: "
                     "give it weight.contiguous().clone(), or leave release_weight off"
                 )
+            if order.numel() != self.vocab_size:
+                raise FlashtuneError(
+                    f"release_weight needs n_clusters to divide vocab, but {problem.n_clusters} "
+                    f"does not divide {self.vocab_size}: leave release_weight off"
+                )
             permute_rows_(weight, order)
         else:
             weight = weight[order]
@@ -107,7 +126,40 @@ class FlashHead(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
+        tokens = SpecialTokens.of(special, order)
+        self.register_buffer("special_token_ids", tokens.ids, persistent=False)
+        self.register_buffer("places", tokens.places, persistent=False)
         self._start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        n_probes: int | None = None,
+        revision: str | None = None,
+    ) -> "FlashHead":
+        """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
+
+        source: a model folder, or the name of a repository in Hugging Face's cache (at that
+        revision); nothing is downloaded. device: torch's default device unless given. n_probes:
+        as many as the model's config says unless given. Only the head is read, with the
+        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
+        file and the tensor, what was found there and what was expected.
+        """
+        where = str(torch.get_default_device() if device is None else device)
+        parts = ModelFolder.open(source, revision).read_head(where)
+        weight, centroids = parts.weight, parts.clusters.centroids
+        return cls(
+            weight,
+            centroids,
+            parts.clusters.assignments,
+            n_probes=parts.n_probes if n_probes is None else n_probes,
+            special_token_ids=parts.special_token_ids,
+            release_weight=weight.shape[0] % centroids.shape[0] == 0
+            and weight.data_ptr() % ALIGNMENT == 0,
+        )
 
     def _start(self) -> None:
         """Everything that neither a copy nor a pickle takes along."""
@@ -122,9 +174,12 @@ class FlashHead(nn.Module):
         """Drop what is bound to the tensors' device and dtype."""
         with self._lock:
             self._weights = Weights(weight=self.weight, centroids=self.centroids, ids=self.ids)
+            self._special = None
+            if self.special_token_ids.numel():
+                self._special = SpecialTokens(ids=self.special_token_ids, places=self.places)
             self._index = self.weight.device.index if self.weight.is_cuda else None
-            self._bounds: dict[int, Bound] = {}
-            self._steps: dict[tuple[int, int], Step] = {}
+            self._bounds: dict[tuple[str, int], Bound] = {}
+            self._steps: dict[tuple[str, int, int], Step] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
         """Move or convert the tensors, and forget what was bound to the old ones."""
@@ -134,10 +189,9 @@ class FlashHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
-        dropped = ("_lock", "_warned", "_handle", "_weights", "_index", "_bounds", "_steps")
-        kept = {name: value for name, value in self.__dict__.items() if name not in dropped}
-        del kept["_race_seconds"]
-        return kept
+        bound = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
+        dropped = (*bound, "_bounds", "_steps", "_race_seconds")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the tensors and start afresh."""
@@ -147,7 +201,7 @@ class FlashHead(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for `print`."""
         n_clusters, hidden = self.centroids.shape
-        return f"{self.ids.numel()}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
+        return f"{self.vocab_size}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
@@ -158,9 +212,20 @@ class FlashHead(nn.Module):
         if torch.compiler.is_compiling():
             token: torch.Tensor = _decode_op(hidden, self._handle)
             return token
-        return self._decode(hidden)
+        return self._decode(hidden, "argmax")
 
-    def _decode(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each row's logits of the tokens of its probed clusters: `[tokens, vocab]`.
+
+        In the weight's dtype, as a dense head's are; -1e4 for every other token, which is finite
+        so that whoever masks logits after this is left with legal tokens. hidden as in `forward`.
+        """
+        if torch.compiler.is_compiling():
+            logits: torch.Tensor = _logits_op(hidden, self.weight, self.vocab_size, self._handle)
+            return logits
+        return self._decode(hidden, "logits")
+
+    def _decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         weights, index = self._weights, self._index
         weight = weights.weight
         if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -170,11 +235,6 @@ class FlashHead(nn.Module):
             )
         if hidden.device != weight.device:
             raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
-        n_tokens = hidden.shape[0]
-        if not 0 < n_tokens <= MOST_TOKENS:
-            parts = [self._decode(part) for part in torch.split(hidden, MOST_TOKENS) if len(part)]
-            empty = torch.empty(0, dtype=torch.int64, device=weight.device)
-            return torch.cat([empty, *parts])
         if hidden.requires_grad or hidden.dtype is not weight.dtype:
             hidden = hidden.detach().to(weight.dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
@@ -183,19 +243,38 @@ class FlashHead(nn.Module):
         if index is not None:
             if torch._C._cuda_getDevice() != index:
                 with torch.cuda.device(index):
-                    return self._decode(hidden)
+                    return self._decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
-        step = self._steps.get((n_tokens, stream)) or self._step(n_tokens, stream)
-        out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
-        step(weights, hidden, out)
+        n_tokens = hidden.shape[0]
+        if epilogue == "argmax":
+            out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+        else:
+            shape = (n_tokens, weight.shape[0])
+            out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        for first in range(0, n_tokens, MOST_TOKENS):
+            number = min(MOST_TOKENS, n_tokens - first)
+            key = (epilogue, number, stream)
+            step = self._steps.get(key) or self._step(*key)
+            if number < n_tokens:
+                part = slice(first, first + number)
+                step(weights, hidden[part], out[part])
+            else:
+                step(weights, hidden, out)
+        if self._special is not None:
+            out = self._special(weights, hidden, out)
+        if out.dim() == 2 and out.shape[1] > self.vocab_size:
+            return out[:, : self.vocab_size].contiguous()
         return out
 
-    def prepare(self, *n_tokens: int) -> None:
-        """Choose, compile and check the kernels for these numbers of tokens ahead of time."""
-        for number in n_tokens:
-            self._bound(number)
+    def prepare(self, *n_tokens: int, epilogue: str = "argmax") -> None:
+        """Choose, compile and check the kernels for these numbers of tokens ahead of time.
 
-    def explain(self, n_tokens: int = 1) -> dict[str, Any]:
+        epilogue: `argmax` for calls of the head, `logits` for calls of `logits`.
+        """
+        for number in n_tokens:
+            self._bound(epilogue, number)
+
+    def explain(self, n_tokens: int = 1, epilogue: str = "argmax") -> dict[str, Any]:
         """What runs for that many tokens, and why, as plain data; prepares it if need be.
 
         `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
@@ -204,7 +283,7 @@ class FlashHead(nn.Module):
         timed, if it did, and why each other config was dropped. More tokens than one step takes
         run in several.
         """
-        bound = self._bound(min(n_tokens, MOST_TOKENS))
+        bound = self._bound(epilogue, min(n_tokens, MOST_TOKENS))
         device = device_of(self.weight.device)
         return {
             "problem": asdict(bound.problem),
@@ -214,32 +293,33 @@ class FlashHead(nn.Module):
             "troubles": list(bound.troubles),
         }
 
-    def _step(self, n_tokens: int, stream: int) -> Step:
+    def _step(self, epilogue: str, n_tokens: int, stream: int) -> Step:
         """A step for a stream that has none yet."""
         with self._lock:
             capturing = self._index is not None and torch.cuda.is_current_stream_capturing()
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             ready = bound and (bound.spares or bound.choice.level is Level.TORCH)
             if capturing and not ready:
+                arguments = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
                 self._warn(
                     f"{n_tokens} tokens are captured in a CUDA graph without a kernel ready for "
-                    f"this stream: call head.prepare({n_tokens}) before the capture"
+                    f"this stream: call head.prepare({arguments}) before the capture"
                 )
-                return TorchStep(self._problem(n_tokens), self._weights.centroids)
-            bound = self._bound(n_tokens)
+                return TorchStep(self._problem(epilogue, n_tokens), self._weights.centroids)
+            bound = self._bound(epilogue, n_tokens)
             with _lasting(self._weights.weight.device):
-                step = self._steps[n_tokens, stream] = bound.take_step()
+                step = self._steps[epilogue, n_tokens, stream] = bound.take_step()
             return step
 
-    def _bound(self, n_tokens: int) -> Bound:
+    def _bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels for that many tokens, made on first use."""
         with self._lock:
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             if bound is None:
-                problem = self._problem(n_tokens)
+                problem = self._problem(epilogue, n_tokens)
                 with _lasting(self._weights.weight.device):
                     bound = bind(problem, self._weights, race_seconds=self._race_seconds)
-                self._bounds[n_tokens] = bound
+                self._bounds[epilogue, n_tokens] = bound
                 choice, race = bound.choice, bound.race
                 why = choice.why
                 if race is not None and self._race_seconds is not None:
@@ -252,8 +332,9 @@ class FlashHead(nn.Module):
                     self._warn("; ".join(bound.troubles) + instead)
             return bound
 
-    def _problem(self, n_tokens: int) -> Problem:
-        return _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+    def _problem(self, epilogue: str, n_tokens: int) -> Problem:
+        problem = _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+        return replace(problem, epilogue=epilogue)
 
     def _warn(self, trouble: str) -> None:
         """Warn once in a head's life: later trouble shows in `explain`."""
@@ -270,18 +351,35 @@ def _lasting(device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("flashtune::decode", mutates_args=())
-def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
-    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+def _head_of(handle: int) -> FlashHead:
     head = _HEADS.get(handle)
     if head is None:
         raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
-    return head._decode(hidden)
+    return head
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+    return _head_of(handle)._decode(hidden, "argmax")
 
 
 @_decode_op.register_fake
 def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("flashtune::logits", mutates_args=())
+def _logits_op(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
+) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the dtype."""
+    return _head_of(handle)._decode(hidden, "logits")
+
+
+@_logits_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], vocab_size)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -294,13 +392,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def _problem(
     weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
 ) -> Problem:
+    """The problem, its vocabulary rounded up to whole clusters."""
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dtype not in DTYPE_NAMES:
             raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
+    n_clusters = centroids.shape[0]
     return Problem(
-        vocab_size=weight.shape[0],
+        vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
         hidden_size=weight.shape[1],
-        n_clusters=centroids.shape[0],
+        n_clusters=n_clusters,
         n_probes=n_probes,
         n_tokens=n_tokens,
         weight_dtype=DTYPE_NAMES[weight.dtype],
@@ -313,6 +413,8 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dim() != 2:
             raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
+        if not tensor.numel():
+            raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
     if weight.shape[1] != centroids.shape[1]:
         raise FlashtuneError(
             f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
@@ -325,7 +427,10 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
 
 
 def _order(
-    problem: Problem, assignments: torch.Tensor | None, vocab_maps: torch.Tensor | None
+    problem: Problem,
+    vocab_size: int,
+    assignments: torch.Tensor | None,
+    vocab_maps: torch.Tensor | None,
 ) -> torch.Tensor:
     """Token ids in the order of the rows, from the one of the two that is given."""
     if (assignments is None) == (vocab_maps is None):
@@ -333,13 +438,18 @@ def _order(
     given = assignments if assignments is not None else vocab_maps
     assert given is not None
     name = "vocab_maps" if assignments is None else "cluster_assignments"
-    shape = [problem.vocab_size]
+    shape = [vocab_size]
     if assignments is None:
         shape = [problem.n_clusters, problem.cluster_size]
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
         raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
     if list(given.shape) != shape:
         raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
+    if vocab_size != problem.vocab_size and assignments is None:
+        raise FlashtuneError(
+            f"vocab_maps need a vocabulary that is a multiple of n_clusters, but {vocab_size} "
+            f"is not one of {problem.n_clusters}: give cluster_assignments"
+        )
     return (
         order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
     )

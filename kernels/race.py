@@ -37,7 +37,8 @@ from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
 from flashtune.tuning_db.store import Store, default_path
 
 LOG = logging.getLogger("flashtune")
-MOST_SECONDS = 20.0  # of all races of a head, with compilation and waiting
+MOST_SECONDS = 20.0  # of all races of a head, with compilation
+WAIT_SECONDS = 30.0  # for another process's race, which may take those and then some
 LEAST_SECONDS = RUN_SECONDS + 1.0  # that must be left for a race to be begun
 _KEPT_FAILURES = (Outcome.WRONG_RESULT, Outcome.CRASH)  # those that would come again
 UNKEPT = "this process"  # the source of a winner that could not be written down
@@ -63,9 +64,12 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Race:
-    """How a race went, or why none was held (`why_not`). `dropped` says why a config lost."""
+    """How a race went, or why none was held (`why_not`). `dropped` says why a config lost.
 
-    seconds: float
+    `seconds` are those that it took, waiting for other processes not counted.
+    """
+
+    seconds: float = 0.0
     why_not: str = ""
     comparison: Comparison | None = None
     dropped: tuple[str, ...] = ()
@@ -103,17 +107,17 @@ class Race:
 
 def hold(start: Start, choice: Choice) -> tuple[Choice, Race]:
     """Race for a choice that is not settled; without a race, what is to run instead of it."""
-    begun = time.monotonic()
     why_not = _why_not(start)
     if why_not:
-        return choice, Race(seconds=0.0, why_not=why_not)
+        return choice, Race(why_not=why_not)
+    begun = time.monotonic()
     try:
         database = _writable(start.troubles)
         with _alone(start, database) as lock:
-            left = start.seconds - (time.monotonic() - begun)
-            found, race = _take_turn(start, choice, lock, database, left)
+            begun = time.monotonic()
+            found, race = _take_turn(start, choice, lock, database)
     except Exception as error:  # a full device, a compiler, a driver: the head must answer
-        found, race = choice, Race(seconds=0.0, why_not=" ".join(str(error).split()))
+        found, race = choice, Race(why_not=" ".join(str(error).split()))
     return found, replace(race, seconds=time.monotonic() - begun)
 
 
@@ -148,32 +152,30 @@ def _alone(start: Start, database: Path | None) -> Iterator[Lock | None]:
         return
     subject = f"{start.device.name}\n{start.problem.key}"
     name = hashlib.sha256(subject.encode()).hexdigest()[:16]
-    with hold_lock(Path(f"{database}.race-{name}"), start.seconds) as lock:
+    with hold_lock(Path(f"{database}.race-{name}"), WAIT_SECONDS) as lock:
         yield lock
 
 
 def _take_turn(
-    start: Start, choice: Choice, lock: Lock | None, database: Path | None, left: float
+    start: Start, choice: Choice, lock: Lock | None, database: Path | None
 ) -> tuple[Choice, Race]:
     """Race, unless another process has raced meanwhile, or still does."""
     if lock is None:
         if choice.record is None or choice.record.provenance is Provenance.PREDICTED:
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
-        why_not = f"another process has raced for {start.seconds:.0f} s and is not done"
-        return choice, Race(seconds=0.0, why_not=why_not)
+        why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and is not done"
+        return choice, Race(why_not=why_not)
     choice, sources = start.look()
     configs = contenders(start.problem, start.device, start.toolchain, sources)
     if choice.settled:
-        return choice, Race(seconds=0.0, why_not="another process has raced meanwhile")
-    if left < LEAST_SECONDS:
-        return choice, Race(seconds=0.0, why_not="the time went by in waiting for another process")
+        return choice, Race(why_not="another process has raced meanwhile")
     if len(configs) == 1:
-        return choice, Race(seconds=0.0, why_not="there is nothing but the default")
-    comparison = _compare(start, configs, lock, left)
+        return choice, Race(why_not="there is nothing but the default")
+    comparison = _compare(start, configs, lock)
     winner = _winner(comparison)
     failed = [each for each in comparison.entries if _outcome(each) in _KEPT_FAILURES]
     kept = _keep(start, database, [*failed, *([winner] if winner else [])])
-    race = Race(seconds=0.0, comparison=comparison, dropped=_dropped(comparison, winner))
+    race = Race(comparison=comparison, dropped=_dropped(comparison, winner))
     if winner is None:
         if any(entry.config == choice.config for entry in failed):
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
@@ -181,7 +183,7 @@ def _take_turn(
     return _won(start, winner, comparison, kept), race
 
 
-def _compare(start: Start, configs: Sequence[Config], lock: Lock, left: float) -> Comparison:
+def _compare(start: Start, configs: Sequence[Config], lock: Lock) -> Comparison:
     """Compare all but the one with which a process died that raced before."""
     died = [config for config in configs[1:] if _key(config) == lock.left]
 
@@ -189,13 +191,14 @@ def _compare(start: Start, configs: Sequence[Config], lock: Lock, left: float) -
         lock.note("" if config == configs[0] else _key(config))
 
     problem = start.problem
-    LOG.info("racing %d configs for %s, up to %.0f s", len(configs), problem.describe(), left)
+    name, seconds = problem.describe(), start.seconds
+    LOG.info("racing %d configs for %s, up to %.0f s", len(configs), name, seconds)
     comparison = compare(
         problem,
         start.weights,
         start.device,
         [config for config in configs if config not in died],
-        seconds=left,
+        seconds=seconds,
         note=note,
     )
     passed_over = (Entry(config=config, why="a process died while it ran") for config in died)

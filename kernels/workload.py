@@ -3,19 +3,18 @@
 Usage:
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
     workload = Workload.around(weights, problem, cold_bytes, free_bytes=room, seed=1)
-    workload.why_wrong(step, slack=16)     # None, or why the step's tokens are not right
+    workload.why_wrong(step, slack=16)     # None, or why what the step writes is not right
 """
 
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, poisoned_out
 from flashtune.kernels.reference import Judge
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
-POISON = -7  # no token id
 N_CHECKS = 4
 _JUDGED_ROWS = 4096  # that the judge has in float64 at a time, at least
 
@@ -125,18 +124,18 @@ class Workload:
             weights.weight[row] = (state * scale).to(weights.weight.dtype)
 
     def why_wrong(self, step: Step, slack: int) -> str | None:
-        """None when the step's tokens are right for every check, called twice each, else why not.
+        """None when what the step writes is right for every check, twice each, else why not.
 
         The output is poisoned before each call. Most configs give the same tokens, and what was
-        right with little slack is right with more: that is not judged again.
+        right with little slack is right with more: that is not judged again. Logits are always.
         """
         judge = Judge(self.sets[0], self.problem.n_probes)
         for number, states in enumerate(self.checks):
             for _ in range(2):
-                out = torch.full((self.problem.n_tokens,), POISON, device=states.device)
+                out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, tuple(out.tolist())
-                if answer in self._right and self._right[answer] <= slack:
+                answer = number, tuple(out.tolist() if out.dim() == 1 else ())
+                if answer[1] and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)
                 if reason:
@@ -147,5 +146,5 @@ class Workload:
 
 def _sets_for(problem: Problem, cold_bytes: int) -> int:
     """How many sets are larger than twice the cache; at least two."""
-    a_set = min(problem.minimum_bytes, problem.vocab_size * problem.hidden_size * 2)
+    a_set = min(problem.read_bytes, problem.vocab_size * problem.hidden_size * 2)
     return max(2, -(-2 * cold_bytes // a_set) + 1)

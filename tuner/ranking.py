@@ -21,8 +21,10 @@ from flashtune.kernels.config import (
     plans_of,
 )
 from flashtune.kernels.knob import enabled, knobs
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig, padded_tokens
 from flashtune.kernels.triton_config import PersistentConfig, StagedConfig, TritonConfig
 from flashtune.tuner.cost_model import VERSION, CostModel
+from flashtune.tuner.proposal import FAR
 from flashtune.tuner.space import Space
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
@@ -42,6 +44,7 @@ def promising(
 ) -> list[Config]:
     """Up to `most` valid configs that the model expects to be fast, by the shortlist's rule.
 
+    Families whose best is far behind the best of all, as searches have it, are left out.
     near: configs that may be good here; those that are not in the space are passed over.
     """
     problem, device = space.problem, space.device
@@ -56,10 +59,12 @@ def promising(
                 times[config] = _expected_us(problem, config, device, model)
         best = _best(space, times, BEST)
         fresh = [each for config in best for each in space.neighbours(config)]
+    far_us = FAR * min(times.values())
+    near_best = {space.family(config) for config in times if times[config] <= far_us}
     records = [
         _record(problem, device, config, times[config])
         for config in _best(space, times, KEPT)
-        if times[config] < math.inf
+        if times[config] < math.inf and space.family(config) in near_best
     ]
     return [parse_config(record.config) for record in shortlist(records, most)]
 
@@ -119,20 +124,17 @@ def expected_uses(problem: Problem, config: TritonConfig, device: Device) -> lis
                 spilled=0,
             )
         ]
-    tiles = -(-problem.n_clusters // config.score_rows)
-    looping = config.score_programs_per_sm * device.sm_count
-    slack = 0 if config.selection == "torch_topk" else config.slack
-    rows = (problem.n_probes + slack // 2) * problem.cluster_size
-    parts = -(-rows // config.gather_rows)
-    if config.selection == "in_gather":
-        parts = max(1, config.gather_programs_per_sm * device.sm_count // problem.n_tokens)
+    if isinstance(config, StagedConfig):
+        programs = _staged_programs(problem, config, device)
+    else:
+        programs = _tensor_programs(problem, config)
     uses = [
-        _expected(
-            problem, config, "score", config.score_warps, min(looping, tiles) if looping else tiles
-        ),
-        _expected(problem, config, "gather", config.gather_warps, parts * problem.n_tokens),
+        _expected(problem, config, stage, getattr(config, f"{stage}_warps"), number)
+        for stage, number in programs.items()
     ]
-    if config.selection == "threshold":
+    if isinstance(config, BatchedConfig) or (
+        isinstance(config, StagedConfig) and config.selection == "threshold"
+    ):
         registers = _BASE_REGISTERS + problem.n_clusters // (32 * config.select_warps)
         uses.append(
             KernelUse(
@@ -147,6 +149,27 @@ def expected_uses(problem: Problem, config: TritonConfig, device: Device) -> lis
     return uses
 
 
+def _staged_programs(problem: Problem, config: StagedConfig, device: Device) -> dict[str, int]:
+    tiles = -(-problem.n_clusters // config.score_rows)
+    looping = config.score_programs_per_sm * device.sm_count
+    slack = 0 if config.selection == "torch_topk" else config.slack
+    rows = (problem.n_probes + slack // 2) * problem.cluster_size
+    parts = -(-rows // config.gather_rows)
+    if config.selection == "in_gather":
+        parts = max(1, config.gather_programs_per_sm * device.sm_count // problem.n_tokens)
+    return {"score": min(looping, tiles) if looping else tiles, "gather": parts * problem.n_tokens}
+
+
+def _tensor_programs(problem: Problem, config: BatchedConfig | DenseConfig) -> dict[str, int]:
+    if isinstance(config, DenseConfig):
+        return {"gather": -(-problem.vocab_size // config.gather_rows)}
+    share = config.gather_rows // problem.cluster_size * problem.cluster_size
+    return {
+        "score": -(-problem.n_clusters // config.score_rows),
+        "gather": -(-problem.vocab_size // share),
+    }
+
+
 def _expected(
     problem: Problem, config: TritonConfig, stage: str, warps: int, programs: int
 ) -> KernelUse:
@@ -154,9 +177,17 @@ def _expected(
     rows, block, stages = (
         getattr(config, f"{stage}_{name}") for name in ("rows", "block", "stages")
     )
-    sums = problem.n_tokens if stage == "score" else 1
-    registers = _BASE_REGISTERS + (1 + sums) * rows * block // (32 * warps)
-    searches = not isinstance(config, StagedConfig) or config.selection == "in_gather"
+    if isinstance(config, BatchedConfig | DenseConfig):
+        tokens = padded_tokens(problem)
+        elements = rows * tokens + (0 if stages > 1 else rows * block)
+        staged = (rows + tokens) * block * 2
+    else:
+        elements = (1 + (problem.n_tokens if stage == "score" else 1)) * rows * block
+        staged = rows * block * 2
+    registers = _BASE_REGISTERS + elements // (32 * warps)
+    searches = isinstance(config, PersistentConfig) or (
+        isinstance(config, StagedConfig) and config.selection == "in_gather"
+    )
     if stage == "gather" and searches:
         registers = max(registers, _BASE_REGISTERS + 2 * problem.n_clusters // (32 * warps))
     return KernelUse(
@@ -164,6 +195,6 @@ def _expected(
         programs=programs,
         warps=warps,
         registers=registers,
-        shared_bytes=stages * rows * block * 2 if stages > 1 else 0,
+        shared_bytes=stages * staged if stages > 1 else 0,
         spilled=0,
     )

@@ -14,10 +14,10 @@ from typing import Any
 
 from flashtune.kernels.backend import KernelUse, resident_programs
 from flashtune.kernels.config import Config, slack_of
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig, padded_tokens
 from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
-    TritonConfig,
     next_power_of_2,
     select_warps,
 )
@@ -100,7 +100,7 @@ def _staged(
             **scales(device),
             **starts,
             **_pass("score", problem, config, device, score, math.ceil(tiles)),
-            moved=problem.centroid_bytes,
+            moved=problem.centroid_bytes + problem.written_bytes,
         )
     ]
     if config.selection == "torch_topk":
@@ -124,15 +124,69 @@ def _persistent(
     ahead = max(1, config.slab_stages - 1)  # tiles whose loads are under way
     score |= {name: score[name] / ahead for name in ("loads", "repeats", "turns")}
     return [
-        Stage(**scales(device), **starts, **score, moved=problem.centroid_bytes, barriers=1.0),
+        Stage(
+            **scales(device),
+            **starts,
+            **score,
+            moved=problem.centroid_bytes + problem.written_bytes,
+            barriers=1.0,
+        ),
         Stage(**scales(device), **_search(problem, config, _sharing(use, device))),
         _gather(problem, config, device, use),
+    ]
+
+
+def _batched(
+    problem: Problem, config: BatchedConfig, device: Device, needs: Mapping[str, KernelUse]
+) -> list[Stage]:
+    """Every tile of the gather asks whether a token wants any of its clusters; few go on."""
+    starts = {"overlapped": 3.0} if config.pdl else {"launches": 3.0}
+    gather = needs["gather"]
+    probed = (problem.n_probes + config.slack / 2) / problem.n_clusters
+    wanted = 1 - (1 - min(1.0, probed)) ** problem.n_tokens  # the share of the clusters
+    clusters = config.gather_rows // problem.cluster_size
+    going_on = 1 - (1 - wanted) ** clusters  # the share of the tiles
+    tiles = _tensor_pass("gather", problem, config, device, gather, going_on)
+    tiles["loads"] += 2  # thresholds and scores
+    return [
+        Stage(
+            **scales(device),
+            **starts,
+            **_tensor_pass("score", problem, config, device, needs["score"], 1.0),
+            moved=problem.centroid_bytes + problem.written_bytes,
+        ),
+        Stage(**scales(device), **_search(problem, config, 1)),
+        Stage(
+            **scales(device),
+            **tiles,
+            moved=wanted * problem.n_clusters * problem.cluster_bytes,
+            ends=1.0,
+            arrivals=gather.programs / 1000,
+        ),
+    ]
+
+
+def _dense(
+    problem: Problem, config: DenseConfig, device: Device, needs: Mapping[str, KernelUse]
+) -> list[Stage]:
+    use = needs["gather"]
+    return [
+        Stage(
+            **scales(device),
+            **({"overlapped": 1.0} if config.pdl else {"launches": 1.0}),
+            **_tensor_pass("gather", problem, config, device, use, 1.0),
+            moved=problem.n_clusters * problem.cluster_bytes + problem.written_bytes,
+            ends=1.0,
+            arrivals=use.programs / 1000,
+        )
     ]
 
 
 PLAN_STAGES: dict[type[Config], Callable[..., list[Stage]]] = {
     StagedConfig: _staged,
     PersistentConfig: _persistent,
+    BatchedConfig: _batched,
+    DenseConfig: _dense,
 }
 
 
@@ -141,7 +195,9 @@ def _sharing(use: KernelUse, device: Device) -> int:
     return max(1, min(resident_programs(use, device), math.ceil(use.programs / device.sm_count)))
 
 
-def _gather(problem: Problem, config: TritonConfig, device: Device, use: KernelUse) -> Stage:
+def _gather(
+    problem: Problem, config: StagedConfig | PersistentConfig, device: Device, use: KernelUse
+) -> Stage:
     """The pass over the selected rows, up to the token."""
     probed = problem.n_probes + slack_of(config) / 2  # as many as the search aims at
     parts = max(1, use.programs // problem.n_tokens)
@@ -170,7 +226,7 @@ def _gather(problem: Problem, config: TritonConfig, device: Device, use: KernelU
 def _pass(
     stage: str,
     problem: Problem,
-    config: TritonConfig,
+    config: StagedConfig | PersistentConfig,
     device: Device,
     use: KernelUse,
     tiles: int,
@@ -181,29 +237,65 @@ def _pass(
     block = min(block, next_power_of_2(problem.hidden_size))
     trips = -(-problem.hidden_size // block)
     sums = problem.n_tokens if stage == "score" else 1
-    at_once = min(use.programs, resident_programs(use, device) * device.sm_count)
-    waves = use.programs / at_once
     # of each column: rows are loaded, hidden states too, and every pair is multiplied
     elements = tiles * trips * block * (rows * (1 + sums) / 2 + sums) / (32 * use.warps)
     elements *= 1 + use.spilled / 64
-    lanes = _SLOW_LANES.get(device.capability, _LANES_PER_CYCLE)
     across = min(use.warps, max(1, block // 256)) if stage == "score" else use.warps
     staged = (trips - 1) / (stages - 1) if stages > 1 else 0.0
     return {
-        "waves": waves,
-        "tail": math.ceil(waves) - waves if waves > 1 else 0.0,
+        **_shared_out(use, device, elements),
         "loads": tiles * (1 + staged),
         "repeats": 0.0 if stages > 1 else float(tiles * (trips - 1)),
         "trips": float(trips),
         "ragged": float(problem.hidden_size % block != 0 and trips > 1),
         "turns": float(tiles - 1) if stage == "score" else 0.0,
         "crossings": tiles * across / _WARPS,
+    }
+
+
+def _tensor_pass(
+    stage: str,
+    problem: Problem,
+    config: BatchedConfig | DenseConfig,
+    device: Device,
+    use: KernelUse,
+    share: float,
+) -> dict[str, float]:
+    """The counts of a pass on tensor cores, of which a share of the programs has anything to do.
+
+    A thread only brings elements to the tensor cores: rows, and hidden states of all tokens.
+    """
+    rows, block, stages = (
+        getattr(config, f"{stage}_{name}") for name in ("rows", "block", "stages")
+    )
+    block = min(block, max(16, next_power_of_2(problem.hidden_size)))
+    trips = -(-problem.hidden_size // block)
+    elements = share * trips * block * (rows + padded_tokens(problem)) / (32 * use.warps)
+    return {
+        **_shared_out(use, device, elements * (1 + use.spilled / 64)),
+        "loads": share * (1 + ((trips - 1) / (stages - 1) if stages > 1 else 0.0)),
+        "repeats": 0.0 if stages > 1 else share * (trips - 1),
+        "trips": float(trips),
+        "ragged": float(problem.hidden_size % block != 0 and trips > 1),
+        "crossings": share * use.warps / _WARPS,
+    }
+
+
+def _shared_out(use: KernelUse, device: Device, elements: float) -> dict[str, float]:
+    """How a launch's programs come in waves, and what their arithmetic adds up to."""
+    waves = use.programs / min(use.programs, resident_programs(use, device) * device.sm_count)
+    lanes = _SLOW_LANES.get(device.capability, _LANES_PER_CYCLE)
+    return {
+        "waves": waves,
+        "tail": math.ceil(waves) - waves if waves > 1 else 0.0,
         "elements": elements,
         "work": use.programs * 32 * use.warps * elements / lanes / device.sm_count / 1000,
     }
 
 
-def _search(problem: Problem, config: TritonConfig, sharing: int) -> dict[str, float]:
+def _search(
+    problem: Problem, config: StagedConfig | PersistentConfig | BatchedConfig, sharing: int
+) -> dict[str, float]:
     """The counts of the search for the threshold; `sharing` programs to a multiprocessor do it."""
     warps = select_warps(config)
     # and besides its rounds: mean and deviation, the count of each lane, and ranks

@@ -377,8 +377,7 @@ def test_a_lock_kept_too_long_leaves_the_default(
     [path] = database.parent.glob("tuning.db.race-*")
     database.unlink()
     add(database, record(1, 5.0))
-    monkeypatch.setattr(head, "MOST_SECONDS", 0.3)
-    monkeypatch.setattr(race, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(race, "WAIT_SECONDS", 0.3)
     with hold(path, 0.0):
         data = make_head().explain()
     assert (data["level"], data["config"]["parts"]) == ("default", DEFAULT)

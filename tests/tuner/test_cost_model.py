@@ -16,6 +16,7 @@ from flashtune.kernels.config import (
     StagedConfig,
     why_invalid,
 )
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuner import cost_model
 from flashtune.tuner.cost_model import Prediction, family_of, read_model_file, shipped_model
 from flashtune.tuner.report import floor_us
@@ -34,14 +35,14 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
     if isinstance(config, PersistentConfig):
         rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
     else:
-        rows = {
-            "score": (-(-problem.n_clusters // config.score_rows), config.score_warps),
-            "gather": (
-                problem.n_probes * -(-problem.cluster_size // config.gather_rows),
-                config.gather_warps,
-            ),
-        }
-        if config.selection == "threshold":
+        probes = isinstance(config, StagedConfig)
+        clusters = problem.n_probes if probes else problem.n_clusters
+        tiles = clusters * -(-problem.cluster_size // config.gather_rows)
+        rows = {"gather": (tiles, config.gather_warps)}
+        if not isinstance(config, DenseConfig):
+            scored = -(-problem.n_clusters // config.score_rows)
+            rows["score"] = (scored, config.score_warps)
+        if isinstance(config, BatchedConfig) or getattr(config, "selection", "") == "threshold":
             rows["select"] = (problem.n_tokens, config.select_warps)
     plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
     return [
@@ -126,7 +127,7 @@ def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
 
 def test_predictions_are_finite_and_positive(random_config, random_problem) -> None:
     generator = random.Random(3)
-    seen = {plan: 0 for plan in ("staged", "persistent")}
+    seen = {plan: 0 for plan in ("staged", "persistent", "batched", "dense")}
     for _ in range(10_000):
         config, device = random_config(generator), generator.choice(DEVICES)
         problem = random_problem(generator)
