@@ -93,7 +93,7 @@ def predict_problem(
     "--device", "devices", type=DEVICE, multiple=True, help="Else all but measured ones."
 )
 @click.option("--db", "database", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--most", default=16, help="Configs to compile for each problem.")
+@click.option("--most", default=12, help="Configs to compile for each problem.")
 @click.option("--jobs", default=len(os.sched_getaffinity(0)), help="Compilers at a time.")
 def main(folder: Path, devices: Sequence[Device], database: Path, most: int, jobs: int) -> None:
     """Predict and write the tables of devices that are not here."""
