@@ -21,12 +21,16 @@ def knob(
     return field(default=default, metadata={"choices": choices, "when": dict(when or {})})
 
 
-@functools.cache
 def knobs(plan: Any) -> dict[str, Mapping[str, Any]]:
     """The knobs of a plan, each with `choices`, `when` and `default`, in search order.
 
-    Not to be changed by whoever reads it: a plan's knobs are gathered once.
+    Not to be changed by whoever reads them: a plan's knobs are gathered once.
     """
+    return _gathered(plan)
+
+
+@functools.cache
+def _gathered(plan: Any) -> dict[str, Mapping[str, Any]]:
     return {f.name: {**f.metadata, "default": f.default} for f in fields(plan)}
 
 

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from typing import Any
 
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import (
@@ -89,7 +90,7 @@ def _best(space: Space, times: dict[Config, float], count: int) -> list[Config]:
 def _draw(device: Device, generator: random.Random) -> Config:
     """A random config, valid or not."""
     plan = generator.choice(list(plans_of(device).values()))
-    values = {}
+    values: dict[str, Any] = {}
     for name, known in knobs(plan).items():
         free = enabled(plan, name, values)
         values[name] = generator.choice(known["choices"]) if free else known["default"]
