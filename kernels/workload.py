@@ -98,16 +98,15 @@ class Workload:
             replace(weights, centroids=weights.centroids.clone()) if copied else weights
             for _ in range(n_sets - 1)
         ]
-        states = torch.randn(
-            n_sets + 2, problem.n_tokens, problem.hidden_size, generator=generator, device=where
-        )
-        states /= problem.hidden_size**0.5
-        near = torch.randint(
-            problem.n_clusters, (problem.n_tokens,), generator=generator, device=where
-        )
+        shape = problem.n_tokens, problem.hidden_size
+        states = [
+            torch.randn(*shape, generator=generator, device=where) / shape[1] ** 0.5
+            for _ in range(n_sets + 2)
+        ]
+        near = torch.randint(problem.n_clusters, shape[:1], generator=generator, device=where)
         states[-1] = weights.centroids[near].float() + states[-1] / 2
-        of_kind = states.to(weights.weight.dtype).unbind()
-        return cls(problem, (weights, *copies), of_kind[:n_sets], of_kind[n_sets:])
+        typed = tuple(each.to(weights.weight.dtype) for each in states)
+        return cls(problem, (weights, *copies), typed[:n_sets], typed[n_sets:])
 
     @property
     def is_cold(self) -> bool:

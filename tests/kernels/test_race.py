@@ -8,10 +8,12 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -353,6 +355,51 @@ def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
     assert (data["config"]["parts"], data["provenance"]) == (1, "predicted")
     assert data["race"]["why_not"] == "there were too few to compare"
     assert kept(database) == []
+
+
+@pytest.mark.parametrize("when", ["verified", "timed"])
+def test_only_the_config_that_lost_the_device_is_blamed(
+    when: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An illegal access stays with the process: all that runs after it fails as well."""
+    configs = [pretended.config(parts) for parts in (16, 1, 2)]
+    lost = []
+
+    def fail(config: Any, now: str) -> None:
+        if config == configs[1] and now == when:
+            lost.append(config)
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    class OnGpu:
+        sets = (SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),)
+
+        def why_wrong(self, step: Any, slack: int) -> None:
+            fail(step, "verified")
+
+    def make_timer(step: Any, _: Any) -> Any:
+        def sample(replays: int) -> list[float]:
+            fail(step, "timed" if replays == 1 else "first")
+            return [10.0] * replays
+
+        return SimpleNamespace(sample=sample)
+
+    def synchronize() -> None:
+        fail(None, "")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(backend, "timer", make_timer)
+    heat = comparison._Heat(pretended.CPU, OnGpu())  # type: ignore[arg-type]
+    for config in configs:
+        compiled: Future[Any] = Future()
+        compiled.set_result(lambda config=config: config)
+        heat.load(config, compiled, until=math.inf)
+    for config in configs:
+        heat.admit(config, until=math.inf)
+    heat.take_turns(configs[0], until=math.inf)
+    assert heat.lost
+    outcomes = [heat.entries[each].measurement for each in configs]
+    assert [each and each.outcome for each in outcomes] == [None, Outcome.CRASH, None]
 
 
 def test_all_races_of_a_head_share_its_time(
