@@ -19,9 +19,9 @@ import torch
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
-from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.layout import Step, Weights, new_out, poisoned_out
 from flashtune.kernels.race import Race, Start, hold
-from flashtune.kernels.reference import decode
+from flashtune.kernels.reference import decode, decode_logits
 from flashtune.kernels.selection import (
     PREBUILT,
     USER,
@@ -41,7 +41,6 @@ from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 LOG = logging.getLogger("flashtune")
 N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
 _TORCH_BYTES = 2**28  # of float32 rows that plain torch gathers at once
-_POISON = -1  # no token id
 _SLIP = 1e-4  # of the sum of a logit's terms: far above what rounding in float32 can do
 
 
@@ -67,17 +66,18 @@ class TorchStep:
     def __init__(self, problem: Problem, centroids: torch.Tensor) -> None:
         """Keep the centroids as the reference reads them: as float32, if they are on a CPU."""
         self._n_probes = problem.n_probes
+        self._decode = decode if problem.epilogue == "argmax" else decode_logits
         self._centroids = centroids.float() if centroids.device.type == "cpu" else centroids
         row_bytes = 4 * problem.n_probes * problem.cluster_size * problem.hidden_size
         self._tokens_at_once = max(1, _TORCH_BYTES // row_bytes)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the tokens of `hidden` to `out`, a few at a time to bound the memory."""
+        """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
         weights = replace(weights, centroids=self._centroids)
         at_once = self._tokens_at_once
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
-        for states, tokens in parts:
-            tokens.copy_(decode(weights, states, self._n_probes))
+        for states, part in parts:
+            part.copy_(self._decode(weights, states, self._n_probes))
 
 
 class LockedStep:
@@ -237,19 +237,27 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
     """Run a step twice on centroids as hidden states; raise unless its tokens can be right.
 
     A step may probe more clusters than asked, so its token's logit is at least the reference's.
+    Of logits, the best one's token is what is looked at, and that each was written.
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
     hidden = weights.centroids[rows].to(weights.weight.dtype)
-    expected = torch.full((problem.n_tokens,), _POISON, device=hidden.device)
-    TorchStep(problem, weights.centroids)(weights, hidden, expected)
+    for_tokens = replace(problem, epilogue="argmax")
+    expected = new_out(for_tokens, hidden.device)
+    TorchStep(for_tokens, weights.centroids)(weights, hidden, expected)
     least, size = _logits(weights, hidden, expected)
+    slip = _SLIP * size
+    if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
+        slip += torch.finfo(weights.weight.dtype).eps * least.abs()
     for _ in range(2):
-        tokens = torch.full_like(expected, _POISON)
-        step(weights, hidden, tokens)
+        out = poisoned_out(problem, hidden.device)
+        step(weights, hidden, out)
+        if bool(out.isnan().any()):
+            raise FlashtuneError("it leaves logits unwritten")
+        tokens = out if problem.epilogue == "argmax" else out.argmax(dim=1)
         if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
             raise FlashtuneError("its tokens are not in the vocabulary")
         logits, _ = _logits(weights, hidden, tokens)
-        if bool((logits < least - _SLIP * size).any()):
+        if bool((logits < least - slip).any()):
             raise FlashtuneError("its tokens are not the best ones")
 
 

@@ -22,7 +22,7 @@ from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config, slack_of
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.room import free_bytes
-from flashtune.kernels.timing import Timer, Timing
+from flashtune.kernels.timing import Timer, Timing, timer_bytes
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -81,7 +81,12 @@ def compare(
     start = time.monotonic()
     where = weights.weight.device
     workload = Workload.around(
-        weights, problem, device.l2_bytes, free_bytes=free_bytes(where), seed=time.time_ns()
+        weights,
+        problem,
+        device.l2_bytes,
+        free_bytes=free_bytes(where),
+        timer_bytes=len(configs) * timer_bytes(problem),
+        seed=time.time_ns(),
     )
     heat = _Heat(device, workload)
     compiled = _compile(problem, configs, device, where, seconds)

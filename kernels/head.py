@@ -3,6 +3,7 @@
 Usage:
     head = FlashHead(weight, centroids, cluster_assignments, n_probes=256)
     token = head(hidden)     # int64 [tokens], from hidden [tokens, hidden_size]
+    head.logits(hidden)      # [tokens, vocab], for sampling
     head.explain()           # what runs, and why
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
@@ -16,7 +17,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -38,7 +39,7 @@ from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
-MOST_TOKENS = 16  # of one step: more are decoded one part after the other
+MOST_TOKENS = 32  # of one step: more are decoded one part after the other
 TUNE = ("race", "never")
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 
@@ -123,8 +124,8 @@ class FlashHead(nn.Module):
         with self._lock:
             self._weights = Weights(weight=self.weight, centroids=self.centroids, ids=self.ids)
             self._index = self.weight.device.index if self.weight.is_cuda else None
-            self._bounds: dict[int, Bound] = {}
-            self._steps: dict[tuple[int, int], Step] = {}
+            self._bounds: dict[tuple[str, int], Bound] = {}
+            self._steps: dict[tuple[str, int, int], Step] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
         """Move or convert the tensors, and forget what was bound to the old ones."""
@@ -158,9 +159,20 @@ class FlashHead(nn.Module):
         if torch.compiler.is_compiling():
             token: torch.Tensor = _decode_op(hidden, self._handle)
             return token
-        return self._decode(hidden)
+        return self._decode(hidden, "argmax")
 
-    def _decode(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each row's logits of the tokens of its probed clusters: `[tokens, vocab]`.
+
+        In the weight's dtype, as a dense head's are; -1e4 for every other token, which is finite
+        so that whoever masks logits after this is left with legal tokens. hidden as in `forward`.
+        """
+        if torch.compiler.is_compiling():
+            logits: torch.Tensor = _logits_op(hidden, self.weight, self._handle)
+            return logits
+        return self._decode(hidden, "logits")
+
+    def _decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         weights, index = self._weights, self._index
         weight = weights.weight
         if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -170,11 +182,6 @@ class FlashHead(nn.Module):
             )
         if hidden.device != weight.device:
             raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
-        n_tokens = hidden.shape[0]
-        if not 0 < n_tokens <= MOST_TOKENS:
-            parts = [self._decode(part) for part in torch.split(hidden, MOST_TOKENS) if len(part)]
-            empty = torch.empty(0, dtype=torch.int64, device=weight.device)
-            return torch.cat([empty, *parts])
         if hidden.requires_grad or hidden.dtype is not weight.dtype:
             hidden = hidden.detach().to(weight.dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
@@ -183,19 +190,34 @@ class FlashHead(nn.Module):
         if index is not None:
             if torch._C._cuda_getDevice() != index:
                 with torch.cuda.device(index):
-                    return self._decode(hidden)
+                    return self._decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
-        step = self._steps.get((n_tokens, stream)) or self._step(n_tokens, stream)
-        out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
-        step(weights, hidden, out)
+        n_tokens = hidden.shape[0]
+        if epilogue == "argmax":
+            out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+        else:
+            shape = (n_tokens, weight.shape[0])
+            out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        for first in range(0, n_tokens, MOST_TOKENS):
+            number = min(MOST_TOKENS, n_tokens - first)
+            key = (epilogue, number, stream)
+            step = self._steps.get(key) or self._step(*key)
+            if number < n_tokens:
+                part = slice(first, first + number)
+                step(weights, hidden[part], out[part])
+            else:
+                step(weights, hidden, out)
         return out
 
-    def prepare(self, *n_tokens: int) -> None:
-        """Choose, compile and check the kernels for these numbers of tokens ahead of time."""
-        for number in n_tokens:
-            self._bound(number)
+    def prepare(self, *n_tokens: int, epilogue: str = "argmax") -> None:
+        """Choose, compile and check the kernels for these numbers of tokens ahead of time.
 
-    def explain(self, n_tokens: int = 1) -> dict[str, Any]:
+        epilogue: `argmax` for calls of the head, `logits` for calls of `logits`.
+        """
+        for number in n_tokens:
+            self._bound(epilogue, number)
+
+    def explain(self, n_tokens: int = 1, epilogue: str = "argmax") -> dict[str, Any]:
         """What runs for that many tokens, and why, as plain data; prepares it if need be.
 
         `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
@@ -204,7 +226,7 @@ class FlashHead(nn.Module):
         timed, if it did, and why each other config was dropped. More tokens than one step takes
         run in several.
         """
-        bound = self._bound(min(n_tokens, MOST_TOKENS))
+        bound = self._bound(epilogue, min(n_tokens, MOST_TOKENS))
         device = device_of(self.weight.device)
         return {
             "problem": asdict(bound.problem),
@@ -214,32 +236,33 @@ class FlashHead(nn.Module):
             "troubles": list(bound.troubles),
         }
 
-    def _step(self, n_tokens: int, stream: int) -> Step:
+    def _step(self, epilogue: str, n_tokens: int, stream: int) -> Step:
         """A step for a stream that has none yet."""
         with self._lock:
             capturing = self._index is not None and torch.cuda.is_current_stream_capturing()
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             ready = bound and (bound.spares or bound.choice.level is Level.TORCH)
             if capturing and not ready:
+                arguments = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
                 self._warn(
                     f"{n_tokens} tokens are captured in a CUDA graph without a kernel ready for "
-                    f"this stream: call head.prepare({n_tokens}) before the capture"
+                    f"this stream: call head.prepare({arguments}) before the capture"
                 )
-                return TorchStep(self._problem(n_tokens), self._weights.centroids)
-            bound = self._bound(n_tokens)
+                return TorchStep(self._problem(epilogue, n_tokens), self._weights.centroids)
+            bound = self._bound(epilogue, n_tokens)
             with _lasting(self._weights.weight.device):
-                step = self._steps[n_tokens, stream] = bound.take_step()
+                step = self._steps[epilogue, n_tokens, stream] = bound.take_step()
             return step
 
-    def _bound(self, n_tokens: int) -> Bound:
+    def _bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels for that many tokens, made on first use."""
         with self._lock:
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             if bound is None:
-                problem = self._problem(n_tokens)
+                problem = self._problem(epilogue, n_tokens)
                 with _lasting(self._weights.weight.device):
                     bound = bind(problem, self._weights, race_seconds=self._race_seconds)
-                self._bounds[n_tokens] = bound
+                self._bounds[epilogue, n_tokens] = bound
                 choice, race = bound.choice, bound.race
                 why = choice.why
                 if race is not None and self._race_seconds is not None:
@@ -252,8 +275,9 @@ class FlashHead(nn.Module):
                     self._warn("; ".join(bound.troubles) + instead)
             return bound
 
-    def _problem(self, n_tokens: int) -> Problem:
-        return _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+    def _problem(self, epilogue: str, n_tokens: int) -> Problem:
+        problem = _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+        return replace(problem, epilogue=epilogue)
 
     def _warn(self, trouble: str) -> None:
         """Warn once in a head's life: later trouble shows in `explain`."""
@@ -270,18 +294,33 @@ def _lasting(device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("flashtune::decode", mutates_args=())
-def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
-    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+def _head_of(handle: int) -> FlashHead:
     head = _HEADS.get(handle)
     if head is None:
         raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
-    return head._decode(hidden)
+    return head
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+    return _head_of(handle)._decode(hidden, "argmax")
 
 
 @_decode_op.register_fake
 def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("flashtune::logits", mutates_args=())
+def _logits_op(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the shape and dtype."""
+    return _head_of(handle)._decode(hidden, "logits")
+
+
+@_logits_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], weight.shape[0])
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,8 @@ from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
 NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
-_SAME_FIELDS = ("weight_dtype", "centroid_dtype", "epilogue")
+_SAME_FIELDS = ("weight_dtype", "centroid_dtype")
+EPILOGUE_OCTAVES = 0.1  # distance of another epilogue: it changes little of what is fast
 
 
 class Level(str, Enum):
@@ -116,10 +117,14 @@ class Choice:
 
 
 def shape_distance(wanted: Problem, found: Problem) -> float | None:
-    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes or epilogue differ."""
+    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
+
+    Every config runs with every epilogue, so that another one is but a little way off.
+    """
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
-    return sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    return octaves + EPILOGUE_OCTAVES * (wanted.epilogue != found.epilogue)
 
 
 def device_distance(wanted: Device, found: Device) -> float:
@@ -305,7 +310,7 @@ def _chosen(
     record = candidate.record
     differences = [
         Difference(name, getattr(problem, name), getattr(record.problem, name))
-        for name in ("vocab_size", *SHAPE_FIELDS)
+        for name in ("vocab_size", *SHAPE_FIELDS, "epilogue")
     ]
     differences.append(Difference("device", device.name, record.device))
     differences += [

@@ -14,11 +14,17 @@ from typing import Protocol
 
 import torch
 
-from flashtune.kernels.layout import Step
+from flashtune.kernels.layout import Step, new_out
 from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.problem import Problem
 
 CALLS_PER_REPLAY = 20
 CALLS_PER_PASS = 8
+
+
+def timer_bytes(problem: Problem) -> int:
+    """About how many bytes of its device's memory a timer takes: outputs for a replay's calls."""
+    return CALLS_PER_REPLAY * new_out(problem, torch.device("meta")).nbytes
 
 
 class Timer(Protocol):
@@ -38,9 +44,8 @@ class GraphTimer:
         """Run the step once, then capture it over every set of weights."""
         n_sets = len(workload.sets)
         self.calls = -(-CALLS_PER_REPLAY // n_sets) * n_sets
-        self.out = torch.empty(
-            self.calls, workload.problem.n_tokens, dtype=torch.int64, device="cuda"
-        )
+        where = torch.device("cuda")
+        self.out = [new_out(workload.problem, where) for _ in range(self.calls)]
         step(workload.sets[0], workload.states[0], self.out[0])
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -86,7 +91,7 @@ class WallTimer:
         self._step, self._workload = step, workload
         n_sets = len(workload.sets)
         self.calls = -(-CALLS_PER_PASS // n_sets) * n_sets
-        self.out = torch.empty(workload.problem.n_tokens, dtype=torch.int64)
+        self.out = new_out(workload.problem, torch.device("cpu"))
         self._run(n_sets)
 
     def sample(self, replays: int) -> list[float]:

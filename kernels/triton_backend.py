@@ -80,7 +80,7 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
         "centroids_ptr": centroid,
         "weight_ptr": weight,
         "ids_ptr": "*i32",
-        "out_ptr": "*i64",
+        "out_ptr": "*i64" if problem.epilogue == "argmax" else weight,
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
@@ -120,7 +120,7 @@ def compile_module(module: ModuleType, problem: Problem, capability: int) -> dic
 class DecodeStep:
     """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
 
-    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out int64 `[n_tokens]`. Calls
+    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out as `new_out` makes it. Calls
     share one scratch: those that may run at the same time need a step each.
     """
 

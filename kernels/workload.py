@@ -3,19 +3,18 @@
 Usage:
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
     workload = Workload.around(weights, problem, cold_bytes, free_bytes=room, seed=1)
-    workload.why_wrong(step, slack=16)     # None, or why the step's tokens are not right
+    workload.why_wrong(step, slack=16)     # None, or why what the step writes is not right
 """
 
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, poisoned_out
 from flashtune.kernels.reference import Judge
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
-POISON = -7  # no token id
 N_CHECKS = 4
 _JUDGED_ROWS = 4096  # that the judge has in float64 at a time, at least
 
@@ -72,28 +71,32 @@ class Workload:
 
     @classmethod
     def around(
-        cls, weights: Weights, problem: Problem, cold_bytes: int, free_bytes: int, seed: int
+        cls,
+        weights: Weights,
+        problem: Problem,
+        cold_bytes: int,
+        *,
+        free_bytes: int,
+        timer_bytes: int = 0,
+        seed: int,
     ) -> "Workload":
         """A head's own weights with fresh hidden states.
 
-        Sets have copies of the centroids where these, and the judge, fit in half of
-        `free_bytes`; else all share the head's own, and these lie in the cache while kernels are
-        timed. Raises FlashtuneError where there is not even room for the judge.
+        Sets have copies of the centroids where these, the judge and what timers will take fit in
+        half of `free_bytes`; else all share the head's own, and these lie in the cache while
+        kernels are timed. Raises FlashtuneError where there is no room for even the others.
         """
         where = weights.weight.device
         generator = torch.Generator(where).manual_seed(seed)
-        judged = (
-            3
-            * 8
-            * problem.hidden_size
-            * max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
-        )
-        if judged > free_bytes / 2:
+        judged_rows = max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
+        needed = timer_bytes + 3 * 8 * problem.hidden_size * judged_rows
+        if needed > free_bytes / 2:
             raise FlashtuneError(
-                f"{free_bytes / 2**20:.0f} MiB are free on {where}: too little to verify kernels"
+                f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "
+                f"kernels takes {needed / 2**20:.0f}, of which there must be twice as much"
             )
         n_sets = _sets_for(problem, cold_bytes)
-        copied = judged + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
+        copied = needed + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
         copies = [
             replace(weights, centroids=weights.centroids.clone()) if copied else weights
             for _ in range(n_sets - 1)
@@ -124,7 +127,7 @@ class Workload:
             weights.weight[row] = (state * scale).to(weights.weight.dtype)
 
     def why_wrong(self, step: Step, slack: int) -> str | None:
-        """None when the step's tokens are right for every check, called twice each, else why not.
+        """None when what the step writes is right for every check, twice each, else why not.
 
         The output is poisoned before each call. Most configs give the same tokens, and what was
         right with little slack is right with more: that is not judged again.
@@ -132,10 +135,10 @@ class Workload:
         judge = Judge(self.sets[0], self.problem.n_probes)
         for number, states in enumerate(self.checks):
             for _ in range(2):
-                out = torch.full((self.problem.n_tokens,), POISON, device=states.device)
+                out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, tuple(out.tolist())
-                if answer in self._right and self._right[answer] <= slack:
+                answer = number, tuple(out.tolist()) if out.dim() == 1 else ()
+                if answer[1] and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)
                 if reason:
@@ -146,5 +149,5 @@ class Workload:
 
 def _sets_for(problem: Problem, cold_bytes: int) -> int:
     """How many sets are larger than twice the cache; at least two."""
-    a_set = min(problem.minimum_bytes, problem.vocab_size * problem.hidden_size * 2)
+    a_set = min(problem.read_bytes, problem.vocab_size * problem.hidden_size * 2)
     return max(2, -(-2 * cold_bytes // a_set) + 1)

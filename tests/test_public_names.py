@@ -28,7 +28,8 @@ def loaded_by(statement: str, names: tuple[str, ...]) -> list[str]:
 
 
 def test_the_public_names() -> None:
-    assert flashtune.__all__ == ["FlashHead", "FlashtuneError", "Problem", "__version__"]
+    names = ["FlashHead", "FlashtuneError", "Problem", "__version__", "apply", "remove"]
+    assert flashtune.__all__ == names
     assert dir(flashtune) == sorted(flashtune.__all__)
     for name in flashtune.__all__:
         assert getattr(flashtune, name) is not None

@@ -35,7 +35,7 @@ from flashtune.tuning_db.store import RACE_POLICY, Store
 SCRIPT = Path(__file__).with_name("pretended.py")
 MEASURED = Provenance.MEASURED
 Explain = dict[str, Any]
-JUDGED = 3 * 8 * 64 * 4096  # bytes that the judge needs for the pretended problem
+JUDGED = 3 * 8 * 64 * 4096 + 2 * 20 * 8  # bytes that judge and timers need here
 
 pytestmark = pytest.mark.usefixtures("racing")
 
@@ -246,6 +246,18 @@ def test_where_nothing_is_known_what_is_good_elsewhere_is_raced(
     assert (data["level"], data["config"]["parts"]) == ("exact", 2)
 
 
+def test_logits_are_raced_for_by_themselves(database: Path, backend: Any) -> None:
+    logits = pretended.replace(pretended.PROBLEM, n_tokens=2, epilogue="logits")
+    add(database, record(1, 5.0, problem=logits), record(2, 5.0))
+    backend.times = {1: 8.0, 2: "wrong"}
+    found = make_head()
+    data = found.explain(2, epilogue="logits")
+    assert list(timed(data)) == [DEFAULT, 1]
+    assert (data["config"]["parts"], data["raced"]) == (1, True)
+    assert found.logits(torch.ones(2, 64)).shape == (2, 512)
+    assert found.explain()["config"]["parts"] == DEFAULT
+
+
 @pytest.mark.parametrize("tune", ["always", "", None])
 def test_tune_is_one_of_two(tune: Any) -> None:
     with pytest.raises(FlashtuneError, match="tune must be one of race, never"):
@@ -295,7 +307,7 @@ def test_without_room_nothing_is_raced_and_with_little_the_centroids_stay_warm(
     data = make_head().explain()
     assert data["config"]["parts"] == 1
     if centroids is None:
-        assert "0 MiB are free on cpu" in data["race"]["why_not"]
+        assert "0 MiB are free on cpu, and to verify" in data["race"]["why_not"]
         assert (data["provenance"], kept(database)) == ("predicted", [])
     else:
         assert data["race"]["centroids"].startswith(centroids)

@@ -31,6 +31,7 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
 PROBLEM = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+LOGITS = replace(PROBLEM, epilogue="logits")
 SMALLER = replace(PROBLEM, hidden_size=1024)
 TOOLS = Toolchain(triton="3.6.0", torch="2.13.0", driver="580.1")
 H200, ORIN = find_device("nvidia-h200"), find_device("orin")
@@ -223,6 +224,18 @@ def test_explain_is_json_with_everything_in_it() -> None:
     assert (default["source"], default["provenance"]) == ("built in", None)
 
 
+def test_records_of_tokens_serve_for_logits_until_there_are_others() -> None:
+    tokens, other = record(staged(4)), record(staged(2), problem=SMALLER)
+    choice = pick([other, tokens], problem=LOGITS)
+    assert (choice.level, choice.config) == (Level.NEAREST_SHAPE, staged(4))
+    assert choice.differences == (("epilogue", "logits", "argmax"),)
+    assert choice.why.endswith("differs in epilogue (wanted logits, found argmax)")
+    own = record(staged(8), 99.0, problem=LOGITS)
+    assert pick([own, other, tokens], problem=LOGITS).level is Level.EXACT
+    smaller = record(staged(8), problem=replace(SMALLER, epilogue="logits"))
+    assert pick([smaller, tokens], problem=LOGITS).config == staged(4)
+
+
 def test_distances_are_octaves() -> None:
     assert shape_distance(PROBLEM, PROBLEM) == 0
     assert shape_distance(PROBLEM, replace(SMALLER, n_tokens=4)) == pytest.approx(3)
@@ -230,6 +243,7 @@ def test_distances_are_octaves() -> None:
     split = replace(PROBLEM, n_clusters=2 * PROBLEM.n_clusters)
     assert shape_distance(PROBLEM, split) == pytest.approx(2)
     assert shape_distance(PROBLEM, replace(PROBLEM, weight_dtype="fp16")) is None
+    assert shape_distance(PROBLEM, LOGITS) == pytest.approx(0.1)
     twice = replace(H200, memory_bandwidth=2 * H200.memory_bandwidth, sm_count=66)
     assert device_distance(H200, twice) == pytest.approx(2)
     assert device_distance(H200, replace(H200, memory_bandwidth=0.0)) == 0

@@ -1,5 +1,6 @@
 """The inputs that candidates are verified and timed on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights
-from flashtune.kernels.reference import Judge, decode
+from flashtune.kernels.reference import Judge, decode, decode_logits
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -49,7 +50,62 @@ def test_a_step_that_probes_all_clusters_is_caught(n_probes: int) -> None:
     assert "is of the cluster ranked" in reason
 
 
+LOGITS = replace(PROBLEM, epilogue="logits")
+Spoil = Callable[[Weights, torch.Tensor], torch.Tensor]
+
+
+def logits_step(n_probes: int, spoil: Spoil = lambda _, logits: logits) -> Step:
+    def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(spoil(weights, decode_logits(weights, hidden, n_probes)))
+
+    return step
+
+
+@pytest.mark.parametrize("n_probes", [1, 8, 32])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_right_logits_pass(n_probes: int, dtype: str) -> None:
+    workload = make(replace(LOGITS, n_probes=n_probes, weight_dtype=dtype))
+    assert workload.why_wrong(logits_step(n_probes), slack=0) is None
+    more = min(n_probes + 2, 32)
+    assert workload.why_wrong(logits_step(more), slack=2) is None
+
+
+@pytest.mark.parametrize(
+    ("n_probes", "spoil", "message"),
+    [
+        (7, lambda _, logits: logits, "of a cluster that is probed has logit -9984, not"),
+        (9, lambda _, logits: logits, "ranked 9, of 8 probes, is not filled in"),
+        (32, lambda _, logits: logits, "of 8 probes, is not filled in"),
+        (8, lambda _, logits: logits.roll(1, dims=1), "check 0, row 0"),
+        (8, lambda _, logits: torch.where(logits < -9000, -9000, logits), "is not filled in"),
+        (8, lambda _, logits: torch.where(logits < -9000, torch.nan, logits), "not filled in"),
+        (8, lambda _, logits: torch.where(logits < -9000, logits, torch.nan), "has logit nan"),
+        # the next number of the dtype, away from zero
+        (8, lambda _, logits: (logits.view(torch.int16) + 1).view(torch.bfloat16), "check 0"),
+        (
+            8,  # one row of a cluster missing
+            lambda weights, logits: logits.index_fill(1, weights.ids[::12].long(), -1e4),
+            "has logit -9984, not",
+        ),
+    ],
+)
+def test_wrong_logits_are_caught(n_probes: int, spoil: Spoil, message: str) -> None:
+    reason = make(LOGITS).why_wrong(logits_step(n_probes, spoil), slack=0)
+    assert reason is not None
+    assert message in reason
+
+
+def test_clusters_that_tie_must_still_be_probed() -> None:
+    workload = make(LOGITS)
+    for weights in workload.sets:
+        weights.centroids[:] = weights.centroids[0]
+    assert workload.why_wrong(logits_step(8), slack=0) is None
+    reason = workload.why_wrong(logits_step(7), slack=0)
+    assert reason == "check 0, row 0: 7 clusters are probed, not 8"
+
+
 def test_a_step_that_writes_nothing_is_caught() -> None:
+    assert "is not filled in" in (make(LOGITS).why_wrong(lambda *_: None, slack=0) or "")
     assert "not in the vocabulary" in (make().why_wrong(lambda *_: None, slack=0) or "")
 
 
@@ -159,5 +215,5 @@ def test_without_room_for_copies_all_sets_share_the_centroids() -> None:
 
 
 def test_without_room_for_the_judge_there_is_no_workload() -> None:
-    with pytest.raises(FlashtuneError, match="12 MiB are free on cpu: too little"):
+    with pytest.raises(FlashtuneError, match=r"12 MiB are free on cpu, and .* takes 6"):
         around(2 * JUDGED - 1)
