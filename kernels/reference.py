@@ -49,6 +49,19 @@ def _candidates(
 
 
 @dataclass(frozen=True, slots=True)
+class _Clusters:
+    """The clusters' scores for one token; which of them must be probed, and which may be."""
+
+    scores: torch.Tensor
+    must: torch.Tensor
+    possible: torch.Tensor
+
+    def rank(self, cluster: int) -> int:
+        """A cluster's place among all, the best being 1."""
+        return int((self.scores > self.scores[cluster]).sum()) + 1
+
+
+@dataclass(frozen=True, slots=True)
 class Judge:
     """Whether tokens or logits are right answers for these weights, in float64.
 
@@ -73,13 +86,12 @@ class Judge:
         """
         states = hidden.double()
         scores, bounds = (each.T for each in self._products(self.weights.centroids, states))
-        rows = zip(out, states, scores, bounds, strict=True)
-        for index, (found, state, own_scores, own_bounds) in enumerate(rows):
-            clusters = self._clusters(own_scores, own_bounds, slack)
+        for index, (found, state) in enumerate(zip(out, states, strict=True)):
+            clusters = self._clusters(scores[index], bounds[index], slack)
             if out.dim() == 1:
-                reason = self._why_token_wrong(int(found), state, *clusters)
+                reason = self._why_token_wrong(int(found), state, clusters)
             else:
-                reason = self._why_logits_wrong(found, state, *clusters)
+                reason = self._why_logits_wrong(found, state, clusters)
             if reason:
                 return f"row {index}: {reason}"
         return None
@@ -99,34 +111,28 @@ class Judge:
             bounds.append(rows.abs() @ states.abs().T)
         return torch.cat(sums), depth * 2.0**-24 * torch.cat(bounds)
 
-    def _clusters(
-        self, scores: torch.Tensor, bound: torch.Tensor, slack: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores of the clusters; which of them must be probed; which may be."""
+    def _clusters(self, scores: torch.Tensor, bound: torch.Tensor, slack: int) -> "_Clusters":
+        """What one token's scores, to within `bound`, leave open."""
         ranked = torch.sort(scores, descending=True).values
         must = torch.ones_like(scores, dtype=torch.bool)
         if self.n_probes < len(scores):
             must = scores - bound > ranked[self.n_probes] + bound.max()
         last = min(self.n_probes + slack, len(scores)) - 1
-        return scores, must, scores + bound >= ranked[last] - bound.max()
+        return _Clusters(scores, must, scores + bound >= ranked[last] - bound.max())
 
     def _why_logits_wrong(
-        self,
-        found: torch.Tensor,
-        state: torch.Tensor,
-        scores: torch.Tensor,
-        must: torch.Tensor,
-        possible: torch.Tensor,
+        self, found: torch.Tensor, state: torch.Tensor, clusters: "_Clusters"
     ) -> str | None:
         """Why `found` `[vocab]` is no right row of logits."""
         ids = self.weights.ids.long().view(len(self.weights.centroids), -1)
+        must, possible = clusters.must, clusters.possible
         filled = found[ids] == torch.tensor(FILL, dtype=found.dtype)
         astray = ~possible[:, None] & ~filled
         if bool(astray.any()):
             cluster, member = astray.nonzero()[0].tolist()
             return (
                 f"token {int(ids[cluster, member])} of the cluster ranked "
-                f"{_rank(scores, cluster)}, of {self.n_probes} probes, is not filled in"
+                f"{clusters.rank(cluster)}, of {self.n_probes} probes, is not filled in"
             )
         rows = self.weights.weight.view(*ids.shape, -1)[possible].flatten(0, 1)
         own, bound = (each[:, 0] for each in self._products(rows, state[None]))
@@ -148,21 +154,16 @@ class Judge:
         return None
 
     def _why_token_wrong(
-        self,
-        token: int,
-        state: torch.Tensor,
-        scores: torch.Tensor,
-        must: torch.Tensor,
-        possible: torch.Tensor,
+        self, token: int, state: torch.Tensor, clusters: "_Clusters"
     ) -> str | None:
-        centroids, ids = self.weights.centroids, self.weights.ids
-        n_clusters, width = centroids.shape
+        ids, must = self.weights.ids, clusters.must.clone()
+        n_clusters, width = self.weights.centroids.shape
         if not 0 <= token < ids.numel():
             return f"token {token} is not in the vocabulary"
         position = int((ids == token).nonzero()[0])
         cluster = position // (ids.numel() // n_clusters)
-        if not possible[cluster]:
-            rank = _rank(scores, cluster)
+        if not clusters.possible[cluster]:
+            rank = clusters.rank(cluster)
             return f"token {token} is of the cluster ranked {rank}, of {self.n_probes} probes"
         must[cluster] = True
         rows = self.weights.weight.view(n_clusters, -1, width)[must].flatten(0, 1)
@@ -180,8 +181,3 @@ class Judge:
         if tied.numel() and int(tied.min()) < token:
             return f"token {token} ties with the smaller id {int(tied.min())}"
         return None
-
-
-def _rank(scores: torch.Tensor, cluster: int) -> int:
-    """A cluster's place among all, the best being 1."""
-    return int((scores > scores[cluster]).sum()) + 1

@@ -31,6 +31,12 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
+    """The product of two tiles: the interpreter's own multiplies the bits of bf16 as integers."""
+    wide = [builder.create_fp_ext(each, sums.dtype).data for each in (a, b)]
+    return type(sums)(wide[0] @ wide[1] + sums.data, sums.dtype.scalar)
+
+
 @pytest.fixture(autouse=True)
 def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
@@ -41,12 +47,6 @@ def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 @pytest.fixture
 def racing() -> None:
     """Heads of this test race as they do elsewhere."""
-
-
-def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
-    """The product of two tiles: the interpreter's own multiplies the bits of bf16 as integers."""
-    wide = [builder.create_fp_ext(each, sums.dtype).data for each in (a, b)]
-    return type(sums)(wide[0] @ wide[1] + sums.data, sums.dtype.scalar)
 
 
 @pytest.fixture
