@@ -15,9 +15,10 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -32,9 +33,11 @@ from flashtune.kernels.layout import (
     order_from_maps,
     token_order,
 )
+from flashtune.kernels.model_folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
 from flashtune.kernels.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.selection import Level
+from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
 from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
@@ -51,13 +54,17 @@ class FlashHead(nn.Module):
     """The token with the best logit among the clusters nearest to a hidden state.
 
     weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
-    device. The clusters, all of the same size, are given by one of cluster_assignments, the
-    cluster of each token `[vocab]`, or vocab_maps, the tokens of each cluster
-    `[n_clusters, cluster_size]`.
+    device. The clusters are given by one of cluster_assignments, the cluster of each token
+    `[vocab]`, or vocab_maps, the tokens of each cluster `[n_clusters, cluster_size]`. They are
+    all of the same size; only where n_clusters does not divide vocab may some, given by
+    cluster_assignments, have fewer tokens.
+
+    special_token_ids are candidates of every call, whatever is probed. They are compared by a
+    few operations of torch after the kernel (see docs/model-folders.md for what that costs).
 
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
-    weight that is tied to the input embedding.
+    weight that is tied to the input embedding. It needs clusters all of the same size.
 
     tune: with `race`, kernels that were only predicted for this device, or measured with other
     tools, are timed on it when they are first needed, and the winner is kept in the user's
@@ -72,6 +79,8 @@ class FlashHead(nn.Module):
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
+    places: torch.Tensor
+    special_token_ids: torch.Tensor
 
     def __init__(
         self,
@@ -81,6 +90,7 @@ class FlashHead(nn.Module):
         *,
         vocab_maps: torch.Tensor | None = None,
         n_probes: int = DEFAULT_PROBES,
+        special_token_ids: Sequence[int] = (),
         release_weight: bool = False,
         tune: str = "race",
     ) -> None:
@@ -90,7 +100,10 @@ class FlashHead(nn.Module):
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         weight, centroids = weight.detach(), centroids.detach()
         problem = _checked_problem(weight, centroids, n_probes)
-        order = _order(problem, cluster_assignments, vocab_maps).to(weight.device)
+        self.vocab_size = weight.shape[0]
+        order = _order(problem, self.vocab_size, cluster_assignments, vocab_maps)
+        order = order.to(weight.device)
+        special = checked_special_tokens(special_token_ids, self.vocab_size)
         for name, tensor in (("weight", weight), ("centroids", centroids)):
             if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
                 raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
@@ -100,6 +113,11 @@ class FlashHead(nn.Module):
                     "release_weight needs a contiguous weight, 16-byte aligned: "
                     "give it weight.contiguous().clone(), or leave release_weight off"
                 )
+            if order.numel() != self.vocab_size:
+                raise FlashtuneError(
+                    f"release_weight needs n_clusters to divide vocab, but {problem.n_clusters} "
+                    f"does not divide {self.vocab_size}: leave release_weight off"
+                )
             permute_rows_(weight, order)
         else:
             weight = weight[order]
@@ -108,7 +126,40 @@ class FlashHead(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
+        tokens = SpecialTokens.of(special, order)
+        self.register_buffer("special_token_ids", tokens.ids, persistent=False)
+        self.register_buffer("places", tokens.places, persistent=False)
         self._start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        n_probes: int | None = None,
+        revision: str | None = None,
+    ) -> "FlashHead":
+        """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
+
+        source: a model folder, or the name of a repository in Hugging Face's cache (at that
+        revision); nothing is downloaded. device: torch's default device unless given. n_probes:
+        as many as the model's config says unless given. Only the head is read, with the
+        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
+        file and the tensor, what was found there and what was expected.
+        """
+        where = str(torch.get_default_device() if device is None else device)
+        parts = ModelFolder.open(source, revision).read_head(where)
+        weight, centroids = parts.weight, parts.clusters.centroids
+        return cls(
+            weight,
+            centroids,
+            parts.clusters.assignments,
+            n_probes=parts.n_probes if n_probes is None else n_probes,
+            special_token_ids=parts.special_token_ids,
+            release_weight=weight.shape[0] % centroids.shape[0] == 0
+            and weight.data_ptr() % ALIGNMENT == 0,
+        )
 
     def _start(self) -> None:
         """Everything that neither a copy nor a pickle takes along."""
@@ -123,6 +174,9 @@ class FlashHead(nn.Module):
         """Drop what is bound to the tensors' device and dtype."""
         with self._lock:
             self._weights = Weights(weight=self.weight, centroids=self.centroids, ids=self.ids)
+            self._special = None
+            if self.special_token_ids.numel():
+                self._special = SpecialTokens(ids=self.special_token_ids, places=self.places)
             self._index = self.weight.device.index if self.weight.is_cuda else None
             self._bounds: dict[tuple[str, int], Bound] = {}
             self._steps: dict[tuple[str, int, int], Step] = {}
@@ -135,10 +189,9 @@ class FlashHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
-        dropped = ("_lock", "_warned", "_handle", "_weights", "_index", "_bounds", "_steps")
-        kept = {name: value for name, value in self.__dict__.items() if name not in dropped}
-        del kept["_race_seconds"]
-        return kept
+        bound = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
+        dropped = (*bound, "_bounds", "_steps", "_race_seconds")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the tensors and start afresh."""
@@ -148,7 +201,7 @@ class FlashHead(nn.Module):
     def extra_repr(self) -> str:
         """The shape, for `print`."""
         n_clusters, hidden = self.centroids.shape
-        return f"{self.ids.numel()}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
+        return f"{self.vocab_size}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
@@ -168,7 +221,7 @@ class FlashHead(nn.Module):
         so that whoever masks logits after this is left with legal tokens. hidden as in `forward`.
         """
         if torch.compiler.is_compiling():
-            logits: torch.Tensor = _logits_op(hidden, self.weight, self._handle)
+            logits: torch.Tensor = _logits_op(hidden, self.weight, self.vocab_size, self._handle)
             return logits
         return self._decode(hidden, "logits")
 
@@ -207,6 +260,10 @@ class FlashHead(nn.Module):
                 step(weights, hidden[part], out[part])
             else:
                 step(weights, hidden, out)
+        if self._special is not None:
+            out = self._special(weights, hidden, out)
+        if out.dim() == 2 and out.shape[1] > self.vocab_size:
+            return out[:, : self.vocab_size].contiguous()
         return out
 
     def prepare(self, *n_tokens: int, epilogue: str = "argmax") -> None:
@@ -313,14 +370,16 @@ def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
 
 
 @torch.library.custom_op("flashtune::logits", mutates_args=())
-def _logits_op(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
-    """A head's logits as one operator; the weight tells tracers the shape and dtype."""
+def _logits_op(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
+) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the dtype."""
     return _head_of(handle)._decode(hidden, "logits")
 
 
 @_logits_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
-    return weight.new_empty(hidden.shape[0], weight.shape[0])
+def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], vocab_size)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -333,13 +392,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def _problem(
     weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
 ) -> Problem:
+    """The problem, its vocabulary rounded up to whole clusters."""
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dtype not in DTYPE_NAMES:
             raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
+    n_clusters = centroids.shape[0]
     return Problem(
-        vocab_size=weight.shape[0],
+        vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
         hidden_size=weight.shape[1],
-        n_clusters=centroids.shape[0],
+        n_clusters=n_clusters,
         n_probes=n_probes,
         n_tokens=n_tokens,
         weight_dtype=DTYPE_NAMES[weight.dtype],
@@ -352,6 +413,8 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dim() != 2:
             raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
+        if not tensor.numel():
+            raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
     if weight.shape[1] != centroids.shape[1]:
         raise FlashtuneError(
             f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
@@ -364,7 +427,10 @@ def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: in
 
 
 def _order(
-    problem: Problem, assignments: torch.Tensor | None, vocab_maps: torch.Tensor | None
+    problem: Problem,
+    vocab_size: int,
+    assignments: torch.Tensor | None,
+    vocab_maps: torch.Tensor | None,
 ) -> torch.Tensor:
     """Token ids in the order of the rows, from the one of the two that is given."""
     if (assignments is None) == (vocab_maps is None):
@@ -372,13 +438,18 @@ def _order(
     given = assignments if assignments is not None else vocab_maps
     assert given is not None
     name = "vocab_maps" if assignments is None else "cluster_assignments"
-    shape = [problem.vocab_size]
+    shape = [vocab_size]
     if assignments is None:
         shape = [problem.n_clusters, problem.cluster_size]
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
         raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
     if list(given.shape) != shape:
         raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
+    if vocab_size != problem.vocab_size and assignments is None:
+        raise FlashtuneError(
+            f"vocab_maps need a vocabulary that is a multiple of n_clusters, but {vocab_size} "
+            f"is not one of {problem.n_clusters}: give cluster_assignments"
+        )
     return (
         order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
     )

@@ -20,8 +20,9 @@ FILL = -1e4
 class Weights:
     """What a step reads, on one device: `weight` permuted so that a cluster's rows adjoin.
 
-    Shapes: weight `[vocab, hidden]`, centroids `[n_clusters, hidden]`, ids int32 `[vocab]`,
-    the token id of each row of weight, ascending inside a cluster.
+    Shapes: weight `[rows, hidden]`, centroids `[n_clusters, hidden]`, ids int32 `[rows]`,
+    the token id of each row of weight, ascending inside a cluster. rows is n_clusters times
+    cluster_size: more than the vocabulary where that does not divide (see `token_order`).
     """
 
     weight: torch.Tensor
@@ -50,21 +51,30 @@ def poisoned_out(problem: Problem, device: torch.device) -> torch.Tensor:
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:
-    """Token ids sorted by cluster, ascending inside each: int64 `[vocab]`.
+    """Token ids sorted by cluster, ascending inside each: int64 `[n_clusters * cluster_size]`.
 
-    cluster_assignments: the cluster of each token, integers `[vocab]`. Raises FlashtuneError
-    unless every cluster has the same number of tokens.
+    cluster_assignments: the cluster of each token, integers `[vocab]`. cluster_size is
+    vocab / n_clusters, rounded up; a cluster with fewer tokens repeats its last one, which the
+    kernels then meet twice, with the same row. Raises FlashtuneError unless every cluster has
+    a token and none has more than cluster_size.
     """
     assignments = cluster_assignments.reshape(-1).to(torch.int64)
     if assignments.numel() == 0 or assignments.min() < 0 or assignments.max() >= n_clusters:
         raise FlashtuneError(f"cluster_assignments must lie in 0 … {n_clusters - 1}")
     sizes = torch.bincount(assignments, minlength=n_clusters)
-    if sizes.min() != sizes.max():
+    cluster_size = -(-assignments.numel() // n_clusters)
+    if sizes.min() == 0 or sizes.max() > cluster_size:
         raise FlashtuneError(
-            f"clusters must be of equal size, but they have {int(sizes.min())} to "
-            f"{int(sizes.max())} tokens: cluster the vocabulary again with equal sizes"
+            f"clusters must be of equal size, {cluster_size}, or have a little less, but they "
+            f"have {int(sizes.min())} to {int(sizes.max())} tokens: cluster the vocabulary "
+            "again with equal sizes, as `flashtune cluster` does"
         )
-    return torch.argsort(assignments, stable=True)
+    order = torch.argsort(assignments, stable=True)
+    if order.numel() == n_clusters * cluster_size:
+        return order
+    places = torch.arange(cluster_size, device=order.device).expand(n_clusters, -1)
+    starts = sizes.cumsum(0) - sizes
+    return order[(starts[:, None] + torch.minimum(places, sizes[:, None] - 1)).flatten()]
 
 
 def order_from_maps(vocab_maps: torch.Tensor) -> torch.Tensor:

@@ -57,12 +57,12 @@ def test_every_option_is_in_its_commands_section(name: str) -> None:
     assert undocumented(name, command, sections()[name]) == []
 
 
-@pytest.mark.parametrize("name", ["search", "show", "tables export"])
+@pytest.mark.parametrize("name", ["search", "show", "tables export", "cluster", "quality"])
 def test_defaults_are_told_as_they_are(name: str) -> None:
     text = without_code(sections()[name])
     for option in dict(commands())[name].params:
         if isinstance(option.type, click.IntRange) and isinstance(option.show_default, bool):
-            line = next(line for line in text.splitlines() if f"`--{option.name}" in line)
+            line = next(line for line in text.splitlines() if f"`{option.opts[0]}" in line)
             assert f"({option.default})" in line, option.name
 
 
@@ -94,7 +94,7 @@ def test_commands_in_documents_parse(document: str, words: list[str]) -> None:
             command, parent=context, info_name=name, **command.context_settings
         )
         command = command.commands[name]
-    while "--model" in words:  # the folder is on nobody's disk
+    while command.name == "search" and "--model" in words:  # the folder is on nobody's disk
         assert "models" in [option.name for option in command.params]
         at = words.index("--model")
         del words[at : at + 2]

@@ -1,6 +1,7 @@
 """The command line: it parses, calls and prints.
 
-Each command's work is elsewhere: searches in session.py, tables in tables.py.
+Each command's work is elsewhere: searches in session.py, tables in tables.py, models in
+model_commands.py.
 """
 
 import json
@@ -14,10 +15,11 @@ from rich.console import Console
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import default_config, parse_config
+from flashtune.kernels.model_folder import read_model
 from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
-from flashtune.tuner.model_folder import read_model
+from flashtune.tuner.model_commands import cluster, quality
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
@@ -91,6 +93,8 @@ def cli() -> None:
 
 
 cli.add_command(tables)
+cli.add_command(cluster)
+cli.add_command(quality)
 
 
 @cli.command()

@@ -131,6 +131,82 @@ def test_negative_logits_are_compared_as_numbers() -> None:
     assert head(-torch.ones(1, WIDTH)).tolist() == [VOCAB - 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_vocabulary_that_clusters_do_not_divide(sign: int, dtype: torch.dtype) -> None:
+    """Logits all of one sign too: a row of padding that is zero would win where all are below."""
+    weight, centroids, assignments = parts(dtype=dtype)
+    vocab = VOCAB - 7
+    weight, assignments = sign * (weight[:vocab].abs() + 1), assignments[:vocab]
+    hidden = whole_numbers(5, WIDTH, seed=3, dtype=dtype).abs() + 1
+    for n_probes in (1, 3, CLUSTERS):
+        head = FlashHead(weight, centroids, assignments, n_probes=n_probes)
+        expected = reference(weight, centroids, assignments, hidden, n_probes)
+        assert head(hidden).tolist() == expected
+        assert head.vocab_size == vocab and head.ids.max() < vocab
+
+
+def test_an_uneven_vocabulary_needs_assignments_and_a_second_copy() -> None:
+    weight, centroids, assignments = parts()
+    weight, assignments = weight[: VOCAB - 1], assignments[: VOCAB - 1]
+    maps = torch.zeros(CLUSTERS, VOCAB // CLUSTERS, dtype=torch.int64)
+    with pytest.raises(FlashtuneError, match="give cluster_assignments"):
+        FlashHead(weight, centroids, vocab_maps=maps, n_probes=3)
+    with pytest.raises(FlashtuneError, match="12 does not divide 95"):
+        FlashHead(weight, centroids, assignments, n_probes=3, release_weight=True)
+
+
+class TestSpecialTokens:
+    """Tokens that are candidates whether or not their cluster is probed."""
+
+    @pytest.mark.parametrize("special", [[5], [90, 3, 3, 40], list(range(VOCAB))])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_they_are_candidates_always(self, special: list[int], dtype: torch.dtype) -> None:
+        weight, centroids, assignments = parts(dtype=dtype)
+        hidden = whole_numbers(40, WIDTH, seed=8, dtype=dtype)
+        head = FlashHead(weight, centroids, assignments, n_probes=1, special_token_ids=special)
+        plain = reference(weight, centroids, assignments, hidden, 1)
+        logits = hidden.double() @ weight.double().T
+        expected = [
+            min({*special, token}, key=lambda token, row=row: (-row[token], token))
+            for row, token in zip(logits.tolist(), plain, strict=True)
+        ]
+        assert expected != plain
+        assert head(hidden).tolist() == expected
+
+    def test_they_never_win_by_padding_or_by_another_rows_token(self) -> None:
+        weight, centroids, assignments = parts()
+        weight, assignments = weight[:-5], assignments[:-5]
+        hidden = whole_numbers(MOST_TOKENS, WIDTH, seed=8)
+        head = FlashHead(weight, centroids, assignments, n_probes=2, special_token_ids=[7])
+        together = head(hidden).tolist()
+        assert together == [int(head(state[None])) for state in hidden]
+
+    def test_ties_give_the_smaller_token(self) -> None:
+        _, centroids, assignments = parts()
+        options = {"cluster_assignments": assignments, "n_probes": 2}
+        weight, hidden = torch.ones(VOCAB, WIDTH), torch.ones(1, WIDTH)
+        plain = int(FlashHead(weight, centroids, **options)(hidden))
+        for special in (0, VOCAB - 1):
+            head = FlashHead(weight, centroids, special_token_ids=[special], **options)
+            assert int(head(hidden)) == min(plain, special)
+
+    def test_a_hidden_state_of_nan_changes_nothing(self) -> None:
+        hidden = torch.full((2, WIDTH), float("nan"))
+        head = FlashHead(**_with(special_token_ids=[3]))
+        assert torch.equal(head(hidden), FlashHead(**_with())(hidden))
+
+    def test_they_survive_a_copy_and_a_change_of_dtype(self) -> None:
+        head = FlashHead(**_with(special_token_ids=[3, 90]))
+        hidden = whole_numbers(9, WIDTH, seed=8)
+        for other in (
+            copy.deepcopy(head),
+            pickle.loads(pickle.dumps(head)),
+            head.double().float(),
+        ):
+            assert torch.equal(other(hidden), head(hidden))
+
+
 def test_vocab_maps_mean_the_same_as_assignments() -> None:
     weight, centroids, assignments = parts()
     maps = torch.stack([(assignments == c).nonzero()[:, 0].flip(0) for c in range(CLUSTERS)])
@@ -207,7 +283,14 @@ def _spoiled(index: int, value: float) -> torch.Tensor:
         ({"weight": torch.zeros(VOCAB)}, "weight must have two dimensions"),
         ({"centroids": torch.zeros(2, 6, WIDTH)}, "centroids must have two dimensions"),
         ({"centroids": torch.zeros(CLUSTERS, 8)}, "rows of 16 elements, centroids of 8"),
-        ({"centroids": torch.zeros(7, WIDTH)}, "not a multiple of n_clusters"),
+        ({"centroids": torch.zeros(7, WIDTH)}, "cluster_assignments must lie in 0 … 6"),
+        ({"centroids": torch.zeros(0, WIDTH)}, "centroids must have rows"),
+        (
+            {"special_token_ids": [0, VOCAB]},
+            "special_token_ids must be whole numbers from 0 to 95",
+        ),
+        ({"special_token_ids": [-1]}, "must be whole numbers from 0 to 95"),
+        ({"special_token_ids": [True]}, "must be whole numbers from 0 to 95"),
         ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH, device="meta")}, "centroids on meta"),

@@ -14,6 +14,19 @@ def test_tokens_are_sorted_by_cluster_and_ascend_in_it() -> None:
     assert order.dtype is torch.int64
 
 
+@pytest.mark.parametrize(
+    ("assignments", "order"),
+    [
+        ([0, 0, 1, 2], [0, 1, 2, 2, 3, 3]),
+        ([2, 1, 2, 0, 2, 1, 0], [3, 6, 6, 1, 5, 5, 0, 2, 4]),
+    ],
+)
+def test_a_cluster_with_fewer_tokens_repeats_its_last(
+    assignments: list[int], order: list[int]
+) -> None:
+    assert token_order(torch.tensor(assignments), n_clusters=3).tolist() == order
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
 def test_assignments_of_any_integer_type_and_shape_are_taken(dtype: torch.dtype) -> None:
     assignments = torch.tensor([[1, 0], [0, 1]], dtype=dtype)
@@ -26,8 +39,9 @@ def test_assignments_of_any_integer_type_and_shape_are_taken(dtype: torch.dtype)
         ([0, 1, 3], r"must lie in 0 … 2"),
         ([0, -1, 2], r"must lie in 0 … 2"),
         ([], r"must lie in 0 … 2"),
-        ([0, 0, 1, 2], "of equal size, but they have 1 to 2 tokens"),
-        ([0, 1, 0, 1], "of equal size, but they have 0 to 2 tokens"),
+        ([0, 0, 1, 2, 2, 2], "of equal size, 2, or have a little less, but they have 1 to 3"),
+        ([0, 0, 0, 1, 2], "of equal size, 2, or have a little less, but they have 1 to 3"),
+        ([0, 1, 0, 1], "but they have 0 to 2 tokens"),
     ],
 )
 def test_bad_assignments_are_refused(assignments: list[int], message: str) -> None:

@@ -1,0 +1,63 @@
+"""What special tokens cost a step: `FlashHead` with some, and without.
+
+    python benchmarks/special_tokens.py [--shape NAME] [--special N]… [--device cpu|cuda]
+
+Prints a Markdown table, microseconds a call of one token; on a GPU, in a CUDA graph. Weights are
+the same at each call, so they may lie in the cache: the difference is what counts.
+"""
+
+import click
+import torch
+
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.layout import Weights
+from flashtune.kernels.timing import GraphTimer, Timing, WallTimer, interleaved
+from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.problem import parse_shape
+
+
+@click.command()
+@click.option("--shape", default="vocab=49152,hidden=576,clusters=3072", show_default=True)
+@click.option("--special", "numbers", multiple=True, type=int, default=(2, 100))
+@click.option("--device", default="cpu", show_default=True)
+def main(shape: str, numbers: tuple[int, ...], device: str) -> None:
+    """Time heads that differ in their special tokens only, in turns."""
+    problem = parse_shape(shape)
+    generator = torch.Generator(device).manual_seed(0)
+    size = (problem.vocab_size, problem.hidden_size)
+    weight = torch.randn(size, generator=generator, device=device).bfloat16()
+    clusters = torch.arange(problem.vocab_size, device=device) % problem.n_clusters
+    centroids = torch.randn(problem.n_clusters, size[1], generator=generator, device=device)
+    state = torch.randn(1, size[1], generator=generator, device=device).bfloat16()
+
+    def timer(number: int) -> GraphTimer | WallTimer:
+        head = FlashHead(
+            weight,
+            centroids.bfloat16(),
+            clusters,
+            n_probes=problem.n_probes,
+            special_token_ids=range(number),
+        )
+        head.prepare(1)
+
+        def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            out.copy_(head(hidden))
+
+        weights = Weights(weight=head.weight, centroids=head.centroids, ids=head.ids)
+        workload = Workload(problem, (weights,), (state,), ())
+        return (GraphTimer if weight.is_cuda else WallTimer)(step, workload)
+
+    counts = (0, *numbers)
+    samples = interleaved([timer(number) for number in counts], rounds=20)
+    times = [Timing.of(own) for own in samples]
+    where = torch.cuda.get_device_name() if weight.is_cuda else "CPU"
+    print(f"{problem.describe()}, {where}, {torch.get_num_threads()} threads of torch\n")
+    print("| special tokens | us a call | spread | more than none |")
+    print("|---|---|---|---|")
+    for number, timing in zip(counts, times, strict=True):
+        more = timing.median_us - times[0].median_us
+        print(f"| {number} | {timing.median_us:.1f} | {timing.spread_us:.1f} | {more:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Safetensors files, with one line for whatever is wrong with them.
+
+Usage:
+    with open_tensors(path) as tensors:
+        tensors.keys(), tensors.metadata(), tensors.get_tensor("centroids")
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+
+@contextmanager
+def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """The file, opened; its tensors are read onto `device`.
+
+    Raises FlashtuneError for a file that is absent, unreadable or cut short, also where that
+    shows only as a tensor is read.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise FlashtuneError(f"{path}: no such file") from error
+    except OSError as error:
+        raise FlashtuneError(f"{path}: {error.strerror or error}: cannot be read") from error
+    except SafetensorError as error:
+        raise FlashtuneError(
+            f"{path}: {error}: not a whole safetensors file, fetch it again"
+        ) from error
+
+
+def shape_of(tensors: Any, name: str) -> list[int]:
+    """A tensor's shape, from the file's header."""
+    return list(tensors.get_slice(name).get_shape())
+
+
+def dtype_of(tensors: Any, name: str) -> str:
+    """A tensor's dtype as safetensors spells it: BF16, F16, F32, …"""
+    return str(tensors.get_slice(name).get_dtype())
