@@ -130,14 +130,14 @@ class Workload:
         """None when what the step writes is right for every check, twice each, else why not.
 
         The output is poisoned before each call. Most configs give the same tokens, and what was
-        right with little slack is right with more: that is not judged again. Logits are always.
+        right with little slack is right with more: that is not judged again.
         """
         judge = Judge(self.sets[0], self.problem.n_probes)
         for number, states in enumerate(self.checks):
             for _ in range(2):
                 out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, tuple(out.tolist() if out.dim() == 1 else ())
+                answer = number, tuple(out.tolist()) if out.dim() == 1 else ()
                 if answer[1] and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)
