@@ -6,7 +6,8 @@ Usage:
     step(weights, hidden, out)
     bound.troubles                     # what went wrong on the way, one line each
 
-The chain is the chosen config, the default config, plain torch.
+The chain is the chosen config, the default config, plain torch. A choice that nobody has measured
+here, with these tools, is raced for first, if there is time to.
 """
 
 import logging
@@ -18,8 +19,9 @@ import torch
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
-from flashtune.kernels.layout import Step, Weights
-from flashtune.kernels.reference import decode
+from flashtune.kernels.layout import Step, Weights, new_out, poisoned_out
+from flashtune.kernels.race import Race, Start, hold
+from flashtune.kernels.reference import decode, decode_logits
 from flashtune.kernels.selection import (
     PREBUILT,
     USER,
@@ -39,7 +41,6 @@ from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 LOG = logging.getLogger("flashtune")
 N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
 _TORCH_BYTES = 2**28  # of float32 rows that plain torch gathers at once
-_POISON = -1  # no token id
 _SLIP = 1e-4  # of the sum of a logit's terms: far above what rounding in float32 can do
 
 
@@ -52,6 +53,7 @@ class Bound:
     troubles: list[str]
     new_step: Callable[[], Step]
     spares: list[Step] = field(default_factory=list)
+    race: Race | None = None
 
     def take_step(self) -> Step:
         """A step that shares no scratch with any other one."""
@@ -64,17 +66,18 @@ class TorchStep:
     def __init__(self, problem: Problem, centroids: torch.Tensor) -> None:
         """Keep the centroids as the reference reads them: as float32, if they are on a CPU."""
         self._n_probes = problem.n_probes
+        self._decode = decode if problem.epilogue == "argmax" else decode_logits
         self._centroids = centroids.float() if centroids.device.type == "cpu" else centroids
         row_bytes = 4 * problem.n_probes * problem.cluster_size * problem.hidden_size
         self._tokens_at_once = max(1, _TORCH_BYTES // row_bytes)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the tokens of `hidden` to `out`, a few at a time to bound the memory."""
+        """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
         weights = replace(weights, centroids=self._centroids)
         at_once = self._tokens_at_once
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
-        for states, tokens in parts:
-            tokens.copy_(decode(weights, states, self._n_probes))
+        for states, part in parts:
+            part.copy_(self._decode(weights, states, self._n_probes))
 
 
 class LockedStep:
@@ -91,16 +94,19 @@ class LockedStep:
             self._step(weights, hidden, out)
 
 
-def bind(problem: Problem, weights: Weights) -> Bound:
+def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
     """The best that runs here, compiled, loaded and checked, with spare steps.
 
-    Takes seconds where kernels must be compiled, and must not be called while the current
-    stream is being captured.
+    Takes seconds where kernels must be compiled, up to `race_seconds` more where a race is held
+    (with None never), and must not be called while the current stream is being captured.
     """
     troubles: list[str] = []
+    race = None
     try:
         device = device_of(weights.weight.device)
         choice = best_choice(problem, device, toolchain(device), troubles)
+        if race_seconds is not None and device and choice.config and not choice.settled:
+            choice, race = _race(problem, weights, device, choice, race_seconds, troubles)
         while device is not None and choice.config is not None:
             try:
                 new_step = compile_step(problem, choice.config, device, weights.weight.device)
@@ -116,6 +122,7 @@ def bind(problem: Problem, weights: Weights) -> Bound:
                     troubles=troubles,
                     new_step=new_step,
                     spares=steps,
+                    race=race,
                 )
         if device is not None:
             _note(troubles, choice.why)
@@ -127,7 +134,29 @@ def bind(problem: Problem, weights: Weights) -> Bound:
         choice=choice,
         troubles=troubles,
         new_step=lambda: TorchStep(problem, weights.centroids),
+        race=race,
     )
+
+
+def _race(
+    problem: Problem,
+    weights: Weights,
+    device: Device,
+    choice: Choice,
+    seconds: float,
+    troubles: list[str],
+) -> tuple[Choice, Race]:
+    tools = toolchain(device)
+    start = Start(
+        problem=problem,
+        weights=weights,
+        device=device,
+        toolchain=tools,
+        look=lambda: _look(problem, device, tools, troubles),
+        seconds=seconds,
+        troubles=troubles,
+    )
+    return hold(start, choice)
 
 
 def best_choice(
@@ -136,10 +165,19 @@ def best_choice(
     """Look for this problem first; read all there is only where that finds nothing."""
     if device is None:
         return choose(problem, device, tools, ())
-    choice = choose(problem, device, tools, read_sources(device, problem, troubles))
-    if choice.level is Level.EXACT:
-        return choice
-    return choose(problem, device, tools, read_sources(device, None, troubles))
+    return _look(problem, device, tools, troubles)[0]
+
+
+def _look(
+    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
+) -> tuple[Choice, list[Source]]:
+    """The choice, and the records that it was made from."""
+    sources = read_sources(device, problem, troubles)
+    choice = choose(problem, device, tools, sources)
+    if choice.level is not Level.EXACT:
+        sources = read_sources(device, None, troubles)
+        choice = choose(problem, device, tools, sources)
+    return choice, sources
 
 
 def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
@@ -199,19 +237,27 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
     """Run a step twice on centroids as hidden states; raise unless its tokens can be right.
 
     A step may probe more clusters than asked, so its token's logit is at least the reference's.
+    Of logits, the best one's token is what is looked at, and that each was written.
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
     hidden = weights.centroids[rows].to(weights.weight.dtype)
-    expected = torch.full((problem.n_tokens,), _POISON, device=hidden.device)
-    TorchStep(problem, weights.centroids)(weights, hidden, expected)
+    for_tokens = replace(problem, epilogue="argmax")
+    expected = new_out(for_tokens, hidden.device)
+    TorchStep(for_tokens, weights.centroids)(weights, hidden, expected)
     least, size = _logits(weights, hidden, expected)
+    slip = _SLIP * size
+    if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
+        slip += torch.finfo(weights.weight.dtype).eps * least.abs()
     for _ in range(2):
-        tokens = torch.full_like(expected, _POISON)
-        step(weights, hidden, tokens)
+        out = poisoned_out(problem, hidden.device)
+        step(weights, hidden, out)
+        if bool(out.isnan().any()):
+            raise FlashtuneError("it leaves logits unwritten")
+        tokens = out if problem.epilogue == "argmax" else out.argmax(dim=1)
         if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
             raise FlashtuneError("its tokens are not in the vocabulary")
         logits, _ = _logits(weights, hidden, tokens)
-        if bool((logits < least - _SLIP * size).any()):
+        if bool((logits < least - slip).any()):
             raise FlashtuneError("its tokens are not the best ones")
 
 

@@ -15,13 +15,14 @@ from typing import Any
 from flashtune.kernels import cpp_config, triton_config
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
 from flashtune.kernels.knob import Rule, enabled, knobs, why_broken
-from flashtune.kernels.triton_config import PersistentConfig, StagedConfig
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
+from flashtune.kernels.triton_config import PersistentConfig, StagedConfig, TritonConfig
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData, Scalar
 
-Config = StagedConfig | PersistentConfig | CppFusedConfig | CppStagedConfig
+Config = TritonConfig | CppFusedConfig | CppStagedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Family:
 
 FAMILIES = {
     "nvidia": Family(
-        plans=(StagedConfig, PersistentConfig),
+        plans=(StagedConfig, PersistentConfig, BatchedConfig, DenseConfig),
         rules=triton_config.RULES,
         default=triton_config.default_config,
         baseline=triton_config.baseline_config,

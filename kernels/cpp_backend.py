@@ -27,7 +27,7 @@ from flashtune.tuning_db.problem import Problem
 class CppStep:
     """A candidate ready to run, with scratch and threads of its own.
 
-    hidden `[n_tokens, hidden]`, contiguous; out int64 `[n_tokens]`, complete on return. The
+    hidden `[n_tokens, hidden]`, contiguous; out as `new_out` makes it, complete on return. The
     threads start with the first call and sleep between calls. One call at a time.
     """
 

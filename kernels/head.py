@@ -3,20 +3,21 @@
 Usage:
     head = FlashHead(weight, centroids, cluster_assignments, n_probes=256)
     token = head(hidden)     # int64 [tokens], from hidden [tokens, hidden_size]
+    head.logits(hidden)      # [tokens, vocab], for sampling
     head.explain()           # what runs, and why
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
-does so ahead of time. Later calls only launch: they can be captured in a CUDA graph, and
-`torch.compile(head, fullgraph=True)` traces them as one operator. Whatever is wrong with
-kernels, compiler or database, the head still answers, in plain torch if need be, and says so
-once in the log `flashtune`.
+does so ahead of time. What was never measured here is raced for then (docs/tables.md). Later
+calls only launch: they can be captured in a CUDA graph, and `torch.compile(head, fullgraph=True)`
+traces them as one operator. Whatever is wrong with kernels, compiler or database, the head still
+answers, in plain torch if need be, and says so once in the log `flashtune`.
 """
 
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -34,13 +35,15 @@ from flashtune.kernels.layout import (
 )
 from flashtune.kernels.model_folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
+from flashtune.kernels.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.selection import Level
 from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
 from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
-MOST_TOKENS = 16  # of one step: more are decoded one part after the other
+MOST_TOKENS = 32  # of one step: more are decoded one part after the other
+TUNE = ("race", "never")
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 
 _HEADS: "WeakValueDictionary[int, FlashHead]" = WeakValueDictionary()
@@ -63,6 +66,11 @@ class FlashHead(nn.Module):
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
     weight that is tied to the input embedding. It needs clusters all of the same size.
 
+    tune: with `race`, kernels that were only predicted for this device, or measured with other
+    tools, are timed on it when they are first needed, and the winner is kept in the user's
+    database; all this takes 20 seconds in a head's life at most. With `never` the best record
+    there is runs untried.
+
     A graph that captured a call replays with scratch of the stream it was captured on: graphs
     captured on one stream must not be replayed at the same time.
     Raises FlashtuneError for tensors that are no such head. Nothing is part of the state dict.
@@ -84,9 +92,12 @@ class FlashHead(nn.Module):
         n_probes: int = DEFAULT_PROBES,
         special_token_ids: Sequence[int] = (),
         release_weight: bool = False,
+        tune: str = "race",
     ) -> None:
         """Check the tensors and bring the weight's rows in the order of clusters."""
         super().__init__()
+        if tune not in TUNE:
+            raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         weight, centroids = weight.detach(), centroids.detach()
         problem = _checked_problem(weight, centroids, n_probes)
         self.vocab_size = weight.shape[0]
@@ -111,6 +122,7 @@ class FlashHead(nn.Module):
         else:
             weight = weight[order]
         self.n_probes = n_probes
+        self.tune = tune
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("centroids", _aligned(centroids), persistent=False)
         self.register_buffer("ids", order.to(torch.int32), persistent=False)
@@ -153,6 +165,7 @@ class FlashHead(nn.Module):
         """Everything that neither a copy nor a pickle takes along."""
         self._lock = threading.RLock()
         self._warned = False
+        self._race_seconds = MOST_SECONDS if self.tune == "race" else None
         self._handle = next(_HANDLES)
         _HEADS[self._handle] = self
         self._forget()
@@ -165,8 +178,8 @@ class FlashHead(nn.Module):
             if self.special_token_ids.numel():
                 self._special = SpecialTokens(ids=self.special_token_ids, places=self.places)
             self._index = self.weight.device.index if self.weight.is_cuda else None
-            self._bounds: dict[int, Bound] = {}
-            self._steps: dict[tuple[int, int], Step] = {}
+            self._bounds: dict[tuple[str, int], Bound] = {}
+            self._steps: dict[tuple[str, int, int], Step] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
         """Move or convert the tensors, and forget what was bound to the old ones."""
@@ -177,7 +190,7 @@ class FlashHead(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
         bound = ("_lock", "_warned", "_handle", "_weights", "_special", "_index")
-        dropped = (*bound, "_bounds", "_steps")
+        dropped = (*bound, "_bounds", "_steps", "_race_seconds")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,9 +212,20 @@ class FlashHead(nn.Module):
         if torch.compiler.is_compiling():
             token: torch.Tensor = _decode_op(hidden, self._handle)
             return token
-        return self._decode(hidden)
+        return self._decode(hidden, "argmax")
 
-    def _decode(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each row's logits of the tokens of its probed clusters: `[tokens, vocab]`.
+
+        In the weight's dtype, as a dense head's are; -1e4 for every other token, which is finite
+        so that whoever masks logits after this is left with legal tokens. hidden as in `forward`.
+        """
+        if torch.compiler.is_compiling():
+            logits: torch.Tensor = _logits_op(hidden, self.weight, self.vocab_size, self._handle)
+            return logits
+        return self._decode(hidden, "logits")
+
+    def _decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         weights, index = self._weights, self._index
         weight = weights.weight
         if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -211,11 +235,6 @@ class FlashHead(nn.Module):
             )
         if hidden.device != weight.device:
             raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
-        n_tokens = hidden.shape[0]
-        if not 0 < n_tokens <= MOST_TOKENS:
-            parts = [self._decode(part) for part in torch.split(hidden, MOST_TOKENS) if len(part)]
-            empty = torch.empty(0, dtype=torch.int64, device=weight.device)
-            return torch.cat([empty, *parts])
         if hidden.requires_grad or hidden.dtype is not weight.dtype:
             hidden = hidden.detach().to(weight.dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
@@ -224,67 +243,98 @@ class FlashHead(nn.Module):
         if index is not None:
             if torch._C._cuda_getDevice() != index:
                 with torch.cuda.device(index):
-                    return self._decode(hidden)
+                    return self._decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
-        step = self._steps.get((n_tokens, stream)) or self._step(n_tokens, stream)
-        out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
-        step(weights, hidden, out)
-        return out if self._special is None else self._special(weights, hidden, out)
+        n_tokens = hidden.shape[0]
+        if epilogue == "argmax":
+            out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+        else:
+            shape = (n_tokens, weight.shape[0])
+            out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        for first in range(0, n_tokens, MOST_TOKENS):
+            number = min(MOST_TOKENS, n_tokens - first)
+            key = (epilogue, number, stream)
+            step = self._steps.get(key) or self._step(*key)
+            if number < n_tokens:
+                part = slice(first, first + number)
+                step(weights, hidden[part], out[part])
+            else:
+                step(weights, hidden, out)
+        if self._special is not None:
+            out = self._special(weights, hidden, out)
+        if out.dim() == 2 and out.shape[1] > self.vocab_size:
+            return out[:, : self.vocab_size].contiguous()
+        return out
 
-    def prepare(self, *n_tokens: int) -> None:
-        """Choose, compile and check the kernels for these numbers of tokens ahead of time."""
+    def prepare(self, *n_tokens: int, epilogue: str = "argmax") -> None:
+        """Choose, compile and check the kernels for these numbers of tokens ahead of time.
+
+        epilogue: `argmax` for calls of the head, `logits` for calls of `logits`.
+        """
         for number in n_tokens:
-            self._bound(number)
+            self._bound(epilogue, number)
 
-    def explain(self, n_tokens: int = 1) -> dict[str, Any]:
+    def explain(self, n_tokens: int = 1, epilogue: str = "argmax") -> dict[str, Any]:
         """What runs for that many tokens, and why, as plain data; prepares it if need be.
 
         `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
-        what went wrong on the way. More tokens than one step takes run in several.
+        what went wrong on the way. `raced` says that the config once won a race here, `stale`
+        that it was measured with tools that have changed since, and `race` what this process
+        timed, if it did, and why each other config was dropped. More tokens than one step takes
+        run in several.
         """
-        bound = self._bound(min(n_tokens, MOST_TOKENS))
+        bound = self._bound(epilogue, min(n_tokens, MOST_TOKENS))
         device = device_of(self.weight.device)
         return {
             "problem": asdict(bound.problem),
             "device": device.name if device else str(self.weight.device),
             **bound.choice.explain(),
+            "race": bound.race.explain() if bound.race else None,
             "troubles": list(bound.troubles),
         }
 
-    def _step(self, n_tokens: int, stream: int) -> Step:
+    def _step(self, epilogue: str, n_tokens: int, stream: int) -> Step:
         """A step for a stream that has none yet."""
         with self._lock:
             capturing = self._index is not None and torch.cuda.is_current_stream_capturing()
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             ready = bound and (bound.spares or bound.choice.level is Level.TORCH)
             if capturing and not ready:
+                arguments = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
                 self._warn(
                     f"{n_tokens} tokens are captured in a CUDA graph without a kernel ready for "
-                    f"this stream: call head.prepare({n_tokens}) before the capture"
+                    f"this stream: call head.prepare({arguments}) before the capture"
                 )
-                return TorchStep(self._problem(n_tokens), self._weights.centroids)
-            bound = self._bound(n_tokens)
+                return TorchStep(self._problem(epilogue, n_tokens), self._weights.centroids)
+            bound = self._bound(epilogue, n_tokens)
             with _lasting(self._weights.weight.device):
-                step = self._steps[n_tokens, stream] = bound.take_step()
+                step = self._steps[epilogue, n_tokens, stream] = bound.take_step()
             return step
 
-    def _bound(self, n_tokens: int) -> Bound:
+    def _bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels for that many tokens, made on first use."""
         with self._lock:
-            bound = self._bounds.get(n_tokens)
+            bound = self._bounds.get((epilogue, n_tokens))
             if bound is None:
-                problem = self._problem(n_tokens)
+                problem = self._problem(epilogue, n_tokens)
                 with _lasting(self._weights.weight.device):
-                    bound = self._bounds[n_tokens] = bind(problem, self._weights)
-                choice = bound.choice
-                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, choice.why)
+                    bound = bind(problem, self._weights, race_seconds=self._race_seconds)
+                self._bounds[epilogue, n_tokens] = bound
+                choice, race = bound.choice, bound.race
+                why = choice.why
+                if race is not None and self._race_seconds is not None:
+                    self._race_seconds -= race.seconds
+                    why += f" ({race.describe()})"
+                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, why)
                 if bound.troubles:
                     runs = "plain torch" if choice.level is Level.TORCH else choice.level.value
-                    self._warn(f"{'; '.join(bound.troubles)} ({runs} is used instead)")
+                    instead = "" if choice.source == UNKEPT else f" ({runs} is used instead)"
+                    self._warn("; ".join(bound.troubles) + instead)
             return bound
 
-    def _problem(self, n_tokens: int) -> Problem:
-        return _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+    def _problem(self, epilogue: str, n_tokens: int) -> Problem:
+        problem = _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+        return replace(problem, epilogue=epilogue)
 
     def _warn(self, trouble: str) -> None:
         """Warn once in a head's life: later trouble shows in `explain`."""
@@ -301,18 +351,35 @@ def _lasting(device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("flashtune::decode", mutates_args=())
-def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
-    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+def _head_of(handle: int) -> FlashHead:
     head = _HEADS.get(handle)
     if head is None:
         raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
-    return head._decode(hidden)
+    return head
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+    return _head_of(handle)._decode(hidden, "argmax")
 
 
 @_decode_op.register_fake
 def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("flashtune::logits", mutates_args=())
+def _logits_op(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
+) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the dtype."""
+    return _head_of(handle)._decode(hidden, "logits")
+
+
+@_logits_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], vocab_size)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,14 +33,22 @@ def enabled(plan: Any, name: str, values: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One condition of `why_invalid`, and every knob that it reads, of whichever plan.
+    """One condition of `why_invalid`, and every knob that it reads, of whichever of its plans.
 
-    `why_broken(config, problem, device)` is None, or one line that says why. Whoever enumerates
+    `find(config, problem, device)` is None, or one line that says why the config breaks it; it
+    is asked of the rule's own plans only, of all where `plans` is empty. Whoever enumerates
     configs can judge a rule as soon as its knobs are set.
     """
 
-    why_broken: Callable[[Any, Problem, Device], str | None]
+    find: Callable[[Any, Problem, Device], str | None]
     knobs: frozenset[str]
+    plans: tuple[type, ...] = ()
+
+    def why_broken(self, config: Any, problem: Problem, device: Device) -> str | None:
+        """None when the config keeps the rule, or the rule is not about its plan."""
+        if self.plans and not isinstance(config, self.plans):
+            return None
+        return self.find(config, problem, device)
 
 
 def why_broken(

@@ -1,14 +1,19 @@
-"""The weights of a head as the kernels want them: rows of a cluster adjoin, ids ascend in it."""
+"""What a step reads and writes: weights whose rows of a cluster adjoin, tokens or logits."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Of every token that is no candidate. Finite: with -inf or a dtype's minimum, serving engines that
+# mask logits of their own end up with nothing but illegal tokens, and take token 0.
+FILL = -1e4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +31,23 @@ class Weights:
 
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
-"""A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes the token
-ids to out, int64 `[n_tokens]`."""
+"""A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
+which is as `new_out` makes it."""
+
+
+def new_out(problem: Problem, device: torch.device) -> torch.Tensor:
+    """Room for a step's output: token ids, int64 `[n_tokens]`, or with the epilogue `logits`
+    `[n_tokens, vocab]` in the weight's dtype, each token's logit at its id and `FILL` elsewhere.
+    """
+    if problem.epilogue == "argmax":
+        return torch.empty(problem.n_tokens, dtype=torch.int64, device=device)
+    shape, dtype = (problem.n_tokens, problem.vocab_size), TORCH_DTYPES[problem.weight_dtype]
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def poisoned_out(problem: Problem, device: torch.device) -> torch.Tensor:
+    """`new_out` full of what no step may leave there: -1, no token id, or NaN, no logit."""
+    return new_out(problem, device).fill_(-1 if problem.epilogue == "argmax" else math.nan)
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ of a search's final timing, then the fastest.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from flashtune.kernels.config import (
     Config,
     config_data,
     default_config,
+    known_good,
     parse_config,
     why_invalid,
 )
@@ -30,11 +31,14 @@ from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
-from flashtune.tuning_db.store import FINAL_POLICY
+from flashtune.tuning_db.shortlist import MOST
+from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 
 USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
+NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
-_SAME_FIELDS = ("weight_dtype", "centroid_dtype", "epilogue")
+_SAME_FIELDS = ("weight_dtype", "centroid_dtype")
+EPILOGUE_OCTAVES = 0.1  # distance of another epilogue: it changes little of what is fast
 
 
 class Level(str, Enum):
@@ -67,7 +71,8 @@ class Difference(NamedTuple):
 class Choice:
     """What to run and why. `config` is None at level `torch`, `record` at the last two levels.
 
-    `skipped` says of each reason for which better placed records were passed over how many were.
+    `skipped` says of each reason for which better placed records were passed over how many were,
+    `outdated` names the tools that have changed since a record was measured.
     """
 
     config: Config | None
@@ -78,6 +83,18 @@ class Choice:
     differences: tuple[Difference, ...] = ()
     skipped: tuple[str, ...] = ()
     toolchain_matches: bool | None = None
+    outdated: tuple[str, ...] = ()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the record's time was measured with tools that have changed since."""
+        return bool(self.outdated)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the config was measured for just this problem, here, with these tools."""
+        measured = self.record is not None and self.record.provenance is Provenance.MEASURED
+        return self.level is Level.EXACT and measured and not self.stale
 
     def explain(self) -> dict[str, Any]:
         """The choice as plain data that `json.dumps` takes."""
@@ -91,6 +108,8 @@ class Choice:
             "record": record.key if record else None,
             "record_device": record.device if record else None,
             "median_us": record.measurement.median_us if record else None,
+            "raced": record is not None and record.measurement.policy == RACE_POLICY,
+            "stale": self.stale,
             "toolchain_matches": self.toolchain_matches,
             "differences": [difference._asdict() for difference in self.differences],
             "skipped": list(self.skipped),
@@ -98,10 +117,14 @@ class Choice:
 
 
 def shape_distance(wanted: Problem, found: Problem) -> float | None:
-    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes or epilogue differ."""
+    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
+
+    Every config runs with every epilogue, so that another one is but a little way off.
+    """
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
-    return sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    return octaves + EPILOGUE_OCTAVES * (wanted.epilogue != found.epilogue)
 
 
 def device_distance(wanted: Device, found: Device) -> float:
@@ -126,20 +149,41 @@ def choose(
     if device is None:
         why = "no kernels for this kind of device: plain torch runs instead"
         return Choice(config=None, level=Level.TORCH, why=why)
-    sources = list(sources)
-    failed = _failures(problem, device, toolchain, sources)
     skipped: Counter[str] = Counter()
-    for candidate in _candidates(problem, device, toolchain, sources):
-        record = candidate.record
-        try:
-            config = parse_config(record.config)
-            reason = failed.get(config_key(record.config)) or why_invalid(config, problem, device)
-        except FlashtuneError as error:
-            reason = str(error)
-        if reason is None:
-            return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
-        skipped[f"{candidate.source}: {reason}"] += 1
+    for candidate, config in _usable(problem, device, toolchain, list(sources), skipped):
+        return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
     return default_choice(problem, device, skipped=_counted(skipped))
+
+
+def contenders(
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
+) -> list[Config]:
+    """What to race: the default, then up to 8 configs, those first that should do best.
+
+    They are those on record for just this problem and device. Where there are none, the winners
+    of up to 4 other shapes or devices, the nearest first, then what is known to be good at all.
+    Raises FlashtuneError when there is no default.
+    """
+    sources = list(sources)
+    default = default_config(problem, device)
+    found: dict[Config, None] = {}
+    near: dict[tuple[str, Problem], Config] = {}
+    for candidate, config in _usable(problem, device, toolchain, sources, Counter()):
+        if candidate.level is Level.EXACT:
+            found[config] = None
+        else:
+            near.setdefault((candidate.record.device, candidate.record.problem), config)
+    if not found:
+        failed = _failures(problem, device, toolchain, sources)
+        good = (
+            config
+            for config in known_good(problem, device)
+            if why_invalid(config, problem, device) is None
+            and config_key(config_data(config)) not in failed
+        )
+        found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
+    found.pop(default, None)
+    return [default, *list(found)[:MOST]]
 
 
 def default_choice(problem: Problem, device: Device, *, skipped: tuple[str, ...] = ()) -> Choice:
@@ -206,6 +250,28 @@ def _candidates(
     return sorted(candidates)
 
 
+def _usable(
+    problem: Problem,
+    device: Device,
+    toolchain: Toolchain,
+    sources: Sequence[Source],
+    skipped: Counter[str],
+) -> Iterator[tuple[_Candidate, Config]]:
+    """Candidates whose configs are valid here and have not failed; of the others, why not."""
+    failed = _failures(problem, device, toolchain, sources)
+    for candidate in _candidates(problem, device, toolchain, sources):
+        data = candidate.record.config
+        try:
+            config = parse_config(data)
+            reason = failed.get(config_key(data)) or why_invalid(config, problem, device)
+        except FlashtuneError as error:
+            reason = str(error)
+        if reason is None:
+            yield candidate, config
+        else:
+            skipped[f"{candidate.source}: {reason}"] += 1
+
+
 def _registered(name: str) -> Device | None:
     try:
         return find_device(name)
@@ -244,7 +310,7 @@ def _chosen(
     record = candidate.record
     differences = [
         Difference(name, getattr(problem, name), getattr(record.problem, name))
-        for name in ("vocab_size", *SHAPE_FIELDS)
+        for name in ("vocab_size", *SHAPE_FIELDS, "epilogue")
     ]
     differences.append(Difference("device", device.name, record.device))
     differences += [
@@ -253,10 +319,16 @@ def _chosen(
     ]
     differing = tuple(one for one in differences if one.wanted != one.found)
     why = f"{record.provenance.value} on {record.device} for {record.problem.describe()}"
+    if record.measurement.policy == RACE_POLICY:
+        why += " in a race"
+    measured = record.provenance is Provenance.MEASURED
+    outdated = record.toolchain.outdated(toolchain) if measured else ()
     if differing:
         why += "; differs in " + ", ".join(
             f"{one.field} (wanted {one.wanted}, found {one.found})" for one in differing
         )
+    if outdated:
+        why += f"; stale, for {' and '.join(outdated)} changed since"
     return Choice(
         config=config,
         level=candidate.level,
@@ -266,4 +338,5 @@ def _chosen(
         differences=differing,
         skipped=skipped,
         toolchain_matches=record.toolchain == toolchain,
+        outdated=outdated,
     )

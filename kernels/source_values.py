@@ -3,12 +3,13 @@
 import math
 from statistics import NormalDist
 
+from flashtune.kernels.layout import FILL
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
 
 def shape_values(problem: Problem) -> dict[str, Value]:
-    """The sizes of the problem."""
+    """The sizes of the problem, and what comes out."""
     return {
         "vocab": problem.vocab_size,
         "hidden": problem.hidden_size,
@@ -16,6 +17,8 @@ def shape_values(problem: Problem) -> dict[str, Value]:
         "cluster_size": problem.cluster_size,
         "probes": problem.n_probes,
         "tokens": problem.n_tokens,
+        "epilogue": problem.epilogue,
+        "fill": FILL,
     }
 
 

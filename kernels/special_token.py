@@ -2,7 +2,7 @@
 
 Usage:
     special = SpecialTokens.of(ids, order)
-    tokens = special(weights, hidden, tokens)     # after a step has written `tokens`
+    out = special(weights, hidden, out)     # after a step has written `out`, tokens or logits
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialTokens:
-    """Compares a step's tokens with these. Can be captured in a CUDA graph.
+    """Compares a step's tokens with these, or adds their logits. Can be captured in a graph.
 
     ids: int64 `[n]`, ascending. places: int64 `[vocab]`, the row of the permuted weight that
     each token's row is.
@@ -33,7 +33,14 @@ class SpecialTokens:
         places[order] = rows  # of a token with several rows, which are alike, any one
         return cls(ids=torch.tensor(ids, dtype=torch.int64, device=order.device), places=places)
 
-    def __call__(
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What a step wrote, with the special tokens among the candidates."""
+        if out.dim() == 1:
+            return self._better(weights, hidden, out)
+        own = hidden.float() @ weights.weight[self.places[self.ids]].float().T
+        return out.index_copy_(1, self.ids, own.to(out.dtype))
+
+    def _better(
         self, weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """The better one of each of `tokens` `[n_tokens]` and the special tokens.

@@ -14,11 +14,17 @@ from typing import Protocol
 
 import torch
 
-from flashtune.kernels.layout import Step
+from flashtune.kernels.layout import Step, new_out
 from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.problem import Problem
 
 CALLS_PER_REPLAY = 20
 CALLS_PER_PASS = 8
+
+
+def timer_bytes(problem: Problem) -> int:
+    """About how many bytes of its device's memory a timer takes: outputs for a replay's calls."""
+    return CALLS_PER_REPLAY * new_out(problem, torch.device("meta")).nbytes
 
 
 class Timer(Protocol):
@@ -38,16 +44,16 @@ class GraphTimer:
         """Run the step once, then capture it over every set of weights."""
         n_sets = len(workload.sets)
         self.calls = -(-CALLS_PER_REPLAY // n_sets) * n_sets
-        self.out = torch.empty(
-            self.calls, workload.problem.n_tokens, dtype=torch.int64, device="cuda"
-        )
+        where = torch.device("cuda")
+        self.out = [new_out(workload.problem, where) for _ in range(self.calls)]
         step(workload.sets[0], workload.states[0], self.out[0])
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # a collection in a capture can unload modules
         try:
-            with torch.cuda.graph(self.graph):
+            # What other threads do meanwhile must not fail: a race is held beside a live model.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 for call in range(self.calls):
                     index = call % n_sets
                     step(workload.sets[index], workload.states[index], self.out[call])
@@ -85,7 +91,7 @@ class WallTimer:
         self._step, self._workload = step, workload
         n_sets = len(workload.sets)
         self.calls = -(-CALLS_PER_PASS // n_sets) * n_sets
-        self.out = torch.empty(workload.problem.n_tokens, dtype=torch.int64)
+        self.out = new_out(workload.problem, torch.device("cpu"))
         self._run(n_sets)
 
     def sample(self, replays: int) -> list[float]:

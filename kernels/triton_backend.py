@@ -80,7 +80,7 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
         "centroids_ptr": centroid,
         "weight_ptr": weight,
         "ids_ptr": "*i32",
-        "out_ptr": "*i64",
+        "out_ptr": "*i64" if problem.epilogue == "argmax" else weight,
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
@@ -120,8 +120,9 @@ def compile_module(module: ModuleType, problem: Problem, capability: int) -> dic
 class DecodeStep:
     """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
 
-    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out int64 `[n_tokens]`. Calls
-    share one scratch: those that may run at the same time need a step each.
+    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out as `new_out` makes it. Calls
+    share one scratch: those that may run at the same time need a step each. `launches` are its
+    kernels' names and launchers, which `launch` calls one by one.
     """
 
     def __init__(
@@ -129,7 +130,9 @@ class DecodeStep:
     ) -> None:
         """Bind kernels to fresh scratch on `device`, and load their binaries there."""
         self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
-        self._launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
+        self.launches = [
+            (launch["kernel"], self._bind(launch, module, kernels)) for launch in module.LAUNCHES
+        ]
 
     def _bind(
         self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]
@@ -151,6 +154,16 @@ class DecodeStep:
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Launch the step; `out` is complete when the stream gets there."""
+        self.launch(self.launches, weights, hidden, out)
+
+    def launch(
+        self,
+        launches: Sequence[tuple[str, Callable[..., None]]],
+        weights: Weights,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Launch some of the kernels, in this order."""
         scratch = self.scratch
         arguments = (
             hidden,
@@ -162,7 +175,7 @@ class DecodeStep:
             scratch.selected,
             scratch.state,
         )
-        for launch in self._launches:
+        for _, launch in launches:
             launch(*arguments)
 
 

@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+from flashtune.kernels import tensor_config
 from flashtune.kernels.knob import Rule, knob, why_broken
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
+BATCHED_FROM = 8  # tokens: with fewer, the plan for one token was as fast on an H200
 MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
 
@@ -69,7 +72,9 @@ class PersistentConfig:
     pdl: bool = knob(False, (False, True))
 
 
-TritonConfig = StagedConfig | PersistentConfig
+SCALAR_PLANS = (StagedConfig, PersistentConfig)
+TritonConfig = StagedConfig | PersistentConfig | BatchedConfig | DenseConfig
+ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
 
 # Where a search of each family begins: what was found by hand on one H200, with and without what
 # only sm_90 has. What is not valid for a problem and device is left out there.
@@ -97,6 +102,19 @@ STARTS: tuple[TritonConfig, ...] = (
         pdl=True,
     ),
     PersistentConfig(score_rows=8, gather_block=512),
+    BatchedConfig(),
+    BatchedConfig(
+        score_block=256,
+        score_warps=1,
+        score_stages=4,
+        select_warps=8,
+        slack=64,
+        gather_block=256,
+    ),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4, pdl=True),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4),
+    DenseConfig(gather_rows=128, gather_block=64, gather_stages=5, pdl=True),
+    DenseConfig(),
 )
 
 
@@ -109,6 +127,10 @@ def select_warps(config: TritonConfig) -> int:
     """Warps of the programs that search for the threshold; 0 where a library selects."""
     if isinstance(config, PersistentConfig):
         return config.warps
+    if isinstance(config, BatchedConfig):
+        return config.select_warps
+    if isinstance(config, DenseConfig):
+        return 0
     return {"threshold": config.select_warps, "in_gather": config.gather_warps}.get(
         config.selection, 0
     )
@@ -164,7 +186,9 @@ def _why_not_selected(config: TritonConfig, problem: Problem, device: Device) ->
     return None
 
 
-def _why_not_prefetched(config: TritonConfig, problem: Problem, device: Device) -> str | None:
+def _why_not_prefetched(
+    config: StagedConfig | PersistentConfig, problem: Problem, device: Device
+) -> str | None:
     if config.prefetch_margin < 0:
         return None
     if device.capability < 90:
@@ -174,9 +198,7 @@ def _why_not_prefetched(config: TritonConfig, problem: Problem, device: Device) 
     return None
 
 
-def _why_not_resident(config: TritonConfig, problem: Problem, device: Device) -> str | None:
-    if not isinstance(config, PersistentConfig):
-        return None
+def _why_not_resident(config: PersistentConfig, problem: Problem, device: Device) -> str | None:
     programs = device.sm_count * config.programs_per_sm
     if problem.n_tokens > programs:
         return f"{problem.n_tokens} tokens are more than the {programs} programs"
@@ -187,26 +209,36 @@ def _why_not_resident(config: TritonConfig, problem: Problem, device: Device) ->
 
 _TILE = ("rows", "block", "warps", "stages", "unroll")
 RULES = (
-    Rule(_why_not_scored, frozenset(["warps", *(f"score_{each}" for each in _TILE)])),
-    Rule(_why_not_gathered, frozenset(["warps", *(f"gather_{each}" for each in _TILE)])),
+    Rule(
+        _why_not_scored,
+        frozenset(["warps", *(f"score_{each}" for each in _TILE)]),
+        plans=SCALAR_PLANS,
+    ),
+    Rule(
+        _why_not_gathered,
+        frozenset(["warps", *(f"gather_{each}" for each in _TILE)]),
+        plans=SCALAR_PLANS,
+    ),
     Rule(_why_not_overlapped, frozenset(["pdl"])),
     Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps", "warps"])),
-    Rule(_why_not_prefetched, frozenset(["prefetch_margin"])),
-    Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),
+    Rule(_why_not_prefetched, frozenset(["prefetch_margin"]), plans=SCALAR_PLANS),
+    Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"]), plans=(PersistentConfig,)),
+    *tensor_config.RULES,
 )
 
 
 def known_good(problem: Problem, device: Device) -> list[TritonConfig]:
     """`STARTS` with no block wider than the hidden size, valid or not."""
     widest = max(64, next_power_of_2(problem.hidden_size))
-    return [
-        replace(
-            config,
-            score_block=min(config.score_block, widest),
-            gather_block=min(config.gather_block, widest),
-        )
-        for config in STARTS
-    ]
+    found = []
+    for config in STARTS:
+        blocks = {
+            name: min(block, widest)
+            for name, block in asdict(config).items()
+            if name in ("score_block", "gather_block")
+        }
+        found.append(replace(config, **blocks))
+    return found
 
 
 def baseline_config(problem: Problem, device: Device) -> TritonConfig:
@@ -217,6 +249,9 @@ def baseline_config(problem: Problem, device: Device) -> TritonConfig:
 
 def default_config(problem: Problem, device: Device) -> TritonConfig:
     """A config that is valid for every problem, used where nothing better is known."""
+    batched = BatchedConfig()
+    if problem.n_tokens >= BATCHED_FROM and not why_broken(RULES, batched, problem, device):
+        return batched
     return _fitted(StagedConfig(), problem, device)
 
 
@@ -241,4 +276,6 @@ def _fitted(config: StagedConfig, problem: Problem, device: Device) -> TritonCon
 
 def slack_of(config: TritonConfig) -> int:
     """How many clusters more than asked a config may probe; none where a library selects."""
+    if isinstance(config, DenseConfig):
+        return ALL_CLUSTERS
     return config.slack if select_warps(config) else 0

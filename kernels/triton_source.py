@@ -1,5 +1,6 @@
 """From problem, config and device to the Python source of a decode step."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from flashtune.kernels.config import Config, why_invalid
@@ -8,6 +9,7 @@ from flashtune.kernels.source_values import (
     threshold_quantile,
     threshold_values,
 )
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig, padded_tokens
 from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
@@ -21,6 +23,10 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
+# Programs that share the prefetch of a cluster: the likely ones lie unevenly, and a program that
+# had several to itself would ask for them one after another. Measured against 1 and 16 on an H200.
+SPREAD = 4
+
 
 def render_triton(problem: Problem, config: Config, device: Device) -> str:
     """The candidate's Python source; raises FlashtuneError when the config is not valid for it."""
@@ -31,14 +37,42 @@ def render_triton(problem: Problem, config: Config, device: Device) -> str:
         **shape_values(problem),
         **asdict(config),
     }
-    if isinstance(config, PersistentConfig):
-        values |= _persistent_values(problem, config, device)
+    if isinstance(config, BatchedConfig | DenseConfig):
+        values |= _tensor_values(problem, config)
     else:
-        values |= _staged_values(problem, config, device)
+        values |= _scalar_values(problem, config, device)
+    if problem.epilogue == "logits" and not isinstance(config, DenseConfig):
+        values |= _fill_values(problem, values)
+    return render(config.template, values)
+
+
+def _tensor_values(problem: Problem, config: BatchedConfig | DenseConfig) -> dict[str, Value]:
+    """Grids of a program a tile; a tile of `batched` holds whole clusters."""
+    share = config.gather_rows
+    values: dict[str, Value] = {"tokens_padded": padded_tokens(problem)}
+    if isinstance(config, BatchedConfig):
+        share = config.gather_rows // problem.cluster_size * problem.cluster_size
+        values |= {
+            "share": share,
+            "score_programs": -(-problem.n_clusters // config.score_rows),
+            **_threshold_values(problem, config),
+        }
+    return {**values, "gather_programs": -(-problem.vocab_size // share)}
+
+
+def _scalar_values(
+    problem: Problem, config: StagedConfig | PersistentConfig, device: Device
+) -> dict[str, Value]:
+    """What the plans without tensor cores need."""
+    if isinstance(config, PersistentConfig):
+        values = _persistent_values(problem, config, device)
+    else:
+        values = _staged_values(problem, config, device)
     if select_warps(config):
         values |= _threshold_values(problem, config)
+        values |= _prefetch_values(problem, config)
         values |= _share_values(problem, config, int(values["parts"]))
-    return render(config.template, values)
+    return values
 
 
 def _staged_values(problem: Problem, config: StagedConfig, device: Device) -> dict[str, Value]:
@@ -57,6 +91,15 @@ def _staged_values(problem: Problem, config: StagedConfig, device: Device) -> di
     }
 
 
+def _fill_values(problem: Problem, values: Mapping[str, Value]) -> dict[str, Value]:
+    """How the output is shared out to be filled in: in whole lines of 128 bytes."""
+    programs = int(values["programs" if "programs" in values else "score_programs"])
+    warps = int(values["warps" if "warps" in values else "score_warps"])
+    elements = problem.n_tokens * problem.vocab_size
+    share = -(-elements // (64 * programs)) * 64
+    return {"fill_share": share, "fill_block": min(next_power_of_2(share), 256 * warps)}
+
+
 def _persistent_values(
     problem: Problem, config: PersistentConfig, device: Device
 ) -> dict[str, Value]:
@@ -68,31 +111,45 @@ def _persistent_values(
     }
 
 
-def _threshold_values(problem: Problem, config: TritonConfig) -> dict[str, Value]:
-    """The threshold search: where it starts, how scores lie in lanes, what is prefetched."""
+def _threshold_values(
+    problem: Problem, config: StagedConfig | PersistentConfig | BatchedConfig
+) -> dict[str, Value]:
+    """The threshold search: where it starts, how scores lie in lanes."""
     width = lanes(problem, select_warps(config))
-    least = threshold_quantile(problem, config.slack) - config.prefetch_margin / 100
     return {
         **threshold_values(problem, config.slack),
         "lanes": width,
         "members": -(-problem.n_clusters // width),
-        "prefetch": config.prefetch_margin >= 0,
-        "prefetch_quantile": round(least, 6),
+        "prefetch": False,
     }
 
 
-def _share_values(problem: Problem, config: TritonConfig, parts: int) -> dict[str, Value]:
+def _prefetch_values(
+    problem: Problem, config: StagedConfig | PersistentConfig
+) -> dict[str, Value]:
+    """Which clusters' rows are asked for before it is known whether they are selected."""
+    least = threshold_quantile(problem, config.slack) - config.prefetch_margin / 100
+    return {"prefetch": config.prefetch_margin >= 0, "prefetch_quantile": round(least, 6)}
+
+
+def _share_values(
+    problem: Problem, config: StagedConfig | PersistentConfig, parts: int
+) -> dict[str, Value]:
     """How the selected rows, and the clusters to prefetch from, are shared out among programs."""
     touched = (config.gather_rows - 2) // problem.cluster_size + 2 if config.gather_rows > 1 else 1
-    stripe = -(-problem.n_clusters // parts)
+    spread = SPREAD
+    while spread > 1 and (spread > parts or problem.cluster_bytes % (spread * 16)):
+        spread //= 2
+    stripe = -(-problem.n_clusters // (parts // spread))
     stripe_padded = next_power_of_2(stripe)
     pieces = max(1, select_warps(config) * 32 // stripe_padded)
-    while pieces > 1 and problem.cluster_bytes % (pieces * 16):
+    while pieces > 1 and problem.cluster_bytes % (pieces * spread * 16):
         pieces //= 2
     return {
+        "spread": spread,
         "touched": touched,
         "stripe": stripe,
         "stripe_padded": stripe_padded,
         "pieces": pieces,
-        "piece_bytes": problem.cluster_bytes // pieces,
+        "piece_bytes": problem.cluster_bytes // (pieces * spread),
     }

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -30,22 +31,55 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
+    """The product of two tiles: the interpreter's own multiplies the bits of bf16 as integers."""
+    wide = [builder.create_fp_ext(each, sums.dtype).data for each in (a, b)]
+    return type(sums)(wide[0] @ wide[1] + sums.data, sums.dtype.scalar)
+
+
+@pytest.fixture(autouse=True)
+def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Heads race only in tests that ask for `racing`: compilers would run in all others."""
+    if "racing" not in request.fixturenames:
+        monkeypatch.setattr("flashtune.kernels.head.MOST_SECONDS", 0.0)
+
+
+@pytest.fixture
+def racing() -> None:
+    """Heads of this test race as they do elsewhere."""
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels loaded from here on are run by Triton's interpreter.
 
     What runs a function is settled as it is decorated, so Triton's own library, decorated when
     it was imported, is decorated again. The interpreter may leave its own versions of builtins
-    in `triton.language.core`; they are put back, so that later tests can compile.
+    in `triton.language.core`; they are put back, so that later tests can compile. It cuts float32
+    off to bf16 where compiled kernels round, so that conversion is torch's here.
     """
+    import numpy as np
+    import torch
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
+
+    cut_off = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut_off(values, source, target, rounding)
+        rounded = torch.from_numpy(np.array(values)).bfloat16()
+        return rounded.view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, value in list(vars(tl.core).items()):
         if not name.startswith("__"):
             monkeypatch.setattr(tl.core, name, value)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     again: dict[object, object] = {}
     for module in (tl, tl.standard):
         for name, value in list(vars(module).items()):

@@ -43,7 +43,7 @@ def undocumented(name: str, command: click.Command, text: str) -> list[str]:
         text for option in command.params if isinstance(option, click.Option)
         for text in option.opts
     }  # fmt: skip
-    named = set(re.findall(r"`(--[a-z-]+)[^`]*`", without_code(text)))
+    named = set(re.findall(r"`(--?[a-z][a-z-]*)[^`]*`", without_code(text)))
     return sorted(options ^ named)
 
 

@@ -28,7 +28,8 @@ def loaded_by(statement: str, names: tuple[str, ...]) -> list[str]:
 
 
 def test_the_public_names() -> None:
-    assert flashtune.__all__ == ["FlashHead", "FlashtuneError", "Problem", "__version__"]
+    names = ["FlashHead", "FlashtuneError", "Problem", "__version__", "apply", "remove"]
+    assert flashtune.__all__ == names
     assert dir(flashtune) == sorted(flashtune.__all__)
     for name in flashtune.__all__:
         assert getattr(flashtune, name) is not None
@@ -47,7 +48,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_runtime_loads_nothing_of_the_search() -> None:
     decode = (
         "import torch; from flashtune.kernels.head import FlashHead; "
-        "FlashHead(torch.eye(4), torch.eye(4), torch.arange(4), n_probes=2)(torch.eye(4)); "
+        "w = torch.eye(4); FlashHead(w, w, torch.arange(4), n_probes=2, tune='never')(w); "
         "from flashtune.kernels.binding import compile_step, read_sources; "
         "from flashtune.tuning_db.device import find_device; "
         "read_sources(find_device('h200'), None, [])"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from flashtune.kernels.backend import KernelUse, resident_programs
 from flashtune.kernels.config import Config, slack_of
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.kernels.triton_config import (
     PersistentConfig,
     StagedConfig,
@@ -63,17 +64,22 @@ def predict_us(
         seconds += _stage_s(_score(problem, config, use.programs), use, device)
         seconds += _stage_s(_gather(problem, config, use.programs), use, device)
         return 1e6 * (seconds + slower * ARRIVAL_S)
-    score, gather = needs["score"], needs["gather"]
+    gather = needs["gather"]
     launch = OVERLAPPED_LAUNCH_S if config.pdl else LAUNCH_S
-    seconds = slower * (len(uses) * launch + _selection_s(problem, config))
-    seconds += _stage_s(_score(problem, config, score.programs), score, device)
+    seconds = slower * len(uses) * launch
+    if not isinstance(config, DenseConfig):
+        score = needs["score"]
+        seconds += slower * _selection_s(problem, config)
+        seconds += _stage_s(_score(problem, config, score.programs), score, device)
     seconds += _stage_s(_gather(problem, config, gather.programs), gather, device)
     return 1e6 * (seconds + slower * ARRIVAL_S)
 
 
-def _score(problem: Problem, config: TritonConfig, programs: int) -> Stage:
+def _score(
+    problem: Problem, config: StagedConfig | PersistentConfig | BatchedConfig, programs: int
+) -> Stage:
     tile = config.score_rows * min(config.score_block, problem.hidden_size)
-    depth = max(config.score_stages, config.score_unroll)
+    depth = max(config.score_stages, getattr(config, "score_unroll", 1))
     if isinstance(config, PersistentConfig):
         depth *= config.slab_stages
     width = DTYPE_BYTES[problem.centroid_dtype]
@@ -82,9 +88,14 @@ def _score(problem: Problem, config: TritonConfig, programs: int) -> Stage:
 
 def _gather(problem: Problem, config: TritonConfig, programs: int) -> Stage:
     tile = config.gather_rows * min(config.gather_block, problem.hidden_size)
-    depth = max(config.gather_stages, config.gather_unroll)
-    probes = problem.n_probes + slack_of(config) / 2
-    total = problem.n_tokens * probes * problem.cluster_bytes
+    depth = max(config.gather_stages, getattr(config, "gather_unroll", 1))
+    if isinstance(config, DenseConfig):
+        clusters: float = problem.n_clusters
+    elif isinstance(config, BatchedConfig):
+        clusters = problem.distinct_clusters
+    else:
+        clusters = problem.n_tokens * (problem.n_probes + slack_of(config) / 2)
+    total = clusters * problem.cluster_bytes
     return Stage(total, programs, tile * DTYPE_BYTES[problem.weight_dtype] * depth)
 
 
@@ -100,7 +111,9 @@ def _stage_s(stage: Stage, use: KernelUse, device: Device) -> float:
     return MEMORY_LATENCY_S + spilled * tail * stage.total_bytes / drawn
 
 
-def _selection_s(problem: Problem, config: TritonConfig) -> float:
+def _selection_s(
+    problem: Problem, config: StagedConfig | PersistentConfig | BatchedConfig
+) -> float:
     """Seconds of the search for the threshold at the reference clock, or of `torch.topk`."""
     if isinstance(config, StagedConfig) and config.selection == "torch_topk":
         return TOPK_S * math.sqrt(problem.n_tokens)

@@ -30,7 +30,6 @@ from flashtune.tuning_db.record import Measurement, Record
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
-NOISE = 0.01  # of the default's time; a smaller lead is none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,8 +221,7 @@ class _Run:
         times = [each.median_us for each in self.finals.values() if each.median_us is not None]
         if default is None or default.median_us is None:
             return False
-        noise = max(NOISE * default.median_us, (default.spread_us or 0.0) / 2)
-        return min(times) > default.median_us - noise
+        return min(times) > default.median_us - default.noise_us
 
     def _time_of(self, config: Config) -> float | None:
         found = self.finals.get(config) or self.proposals.known.get(config)

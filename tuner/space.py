@@ -65,10 +65,9 @@ class Space:
         return [
             name
             for name, plan in plans_of(self.device).items()
-            if self.fixed.get("plan", name) == name
-            and all(
-                self.fixed.get(each, knob["default"]) in knob["choices"]
-                for each, knob in knobs(plan).items()
+            if all(
+                value == name if each == "plan" else value in _choices_of(plan, each)
+                for each, value in self.fixed.items()
             )
         ]
 
@@ -225,9 +224,15 @@ def _known_knobs() -> str:
     return ", ".join(dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan)))
 
 
+def _choices_of(plan: type[Config], name: str) -> Choices:
+    """The choices of a knob of a plan; none where the plan has no such knob."""
+    known = knobs(plan)
+    return known[name]["choices"] if name in known else ()
+
+
 def _all_choices(name: str) -> list[Any]:
     """The choices of a knob over all plans that have it."""
-    found = [knobs(plan)[name]["choices"] for plan in PLANS.values() if name in knobs(plan)]
+    found = [_choices_of(plan, name) for plan in PLANS.values()]
     return list(dict.fromkeys(choice for choices in found for choice in choices))
 
 

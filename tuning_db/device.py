@@ -142,6 +142,17 @@ class Toolchain:
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
+    def outdated(self, now: "Toolchain") -> tuple[str, ...]:
+        """The tools whose change since makes a measurement stale, by name.
+
+        Triton's and torch's minor version, the driver, and the compiler of C++ kernels.
+        """
+        return tuple(
+            name
+            for name in (field.name for field in fields(self))
+            if _told_apart(name, getattr(self, name)) != _told_apart(name, getattr(now, name))
+        )
+
     @classmethod
     def from_json(cls, data: Any) -> "Toolchain":
         """Build from a decoded JSON object; raises FlashtuneError on any other key or type."""
@@ -151,6 +162,13 @@ class Toolchain:
         if not all(isinstance(value, str) for value in data.values()):
             raise FlashtuneError("a toolchain's versions must be text")
         return cls(**data)
+
+
+def _told_apart(tool: str, version: str) -> str:
+    """What of a tool's version may change how fast a kernel is."""
+    if tool not in ("triton", "torch"):
+        return version
+    return ".".join(version.partition("+")[0].split(".")[:2])
 
 
 @functools.cache

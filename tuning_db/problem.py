@@ -15,16 +15,18 @@ from typing import Any
 from flashtune.tuning_db.errors import FlashtuneError
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-EPILOGUES = ("argmax",)
+EPILOGUES = ("argmax", "logits")  # what becomes of the candidates' logits
 DEFAULT_PROBES = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Problem:
-    """A FlashHead decode step: score centroids, probe the best clusters, take the best token.
+    """A FlashHead decode step: score centroids, probe the best clusters, take their logits.
 
     Shapes: centroids `[n_clusters, hidden_size]`, weight `[vocab_size, hidden_size]` (rows of a
-    cluster contiguous), hidden states `[n_tokens, hidden_size]`.
+    cluster contiguous), hidden states `[n_tokens, hidden_size]`. The epilogue says what comes
+    out: `argmax` the best token `[n_tokens]`, `logits` `[n_tokens, vocab_size]` in the weight's
+    dtype, filled in where no cluster was probed.
     Raises FlashtuneError when the shape is not one that FlashHead can solve.
     """
 
@@ -79,9 +81,27 @@ class Problem:
         return self.cluster_size * self.hidden_size * DTYPE_BYTES[self.weight_dtype]
 
     @property
+    def distinct_clusters(self) -> float:
+        """How many clusters the tokens together probe, when each probes its own at random."""
+        missed = (1 - self.n_probes / self.n_clusters) ** self.n_tokens
+        return self.n_clusters * (1 - missed)
+
+    @property
+    def read_bytes(self) -> int:
+        """The fewest bytes a step must read: all centroids and every probed cluster, once each."""
+        return self.centroid_bytes + round(self.distinct_clusters * self.cluster_bytes)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the logits that come out, each written once; a token's id counts nothing."""
+        if self.epilogue == "argmax":
+            return 0
+        return self.n_tokens * self.vocab_size * DTYPE_BYTES[self.weight_dtype]
+
+    @property
     def minimum_bytes(self) -> int:
-        """The fewest bytes a step must read from memory: centroids, and each row's own probes."""
-        return self.centroid_bytes + self.n_tokens * self.n_probes * self.cluster_bytes
+        """The fewest bytes a step must read from memory and write to it."""
+        return self.read_bytes + self.written_bytes
 
     @property
     def key(self) -> str:
@@ -105,6 +125,8 @@ class Problem:
             text += f" {self.weight_dtype}"
         if self.centroid_dtype != self.weight_dtype:
             text += f" centroids {self.centroid_dtype}"
+        if self.epilogue != "argmax":
+            text += f" {self.epilogue}"
         return text
 
 
@@ -123,6 +145,7 @@ _SHAPE_KEYS = {
     "probes": "n_probes",
     "tokens": "n_tokens",
     "dtype": "weight_dtype",
+    "epilogue": "epilogue",
 }
 _MOST_DIGITS = 18  # int() refuses thousands of digits with an error of its own
 
@@ -142,7 +165,7 @@ def parse_shape(text: str) -> Problem:
     else:
         raise FlashtuneError(
             f"unknown shape {first!r}: give a preset ({', '.join(PRESETS)}) "
-            "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…]"
+            "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…,epilogue=…]"
         )
     for pair in rest:
         name, _, value = pair.partition("=")
@@ -152,6 +175,8 @@ def parse_shape(text: str) -> Problem:
             )
         if name == "dtype":
             values["weight_dtype"] = values["centroid_dtype"] = value
+        elif name == "epilogue":
+            values["epilogue"] = value
         elif value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
             values[_SHAPE_KEYS[name]] = int(value)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.problem import Problem
 
+NOISE = 0.01  # of a time; a smaller lead is none
 Scalar = int | float | str | bool
 ConfigData = Mapping[str, Scalar]
 
@@ -68,6 +69,11 @@ class Measurement:
             raise ValueError(
                 f"a measurement with outcome {self.outcome.value} and median {self.median_us}"
             )
+
+    @property
+    def noise_us(self) -> float:
+        """By how much another time must be less to be faster: 1 %, or half the spread."""
+        return max(NOISE * (self.median_us or 0.0), (self.spread_us or 0.0) / 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x464C5455  # "FLTU": tells our databases from other programs'
 BUSY_SECONDS = 10.0
-FINAL_POLICY = "final"
+FINAL_POLICY = "final"  # of a search's finalists, timed side by side
+RACE_POLICY = "race"  # of the winner of a race at a model's first load
 
 _MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
 _HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")

@@ -1,12 +1,13 @@
 """Tuning tables: a device's records as reviewed, diff-friendly JSON; prebuilt ones ship with us.
 
 Usage:
-    table = table_from_store(store, "nvidia-h200", per_problem=3)
+    table = table_from_store(store, "nvidia-h200")
     write_table(Path("nvidia-h200.json"), table)
     prebuilt_table("nvidia-h200")  # None when there is none
 
 The text is canonical: records in the order of problem, config and toolchain, so that measuring
 again changes only the lines of what changed, and `dumps_table(loads_table(text)) == text`.
+A problem has one measured record, its winner, or several predicted ones, a shortlist.
 """
 
 import functools
@@ -32,6 +33,7 @@ from flashtune.tuning_db.record import (
     Record,
     config_key,
 )
+from flashtune.tuning_db.shortlist import MOST, shortlist
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 TABLE_VERSION = 1
@@ -132,6 +134,11 @@ def prebuilt_devices() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
 
 
+def prebuilt_paths() -> list[Path]:
+    """The files of the prebuilt tables, in the order of `prebuilt_devices`."""
+    return [Path(str(_PREBUILT / f"{name}.json")) for name in prebuilt_devices()]
+
+
 @functools.cache
 def prebuilt_table(device_name: str) -> TuningTable | None:
     """The table that ships for this device (by name, not alias), or None; read once."""
@@ -146,25 +153,34 @@ def prebuilt_table(device_name: str) -> TuningTable | None:
     return table
 
 
-def table_from_store(store: Store, device: str, *, per_problem: int) -> TuningTable:
-    """The best `per_problem` records of each problem on this device, as a table.
+def table_from_store(
+    store: Store, device: str, *, measured: int = 1, predicted: int = MOST
+) -> TuningTable:
+    """The device's records that are worth shipping, as a table.
 
-    Times of different toolchains don't compare, so that of each problem only the newest
-    toolchain counts among those that measured it, or, where none did, that predicted it.
+    Of each problem the best `measured` records that were measured; where none was, a shortlist
+    of `predicted` ones. Times of different toolchains don't compare, nor those of different
+    cost models, so that only the newest toolchain counts, and of predictions only the newest
+    record's cost model.
     """
     by_problem = defaultdict(list)
     for record in store.records(device=device, ok_only=True):
         by_problem[record.problem].append(record)
     chosen: list[Record] = []
     for records in by_problem.values():
-        measured = [record for record in records if record.provenance is Provenance.MEASURED]
-        newest = max((measured or records), key=_age).toolchain
-        candidates = [record for record in records if record.toolchain == newest]
-        chosen += sorted(candidates, key=_rank)[:per_problem]
+        known = [record for record in records if record.provenance is Provenance.MEASURED]
+        newest = max(known or records, key=toolchain_age)
+        rivals = [each for each in known or records if each.toolchain == newest.toolchain]
+        if known:
+            chosen += sorted(rivals, key=rank)[:measured]
+        else:
+            policy = newest.measurement.policy
+            same = [record for record in rivals if record.measurement.policy == policy]
+            chosen += shortlist(same, predicted)
     return TuningTable(device=device, records=tuple(sorted(chosen, key=_place)))
 
 
-def _age(record: Record) -> tuple[list[list[int]], str]:
+def toolchain_age(record: Record) -> tuple[list[list[int]], str]:
     """Orders records by their toolchain's versions, as numbers, then by time."""
     chain = record.toolchain
     versions = [
@@ -174,7 +190,7 @@ def _age(record: Record) -> tuple[list[list[int]], str]:
     return versions, record.created
 
 
-def _rank(record: Record) -> tuple[bool, bool, float, str]:
+def rank(record: Record) -> tuple[bool, bool, float, str]:
     """Orders OK records, the best first."""
     measurement = record.measurement
     return (

@@ -4,6 +4,7 @@ Usage:
     import flashtune
     head = flashtune.FlashHead(weight, centroids, cluster_assignments)
     token = head(hidden)
+    flashtune.apply(model, head)    # a model of Hugging Face transformers
 
 Importing the package loads nothing but this file; each name loads what it needs.
 """
@@ -13,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashtune.kernels.head import FlashHead
+    from flashtune.kernels.integrations.transformers import apply, remove
     from flashtune.tuning_db.errors import FlashtuneError
     from flashtune.tuning_db.problem import Problem
 
-__all__ = ["FlashHead", "FlashtuneError", "Problem", "__version__"]
+__all__ = ["FlashHead", "FlashtuneError", "Problem", "__version__", "apply", "remove"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "FlashHead": "flashtune.kernels.head",
     "FlashtuneError": "flashtune.tuning_db.errors",
     "Problem": "flashtune.tuning_db.problem",
+    "apply": "flashtune.kernels.integrations.transformers",
+    "remove": "flashtune.kernels.integrations.transformers",
 }
 
 

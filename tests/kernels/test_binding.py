@@ -20,6 +20,7 @@ from flashtune.kernels.config import (
 )
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.layout import Weights
+from flashtune.kernels.reference import decode_logits
 from flashtune.tuning_db import table
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.problem import Problem
@@ -270,6 +271,49 @@ def test_a_step_that_answers_wrongly_is_not_used(
     assert wrong in warnings_of(caplog)[0]
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_a_kernel_tuned_for_tokens_serves_for_logits(
+    database: Path, n_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store(database) as store:
+        store.add(record(TUNED, replace(PROBLEM, n_tokens=n_tokens)))
+    head = make_head(n_probes=32)
+    hidden = states(n_tokens)
+    logits = head.logits(hidden)
+    dense = torch.empty(n_tokens, 512, dtype=torch.float32)
+    dense[:, head.ids.long()] = hidden.float() @ head.weight.float().T
+    assert torch.equal(logits, dense.bfloat16())
+    data = head.explain(n_tokens, epilogue="logits")
+    assert (data["level"], data["problem"]["epilogue"]) == ("nearest_shape", "logits")
+    assert data["config"]["score_rows"] == 8
+    assert {"field": "epilogue", "wanted": "logits", "found": "argmax"} in data["differences"]
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("unwritten", "it leaves logits unwritten"),
+        ("shifted", "its tokens are not the best ones"),
+    ],
+)
+def test_a_step_whose_logits_are_wrong_is_not_used(
+    broken: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        logits = decode_logits(weights, hidden, 4)
+        if broken == "unwritten":
+            logits[0, 5] = out[0, 5]
+        out.copy_(logits.roll(1, dims=1) if broken == "shifted" else logits)
+
+    monkeypatch.setattr(binding, "compile_step", lambda *_: lambda: step)
+    head = make_head()
+    head.logits(states(1))
+    assert head.explain(epilogue="logits")["level"] == "torch"
+    assert message in warnings_of(caplog)[0]
+
+
 def test_every_stream_has_a_step_of_its_own_and_spares_go_first() -> None:
     made = []
 
@@ -302,9 +346,9 @@ def test_a_stream_that_is_captured_first_takes_a_spare_or_plain_torch(
     monkeypatch.setattr(head, "_index", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     compiled = len(faked["compiled"])
-    steps = [head._step(1, stream) for stream in range(3)]
+    steps = [head._step("argmax", 1, stream) for stream in range(3)]
     assert len(faked["compiled"]) == compiled  # nothing compiles while a stream is captured
     assert len(set(map(id, steps))) == 3
     assert [isinstance(step, binding.TorchStep) for step in steps] == [not prepared] * 3
     assert len(warnings_of(caplog)) == (0 if prepared else 1)
-    assert (1, 0) in head._steps or not prepared
+    assert ("argmax", 1, 0) in head._steps or not prepared

@@ -13,19 +13,21 @@ from flashtune.kernels.config import (
     Config,
     PersistentConfig,
     StagedConfig,
+    TritonConfig,
     slack_of,
     why_invalid,
 )
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
-from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
 from flashtune.kernels.reference import Judge
+from flashtune.kernels.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
 from flashtune.kernels.this_cpu import describe_cpu
 from flashtune.kernels.this_device import device_of
 from flashtune.kernels.triton_backend import DecodeStep, load_source
 from flashtune.kernels.triton_source import render_triton
-from flashtune.kernels.workload import POISON, Workload
+from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device, find_device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import EPILOGUES, Problem
 
 # numpy, of NaN and infinities, where the interpreter computes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,6 +39,8 @@ CONFIGS: dict[str, Config] = {
     "threshold_looping": StagedConfig(score_rows=4, score_programs_per_sm=2, select_warps=4),
     "in_gather": IN_GATHER,
     "persistent": PersistentConfig(slack=8),
+    "batched": BatchedConfig(slack=8, score_stages=2),
+    "dense": DenseConfig(gather_rows=32, gather_stages=2),
 }
 ON_SM_90: dict[str, Config] = {
     "torch_topk_pdl": replace(CONFIGS["torch_topk"], pdl=True),
@@ -44,6 +48,8 @@ ON_SM_90: dict[str, Config] = {
     "in_gather_pdl": replace(IN_GATHER, pdl=True),
     "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
+    "batched_pdl": BatchedConfig(pdl=True, slack=0, gather_rows=16, gather_stages=4),
+    "dense_pdl": DenseConfig(pdl=True, gather_rows=128),
 }
 CPU = describe_cpu()
 THREADS = 2 if CPU.sm_count > 1 else 1
@@ -85,10 +91,15 @@ class Runner:
 
     def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
-        if not isinstance(config, StagedConfig | PersistentConfig):
+        if not isinstance(config, TritonConfig):
             return self.step(problem, _narrowed(config, problem), self.device)
-        fitted = replace(config, score_block=self.block, gather_block=self.block)
-        if (config.pdl or config.prefetch_margin >= 0) and self.device.capability < 90:
+        block = self.block // 2 if isinstance(config, TENSOR_PLANS) else self.block
+        blocks = {f"{stage}_block": block for stage in ("score", "gather")}
+        fitted = replace(
+            config, **{name: blocks[name] for name in blocks if hasattr(config, name)}
+        )
+        prefetches = getattr(config, "prefetch_margin", -1) >= 0
+        if (config.pdl or prefetches) and self.device.capability < 90:
             pytest.skip("needs sm_90")
         if isinstance(config, PersistentConfig) and problem.n_tokens > self.device.sm_count:
             pytest.skip("the interpreter runs one program at a time: no barrier between several")
@@ -177,8 +188,18 @@ def runner(case: tuple[str, str], request: pytest.FixtureRequest) -> Runner:
     )
 
 
+@pytest.fixture(params=EPILOGUES)
+def epilogue(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def problem(runner: Runner) -> Problem:
+def problem(runner: Runner, epilogue: str) -> Problem:
+    return replace(runner.problems["twelve"], epilogue=epilogue)
+
+
+@pytest.fixture
+def token_problem(runner: Runner) -> Problem:
     return runner.problems["twelve"]
 
 
@@ -200,10 +221,14 @@ def make_weights(problem: Problem, runner: Runner, seed: int = 0, whole: bool = 
     )
 
 
-def run(step: Step, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-    out = torch.full((hidden.shape[0],), POISON, device=hidden.device)
+def run(step: Step, problem: Problem, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
+    out = poisoned_out(problem, hidden.device)
     step(weights, hidden, out)
     return out
+
+
+def tokens_of(out: torch.Tensor) -> torch.Tensor:
+    return out if out.dim() == 1 else out.argmax(dim=1)
 
 
 def random_states(problem: Problem, runner: Runner, seed: int) -> torch.Tensor:
@@ -216,10 +241,12 @@ def random_states(problem: Problem, runner: Runner, seed: int) -> torch.Tensor:
     ("clusters_of", "probes"),
     [("twelve", "some"), ("twelve", "all"), ("sixteen", "one"), ("sixteen", "some")],
 )
-def test_tokens_are_right(runner: Runner, config: Config, clusters_of: str, probes: str) -> None:
+def test_what_comes_out_is_right(
+    runner: Runner, config: Config, clusters_of: str, probes: str, epilogue: str
+) -> None:
     problem = runner.problems[clusters_of]
     numbers = {"one": 1, "some": problem.n_probes, "all": problem.n_clusters}
-    problem = replace(problem, n_probes=numbers[probes])
+    problem = replace(problem, n_probes=numbers[probes], epilogue=epilogue)
     step = runner.make(problem, config)
     workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
     assert workload.why_wrong(step, slack_of(config)) is None
@@ -234,22 +261,24 @@ def test_each_token_probes_clusters_of_its_own(
     scores = hidden.float() @ weights.centroids.float().T
     probed = scores.topk(problem.n_probes, dim=1).indices.tolist()
     assert len({frozenset(clusters) for clusters in probed}) == 3
-    tokens = run(step, weights, hidden)
+    tokens = run(step, problem, weights, hidden)
     judge = Judge(weights, problem.n_probes)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
-    assert len(set(tokens.tolist())) > 1
+    assert len(set(tokens_of(tokens).tolist())) > 1
 
 
 def test_negative_logits_are_compared_as_numbers(
-    runner: Runner, config: Config, problem: Problem
+    runner: Runner, config: Config, token_problem: Problem
 ) -> None:
-    step = runner.make(problem, config)
-    weights = make_weights(problem, runner)
+    step = runner.make(token_problem, config)
+    weights = make_weights(token_problem, runner)
     weights = replace(weights, weight=-weights.weight.abs())
-    hidden = random_states(problem, runner, seed=2).abs()
+    hidden = random_states(token_problem, runner, seed=2).abs()
     assert bool((weights.weight.float() @ hidden[0].float() < 0).all())
-    tokens = run(step, weights, hidden)
-    assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+    tokens = run(step, token_problem, weights, hidden)
+    assert (
+        Judge(weights, token_problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+    )
 
 
 def test_rows_that_pad_a_cluster_change_nothing(
@@ -272,18 +301,19 @@ def test_rows_that_pad_a_cluster_change_nothing(
 
 
 def test_the_smallest_of_tied_tokens_wins(
-    runner: Runner, config: Config, problem: Problem
+    runner: Runner, config: Config, token_problem: Problem
 ) -> None:
-    step = runner.make(problem, config)
+    step = runner.make(token_problem, config)
     for seed in range(2):
-        weights = make_weights(problem, runner, seed, whole=True)
-        rows = weights.weight.view(problem.n_clusters, -1, problem.hidden_size)
+        weights = make_weights(token_problem, runner, seed, whole=True)
+        rows = weights.weight.view(token_problem.n_clusters, -1, token_problem.hidden_size)
         rows[:, :] = rows[:1, :1]  # all tokens tie
         if seed:
             rows[:, ::2] += 1  # half of each cluster's do, the others lie above or below
-        hidden = torch.ones(1, problem.hidden_size).bfloat16().to(runner.torch_device)
-        judge = Judge(weights, problem.n_probes, exact=True)
-        assert judge.why_wrong(run(step, weights, hidden), hidden, slack_of(config)) is None
+        hidden = torch.ones(1, token_problem.hidden_size).bfloat16().to(runner.torch_device)
+        judge = Judge(weights, token_problem.n_probes, exact=True)
+        out = run(step, token_problem, weights, hidden)
+        assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
 
 def test_whole_numbers_give_the_exact_token(
@@ -294,7 +324,31 @@ def test_whole_numbers_give_the_exact_token(
         weights = make_weights(problem, runner, seed, whole=True)
         hidden = random_states(problem, runner, seed).sign()
         judge = Judge(weights, problem.n_probes, exact=True)
-        assert judge.why_wrong(run(step, weights, hidden), hidden, slack_of(config)) is None
+        out = run(step, problem, weights, hidden)
+        assert judge.why_wrong(out, hidden, slack_of(config)) is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_are_rounded_to_nearest(runner: Runner, config: Config, dtype: str) -> None:
+    """Of whole numbers beyond what the dtype holds exactly: many lie just between two."""
+    problem = replace(
+        runner.problems["twelve"], epilogue="logits", weight_dtype=dtype, centroid_dtype=dtype
+    )
+    if "bf16" in str(getattr(config, "simd", "")) and dtype != "bf16":
+        pytest.skip("these instructions are for bf16")
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner, whole=True)
+    generator = torch.Generator().manual_seed(1)
+    shape = (problem.vocab_size, problem.hidden_size)
+    drawn = torch.randint(-60, 61, shape, generator=generator).to(runner.torch_device)
+    weights = replace(
+        weights,
+        weight=drawn.to(TORCH_DTYPES[dtype]),
+        centroids=weights.centroids.to(TORCH_DTYPES[dtype]),
+    )
+    hidden = 32 * random_states(problem, runner, seed=2).sign().to(TORCH_DTYPES[dtype])
+    judge = Judge(weights, problem.n_probes, exact=True)
+    assert judge.why_wrong(run(step, problem, weights, hidden), hidden, slack_of(config)) is None
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
@@ -304,24 +358,24 @@ def test_a_state_of_zeros_ties_everything(
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
     hidden = torch.full((1, problem.hidden_size), zero).bfloat16().to(runner.torch_device)
-    tokens = run(step, weights, hidden)
+    tokens = run(step, problem, weights, hidden)
     judge = Judge(weights, problem.n_probes, exact=True)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
     if isinstance(step, DecodeStep) and slack_of(config):  # others pick among clusters that tie
-        assert tokens.tolist() == [0]
+        assert tokens_of(tokens).tolist() == [0]
 
 
-def test_signed_zeros_tie(runner: Runner, config: Config, problem: Problem) -> None:
-    problem = replace(problem, n_probes=problem.n_clusters)
+def test_signed_zeros_tie(runner: Runner, config: Config, token_problem: Problem) -> None:
+    problem = replace(token_problem, n_probes=token_problem.n_clusters)
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
     weights.weight[:] = torch.where(weights.ids % 2 == 0, -0.0, 0.0)[:, None]
-    hidden = random_states(problem, runner, seed=4).abs()
-    assert run(step, weights, hidden).tolist() == [0]
+    hidden = random_states(token_problem, runner, seed=4).abs()
+    assert run(step, problem, weights, hidden).tolist() == [0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_state_that_is_not_finite_gives_some_token(
+def test_a_state_that_is_not_finite_leaves_nothing_unwritten(
     runner: Runner, config: Config, problem: Problem, value: float
 ) -> None:
     step = runner.make(problem, config)
@@ -331,8 +385,11 @@ def test_a_state_that_is_not_finite_gives_some_token(
     bad[0, 7] = value
     if isinstance(step, DecodeStep):
         step.scratch.selected.fill_(2**30)  # no cluster that an earlier call listed
-    assert 0 <= run(step, weights, bad).item() < problem.vocab_size
-    tokens = run(step, weights, hidden)  # and the next call is right again
+    out = new_out(problem, hidden.device).fill_(-7)  # NaN may be right here
+    step(weights, bad, out)
+    assert not bool((out == -7).any())
+    assert 0 <= tokens_of(out).item() < problem.vocab_size
+    tokens = run(step, problem, weights, hidden)  # and the next call is right again
     assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
@@ -346,7 +403,7 @@ def test_calls_leave_nothing_behind_for_the_next(
     judge = Judge(weights, problem.n_probes)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
-        tokens = run(step, weights, hidden)
+        tokens = run(step, problem, weights, hidden)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
         if not isinstance(step, DecodeStep) or before is None:
             continue
@@ -403,4 +460,5 @@ def _small_problem(rng: random.Random) -> Problem:
         n_tokens=rng.choice((1, 1, 2)),
         weight_dtype=rng.choice(("bf16", "fp16", "fp32")),
         centroid_dtype=rng.choice(("bf16", "fp16", "fp32")),
+        epilogue=rng.choice(EPILOGUES),
     )

@@ -96,6 +96,22 @@ def test_all_probes_give_the_dense_argmax() -> None:
     assert torch.equal(head(hidden), (hidden @ weight.T).argmax(dim=1))
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 2 * MOST_TOKENS + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_are_the_dense_ones_where_clusters_are_probed(
+    n_tokens: int, dtype: torch.dtype
+) -> None:
+    weight, centroids, assignments = parts(dtype=dtype)
+    head = FlashHead(weight, centroids, assignments, n_probes=3)
+    hidden = whole_numbers(n_tokens, WIDTH, seed=1, dtype=dtype)
+    logits = head.logits(hidden)
+    dense = (hidden.double() @ weight.double().T).to(dtype)
+    probed = (hidden.double() @ centroids.double().T).topk(3).indices
+    candidates = (assignments == probed[:, :, None]).any(dim=1)
+    assert torch.equal(logits, torch.where(candidates, dense, torch.tensor(-1e4, dtype=dtype)))
+    assert torch.equal(logits.argmax(dim=1), head(hidden)) or dtype is not torch.float32
+
+
 def test_ties_give_the_smallest_token() -> None:
     _, centroids, assignments = parts()
     weight = torch.ones(VOCAB, WIDTH)
@@ -367,10 +383,10 @@ def test_on_a_cpu_centroids_are_converted_once() -> None:
     weight, centroids, assignments = parts(dtype=torch.bfloat16)
     head = FlashHead(weight, centroids, assignments, n_probes=3)
     head(torch.zeros(1, WIDTH))
-    step = head._steps[1, 0]
+    step = head._steps["argmax", 1, 0]
     assert vars(step)["_centroids"].dtype is torch.float32
     head(torch.zeros(1, WIDTH))
-    assert head._steps[1, 0] is step
+    assert head._steps["argmax", 1, 0] is step
 
 
 def test_explain_is_json_and_says_what_runs() -> None:
@@ -378,6 +394,9 @@ def test_explain_is_json_and_says_what_runs() -> None:
     data = json.loads(json.dumps(head.explain(3)))
     assert (data["level"], data["device"], data["troubles"]) == ("torch", "cpu", [])
     assert data["problem"]["n_tokens"] == 3
+    assert head.explain(3, epilogue="logits")["problem"]["epilogue"] == "logits"
+    with pytest.raises(FlashtuneError, match="epilogue must be one of argmax, logits"):
+        head.prepare(1, epilogue="beam")
     assert repr(head) == "FlashHead(96x16, n_clusters=12, n_probes=3)"
 
 
@@ -425,12 +444,16 @@ def test_torch_compile_traces_the_whole_call(backend: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert torch.equal(compiled(hidden), model(hidden))
     assert torch.equal(torch.compile(head, fullgraph=True, backend=backend)(hidden), head(hidden))
+    logits = torch.compile(head.logits, fullgraph=True, backend=backend)
+    assert torch.equal(logits(hidden), head.logits(hidden))
 
 
 def test_the_operator_keeps_its_contract() -> None:
     head = FlashHead(**_with())
     hidden = whole_numbers(3, WIDTH, seed=11)
     torch.library.opcheck(torch.ops.flashtune.decode.default, (hidden, head._handle))
+    arguments = (hidden.bfloat16(), head.weight, head._handle)
+    torch.library.opcheck(torch.ops.flashtune.logits.default, arguments)
 
 
 def test_a_compiled_head_that_is_gone_says_so() -> None:

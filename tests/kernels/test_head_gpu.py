@@ -1,12 +1,14 @@
 """The FlashHead module on an NVIDIA GPU."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.reference import Judge
+from flashtune.tuning_db.problem import EPILOGUES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,13 +17,13 @@ pytestmark = [
 SLACK = 64  # the most that any config probes beyond what was asked
 
 
-def make_head(seed: int = 0, n_probes: int = 64) -> FlashHead:
+def make_head(seed: int = 0, n_probes: int = 64, tune: str = "never") -> FlashHead:
     generator = torch.Generator("cuda").manual_seed(seed)
     weight = torch.randn(16384, 512, generator=generator, device="cuda").bfloat16()
     centroids = torch.randn(1024, 512, generator=generator, device="cuda")
     order = torch.randperm(16384, generator=generator, device="cuda")
     unit = torch.nn.functional.normalize(centroids).bfloat16()
-    return FlashHead(weight, unit, order // 16, n_probes=n_probes)
+    return FlashHead(weight, unit, order // 16, n_probes=n_probes, tune=tune)
 
 
 def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
@@ -29,8 +31,8 @@ def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(n_tokens, 512, generator=generator, device="cuda").bfloat16()
 
 
-def why_wrong(head: FlashHead, tokens: torch.Tensor, hidden: torch.Tensor) -> str | None:
-    return Judge(head._weights, head.n_probes).why_wrong(tokens, hidden, SLACK)
+def why_wrong(head: FlashHead, out: torch.Tensor, hidden: torch.Tensor) -> str | None:
+    return Judge(head._weights, head.n_probes).why_wrong(out, hidden, SLACK)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])
@@ -39,8 +41,10 @@ def test_a_kernel_runs_and_its_tokens_are_right(n_tokens: int) -> None:
     for seed in range(3):
         hidden = states(n_tokens, seed)
         assert why_wrong(head, head(hidden), hidden) is None
-    assert head.explain(n_tokens)["level"] != "torch"
-    assert head.explain(n_tokens)["troubles"] == []
+        assert why_wrong(head, head.logits(hidden), hidden) is None
+    for epilogue in EPILOGUES:
+        assert head.explain(n_tokens, epilogue=epilogue)["level"] != "torch"
+        assert head.explain(n_tokens, epilogue=epilogue)["troubles"] == []
 
 
 @pytest.mark.parametrize("warm", ["called", "prepared"])
@@ -60,6 +64,23 @@ def test_a_call_can_be_captured(warm: str) -> None:
         graph.replay()
         assert why_wrong(head, out, fresh) is None
         assert why_wrong(head, head(fresh), fresh) is None  # eager calls between replays
+
+
+def test_logits_can_be_captured_and_fill_their_output_each_time() -> None:
+    head = make_head()
+    head.prepare(2, epilogue="logits")
+    hidden = states(2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head.logits(hidden)
+        tokens = out.argmax(dim=1)
+    for seed in range(3):
+        fresh = states(2, seed)
+        hidden.copy_(fresh)
+        graph.replay()
+        assert why_wrong(head, out, fresh) is None
+        assert torch.equal(tokens, out.argmax(dim=1))
+    assert head.explain(2, epilogue="logits")["level"] != "torch"
 
 
 def test_a_capture_without_preparation_still_answers() -> None:
@@ -145,6 +166,10 @@ def test_torch_compile_traces_it(mode: str) -> None:
     for seed in range(5):
         hidden = states(1, seed)
         assert torch.equal(compiled(hidden).clone(), head(hidden))
+    logits = torch.compile(head.logits, fullgraph=True, mode=mode)
+    for seed in range(5):
+        hidden = states(1, seed)
+        assert why_wrong(head, logits(hidden).clone(), hidden) is None
 
 
 def test_a_head_that_moves_is_bound_again() -> None:
@@ -154,3 +179,40 @@ def test_a_head_that_moves_is_bound_again() -> None:
     head.cuda()
     assert why_wrong(head, head(hidden), hidden) is None
     assert head.explain()["level"] != "torch"
+
+
+@pytest.mark.usefixtures("racing")
+def test_what_was_never_measured_is_raced_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
+    monkeypatch.setattr("flashtune.kernels.binding.prebuilt_devices", lambda: ())
+    head = make_head(tune="race")
+    data = head.explain()
+    assert (data["level"], data["raced"], data["troubles"]) == ("exact", True, [])
+    timed = [each for each in data["race"]["timed"] if each["outcome"] in ("ok", "pruned")]
+    assert len(timed) > 1
+    assert data["median_us"] <= data["race"]["timed"][0]["median_us"]
+    assert data["race"]["seconds"] < 25
+    hidden = states(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    graph.replay()
+    assert why_wrong(head, out, hidden) is None
+    again = make_head(tune="race").explain()
+    assert (again["race"], again["config"]) == (None, data["config"])
+
+
+@pytest.mark.usefixtures("racing")
+def test_nothing_is_raced_while_a_stream_is_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
+    head, hidden = make_head(tune="race"), states(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = head(hidden)
+    graph.replay()
+    assert why_wrong(head, out, hidden) is None
+    assert not (tmp_path / "tuning.db").exists()

@@ -12,6 +12,7 @@ from flashtune.kernels.config import (
     StagedConfig,
     config_data,
     default_config,
+    known_good,
     why_invalid,
 )
 from flashtune.kernels.selection import (
@@ -21,6 +22,7 @@ from flashtune.kernels.selection import (
     Level,
     Source,
     choose,
+    contenders,
     device_distance,
     shape_distance,
 )
@@ -29,6 +31,7 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
 PROBLEM = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+LOGITS = replace(PROBLEM, epilogue="logits")
 SMALLER = replace(PROBLEM, hidden_size=1024)
 TOOLS = Toolchain(triton="3.6.0", torch="2.13.0", driver="580.1")
 H200, ORIN = find_device("nvidia-h200"), find_device("orin")
@@ -221,6 +224,18 @@ def test_explain_is_json_with_everything_in_it() -> None:
     assert (default["source"], default["provenance"]) == ("built in", None)
 
 
+def test_records_of_tokens_serve_for_logits_until_there_are_others() -> None:
+    tokens, other = record(staged(4)), record(staged(2), problem=SMALLER)
+    choice = pick([other, tokens], problem=LOGITS)
+    assert (choice.level, choice.config) == (Level.NEAREST_SHAPE, staged(4))
+    assert choice.differences == (("epilogue", "logits", "argmax"),)
+    assert choice.why.endswith("differs in epilogue (wanted logits, found argmax)")
+    own = record(staged(8), 99.0, problem=LOGITS)
+    assert pick([own, other, tokens], problem=LOGITS).level is Level.EXACT
+    smaller = record(staged(8), problem=replace(SMALLER, epilogue="logits"))
+    assert pick([smaller, tokens], problem=LOGITS).config == staged(4)
+
+
 def test_distances_are_octaves() -> None:
     assert shape_distance(PROBLEM, PROBLEM) == 0
     assert shape_distance(PROBLEM, replace(SMALLER, n_tokens=4)) == pytest.approx(3)
@@ -228,6 +243,67 @@ def test_distances_are_octaves() -> None:
     split = replace(PROBLEM, n_clusters=2 * PROBLEM.n_clusters)
     assert shape_distance(PROBLEM, split) == pytest.approx(2)
     assert shape_distance(PROBLEM, replace(PROBLEM, weight_dtype="fp16")) is None
+    assert shape_distance(PROBLEM, LOGITS) == pytest.approx(0.1)
     twice = replace(H200, memory_bandwidth=2 * H200.memory_bandwidth, sm_count=66)
     assert device_distance(H200, twice) == pytest.approx(2)
     assert device_distance(H200, replace(H200, memory_bandwidth=0.0)) == 0
+
+
+def raced(*records: Record, problem: Problem = PROBLEM) -> list[Config]:
+    return contenders(problem, H200, TOOLS, [Source(name=USER, records=records)])
+
+
+def test_what_is_on_record_for_just_this_is_raced_with_the_default_first() -> None:
+    guesses = [
+        record(staged(rows), rows + 1.0, provenance=Provenance.PREDICTED, toolchain=Toolchain())
+        for rows in (16, 8, 1)
+    ]
+    stale = record(staged(4), 50.0, toolchain=replace(TOOLS, driver="570.1"))
+    near = record(PersistentConfig(), problem=SMALLER)
+    found = raced(*guesses, near, stale)
+    assert found == [default_config(PROBLEM, H200), staged(4), staged(1), staged(8), staged(16)]
+
+
+def test_no_more_than_eight_are_raced_with_the_default_and_none_twice() -> None:
+    knobs = [{"slack": slack, "pdl": pdl} for slack in (0, 8, 32) for pdl in (False, True)]
+    many = [record(staged(rows, **each)) for rows in (1, 4) for each in knobs]
+    default = record(default_config(PROBLEM, H200))
+    found = raced(default, *many)
+    assert len(found) == len(set(found)) == 9
+
+
+def test_where_nothing_is_on_record_near_winners_go_before_what_is_known_to_be_good() -> None:
+    shapes = [replace(PROBLEM, hidden_size=2048 * factor) for factor in (2, 4, 8, 16, 32)]
+    winners = [staged(rows, slack=0) for rows in (1, 4, 8, 16)]
+    near = [record(each, problem=shape) for each, shape in zip(winners, shapes, strict=False)]
+    far = record(staged(2, slack=0), problem=shapes[4])
+    slower = record(staged(1, slack=8), 99.0, problem=shapes[0])
+    default, *found = raced(*near, far, slower)
+    assert found[:4] == winners
+    good = [each for each in known_good(PROBLEM, H200) if each != default]
+    assert found[4:] == good[:4]
+
+
+def test_what_failed_here_is_not_raced_again() -> None:
+    guess = record(staged(4), provenance=Provenance.PREDICTED, toolchain=Toolchain())
+    failed = record(staged(4), outcome=Outcome.WRONG_RESULT)
+    good = next(
+        each for each in known_good(PROBLEM, H200) if each != default_config(PROBLEM, H200)
+    )
+    assert good in raced(guess, failed)
+    assert staged(4) not in raced(guess, failed)
+    assert good not in raced(record(good, outcome=Outcome.CRASH))
+
+
+def test_a_measured_record_of_other_tools_is_stale_and_a_prediction_is_not() -> None:
+    older = replace(TOOLS, triton="3.5.1", torch="2.12.0")
+    choice = pick([record(staged(4), toolchain=older)])
+    assert (choice.stale, choice.settled) == (True, False)
+    assert choice.why.endswith("; stale, for triton and torch changed since")
+    assert choice.explain()["stale"] is True
+    patched = pick([record(staged(4), toolchain=replace(TOOLS, triton="3.6.2"))])
+    assert (patched.stale, patched.settled) == (False, True)
+    guess = pick([record(staged(4), provenance=Provenance.PREDICTED, toolchain=Toolchain())])
+    assert (guess.stale, guess.settled) == (False, False)
+    assert not pick([record(staged(4), problem=SMALLER)]).settled
+    assert not pick([]).settled

@@ -20,7 +20,7 @@ from flashtune.kernels.triton_backend import (
 )
 from flashtune.kernels.triton_source import render_triton
 from flashtune.tuning_db.device import Device, find_device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import EPILOGUES, Problem
 
 PROBLEM = Problem(vocab_size=1536, hidden_size=320, n_clusters=128, n_probes=8)
 CONFIGS: dict[str, Config] = {
@@ -49,9 +49,10 @@ def load(config: Config, device: Device = ORIN) -> ModuleType:
 
 @pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_plan_compiles_without_a_gpu(name: str, device: Device) -> None:
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: str) -> None:
     config = CONFIGS[name]
-    uses = TritonBackend().compile(PROBLEM, config, device)
+    uses = TritonBackend().compile(replace(PROBLEM, epilogue=epilogue), config, device)
     assert [use.kernel for use in uses] == KERNELS[name]
     for use in uses:
         assert 16 <= use.registers <= 255
@@ -59,6 +60,16 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device) -> None:
         assert use.warps in (config.warps,) if name == "persistent" else (4, 16)
         assert 0 <= use.shared_bytes <= device.limits.shared_per_block
         assert use.spilled == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_leave_in_the_weights_dtype_rounded_to_nearest(name: str) -> None:
+    problem = replace(PROBLEM, epilogue="logits")
+    module = load_source(render_triton(problem, CONFIGS[name], H200))
+    kernels = compile_module(module, problem, H200.capability)
+    last = kernels[module.LAUNCHES[-1]["kernel"]].asm["ptx"]
+    assert "cvt.rn.bf16" in last
+    assert "atom" not in last or name == "persistent"  # its barrier
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from flashtune.kernels.config import Config, PersistentConfig, StagedConfig, why_invalid
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.kernels.triton_backend import load_source
 from flashtune.kernels.triton_config import select_warps
 from flashtune.kernels.triton_source import render_triton
@@ -44,9 +45,9 @@ def test_any_valid_config_renders_source_whose_numbers_fit_together(
         ast.parse(source)
         _check_numbers(source, problem, config)
     kinds = {getattr(config, "selection", config.plan) for config in rendered}
-    assert kinds == {"torch_topk", "threshold", "in_gather", "persistent"}
+    assert kinds == {"torch_topk", "threshold", "in_gather", "persistent", "batched", "dense"}
     assert any(config.pdl for config in rendered)
-    assert any(config.prefetch_margin >= 0 for config in rendered)
+    assert any(getattr(config, "prefetch_margin", -1) >= 0 for config in rendered)
 
 
 def _check_numbers(source: str, problem: Problem, config: Config) -> None:
@@ -58,6 +59,15 @@ def _check_numbers(source: str, problem: Problem, config: Config) -> None:
         assert programs["decode"] == numbers["PROGRAMS"]
         assert numbers["SLAB"] * numbers["PROGRAMS"] >= problem.n_clusters
         assert 1 <= numbers["PARTS"] * problem.n_tokens <= numbers["PROGRAMS"]
+    elif isinstance(config, BatchedConfig | DenseConfig):
+        assert programs["gather"] == numbers["PROGRAMS"]
+        assert numbers["TOKENS_PADDED"] >= max(16, problem.n_tokens)
+        share = numbers.get("SHARE", numbers["GATHER_ROWS"])
+        assert numbers["PROGRAMS"] * share >= problem.vocab_size
+        assert isinstance(config, DenseConfig) or share % problem.cluster_size == 0
+        if isinstance(config, BatchedConfig):
+            assert programs["score"] * numbers["SCORE_ROWS"] >= problem.n_clusters
+            assert programs["select"] == problem.n_tokens
     else:
         assert programs["score"] <= numbers["SCORE_TILES"]
         assert numbers["SCORE_TILES"] * numbers["SCORE_ROWS"] >= problem.n_clusters
@@ -66,9 +76,11 @@ def _check_numbers(source: str, problem: Problem, config: Config) -> None:
         assert numbers["LANES"] * numbers["MEMBERS"] >= problem.n_clusters
         assert numbers["MOST"] == problem.n_probes + config.slack
         assert numbers["HAZARD"] > 0
-    if config.prefetch_margin >= 0:
-        assert numbers["STRIPE"] * numbers["PARTS"] >= problem.n_clusters
-        assert numbers["PIECES"] * numbers["PIECE"] == problem.cluster_bytes
+    if getattr(config, "prefetch_margin", -1) >= 0:
+        groups = numbers["PARTS"] // numbers["SPREAD"]
+        assert numbers["STRIPE"] * groups >= problem.n_clusters
+        pieces = numbers["PIECES"] * numbers["SPREAD"]
+        assert pieces * numbers["PIECE"] == problem.cluster_bytes
         assert numbers["PIECE"] % 16 == 0
 
 

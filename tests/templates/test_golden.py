@@ -18,6 +18,7 @@ from flashtune.kernels.config import (
     default_config,
 )
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.kernels.triton_backend import load_source
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -39,6 +40,8 @@ X86 = Device(
     source="nowhere",
 )
 ARM = replace(X86, name="some-arm", title="Some ARM", arch="aarch64-neon_bf16")
+BATCH = replace(QWEN, n_tokens=8)
+LOGITS = replace(QWEN, epilogue="logits")
 FP16 = replace(QWEN, weight_dtype="fp16", centroid_dtype="fp16", n_tokens=2)
 
 CASES: dict[str, tuple[Problem, Config, Device]] = {
@@ -67,6 +70,28 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
     "persistent-orin": (QWEN, PersistentConfig(), ORIN),
     "persistent-prefetch-pdl": (QWEN, PersistentConfig(prefetch_margin=0, pdl=True), H200),
     "persistent-odd": (ODD, PersistentConfig(score_block=64, gather_block=64), ORIN),
+    "batched-orin": (BATCH, BatchedConfig(), ORIN),
+    "batched-odd-pdl": (
+        replace(ODD, n_tokens=17),
+        BatchedConfig(score_block=32, gather_rows=32, gather_block=32, evict="no_hint", pdl=True),
+        H200,
+    ),
+    "dense-pdl": (BATCH, DenseConfig(pdl=True), H200),
+    "batched-logits": (replace(BATCH, epilogue="logits"), BatchedConfig(), H200),
+    "dense-logits": (replace(BATCH, epilogue="logits"), DenseConfig(), H200),
+    "staged-threshold-logits": (LOGITS, StagedConfig(pdl=True), H200),
+    "staged-in_gather-logits-odd": (
+        replace(ODD, epilogue="logits"),
+        StagedConfig(selection="in_gather", score_block=64, gather_block=64),
+        ORIN,
+    ),
+    "persistent-logits": (LOGITS, PersistentConfig(), ORIN),
+    "cpp_fused-logits-fp16": (
+        replace(FP16, epilogue="logits"),
+        CppFusedConfig(simd="avx2", threads=2),
+        X86,
+    ),
+    "cpp_staged-logits": (LOGITS, baseline_config(LOGITS, X86), X86),
     "cpp_fused-x86": (QWEN, default_config(QWEN, X86), X86),
     "cpp_staged-x86": (QWEN, baseline_config(QWEN, X86), X86),
     "cpp_fused-arm": (QWEN, default_config(QWEN, ARM), ARM),

@@ -124,7 +124,14 @@ class TestWhatIsRefused:
             (("render", "--device", "h200"), ["--record", "--device", "--shape"]),
             (("tables", "export", "--device", "gtx", "--output", "x.json"), ["gtx"]),
             (("tables", "export", "--device", "h200"), ["'--output'"]),
+            (
+                ("tables", "export", "--device", "h200", "--output", "x", "--shortlist", "0"),
+                ["'--shortlist'"],
+            ),
             (("tables", "import"), ["FILES"]),
+            (("tables", "merge", "a.json", "-o", "x.json"), ["two tables"]),
+            (("tables", "merge", "a.json", "b.json"), ["'--output'"]),
+            (("tables", "diff", "a.json"), ["'B'"]),
             (("tables", "check", "not-there.json"), ["not-there.json"]),
             (("nonsense",), ["nonsense"]),
         ],
@@ -276,6 +283,44 @@ class TestTables:
         table.write_text(text)
         assert str(table) in refused("tables", "import", table)
 
+    def test_a_table_that_is_not_as_exported_does_not_pass(self, table: Path) -> None:
+        table.write_text(json.dumps(json.loads(table.read_text())))
+        assert "export it again" in refused("tables", "check", table)
+
+    def test_a_failure_does_not_pass(
+        self, table: Path, recorded, problem: Problem, device: Device
+    ) -> None:
+        record = recorded(default_config(problem, device), None)
+        write_table(table, TuningTable(device=device.name, records=(record,)))
+        assert "outcome is crash" in refused("tables", "check", table)
+
+    def test_tables_are_merged_and_compared(
+        self, table: Path, tmp_path: Path, recorded, problem: Problem, device: Device
+    ) -> None:
+        mine, out = tmp_path / "mine.json", tmp_path / "out.json"
+        record = recorded(default_config(problem, device), 6.0)
+        write_table(mine, TuningTable(device=device.name, records=(record,)))
+        text = done("tables", "merge", table, mine, "-o", out)
+        assert f"512x64 c32 p4: {mine}: 6.000 us is faster than 12.000" in text
+        assert out.read_text() == mine.read_text()
+        data = json.loads(done("tables", "merge", out, table, "--output", out, "--json"))
+        [conflict] = data["conflicts"]
+        assert (data["records"], conflict["taken_from"]) == (1, str(out))
+        assert conflict["left"]["measurement"]["median_us"] == 12.0
+        assert out.read_text() == mine.read_text()
+        text = done("tables", "diff", table, mine)
+        assert "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)\n0 shapes are the same" in text
+        assert json.loads(done("tables", "diff", mine, out, "--json"))["same"] == 1
+
+    def test_merging_leaves_the_output_alone_when_a_table_is_bad(
+        self, table: Path, tmp_path: Path
+    ) -> None:
+        bad = tmp_path / "bad.json"
+        bad.write_text("{")
+        before = table.read_text()
+        assert str(bad) in refused("tables", "merge", table, bad, "-o", table)
+        assert table.read_text() == before
+
     def test_exporting_nothing_says_so(self, tmp_path: Path) -> None:
         Store(tmp_path / "usual.db").close()
         error = refused("tables", "export", "--device", "h200", "--output", tmp_path / "out.json")
@@ -387,7 +432,7 @@ class TestAPredictedSearch:
     def test_a_table_goes_round(self, predicted: Predicted, tmp_path: Path) -> None:
         database, data = predicted
         path, other = tmp_path / "orin.json", tmp_path / "other.db"
-        done("tables", "export", "--device", "orin", "--keep", 2, "--output", path,
+        done("tables", "export", "--device", "orin", "--shortlist", 2, "--output", path,
              "--db", database)  # fmt: skip
         assert "2 records" in done("tables", "check", "--compile", path)
         done("tables", "import", path, "--db", other)
@@ -399,7 +444,7 @@ class TestAPredictedSearch:
             winner["measurement"]["median_us"], abs=1e-3
         )
         again = tmp_path / "again.json"
-        done("tables", "export", "--device", "orin", "--keep", 2, "--output", again, "--db", other)
+        done("tables", "export", "--device", "orin", "--output", again, "--db", other)
         assert again.read_text() == path.read_text()
 
 

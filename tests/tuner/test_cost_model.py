@@ -13,6 +13,7 @@ from flashtune.kernels.config import (
     StagedConfig,
     why_invalid,
 )
+from flashtune.kernels.tensor_config import DenseConfig
 from flashtune.tuner.cost_model import predict_us
 from flashtune.tuner.report import floor_us
 from flashtune.tuning_db.device import Device, all_devices, find_device
@@ -28,14 +29,14 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
     if isinstance(config, PersistentConfig):
         rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
     else:
-        rows = {
-            "score": (-(-problem.n_clusters // config.score_rows), config.score_warps),
-            "gather": (
-                problem.n_probes * -(-problem.cluster_size // config.gather_rows),
-                config.gather_warps,
-            ),
-        }
-        if config.selection == "threshold":
+        probes = isinstance(config, StagedConfig)
+        clusters = problem.n_probes if probes else problem.n_clusters
+        tiles = clusters * -(-problem.cluster_size // config.gather_rows)
+        rows = {"gather": (tiles, config.gather_warps)}
+        if not isinstance(config, DenseConfig):
+            scored = -(-problem.n_clusters // config.score_rows)
+            rows["score"] = (scored, config.score_warps)
+        if getattr(config, "selection", "none") == "threshold":
             rows["select"] = (problem.n_tokens, config.select_warps)
     plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
     return [
@@ -114,7 +115,7 @@ def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
 
 def test_predictions_are_finite_and_positive(random_config, random_problem) -> None:
     generator = random.Random(3)
-    seen = {plan: 0 for plan in ("staged", "persistent")}
+    seen = {plan: 0 for plan in ("staged", "persistent", "batched", "dense")}
     for _ in range(10_000):
         config, device = random_config(generator), generator.choice(DEVICES)
         problem = random_problem(generator)

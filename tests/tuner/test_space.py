@@ -129,6 +129,8 @@ def test_every_device_has_starts_of_each_family() -> None:
             ("staged", "threshold"),
             ("staged", "in_gather"),
             ("persistent", None),
+            ("batched", None),
+            ("dense", None),
         }
 
 
@@ -183,10 +185,12 @@ def test_a_config_outside_what_is_fixed_is_not_held() -> None:
 
 
 def test_a_value_of_one_plan_alone_leaves_that_plan() -> None:
-    assert Space(QWEN, H200).plans == ["staged", "persistent"]
+    assert Space(QWEN, H200).plans == ["staged", "persistent", "batched", "dense"]
     assert Space(QWEN, H200, {"gather_rows": 1}).plans == ["staged"]
     assert Space(QWEN, H200, {"gather_rows": 1, "plan": "persistent"}).plans == []
-    assert Space(QWEN, H200, {"programs_per_sm": 2}).plans == ["staged", "persistent"]
+    assert Space(QWEN, H200, {"programs_per_sm": 2}).plans == ["persistent"]
+    assert Space(QWEN, H200, {"selection": "in_gather"}).plans == ["staged"]
+    assert Space(QWEN, H200, {"evict": "no_hint"}).plans == Space(QWEN, H200).plans
 
 
 def test_fixed_values_are_read_as_their_choices_are() -> None:
@@ -236,7 +240,7 @@ def test_a_space_refuses_what_does_not_exist(fixed: dict[str, object]) -> None:
         (QWEN, {"score_stages": 2, "score_unroll": 2}),
         (QWEN, {"plan": "staged", "gather_warps": 32, "gather_rows": 1, "gather_block": 64}),
         (TINY, {"score_block": 4096}),
-        (TINY, {"gather_stages": 4}),
+        (TINY, {"plan": "staged", "gather_stages": 4}),
     ],
     ids=str,
 )  # fmt: skip

@@ -25,6 +25,7 @@ def test_every_field_changes_the_key(problem: Problem) -> None:
         "n_tokens": 2,
         "weight_dtype": "fp16",
         "centroid_dtype": "fp32",
+        "epilogue": "logits",
     }
     keys = {dataclasses.replace(problem, **{name: value}).key for name, value in changes.items()}
     assert len(keys | {problem.key}) == len(changes) + 1
@@ -35,7 +36,12 @@ def test_sizes_in_bytes(problem: Problem) -> None:
     assert problem.centroid_bytes == 64 * 64 * 2
     assert problem.cluster_bytes == 16 * 64 * 2
     two = dataclasses.replace(problem, n_tokens=2, weight_dtype="fp32")
-    assert two.minimum_bytes == 64 * 64 * 2 + 2 * 8 * 16 * 64 * 4
+    distinct = 64 * (1 - (1 - 8 / 64) ** 2)  # 15 of 64 clusters: one in eight is probed twice
+    assert two.distinct_clusters == distinct == 15
+    assert two.minimum_bytes == two.read_bytes == 64 * 64 * 2 + 15 * 16 * 64 * 4
+    logits = dataclasses.replace(two, epilogue="logits")
+    assert logits.read_bytes == two.read_bytes
+    assert logits.minimum_bytes == two.read_bytes + 2 * 1024 * 4
 
 
 @pytest.mark.parametrize(
@@ -71,6 +77,7 @@ def test_describe_names_what_differs(problem: Problem) -> None:
     assert problem.describe() == "1024x64 c64 p8"
     odd = dataclasses.replace(problem, n_tokens=4, weight_dtype="fp16")
     assert odd.describe() == "1024x64 c64 p8 t4 fp16 centroids bf16"
+    assert dataclasses.replace(problem, epilogue="logits").describe() == "1024x64 c64 p8 logits"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -97,6 +104,7 @@ def test_shapes_from_pairs() -> None:
         centroid_dtype="fp16",
     )
     assert parse_shape("qwen3-0.6b, probes=512").n_probes == 512
+    assert parse_shape("qwen3-0.6b,epilogue=logits").epilogue == "logits"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,7 @@ def test_shapes_from_pairs() -> None:
         ("qwen3-0.6b,probes=-1", "must be a whole number, not '-1'"),
         ("qwen3-0.6b,probes=0", "n_probes must be a positive"),
         ("qwen3-0.6b,dtype=int8", "weight_dtype must be one of"),
+        ("qwen3-0.6b,epilogue=beam", "epilogue must be one of argmax, logits, not 'beam'"),
         ("qwen3-0.6b,", "unknown key ''"),
         ("hidden=64", "lacks vocab, clusters"),
         ("vocab=1024,hidden=64,clusters=64,probes=65", "more than n_clusters"),

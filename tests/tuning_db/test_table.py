@@ -270,14 +270,37 @@ def test_a_store_s_best_become_a_table(
             final,
         ):
             store.add(record)
-        best = table_from_store(store, "nvidia-h200", per_problem=2)
-        assert best.records == (final, fast, lone_guess)
-        assert loads_table(dumps_table(best), origin="x") == best
-        one = table_from_store(store, "nvidia-h200", per_problem=1)
-        assert one.records == (final, lone_guess)
-        many = table_from_store(store, "nvidia-h200", per_problem=9)
-        assert [record.config["plan"] for record in many.records] == ["a", "b", "c", "d", "d"]
-        assert table_from_store(store, "gb10", per_problem=2).records == ()
+        usual = table_from_store(store, "nvidia-h200")
+        assert usual.records == (final, lone_guess)
+        assert loads_table(dumps_table(usual), origin="x") == usual
+        many = table_from_store(store, "nvidia-h200", measured=9)
+        assert [record.config["plan"] for record in many.records] == ["a", "b", "c", "d"]
+        assert many.records[3].problem == other  # a prediction is not kept beside a measurement
+        assert table_from_store(store, "gb10").records == ()
+
+
+def test_predictions_become_a_shortlist_of_one_cost_model(
+    tmp_path: Path, make_record: MakeRecord
+) -> None:
+    def guess(median_us: float, number: int, policy: str, created: str) -> Record:
+        return make_record(
+            median_us,
+            provenance=Provenance.PREDICTED,
+            policy=policy,
+            config={"plan": "a", "n": number},
+            created=created,
+        )
+
+    new = [guess(9.0 + n, n, "roofline-2", "2026-02-01T00:00:00Z") for n in range(12)]
+    old = [guess(1.0, 50, "roofline-1", "2026-01-01T00:00:00Z")]
+    with Store(tmp_path / "a.db") as store:
+        for record in [*old, *new]:
+            store.add(record)
+        table = table_from_store(store, "nvidia-h200")
+        assert {record.config["n"] for record in table.records} == set(range(8))
+        assert loads_table(dumps_table(table), origin="x") == table
+        few = table_from_store(store, "nvidia-h200", predicted=2)
+        assert {record.config["n"] for record in few.records} == {0, 1}
 
 
 def test_the_newest_toolchain_that_measured_counts(
@@ -289,7 +312,7 @@ def test_the_newest_toolchain_that_measured_counts(
     with Store(tmp_path / "a.db") as store:
         for record in (old, new, guess):
             store.add(record)
-        assert table_from_store(store, "nvidia-h200", per_problem=5).records == (new,)
+        assert table_from_store(store, "nvidia-h200", measured=5).records == (new,)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""How much memory is left on a device, as far as can be told without taking it.
+
+Usage:
+    free_bytes(weight.device)
+"""
+
+from pathlib import Path
+
+import torch
+
+_MEMORY = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current"),  # version 2
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had on a CUDA device, torch's own reserve counted in, or on a CPU.
+
+    Of a CPU's memory, what is left of the machine's and of its container's limit; nothing where
+    the system tells neither.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    return min(_available(_MEMORY), *_group_rooms(_CGROUP, _CGROUPS))
+
+
+def _available(path: Path) -> int:
+    """MemAvailable of /proc/meminfo, in bytes."""
+    for line in _text(path).splitlines():
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return int(amount.split()[0]) * 1024
+    return 0
+
+
+def _group_rooms(membership: Path, root: Path) -> list[int]:
+    """What each limit on memory of control groups leaves; page cache not in use counts as free."""
+    rooms = [2**63]
+    for line in _text(membership).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        names, top = _GROUP_FILES[controllers], root / controllers
+        for parent in (Path(group), *Path(group).parents):
+            folder = top / parent.relative_to("/")
+            limit, used = (_text(folder / name).strip() for name in names)
+            if limit.isdecimal() and used.isdecimal():
+                stat = dict(each.split() for each in _text(folder / "memory.stat").splitlines())
+                rooms.append(int(limit) - int(used) + int(stat.get("inactive_file", 0)))
+    return rooms
+
+
+def _text(path: Path) -> str:
+    """The file's text; empty where there is none."""
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,346 @@
+"""FlashHead in tiny random models of transformers, whose dense head says what is right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashtune
+from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.integrations.transformers import FlashLinear
+from flashtune.tuning_db.errors import FlashtuneError
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, WIDTH, CLUSTERS = 128, 32, 16
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", {"tie_word_embeddings": True, "sliding_window": 32}),
+}
+GENERATIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "penalised": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without kernels, so that nothing is compiled."""
+    for module in ("binding", "head"):
+        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
+
+
+def make_model(family: str = "llama", **changes: Any) -> Any:
+    prefix, own = FAMILIES[family]
+    config_class = "Gemma3TextConfig" if family == "gemma3" else f"{prefix}Config"
+    config = getattr(transformers, config_class)(**{**SIZES, **own, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():  # far apart, so that rounding swaps no two tokens
+        model.get_output_embeddings().weight.normal_()
+    return model
+
+
+def clusters(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centroids = torch.nn.functional.normalize(torch.randn(CLUSTERS, WIDTH, generator=generator))
+    return centroids, torch.randperm(VOCAB, generator=generator) % CLUSTERS
+
+
+def prompts(batch: int = 2, length: int = 5) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def flash(weight: torch.Tensor, *parts: torch.Tensor, **options: Any) -> FlashHead:
+    return FlashHead(weight, *parts, n_probes=4, **options)
+
+
+def generated(model: Any, **options: Any) -> list[list[int]]:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        tokens = model.generate(prompts(), max_new_tokens=12, **options)
+    found: list[list[int]] = tokens.tolist()
+    return found
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_clusters_probed_the_dense_tokens_are_generated(
+    family: str, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    expected = generated(model, **GENERATIONS[generation])
+    head = flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    calls = []
+    decode = FlashHead.logits
+
+    def counted(self: FlashHead, hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return decode(self, hidden)
+
+    monkeypatch.setattr(FlashHead, "logits", counted)
+    assert generated(model, **GENERATIONS[generation]) == expected
+    assert calls == [head] * 12
+    flashtune.remove(model)
+    assert generated(model, **GENERATIONS[generation]) == expected
+    assert len(calls) == 12
+
+
+def test_only_candidates_are_sampled() -> None:
+    model = make_model()
+    centroids, assignments = clusters()
+    head = flashtune.apply(model, (centroids, assignments), n_probes=2)
+    with torch.no_grad():
+        out = model(prompts(1), logits_to_keep=1, output_hidden_states=True)
+    state = out.hidden_states[-1][0, -1]
+    probed = (centroids @ state).topk(2).indices
+    candidates = [token for token in range(VOCAB) if assignments[token] in probed]
+    dense = torch.nn.functional.linear(state, model.lm_head.weight)
+    torch.testing.assert_close(out.logits[0, 0, candidates], dense[candidates])
+    assert (out.logits[0, 0] != -1e4).nonzero()[:, 0].tolist() == candidates
+    with torch.no_grad():
+        sampled = model.generate(
+            prompts(1).expand(16, -1), max_new_tokens=1, do_sample=True, top_k=0, temperature=9.0
+        )
+    assert set(sampled[:, -1].tolist()) <= set(candidates)
+    assert len(set(sampled[:, -1].tolist())) > 1
+    assert head.n_probes == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_whole_model_is_traced(backend: str) -> None:
+    torch.compiler.reset()
+    model = make_model("qwen3")
+    expected = generated(model)
+    flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        out = compiled(prompts(), logits_to_keep=1, use_cache=False)
+    assert out.logits[:, 0].argmax(dim=1).tolist() == [row[5] for row in expected]
+
+
+def test_generate_compiles_the_whole_step() -> None:
+    torch.compiler.reset()
+    model = make_model()
+    expected = generated(model)
+    flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    compiled = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    assert generated(model, **options) == expected
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 2), (2, 5), (MOST_TOKENS + 1, 1)])
+def test_scoring_and_large_batches_take_the_dense_head(batch: int, length: int) -> None:
+    model = make_model()
+    with torch.no_grad():
+        expected = model(prompts(batch, length)).logits
+        flashtune.apply(model, clusters(), n_probes=1)
+        assert torch.equal(model(prompts(batch, length)).logits, expected)
+        assert not torch.equal(model(prompts(2, 1)).logits, make_model()(prompts(2, 1)).logits)
+
+
+def test_training_takes_the_dense_head() -> None:
+    model, plain = make_model(), make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    for each in (model, plain):
+        each(prompts(2, 1)).logits.square().sum().backward()
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = plain.get_parameter(name).grad
+    assert torch.equal(model.get_parameter(name).grad, expected)
+    assert torch.equal(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_the_plain_model(family: str, tmp_path: Path) -> None:
+    model, plain = make_model(family), make_model(family)
+    flashtune.apply(model, clusters(), n_probes=4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.save_pretrained(tmp_path / "applied")
+    plain.save_pretrained(tmp_path / "plain")
+    names = [path.name for path in (tmp_path / "plain").iterdir()]
+    assert sorted(path.name for path in (tmp_path / "applied").iterdir()) == sorted(names)
+    assert "model.safetensors" in names
+    for name in names:
+        saved = (tmp_path / "applied" / name).read_bytes()
+        assert saved == (tmp_path / "plain" / name).read_bytes()
+    again = type(plain).from_pretrained(tmp_path / "applied")
+    assert generated(again) == generated(plain)
+
+
+def test_a_tied_embedding_stays_tied_and_where_it_was() -> None:
+    model = make_model("qwen3")
+    embedding = model.get_input_embeddings().weight
+    before = embedding.clone()
+    head = flashtune.apply(model, clusters(), n_probes=4)
+    assert model.lm_head.weight is embedding
+    assert torch.equal(embedding, before)
+    assert head.weight.data_ptr() != embedding.data_ptr()
+    model.bfloat16()
+    assert head.weight.dtype is torch.bfloat16
+    flashtune.remove(model)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is embedding
+
+
+def test_a_head_made_beforehand_is_taken() -> None:
+    model = make_model()
+    head = FlashHead(model.lm_head.weight, *clusters(), n_probes=3)
+    assert flashtune.apply(model, head) is head
+    assert model.lm_head.head is head
+    assert model.lm_head.head.explain(epilogue="logits")["problem"]["n_probes"] == 3
+
+
+def without_head(model: Any) -> Any:
+    return model.model
+
+
+def with_adapter(model: Any) -> Any:
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    model.lm_head = LoraLinear(WIDTH, VOCAB, bias=False)
+    return model
+
+
+def with_bias(model: Any) -> Any:
+    model.lm_head = torch.nn.Linear(WIDTH, VOCAB)
+    return model
+
+
+def with_cap(model: Any) -> Any:
+    model.config.final_logit_softcapping = 30.0
+    return model
+
+
+def with_hook(model: Any) -> Any:
+    model.lm_head._hf_hook = object()
+    return model
+
+
+def with_tensor_of_its_own_kind(model: Any) -> Any:
+    class Quantised(torch.Tensor):
+        pass
+
+    weight = model.lm_head.weight.detach().as_subclass(Quantised)
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    return model
+
+
+def applied(model: Any) -> Any:
+    flashtune.apply(model, clusters(), n_probes=4)
+    return model
+
+
+def read_only(model: Any) -> Any:
+    model.set_output_embeddings = lambda _: None
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_head, "LlamaModel has no output head"),
+        (with_adapter, r"LoraLinear, not torch.nn.Linear: merge adapters first"),
+        (with_bias, "the output head has a bias"),
+        (with_cap, "caps its logits softly at 30.0"),
+        (with_hook, "load all of the model on one device"),
+        (with_tensor_of_its_own_kind, "weight is a Quantised on cpu"),
+        (applied, r"applied already: flashtune.remove\(model\) first"),
+        (read_only, "set_output_embeddings does not set its output head"),
+        (lambda model: model.double(), "weight must be bf16, fp16 or fp32"),
+    ],
+)
+def test_a_model_that_cannot_be_helped_is_left_as_it_was(
+    spoil: Callable[[Any], Any], message: str
+) -> None:
+    model = spoil(make_model())
+    head = model.get_output_embeddings()
+    with pytest.raises(FlashtuneError, match=message) as caught:
+        flashtune.apply(model, clusters(), n_probes=4)
+    assert "\n" not in str(caught.value)
+    assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize(
+    ("make_head", "options", "message"),
+    [
+        (
+            lambda weight: flash(weight[:64], clusters()[0], torch.arange(64) // 4),
+            {},
+            "the FlashHead is 64x32 .* output head 128x32: it is of another model",
+        ),
+        (lambda weight: flash(weight.bfloat16(), *clusters()), {}, "dtype is torch.bfloat16"),
+        (lambda weight: flash(-weight, *clusters()), {}, "weight is not the model's"),
+        (
+            lambda weight: flash(weight, *clusters(), release_weight=True),
+            {},
+            "was made with release_weight",
+        ),
+        (
+            lambda weight: flash(weight, *clusters()),
+            {"n_probes": 3},
+            "n_probes 3 is not the FlashHead's 4",
+        ),
+        (
+            lambda _: (clusters()[0], torch.zeros(VOCAB).long()),
+            {"n_probes": 4},
+            "must be of equal size",
+        ),
+        (
+            lambda _: (clusters()[0], torch.arange(VOCAB - 1)),
+            {"n_probes": 4},
+            r"must be \[128\], not \[127\]",
+        ),
+        (lambda _: clusters(), {"n_probes": 17}, "n_probes 17 is more than n_clusters 16"),
+    ],
+)
+def test_a_head_of_another_model_is_refused(
+    make_head: Callable[[torch.Tensor], Any], options: dict[str, int], message: str
+) -> None:
+    model = make_model()
+    before = model.lm_head
+    head = make_head(model.lm_head.weight)
+    with pytest.raises(FlashtuneError, match=message):
+        flashtune.apply(model, head, **options)
+    assert model.lm_head is before
+
+
+def test_removing_what_is_not_there_is_an_error() -> None:
+    with pytest.raises(FlashtuneError, match="nothing to remove"):
+        flashtune.remove(make_model())
+
+
+def test_rows_of_any_shape_are_taken() -> None:
+    model = make_model()
+    head = flashtune.apply(model, clusters(), n_probes=2)
+    linear = model.lm_head
+    assert isinstance(linear, FlashLinear)
+    hidden = torch.randn(3, 1, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(linear(hidden)[:, 0], head.logits(hidden[:, 0]))
+        assert torch.equal(linear(hidden[:, 0]), head.logits(hidden[:, 0]))
+        dense = torch.nn.functional.linear(hidden[0, 0], linear.weight)
+        assert torch.equal(linear(hidden[0, 0]), dense)
+        assert linear(hidden[:0]).shape == (0, 1, VOCAB)

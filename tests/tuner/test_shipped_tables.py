@@ -1,0 +1,42 @@
+"""What ships, as `flashtune tables check` judges it; of each device one config is compiled."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from flashtune.kernels.backend import backend_of
+from flashtune.kernels.config import parse_config
+from flashtune.tuner.cli import cli
+from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.record import Provenance
+from flashtune.tuning_db.shortlist import MOST
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+
+
+def test_every_shipped_table_passes_the_check() -> None:
+    result = CliRunner().invoke(cli, ["tables", "check", "--json"])
+    assert result.exit_code == 0, result.output
+    checked = json.loads(result.stdout)["tables"]
+    assert [row["device"] for row in checked] == list(prebuilt_devices())
+    assert all(row["records"] for row in checked)
+
+
+@pytest.mark.parametrize("name", prebuilt_devices())
+def test_a_problem_has_one_winner_or_a_shortlist(name: str) -> None:
+    table = prebuilt_table(name)
+    assert table is not None
+    for problem in {record.problem for record in table.records}:
+        records = [record for record in table.records if record.problem == problem]
+        measured = [each for each in records if each.provenance is Provenance.MEASURED]
+        assert len(records) <= (1 if measured else MOST)
+
+
+@pytest.mark.parametrize("name", prebuilt_devices())
+def test_its_first_config_compiles_for_the_devices_architecture(name: str) -> None:
+    table = prebuilt_table(name)
+    assert table is not None
+    record = table.records[0]
+    device = find_device(name)
+    uses = backend_of(device).compile(record.problem, parse_config(record.config), device)
+    assert uses and not any(use.spilled for use in uses)

@@ -1,0 +1,63 @@
+"""The lock that processes share: real processes wait for it, die with it, and leave notes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flashtune.tuning_db.lock import hold
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flashtune.tuning_db.lock import hold
+with hold(Path(sys.argv[1]), 5.0) as lock:
+    assert lock is not None
+    lock.note("at work")
+    print("held", flush=True)
+    sys.stdin.readline()
+    lock.note("")
+"""
+
+
+def start_holder(path: Path) -> "subprocess.Popen[str]":
+    """A process that holds the lock until it is sent a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_another_waits_until_it_is_free(tmp_path: Path) -> None:
+    process = start_holder(tmp_path / "lock")
+    with hold(tmp_path / "lock", 0.2) as lock:
+        assert lock is None
+    process.communicate("go on\n")
+    assert process.returncode == 0
+    with hold(tmp_path / "lock", 0.0) as lock:
+        assert lock is not None and lock.left == ""
+
+
+def test_the_death_of_its_holder_frees_it_and_leaves_the_note(tmp_path: Path) -> None:
+    process = start_holder(tmp_path / "lock")
+    process.kill()
+    process.communicate()
+    with hold(tmp_path / "lock", 5.0) as lock:
+        assert lock is not None and lock.left == "at work"
+        lock.note("a")
+        lock.note("")
+    with hold(tmp_path / "lock", 5.0) as lock:
+        assert lock is not None and lock.left == ""
+
+
+def test_two_holds_in_one_process_exclude_each_other(tmp_path: Path) -> None:
+    with hold(tmp_path / "lock", 0.0) as lock:
+        assert lock is not None
+        start = time.monotonic()
+        with hold(tmp_path / "lock", 0.3) as other:
+            assert other is None
+        assert time.monotonic() - start >= 0.3

@@ -1,0 +1,68 @@
+"""Which predicted configs are raced: the rule, on records made for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flashtune.tuning_db.record import Record
+from flashtune.tuning_db.shortlist import MOST, knobs_apart, shortlist
+
+MakeRecord = Callable[..., Record]
+Staged = Callable[..., Record]
+
+
+@pytest.fixture
+def staged(make_record: MakeRecord) -> Staged:
+    """A predicted config: `staged(10.0, a=1)`, of one family unless it is given another."""
+
+    def make(median_us: float | None, plan: str = "staged", **knobs: Any) -> Record:
+        config = {"plan": plan, "selection": "threshold", "a": 0, "b": 0, "c": 0, **knobs}
+        return make_record(median_us, config=config, policy="roofline-1")
+
+    return make
+
+
+def test_each_familys_fastest_is_there_however_slow(staged: Staged) -> None:
+    favourites = [staged(10.0 + n / 100, a=n) for n in range(20)]
+    others = [
+        staged(50.0, selection="torch_topk"),
+        staged(40.0, plan="persistent"),
+        staged(41.0, plan="persistent", a=1),
+    ]
+    chosen = shortlist([*others, *favourites])
+    assert len(chosen) == MOST
+    assert chosen[-2:] == [others[1], others[0]]
+    assert others[2] not in chosen
+    assert chosen == sorted(chosen, key=lambda record: record.measurement.median_us or 0.0)
+
+
+def test_of_more_families_than_places_the_fastest_are_kept(staged: Staged) -> None:
+    records = [staged(float(n), plan=f"plan{n}") for n in range(1, 12)]
+    assert shortlist(records) == records[:MOST]
+
+
+def test_a_config_unlike_the_chosen_goes_before_a_slightly_faster_twin(staged: Staged) -> None:
+    best = staged(10.0)
+    twin, unlike = staged(10.1, a=1), staged(10.5, a=1, b=1, c=1)  # count as 11.11 and 10.85
+    assert shortlist([best, twin, unlike], 2) == [best, unlike]
+    far_slower = staged(10.9, a=1, b=1, c=1)  # counts as 11.26
+    assert shortlist([best, twin, far_slower], 2) == [best, twin]
+
+
+def test_likeness_is_to_the_nearest_of_all_that_were_chosen(staged: Staged) -> None:
+    best, second = staged(10.0), staged(10.1, a=1, b=1, c=1)
+    twin_of_second, third = staged(10.2, a=1, b=1, c=2), staged(10.6, a=2, b=2, c=3)
+    assert shortlist([best, second, twin_of_second, third], 3) == [best, second, third]
+
+
+def test_failures_and_ties(staged: Staged) -> None:
+    assert shortlist([]) == []
+    assert shortlist([staged(None)]) == []
+    tied = [staged(10.0, a=n) for n in range(4)]
+    assert shortlist(tied[::-1], 3) == shortlist(tied, 3) == tied[:3]
+
+
+def test_knobs_apart_counts_what_only_one_has() -> None:
+    assert knobs_apart({"plan": "a", "x": 1}, {"plan": "a", "x": 1}) == 0
+    assert knobs_apart({"plan": "a", "x": 1}, {"plan": "b", "y": 1}) == 3
