@@ -95,6 +95,35 @@ def test_a_capture_without_preparation_still_answers() -> None:
     assert head.explain()["level"] != "torch"
 
 
+def test_an_uneven_vocabulary_and_special_tokens() -> None:
+    """Eager and captured, with logits of both signs, against all that may be candidates."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    vocab, clusters, special = 16384 - 5, 1024, [7, 9000]
+    weight = torch.randn(vocab, 512, generator=generator, device="cuda").abs().bfloat16()
+    centroids = torch.randn(clusters, 512, generator=generator, device="cuda").bfloat16()
+    weight[special] *= 1.5
+    assignments = torch.arange(vocab, device="cuda") % clusters
+    hidden = states(2)
+    for sign in (1, -1):
+        rows = sign * weight
+        plain = FlashHead(rows, centroids, assignments, n_probes=64)
+        head = FlashHead(rows, centroids, assignments, n_probes=64, special_token_ids=special)
+        head.prepare(2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = head(hidden)
+        for seed in range(3):
+            hidden.copy_(states(2, seed).abs() if seed else states(2, seed))
+            graph.replay()
+            logits = hidden.double() @ rows.double().T
+            found = plain(hidden)
+            assert why_wrong(plain, found, hidden) is None and int(found.max()) < vocab
+            for row, token in enumerate(found.tolist()):
+                best = max([token, *special], key=lambda token, row=row: logits[row, token])
+                assert head(hidden)[row] == out[row] == best
+        assert head.explain(2)["level"] != "torch"
+
+
 def test_two_streams_do_not_disturb_each_other() -> None:
     head = make_head()
     inputs = [states(1, seed) for seed in range(2)]

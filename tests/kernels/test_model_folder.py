@@ -107,6 +107,14 @@ class TestReading:
         folder = write(tensors={name: weight()}, shards=shards)
         assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
 
+    def test_no_file_is_written_to(self, write: Write) -> None:
+        """The weight is permuted in memory that may be the file's own, mapped."""
+        folder = write({"flash_head_special_token_ids": [3]})
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+        head = FlashHead.from_pretrained(folder)
+        assert not torch.equal(head.weight, weight())
+        assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+
     def test_a_head_of_its_own_goes_before_the_embedding(self, write: Write) -> None:
         tensors = {"model.embed_tokens.weight": weight(seed=5), "lm_head.weight": weight()}
         head = FlashHead.from_pretrained(str(write(tensors=tensors)))
@@ -193,6 +201,8 @@ class TestRefusals:
         [
             ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "found ['centroids']"),
             (assets(centroids=torch.zeros(2, 1, WIDTH, CLUSTERS)), "shape [2, 1, 8, 12]"),
+            (assets(centroids=torch.zeros(WIDTH, 0)), "centroids has shape [8, 0]"),
+            (assets(cluster_assignments=torch.zeros(0).long()), "assignments has shape [0]"),
             (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids are 12 wide"),
             (
                 assets(centroids=torch.zeros(WIDTH, CLUSTERS).int()),
