@@ -19,6 +19,7 @@ from flashtune.kernels.model_folder import read_model
 from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
+from flashtune.tuner.model import model
 from flashtune.tuner.model_commands import cluster, quality
 from flashtune.tuner.proposal import SAMPLERS
 from flashtune.tuner.report import devices_table, records_table, results_table
@@ -93,6 +94,7 @@ def cli() -> None:
 
 
 cli.add_command(tables)
+cli.add_command(model)
 cli.add_command(cluster)
 cli.add_command(quality)
 

@@ -16,10 +16,11 @@ from typing import Protocol
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
-from flashtune.tuner.cost_model import VERSION, predict_us
+from flashtune.tuner.cost_model import VERSION, predict
 from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.task import Reply, Task
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 
@@ -109,8 +110,16 @@ class PredictingEvaluator:
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
-        time_us = predict_us(self._problem, config, self._device, reply.uses)
-        return Measurement(outcome=Outcome.OK, median_us=time_us, policy=VERSION)
+        try:
+            prediction = predict(self._problem, config, self._device, reply.uses)
+        except FlashtuneError as error:  # a plan that the cost model does not cover
+            return Measurement(outcome=Outcome.INVALID, error=str(error))
+        return Measurement(
+            outcome=Outcome.OK,
+            median_us=prediction.time_us,
+            spread_us=prediction.high_us - prediction.low_us,
+            policy=VERSION,
+        )
 
 
 class MeasuringEvaluator:
