@@ -21,6 +21,7 @@ from flashtune.kernels.this_device import named_device
 from flashtune.tuner.lookup import best_record
 from flashtune.tuner.model_commands import cluster, quality
 from flashtune.tuner.proposal import SAMPLERS
+from flashtune.tuner.remote import RemoteMachine, find_machine
 from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
 from flashtune.tuner.space import parse_fixed
@@ -121,6 +122,13 @@ cli.add_command(quality)
     help="Compilers at a time.",
 )
 @click.option("--fix", "fixed", type=FIX, multiple=True, help="Search only where KNOB=VALUE.")
+@click.option("--remote", metavar="DESTINATION", help="Measure there, over ssh.")
+@click.option(
+    "--remote-python",
+    default="python3",
+    show_default=True,
+    help="The Python there that has torch and Triton.",
+)
 @_database
 @_json
 def search(
@@ -133,14 +141,17 @@ def search(
     seed: int,
     jobs: int,
     fixed: Sequence[tuple[str, Any]],
+    remote: str | None,
+    remote_python: str,
     database: Path | None,
     as_json: bool,
 ) -> None:
     """Search for the fastest kernel of each shape on a device.
 
     On the device itself every config is verified and measured. For a device that is not here,
-    configs are cross-compiled and their times predicted, and records say so. Run the same
-    command again to go on where an interrupted search was.
+    configs are cross-compiled and their times predicted, and records say so. With --remote
+    they are measured on the machine that ssh reaches under that name; it needs Python, torch
+    and Triton. Run the same command again to go on where an interrupted search was.
 
     \b
     Examples:
@@ -148,12 +159,14 @@ def search(
       flashtune search --shape vocab=151936,hidden=2048,clusters=9496,probes=512 --trials 300
       flashtune search --model ./my-model --timeout 120 --json
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
+      flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
     """
     problems = list(dict.fromkeys([*shapes, *models]))
     if not problems:
         raise click.UsageError("give at least one --shape or --model")
+    machine = _connect(remote, device, remote_python) if remote is not None else None
     request = SearchRequest(
-        device=device or this_device(),
+        device=machine.device if machine else device or this_device(),
         problems=problems,
         trials=trials,
         timeout_s=timeout,
@@ -161,6 +174,7 @@ def search(
         seed=seed,
         jobs=jobs,
         fixed=dict(fixed),
+        remote=machine,
     )
     with Store(database or default_path()) as store:
         session = Session(request, store)
@@ -177,6 +191,16 @@ def search(
         Console().print(results_table(results, request.device, session.provenance))
     if session.cancelled:
         raise click.exceptions.Exit(130)
+
+
+def _connect(destination: str, device: Device | None, python: str) -> RemoteMachine:
+    click.echo(f"connecting to {destination}", err=True)
+    try:
+        machine = find_machine(destination, device, python)
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(130) from None
+    click.echo(machine.describe(), err=True)
+    return machine
 
 
 @cli.command()

@@ -50,14 +50,11 @@ class Task:
     def from_json(cls, line: str) -> "Task":
         """Read `to_json`'s line back; configs pass their own validation."""
         data = json.loads(line)
-        device = data["device"]
-        for name in ("aliases", "reported_names"):
-            device[name] = tuple(device[name])
         return cls(
             kind=data["kind"],
             problem=Problem.from_json(data["problem"]),
             configs=tuple(parse_config(config) for config in data["configs"]),
-            device=Device(**device),
+            device=Device.from_json(data["device"]),
             seed=data["seed"],
             best_us=data["best_us"],
             sources=tuple(data["sources"]),

@@ -18,6 +18,7 @@ from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.search import Budget, Event, search
 from flashtune.tuner.space import Space
 from flashtune.tuner.task import Reply, Task
+from flashtune.tuner.transport import LocalTransport
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -52,7 +53,7 @@ def task(problem: Problem, device: Device) -> Callable[[int], Task]:
 
 @pytest.fixture
 def workers() -> Iterator[WorkerPool]:
-    with WorkerPool(1, COMMAND) as workers:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
         yield workers
 
 
@@ -155,7 +156,7 @@ def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
 
 
 def test_tasks_are_shared_out_over_the_workers(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
             workers.submit(task(what), PATIENCE)
         answered: list[tuple[Task, Reply]] = []
@@ -167,7 +168,7 @@ def test_tasks_are_shared_out_over_the_workers(task) -> None:
 
 
 def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
         [busy] = [each.popen.pid for each in workers._processes if each.popen.pid != idle]
@@ -186,7 +187,7 @@ def test_cancelling_forgets_what_waits(workers: WorkerPool, task) -> None:
 
 
 def test_closing_leaves_no_process_behind(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         grandchild = answer_of_another(workers, task(stub.SPAWN))
         pids = [each.popen.pid for each in workers._processes]
@@ -233,8 +234,8 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
         if event.comparing:
             before_finals.extend(store.records())
 
-    command = (sys.executable, str(faulty_script))
-    with WorkerPool(1, command) as compilers, WorkerPool(1, command) as measurer:
+    transport = LocalTransport((sys.executable, str(faulty_script)))
+    with WorkerPool(1, transport) as compilers, WorkerPool(1, transport) as measurer:
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
         result = search(
             space,
