@@ -25,6 +25,7 @@ from flashtune.tuner.remote import RemoteMachine, find_machine
 from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
 from flashtune.tuner.space import parse_fixed
+from flashtune.tuner.ssh import PYTHON
 from flashtune.tuner.tables import tables
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
@@ -125,8 +126,8 @@ cli.add_command(quality)
 @click.option("--remote", metavar="DESTINATION", help="Measure there, over ssh.")
 @click.option(
     "--remote-python",
-    default="python3",
-    show_default=True,
+    metavar="PYTHON",
+    show_default="python3",
     help="The Python there that has torch and Triton.",
 )
 @_database
@@ -142,7 +143,7 @@ def search(
     jobs: int,
     fixed: Sequence[tuple[str, Any]],
     remote: str | None,
-    remote_python: str,
+    remote_python: str | None,
     database: Path | None,
     as_json: bool,
 ) -> None:
@@ -164,7 +165,9 @@ def search(
     problems = list(dict.fromkeys([*shapes, *models]))
     if not problems:
         raise click.UsageError("give at least one --shape or --model")
-    machine = _connect(remote, device, remote_python) if remote is not None else None
+    if remote_python is not None and remote is None:
+        raise click.UsageError("--remote-python is about another machine: give --remote too")
+    machine = _connect(remote, device, remote_python or PYTHON) if remote is not None else None
     request = SearchRequest(
         device=machine.device if machine else device or this_device(),
         problems=problems,

@@ -8,11 +8,12 @@ Usage:
 
 import json
 import selectors
+import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from flashtune.tuner.ssh import NOT_FOUND, SshTransport
+from flashtune.tuner.ssh import NOT_FOUND, PYTHON, SshTransport
 from flashtune.tuner.transport import Transport
 from flashtune.tuner.worker_process import WorkerProcess
 from flashtune.tuning_db.device import Device, Toolchain
@@ -48,9 +49,7 @@ class RemoteMachine:
         return f"{self.destination}: {', '.join(filter(None, [found, tools.compiler]))}"
 
 
-def find_machine(
-    destination: str, wanted: Device | None, python: str = "python3"
-) -> RemoteMachine:
+def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) -> RemoteMachine:
     """Connect, and see that the machine has the device that is wanted, or which it has.
 
     Of the wanted device `cpu`, whatever CPU the machine has is meant. Raises FlashtuneError when
@@ -95,10 +94,9 @@ def _choose(
 
 def _report(transport: SshTransport) -> dict[str, Any]:
     """What far_device.py prints there."""
-    try:
-        process = WorkerProcess(transport)
-    except FileNotFoundError as error:
-        raise FlashtuneError("there is no ssh here: install OpenSSH's client") from error
+    if shutil.which(transport.command[0]) is None:
+        raise FlashtuneError("there is no ssh here: install OpenSSH's client")
+    process = WorkerProcess(transport)
     patience = 0.0
     try:
         line = _line(process)
@@ -110,7 +108,7 @@ def _report(transport: SshTransport) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(line)
         return report
     if ending.why_lost:
-        raise FlashtuneError(f"{ending.why_lost} (see that `ssh {host}` works)")
+        raise FlashtuneError(f"{ending.why_lost}; see that `ssh {host}` works")
     if ending.code == NOT_FOUND:
         raise FlashtuneError(f"{host} has no {transport.python}: name a Python by --remote-python")
     why = ending.said or f"the Python there ended with exit code {ending.code}"

@@ -25,6 +25,7 @@ from pathlib import Path
 import flashtune
 from flashtune.tuner.far_end import GREETING
 
+PYTHON = "python3"
 LEAST_PYTHON = (3, 10)
 LOST = 255  # ssh's exit code for every trouble of its own
 NOT_FOUND = 127  # a shell's
@@ -48,7 +49,7 @@ class SshTransport:
     """
 
     destination: str
-    python: str = "python3"
+    python: str = PYTHON
     module: str = "flashtune.tuner.worker"
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -88,7 +89,8 @@ class SshTransport:
             return None
         lines = errors.strip().splitlines() or ["the connection was lost"]
         said = " ".join(lines[-2:] if lines[-1].startswith("Host key") else lines[-1:])
-        return f"ssh {self.destination}: {' '.join(said.removeprefix('ssh: ').split())}"
+        said = " ".join(said.removeprefix("ssh: ").split()).rstrip(".")
+        return f"ssh {self.destination}: {said}"
 
     def exit_code(self, code: int) -> int:
         """far_end.py ends as a shell does: 128 and more for a signal."""

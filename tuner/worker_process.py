@@ -44,7 +44,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C is for the search, which then ends its workers
-            pipesize=PIPE_BYTES,
+            pipesize=PIPE_BYTES if transport.preamble else -1,
         )
         assert self.popen.stdin and self.popen.stdout
         self.stdin, self.stdout = self.popen.stdin, self.popen.stdout
