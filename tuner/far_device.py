@@ -4,9 +4,11 @@ Usage:
     python -m flashtune.tuner.far_device
 
 `trouble` says why nothing can be tuned there; else `gpu` and `cpu` each have their own `trouble`,
-or a `device` with its `toolchain`.
+or a `device` with its `toolchain`. For each line with what `read_sources` renders for the CPU it
+then prints the bandwidth of its memory in bytes/s.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -22,8 +24,15 @@ LEAST = {"torch": (2, 8), "triton": (3, 6)}
 
 
 def main() -> None:
-    """Print the report."""
-    print(json.dumps(report()), flush=True)
+    """Print the report, then bandwidths until standard input ends."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what is imported may print
+        print(json.dumps(report()), file=answers, flush=True)
+        for line in sys.stdin:
+            from flashtune.kernels.this_cpu import describe_cpu, known_bandwidth
+
+            bandwidth = known_bandwidth(describe_cpu(), json.loads(line))
+            print(bandwidth, file=answers, flush=True)
 
 
 def report() -> dict[str, Any]:

@@ -10,16 +10,18 @@ import json
 import selectors
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flashtune.kernels.read_bandwidth import read_sources
 from flashtune.tuner.ssh import NOT_FOUND, PYTHON, SshTransport
 from flashtune.tuner.transport import Transport
-from flashtune.tuner.worker_process import WorkerProcess
+from flashtune.tuner.worker_process import Ending, WorkerProcess
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 
-LAST_SECONDS = 5.0  # for a process that has answered, or closed its output, to be gone
+FAR_DEVICE = "flashtune.tuner.far_device"
+LAST_SECONDS = 5.0  # for a process that has closed its output to be gone
 FIND_SECONDS = 180.0  # to connect, and for a small machine to import torch and Triton
 
 
@@ -57,13 +59,17 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
     """
     if destination.startswith("-") or not destination.strip():
         raise FlashtuneError(f"{destination!r} is no destination for ssh: give user@host")
-    transport = SshTransport(
-        destination=destination, python=python, module="flashtune.tuner.far_device"
-    )
-    report = _report(transport)
-    if report["trouble"]:
-        raise FlashtuneError(f"{destination}: {report['trouble']}")
-    device, toolchain = _choose(destination, report, wanted)
+    asked = SshTransport(destination=destination, python=python, module=FAR_DEVICE)
+    if shutil.which(asked.command[0]) is None:
+        raise FlashtuneError("there is no ssh here: install OpenSSH's client")
+    process = WorkerProcess(asked)
+    try:
+        device, toolchain = _choose(destination, json.loads(_answer(process, asked)), wanted)
+        if device.vendor == "cpu":
+            process.write(json.dumps(read_sources(device)))
+            device = replace(device, memory_bandwidth=float(_answer(process, asked)))
+    finally:
+        process.end()
     return RemoteMachine(
         destination=destination,
         device=device,
@@ -76,6 +82,8 @@ def _choose(
     destination: str, report: dict[str, Any], wanted: Device | None
 ) -> tuple[Device, Toolchain]:
     """The wanted device of those found; without a wish the GPU, else the CPU."""
+    if report["trouble"]:
+        raise FlashtuneError(f"{destination}: {report['trouble']}")
     gpu, cpu = report["gpu"], report["cpu"]
     if wanted is None:
         found = cpu if gpu["trouble"] else gpu
@@ -92,31 +100,8 @@ def _choose(
     return device, Toolchain.from_json(found["toolchain"])
 
 
-def _report(transport: SshTransport) -> dict[str, Any]:
-    """What far_device.py prints there."""
-    if shutil.which(transport.command[0]) is None:
-        raise FlashtuneError("there is no ssh here: install OpenSSH's client")
-    process = WorkerProcess(transport)
-    patience = 0.0
-    try:
-        line = _line(process)
-        patience = LAST_SECONDS
-    finally:
-        ending = process.end(patience)
-    host = transport.destination
-    if line is not None:
-        report: dict[str, Any] = json.loads(line)
-        return report
-    if ending.why_lost:
-        raise FlashtuneError(f"{ending.why_lost}; see that `ssh {host}` works")
-    if ending.code == NOT_FOUND:
-        raise FlashtuneError(f"{host} has no {transport.python}: name a Python by --remote-python")
-    why = ending.said or f"the Python there ended with exit code {ending.code}"
-    raise FlashtuneError(f"{host}: {why}")
-
-
-def _line(process: WorkerProcess) -> str | None:
-    """The first line, None when the process ends without; FlashtuneError when that takes long."""
+def _answer(process: WorkerProcess, transport: SshTransport) -> str:
+    """The next line of the far process; raises FlashtuneError where none comes."""
     end = time.monotonic() + FIND_SECONDS
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -125,5 +110,18 @@ def _line(process: WorkerProcess) -> str | None:
                 if selector.select(1.0) and (line := process.read()) is not None:
                     return line
             except EOFError:
-                return None
-    raise FlashtuneError(f"no answer in {FIND_SECONDS:.0f} s: see that ssh works, and try again")
+                raise FlashtuneError(_why_none(process.end(LAST_SECONDS), transport)) from None
+    host = transport.destination
+    raise FlashtuneError(
+        f"no answer from {host} in {FIND_SECONDS:.0f} s: see that `ssh {host}` works"
+    )
+
+
+def _why_none(ending: Ending, transport: SshTransport) -> str:
+    """Why a far process ended before it answered."""
+    host = transport.destination
+    if ending.why_lost:
+        return f"{ending.why_lost}; see that `ssh {host}` works"
+    if ending.code == NOT_FOUND:
+        return f"{host} has no {transport.python}: name a Python by --remote-python"
+    return f"{host}: {ending.said or f'the Python there ended with exit code {ending.code}'}"

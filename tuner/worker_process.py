@@ -51,6 +51,7 @@ class WorkerProcess:
         os.set_blocking(self.stdout.fileno(), False)
         self._buffer = b""
         self._errors_from = 0
+        self._ending: Ending | None = None
         self.connected = not transport.greeting
         self._write(transport.preamble)
 
@@ -88,7 +89,12 @@ class WorkerProcess:
             self._errors_from = os.fstat(self._errors.fileno()).st_size
 
     def end(self, patience: float = 0.0) -> Ending:
-        """Kill it with all that it started, unless it ends by itself within `patience` seconds."""
+        """Kill it with all that it started, unless it ends by itself within `patience` seconds.
+
+        Said once more, it is the same ending.
+        """
+        if self._ending is not None:
+            return self._ending
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(patience)
         with contextlib.suppress(ProcessLookupError):
@@ -101,8 +107,9 @@ class WorkerProcess:
         for stream in (self.stdin, self.stdout, self._errors):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
-        return Ending(
+        self._ending = Ending(
             code=self._transport.exit_code(code),
             said=said[-1] if said else "",
             why_lost=why_lost,
         )
+        return self._ending

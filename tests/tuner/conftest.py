@@ -227,13 +227,16 @@ class Far:
     def __init__(self, server: SshServer, folder: Path) -> None:
         self.server, self._folder = server, folder
 
-    def python(self, name: str = "far", site: str = "") -> str:
-        """A Python there, in whose processes `site` is run first. It can import test workers."""
-        folder = self._folder / name
+    def python(self, site: str = "", cache: Path | None = None) -> str:
+        """A Python there, in whose processes `site` is run first. It can import test workers.
+
+        cache: flashtune's there, else the one that all tests share.
+        """
+        folder = self._folder / "far"
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(site)
         script = FAR_PYTHON.format(
-            cache=os.environ["FLASHTUNE_CACHE"],
+            cache=cache or os.environ["FLASHTUNE_CACHE"],
             path=f"{folder}:{Path(__file__).parent}",
             python=sys.executable,
         )

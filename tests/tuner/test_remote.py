@@ -9,10 +9,12 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,8 @@ from click.testing import CliRunner, Result
 
 import flashtune
 from flashtune.kernels.config import default_config
-from flashtune.kernels.this_cpu import this_cpu
+from flashtune.kernels.read_bandwidth import read_sources
+from flashtune.kernels.this_cpu import describe_cpu, this_cpu
 from flashtune.kernels.this_device import toolchain
 from flashtune.tuner import pool, remote
 from flashtune.tuner.cli import cli
@@ -40,7 +43,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
 
 TINY = "vocab=512,hidden=64,clusters=32,probes=4"
-PATIENCE = 120.0  # seconds, on a busy machine
+PATIENCE = 240.0  # seconds, on a busy machine
 OURS = str(Path(flashtune.__file__).parents[1])
 NEEDLESS = (
     "click", "jinja2", "markupsafe", "optuna", "platformdirs", "rich", "safetensors", "sqlalchemy",
@@ -136,7 +139,7 @@ class TestASearch:
                 return store.records()
             return []
 
-        losing = command("--device", "cpu", "--trials", "8", "--json")
+        losing = command("--device", "cpu", "--trials", "6", "--json")
         assert comes_true(lambda: len(records()) >= 2)
         far.server.drop()
         output, said = losing.communicate(timeout=PATIENCE)
@@ -144,10 +147,11 @@ class TestASearch:
         assert re.search(r"ssh here: .*: trying again in 1 s\nconnected again\n", said)
         data = json.loads(output)
         cpu = this_cpu()
+        assert all(each["floor_us"] > 0 for each in data["results"])
         assert (data["device"], data["provenance"]) == (cpu.name, "measured")
-        assert [(each["evaluated"], each["failed"]) for each in data["results"]] == [(8, 0)]
+        assert [(each["evaluated"], each["failed"]) for each in data["results"]] == [(6, 0)]
         first = records()
-        assert len(first) == 8
+        assert len(first) == 6
         assert {each.toolchain for each in first} == {toolchain(cpu)}
         assert {each.provenance for each in first} == {Provenance.MEASURED}
         assert {each.measurement.policy for each in first} == {"search", "final"}
@@ -229,16 +233,27 @@ class TestWhatIsThere:
             find_machine("here", find_device("h200"), far.python())
 
     def test_a_folder_that_cannot_be_written_is_told(self, far) -> None:
-        python = Path(far.python())
-        python.write_text(python.read_text().replace(os.environ["FLASHTUNE_CACHE"], "/proc/no"))
+        python = far.python(cache=Path("/proc/no"))
         with pytest.raises(
             FlashtuneError, match=r"here: no place for the worker .*FLASHTUNE_CACHE"
         ):
-            find_machine("here", None, str(python))
+            find_machine("here", None, python)
+
+    def test_a_cpu_is_described_and_its_bandwidth_measured(self, far, tmp_path: Path) -> None:
+        """By readers that were rendered here: nothing is there but torch and a compiler."""
+        cache = tmp_path / "own"
+        python = far.python(site=without(*NEEDLESS, "triton"), cache=cache)
+        machine = find_machine("here", None, python)
+        bandwidth = machine.device.memory_bandwidth
+        assert machine.device == replace(describe_cpu(), memory_bandwidth=bandwidth)
+        assert machine.toolchain == toolchain(machine.device)
+        assert 1e8 < bandwidth < 1e13
+        assert len(list(cache.glob("cpp/*.so"))) == len(read_sources(machine.device))
+        assert stat.S_IMODE((cache / "code").stat().st_mode) == 0o700
 
     def test_no_answer_is_told(self, far, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(remote, "FIND_SECONDS", 0.5)
-        with pytest.raises(FlashtuneError, match="no answer in 0 s"):
+        with pytest.raises(FlashtuneError, match="no answer from here in 0 s"):
             find_machine("here", None, far.python(site="import time; time.sleep(60)"))
 
     def test_no_ssh_is_told(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
