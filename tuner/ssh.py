@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import flashtune
 from flashtune.tuner.far_end import GREETING
 
 PYTHON = "python3"
@@ -113,7 +112,7 @@ def _far_end() -> bytes:
 @functools.cache
 def code_archive() -> bytes:
     """A zip of flashtune's own modules, the same for the same code. No templates."""
-    root = Path(flashtune.__file__).parent
+    root = Path(str(resources.files("flashtune")))
     paths = [
         Path(folder, name)
         for folder, _, names in os.walk(root, followlinks=True)

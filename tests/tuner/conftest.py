@@ -205,6 +205,10 @@ class SshServer:
         """Break every connection, as a network does."""
         kill_all(self.sessions())
 
+    def freeze(self) -> None:
+        """Let nothing pass on any connection, with no word to either end."""
+        kill_all(self.sessions(), signal.SIGSTOP)
+
     def sessions(self) -> list[int]:
         """The processes of sshd that serve connections."""
         parents = {}
@@ -258,10 +262,10 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def kill_all(processes: list[int]) -> None:
+def kill_all(processes: list[int], sent: signal.Signals = signal.SIGKILL) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, sent)
 
 
 @pytest.fixture(scope="session")

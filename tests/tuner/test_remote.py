@@ -27,7 +27,7 @@ from flashtune.kernels.config import default_config
 from flashtune.kernels.read_bandwidth import read_sources
 from flashtune.kernels.this_cpu import describe_cpu, this_cpu
 from flashtune.kernels.this_device import toolchain
-from flashtune.tuner import pool, remote
+from flashtune.tuner import pool, remote, ssh
 from flashtune.tuner.cli import cli
 from flashtune.tuner.evaluate import MeasuringEvaluator
 from flashtune.tuner.far_device import LEAST
@@ -462,18 +462,24 @@ class TestLostConnections:
             workers.submit(task(stub.ANSWER), PATIENCE)
             assert self.answer(workers).outcome is Outcome.OK
 
-    def test_a_worker_that_a_lost_connection_left_is_ended_by_the_next(
-        self, transport, stub, task
+    def test_a_silent_connection_is_given_up_and_the_worker_it_left_is_ended(
+        self, far, transport, stub, task, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Else it would disturb what its successor times."""
-        with WorkerPool(1, transport) as left, WorkerPool(1, transport) as workers:
-            left.submit(task(stub.ANSWER), PATIENCE)
-            before = self.answer(left).median_us
-            assert before is not None
+        """Else that one would disturb what its successor times."""
+        monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
+        notes: list[str] = []
+        with WorkerPool(1, transport, notes.append) as workers:
             workers.submit(task(stub.ANSWER), PATIENCE)
-            assert self.answer(workers).median_us != before
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(before), 0)
+            before = self.answer(workers).median_us
+            assert before is not None
+            workers.submit(task(stub.LATE), PATIENCE)
+            far.server.freeze()
+            after = self.answer(workers).median_us
+            frozen_one_is_gone = comes_true(lambda: not Path(f"/proc/{before:.0f}").exists(), 5.0)
+            far.server.drop()
+        assert after != before
+        assert frozen_one_is_gone
+        assert "not responding" in notes[0]
 
 
 def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Device) -> None:
