@@ -192,8 +192,11 @@ class WorkerPool:
         why = f"no answer in {request.seconds:.0f} s"
         if outcome is Outcome.CRASH and ending.why_lost is not None:
             return self._lost(process, request, ending.why_lost)
-        if outcome is Outcome.TIMEOUT and not process.connected:
-            return self._lost(process, request, f"no connection: {why}")
+        if not process.connected:
+            said = ending.said or (
+                why if outcome is Outcome.TIMEOUT else f"exit code {ending.code}"
+            )
+            return self._lost(process, request, f"no worker could be started: {said}")
         if outcome is Outcome.CRASH:
             code = ending.code
             why = (

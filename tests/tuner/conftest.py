@@ -185,14 +185,18 @@ class SshServer:
         with (self.folder / "log").open("ab") as log:
             self.server = subprocess.Popen(command, stderr=log)
         end = time.monotonic() + PATIENCE
-        while not self.answers():
+        while refused := self.refusal():
             assert self.server.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < end
+            if "Connection refused" not in refused or time.monotonic() > end:
+                self.stop()
+                pytest.skip(f"sshd lets nobody in here: {refused}")
             time.sleep(0.05)
 
-    def answers(self) -> bool:
+    def refusal(self) -> str:
+        """What ssh says when it gets nowhere."""
         command = (str(self.path / "ssh"), "-o", "BatchMode=yes", "here", "true")
-        return subprocess.run(command, capture_output=True).returncode == 0
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr or f"exit code {done.returncode}" if done.returncode else ""
 
     def stop(self) -> None:
         """Listen no more, and break what connections there are."""
@@ -229,22 +233,22 @@ class Far:
     """What a test may do with a machine reached over ssh."""
 
     def __init__(self, server: SshServer, folder: Path) -> None:
-        self.server, self._folder = server, folder
+        self.server = server
+        self.folder = folder / "far"  # of modules that its Python can import
 
     def python(self, site: str = "", cache: Path | None = None) -> str:
         """A Python there, in whose processes `site` is run first. It can import test workers.
 
         cache: flashtune's there, else the one that all tests share.
         """
-        folder = self._folder / "far"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(site)
+        self.folder.mkdir()
+        (self.folder / "sitecustomize.py").write_text(site)
         script = FAR_PYTHON.format(
             cache=cache or os.environ["FLASHTUNE_CACHE"],
-            path=f"{folder}:{Path(__file__).parent}",
+            path=f"{self.folder}:{Path(__file__).parent}",
             python=sys.executable,
         )
-        return write_script(folder / "python", script)
+        return write_script(self.folder / "python", script)
 
 
 def write_script(path: Path, text: str) -> str:

@@ -5,6 +5,7 @@ The machine is this one, behind an sshd of the tests' own.
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +22,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import flashtune
 from flashtune.kernels.config import default_config
 from flashtune.kernels.read_bandwidth import read_sources
 from flashtune.kernels.this_cpu import describe_cpu, this_cpu
-from flashtune.kernels.this_device import toolchain
+from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.tuner import pool, remote, ssh
 from flashtune.tuner.cli import cli
 from flashtune.tuner.evaluate import MeasuringEvaluator
@@ -34,7 +37,7 @@ from flashtune.tuner.far_device import LEAST
 from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.remote import RemoteMachine, find_machine
 from flashtune.tuner.space import Space
-from flashtune.tuner.ssh import LEAST_PYTHON, SshTransport
+from flashtune.tuner.ssh import LEAST_PYTHON, SshTransport, code_archive
 from flashtune.tuner.task import Task
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -127,6 +130,21 @@ class TestASearch:
             )
 
         return start
+
+    def test_it_can_be_stopped_while_it_connects(self, command, far, tmp_path: Path) -> None:
+        written = tmp_path / "process"
+        Path(far.folder, "torch.py").write_text(
+            f"import os, pathlib, time\n"
+            f"pathlib.Path({str(written)!r}).write_text(str(os.getpid()))\n"
+            "time.sleep(600)\n"
+        )
+        stopped = command()
+        assert comes_true(lambda: written.exists() and bool(written.read_text()))
+        stopped.send_signal(signal.SIGINT)
+        output, said = stopped.communicate(timeout=PATIENCE)
+        assert (stopped.returncode, output) == (130, "")
+        assert said.splitlines() == ["connecting to here"]
+        assert comes_true(lambda: not Path("/proc", written.read_text()).exists())
 
     @pytest.mark.timeout(900)
     def test_it_measures_there_loses_its_connection_is_stopped_and_goes_on(
@@ -224,7 +242,7 @@ class TestWhatIsThere:
 
     def test_an_old_torch_is_told(self, far) -> None:
         python = far.python()
-        Path(python).with_name("torch.py").write_text("__version__ = '2.1.0a0+git'\n")
+        Path(far.folder, "torch.py").write_text("__version__ = '2.1.0a0+git'\n")
         with pytest.raises(FlashtuneError, match=r"torch there is 2\.1\.0a0\+git: install torch"):
             find_machine("here", None, python)
 
@@ -435,14 +453,21 @@ class TestLostConnections:
         ]
         assert "Connection refused" in notes[1]
 
-    def test_a_machine_that_stays_away_is_given_up(
-        self, transport, stub, task, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("host", "python", "why"),
+        [
+            ("refused", "python3", "ssh refused: connect .*Connection refused"),
+            ("here", "/no/python", "no worker could be started: .*/no/python"),
+        ],
+    )
+    def test_a_machine_without_workers_is_given_up(
+        self, far, stub, task, monkeypatch: pytest.MonkeyPatch, host: str, python: str, why: str
     ) -> None:
+        """No config is to blame."""
         monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.5)
-        refused = SshTransport(destination="refused", module=transport.module)
-        with WorkerPool(1, refused) as workers:
+        with WorkerPool(1, SshTransport(destination=host, python=python)) as workers:
             workers.submit(task(stub.ANSWER), PATIENCE)
-            with pytest.raises(FlashtuneError, match=r"Connection refused.*run the same command"):
+            with pytest.raises(FlashtuneError, match=rf"{why}.* run the same command again"):
                 workers.wait(PATIENCE)
 
     def test_a_task_that_breaks_every_connection_is_a_failure(
@@ -501,3 +526,36 @@ def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Devic
     [(task, seconds)] = asked
     assert task.sources == (backend_of(device).render(problem, config, device),)
     assert (task.kind, task.seed, seconds) == ("measure", 3, 180.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_gpu_is_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in for ssh, which runs here what would run on another machine."""
+    stand_in = tmp_path / "ssh"
+    stand_in.write_text('#!/bin/sh\nfor far; do :; done\nexec sh -c "$far"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    database = tmp_path / "far.db"
+    done = search(
+        "--remote", "anywhere", "--remote-python", sys.executable, "--trials", "8", "--json",
+        "--db", str(database),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.stdout)
+    device = device_of(torch.device("cuda", 0))
+    assert device
+    assert (data["device"], data["provenance"]) == (device.name, "measured")
+    assert [(each["evaluated"], each["failed"]) for each in data["results"]] == [(8, 0)]
+    with Store(database, read_only=True) as store:
+        assert {record.toolchain for record in store.records()} == {toolchain(device)}
+
+
+def test_the_code_that_goes_along_is_always_the_same() -> None:
+    """So that it is unpacked once; the templates stay here."""
+    archive = code_archive()
+    code_archive.cache_clear()
+    assert code_archive() == archive
+    names = zipfile.ZipFile(io.BytesIO(archive)).namelist()
+    assert {"flashtune/tuner/worker.py", "flashtune/tuning_db/devices.json"} <= set(names)
+    assert not [name for name in names if name.endswith(".j2")]
