@@ -18,7 +18,7 @@ from types import TracebackType
 
 from flashtune.tuner.task import Reply, Task
 from flashtune.tuner.transport import LocalTransport, Transport
-from flashtune.tuner.worker_process import WorkerProcess
+from flashtune.tuner.worker_process import Ending, WorkerProcess
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome
 
@@ -189,22 +189,12 @@ class WorkerPool:
         self._processes.remove(process)
         request = process.request
         assert request
-        why = f"no answer in {request.seconds:.0f} s"
+        why = _why_ended(request, outcome, ending)
         if outcome is Outcome.CRASH and ending.why_lost is not None:
             return self._lost(process, request, ending.why_lost)
         if not process.connected:
-            said = ending.said or (
-                why if outcome is Outcome.TIMEOUT else f"exit code {ending.code}"
-            )
-            return self._lost(process, request, f"no worker could be started: {said}")
-        if outcome is Outcome.CRASH:
-            code = ending.code
-            why = (
-                f"the worker died by signal {-code}"
-                if code < 0
-                else f"the worker died with exit code {code}"
-            )
-        return _failure(request, outcome, f"{why}: {ending.said}" if ending.said else why)
+            return self._lost(process, request, f"no worker could be started: {why}")
+        return _failure(request, outcome, why)
 
     def _lost(self, process: _Process, request: _Request, why: str) -> Reply | None:
         """Begin the request again when it is time; a failure where it breaks every connection.
@@ -229,6 +219,16 @@ class WorkerPool:
         self._queue.appendleft(request)
         self._on_outage(f"{why}: trying again in {pause:.0f} s")
         return None
+
+
+def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
+    if outcome is Outcome.TIMEOUT:
+        why = f"no answer in {request.seconds:.0f} s"
+    elif ending.code < 0:
+        why = f"the worker died by signal {-ending.code}"
+    else:
+        why = f"the worker died with exit code {ending.code}"
+    return f"{why}: {ending.said}" if ending.said else why
 
 
 def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:

@@ -157,41 +157,38 @@ class TestASearch:
                 return store.records()
             return []
 
-        losing = command("--device", "cpu", "--trials", "6", "--json")
+        stopped = command("--device", "cpu", "--trials", "60")
         assert comes_true(lambda: len(records()) >= 2)
         far.server.drop()
-        output, said = losing.communicate(timeout=PATIENCE)
-        assert losing.returncode == 0, said
-        assert re.search(r"ssh here: .*: trying again in 1 s\nconnected again\n", said)
-        data = json.loads(output)
-        cpu = this_cpu()
-        assert all(each["floor_us"] > 0 for each in data["results"])
-        assert (data["device"], data["provenance"]) == (cpu.name, "measured")
-        assert [(each["evaluated"], each["failed"]) for each in data["results"]] == [(6, 0)]
-        first = records()
-        assert len(first) == 6
-        assert {each.toolchain for each in first} == {toolchain(cpu)}
-        assert {each.provenance for each in first} == {Provenance.MEASURED}
-        assert {each.measurement.policy for each in first} == {"search", "final"}
-        assert {each.measurement.samples for each in first} <= {2, 10, 40}
-
-        stopped = command("--trials", "60")  # the device is found by itself: there is no GPU
-        assert comes_true(lambda: len(records()) > len(first))
+        before = len(records())
+        assert comes_true(lambda: len(records()) > before + 1)  # one may have been on its way
         assert len(far_workers()) == 1
         stopped.send_signal(signal.SIGINT)
         output, said = stopped.communicate(timeout=PATIENCE)
         assert stopped.returncode == 130, said
+        assert re.search(r"ssh here: .*: trying again in 1 s\nconnected again\n", said)
         assert "winner" in output
-        assert cpu.title in said
         assert comes_true(lambda: far_workers() == [])
 
-        kept = records()
+        kept, cpu = records(), this_cpu()
+        assert {each.device for each in kept} == {cpu.name}
+        assert {each.toolchain for each in kept} == {toolchain(cpu)}
+        assert {each.provenance for each in kept} == {Provenance.MEASURED}
+        assert {each.measurement.policy for each in kept} == {"search"}
+        assert {each.measurement.outcome for each in kept} <= {Outcome.OK, Outcome.PRUNED}
+
+        # Without a wish the CPU is found: there is no GPU.
         resumed = command("--trials", str(len(kept) + 1), "--json")
         output, said = resumed.communicate(timeout=PATIENCE)
         assert resumed.returncode == 0, said
-        [result] = json.loads(output)["results"]
-        assert result["evaluated"] == len(records()) == len(kept) + 1
+        data = json.loads(output)
+        assert (data["device"], data["provenance"]) == (cpu.name, "measured")
+        [result] = data["results"]
+        assert (result["evaluated"], result["failed"]) == (len(kept) + 1, 0)
+        assert result["floor_us"] > 0
+        assert result["winner"]["measurement"]["policy"] == "final"
         again = {each.key: each for each in records()}
+        assert len(again) == len(kept) + 1
         for record in kept:
             now = again[record.key]
             assert now == record or now.measurement.policy == "final"
