@@ -13,9 +13,8 @@ lacks of this costs FlashHead and one warning, never the model. See docs/vllm.md
 
 from typing import Any
 
-from flashtune.kernels.integrations.vllm_head import LOG, served_head
+from flashtune.kernels.integrations.vllm_head import LOG, PREFIX, served_head
 
-PREFIX = "FlashHead"
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 _done: set[str] = set()
 

@@ -18,11 +18,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
+from flashtune.kernels.clustering import Origin, read_clusters
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
-from flashtune.kernels.integrations.stand_in import head_of, is_flash_head
 from flashtune.kernels.integrations.vllm_gate import gate_of
+from flashtune.kernels.model_folder import ASSETS_KEY, ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 
+PREFIX = "FlashHead"  # of architectures' names
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
 FILL = -1e4  # of tokens that are no candidates, as FlashHead.logits fills
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
@@ -37,9 +39,43 @@ def served_head(vllm_config: Any) -> "ServedHead | None":
     # The text part of a vision model has a config of its own, but shares this one
     key = id(vllm_config.compilation_config)
     served = _SERVED.get(key)
-    if served is None and is_flash_head(vllm_config.model_config.model):
-        served = _SERVED[key] = ServedHead(vllm_config)
+    if served is None:
+        folder = flash_head_folder(vllm_config.model_config)
+        if folder is not None:
+            served = _SERVED[key] = ServedHead(vllm_config, folder)
     return served
+
+
+def flash_head_folder(model_config: Any) -> ModelFolder | None:
+    """The folder of vLLM's model if its config says that it is a FlashHead model, else None."""
+    try:
+        folder = ModelFolder.open(model_config.model, getattr(model_config, "revision", None))
+    except FlashtuneError:  # of no format that has clusters
+        return None
+    names = folder.config.get("architectures") or []
+    named = any(str(name).startswith(PREFIX) for name in names)
+    return folder if named or ASSETS_KEY in folder.config else None
+
+
+def read_flash_head(folder: ModelFolder, weight: torch.Tensor) -> FlashHead:
+    """The folder's FlashHead with vLLM's own weight `[vocab, hidden]`; raises FlashtuneError."""
+    problem, path = folder.problem(), folder.clustering_file
+    clusters = read_clusters(path)
+    shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
+    if shape != list(weight.shape):
+        raise FlashtuneError(
+            f"{path}: made for a head {shape}, but the model's is {[*weight.shape]}"
+        )
+    differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
+    if differs:
+        raise FlashtuneError(f"{path}: made for {differs}: cluster this model again")
+    return FlashHead(
+        weight,
+        clusters.centroids.to(weight),
+        clusters.assignments,
+        n_probes=problem.n_probes,
+        special_token_ids=folder.special_token_ids,
+    )
 
 
 def why_unsupported(vllm_config: Any) -> str | None:
@@ -61,9 +97,9 @@ class ServedHead:
     copy of the weight, in the order of clusters, comes on top of the dense head's.
     """
 
-    def __init__(self, vllm_config: Any) -> None:
-        """For the engine with this config."""
-        self._config = vllm_config
+    def __init__(self, vllm_config: Any, folder: ModelFolder) -> None:
+        """For the engine with this config, which serves the model in `folder`."""
+        self._config, self._folder = vllm_config, folder
         self._given_up = False
         self._lm_head: Any = None
         self._head: FlashHead | None = None
@@ -121,7 +157,7 @@ class ServedHead:
         most = self._config.scheduler_config.max_num_seqs
         with _usual_defaults():
             weight = lm_head.weight.detach()[: lm_head.org_vocab_size]
-            head = head_of(self._config.model_config.model, weight)
+            head = read_flash_head(self._folder, weight)
             head.prepare(*[size for size in SIZES if size < 2 * most], epilogue="logits")
         LOG.info("FlashHead answers for up to %d rows: %s", SIZES[-1], head.extra_repr())
         return head

@@ -87,13 +87,13 @@ def compare(script: str, plain: Path, copies: dict[str, Path]) -> bool:
         tokens = [
             (a, b)
             for name in names
-            for row, other in zip(
-                expected[name]["tokens"], usual[name]["tokens"], strict=True
-            )
+            for row, other in zip(expected[name]["tokens"], usual[name]["tokens"], strict=True)
             for a, b in _up_to_first_difference(row, other)
         ]
         same = sum(a == b for a, b in tokens)
-        print(f"     … {same} of {len(tokens)} tokens equal, each answer up to its first difference")
+        print(
+            f"     … {same} of {len(tokens)} tokens equal, each answer up to its first difference"
+        )
     return good
 
 

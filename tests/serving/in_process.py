@@ -32,7 +32,11 @@ def greedy(max_tokens: int = 10, **settings: Any) -> SamplingParams:
 
 def answer(outputs: list[Any], *, dense: bool, differs: bool) -> dict[str, Any]:
     said = [
-        [output.outputs[0].text, scores(output.outputs[0].logprobs), scores(output.prompt_logprobs)]
+        [
+            output.outputs[0].text,
+            scores(output.outputs[0].logprobs),
+            scores(output.prompt_logprobs),
+        ]
         for output in outputs
     ]
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
