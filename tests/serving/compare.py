@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flashtune.kernels.model_folder import ModelFolder
+
 HERE = Path(__file__).parent
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -69,32 +71,30 @@ def held(what: str, expected: Answers, found: Answers, names: list[str], *, same
     return not wrong
 
 
-def compare(script: str, plain: Path, copies: dict[str, Path]) -> bool:
-    """Run a script on every model and hold the answers together."""
-    expected = answers(script, plain)
-    by_model = {name: answers(script, model) for name, model in copies.items()}
-    names = list(expected)
-    dense = [name for name in names if expected[name]["dense"]]
-    fast = [name for name in names if expected[name]["differs"]]
-    everything, one = by_model["all"], by_model["one"]
-    good = held(f"{script}, all clusters probed", expected, everything, names, same=True)
+def compare(script: str, expected: Answers, copies: dict[str, Path]) -> bool:
+    """Run a script on every copy and hold its answers against plain vLLM's."""
+    by_copy = {name: answers(script, model) for name, model in copies.items()}
+    dense = [name for name, answer in expected.items() if answer["dense"]]
+    fast = [name for name, answer in expected.items() if answer["differs"]]
+    everything, one = by_copy["all"], by_copy["one"]
+    good = held(f"{script}, all clusters probed", expected, everything, [*expected], same=True)
     good &= held(f"{script}, one probed, dense", expected, one, dense, same=True)
-    good &= held(f"{script}, one probed, FlashHead", expected, one, fast, same=False)
-    if "usual" in by_model:
-        usual = by_model["usual"]
-        agreeing = [name for name in names if expected[name]["said"] == usual[name]["said"]]
-        print(f"     {script}, usual probes: {len(agreeing)} of {len(names)} answers equal")
-        tokens = [
-            (a, b)
-            for name in names
-            for row, other in zip(expected[name]["tokens"], usual[name]["tokens"], strict=True)
-            for a, b in _up_to_first_difference(row, other)
-        ]
-        same = sum(a == b for a, b in tokens)
-        print(
-            f"     … {same} of {len(tokens)} tokens equal, each answer up to its first difference"
-        )
-    return good
+    return good & held(f"{script}, one probed, FlashHead", expected, one, fast, same=False)
+
+
+def report(n_probes: int, expected: Answers, found: Answers) -> None:
+    """Print how well the usual number of probes agrees."""
+    equal = [name for name in expected if expected[name]["said"] == found[name]["said"]]
+    pairs = [
+        pair
+        for name in expected
+        if not expected[name]["dense"]
+        for row, other in zip(expected[name]["tokens"], found[name]["tokens"], strict=True)
+        for pair in _up_to_first_difference(row, other)
+    ]
+    same = sum(token == other for token, other in pairs)
+    print(f"     {n_probes} probed: {len(equal)} of {len(expected)} answers equal plain vLLM's;")
+    print(f"     of FlashHead's tokens up to an answer's first difference {same} of {len(pairs)}")
 
 
 def _up_to_first_difference(row: list[int], other: list[int]) -> list[tuple[int, int]]:
@@ -111,19 +111,19 @@ def main() -> None:
     parser.add_argument("flash", type=Path)
     parser.add_argument("work", type=Path)
     arguments = parser.parse_args()
-    config = json.loads((arguments.flash / "config.json").read_text("utf-8"))
-    n_clusters = config["vocab_size"] // 16
+    problem = ModelFolder.open(arguments.flash).problem()
     copies = {
-        "all": probing(arguments.flash, arguments.work, "all", n_clusters),
+        "all": probing(arguments.flash, arguments.work, "all", problem.n_clusters),
         "one": probing(arguments.flash, arguments.work, "one", 1),
     }
-    usual = {"usual": arguments.flash}
-    good = compare("in_process.py", arguments.plain, {**copies, **usual})
     expected = answers("in_process.py", arguments.plain)
+    good = compare("in_process.py", expected, copies)
     off = answers("in_process.py", copies["one"], enabled=False)
-    good &= held("in_process.py, FLASHHEAD_ENABLED=0", expected, off, list(expected), same=True)
+    good &= held("in_process.py, FLASHHEAD_ENABLED=0", expected, off, [*expected], same=True)
+    report(problem.n_probes, expected, answers("in_process.py", arguments.flash))
     if not arguments.short:
-        good &= compare("over_http.py", arguments.plain, copies)
+        good &= compare("over_http.py", answers("over_http.py", arguments.plain), copies)
+    print("all as it must be" if good else "see FAIL above")
     raise SystemExit(0 if good else 1)
 
 
