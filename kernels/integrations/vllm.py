@@ -13,7 +13,7 @@ lacks of this costs FlashHead and one warning, never the model. See docs/vllm.md
 
 from typing import Any
 
-from flashtune.kernels.integrations.vllm_head import LOG, PREFIX, served_head
+from flashtune.kernels.integrations.vllm_head import LOG, PREFIX, ServedHead, served_head
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 _done: set[str] = set()
@@ -49,14 +49,24 @@ def _register_architectures() -> None:
             MODELS_CONFIG_MAP[PREFIX + name] = checks
 
 
+def _current_head() -> ServedHead | None:
+    """The head of the engine that is being built; never raises."""
+    try:
+        from vllm.config import get_current_vllm_config
+
+        return served_head(get_current_vllm_config())
+    except Exception as error:  # a layer that is built outside of an engine
+        LOG.warning("FlashHead is off for a layer: %s: %s", type(error).__name__, error)
+        return None
+
+
 def _register_processor() -> None:
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
     class FlashHeadLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._served = served_head(get_current_vllm_config())
+            self._served = _current_head()
 
         def _apply_head(self, lm_head: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if self._served is not None:
@@ -70,7 +80,6 @@ def _register_processor() -> None:
 
 
 def _register_head() -> None:
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
         UnquantizedEmbeddingMethod,
@@ -88,7 +97,7 @@ def _register_head() -> None:
     class FlashHeadLMHead(ParallelLMHead):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._served = served_head(get_current_vllm_config())
+            self._served = _current_head()
             method = getattr(self, "quant_method", None)
             if self._served is not None and type(method) is UnquantizedEmbeddingMethod:
                 self.quant_method = FlashHeadMethod(self._served)

@@ -21,12 +21,12 @@ from torch.nn import functional
 from flashtune.kernels.clustering import Origin, read_clusters
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
 from flashtune.kernels.integrations.vllm_gate import gate_of
+from flashtune.kernels.layout import FILL
 from flashtune.kernels.model_folder import ASSETS_KEY, ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 
 PREFIX = "FlashHead"  # of architectures' names
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
-FILL = -1e4  # of tokens that are no candidates, as FlashHead.logits fills
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
 
 _SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()

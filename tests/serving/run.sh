@@ -28,4 +28,5 @@ if [ ! -e "$models/flash/config.json" ]; then
     "$folder/bin/flashtune" cluster --model "$models/plain" --out "$models/flash" --link
 fi
 
+"$python" tests/serving/v2_gate.py
 "$python" tests/serving/compare.py "$@" "$models/plain" "$models/flash" "$models/copies"

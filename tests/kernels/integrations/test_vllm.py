@@ -18,7 +18,8 @@ from torch import nn
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations import vllm as plugin
 from flashtune.kernels.integrations.vllm_gate import RequestGate
-from flashtune.kernels.integrations.vllm_head import FILL, SIZES
+from flashtune.kernels.integrations.vllm_head import SIZES
+from flashtune.kernels.layout import FILL
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 Folder = Callable[..., str]
@@ -521,6 +522,15 @@ def test_other_models_are_left_alone(
         assert torch.equal(engine(states(2)), engine.dense(states(2)))
         del gate
     assert caplog.records == []
+
+
+def test_layers_that_no_engine_builds_are_dense(
+    vllm: StubVllm, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm.current = None
+    processor, lm_head = vllm.LogitsProcessor(VOCAB), vllm.ParallelLMHead(weight(), VOCAB)
+    assert torch.equal(processor(lm_head, states(2)), states(2) @ weight().T)
+    assert "off for a layer" in warnings(caplog)[0]
 
 
 def test_generating_architectures_load_under_their_flash_head_names(vllm: StubVllm) -> None:
