@@ -117,7 +117,7 @@ class Session:
                 toolchain=self.toolchain,
                 sampler=self.request.sampler,
                 seed=self.request.seed,
-                near=self._near(space.problem),
+                near=self._near(),
                 on_event=progress.start(space.problem, self.request.trials),
             )
 
@@ -137,13 +137,15 @@ class Session:
             elsewhere=remote is not None,
         )
 
-    def _near(self, problem: Problem) -> list[Record]:
-        """Winners of other problems on this device, the user's first, then the shipped ones."""
+    def _near(self) -> list[Record]:
+        """Winners on this device, the user's first, then the shipped: its own is the nearest.
+
+        A shipped one is not taken at its word: it may have been measured with other tools.
+        """
         name = self.request.device.name
         found = [self.store.best(name, other) for other in self.store.problems(name)]
         table = prebuilt_table(name)
-        records = [record for record in found if record] + list(table.records if table else ())
-        return [record for record in records if record.problem != problem]
+        return [record for record in found if record] + list(table.records if table else ())
 
 
 def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
