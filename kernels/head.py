@@ -134,15 +134,14 @@ class FlashHead(nn.Module):
         device: torch.device | str | None = None,
         n_probes: int | None = None,
         revision: str | None = None,
-        tune: str = "race",
     ) -> "FlashHead":
         """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
 
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
-        as many as the model's config says unless given. tune: as for the class. Only the head is
-        read, with the config's dtype; docs/model-folders.md says from where. Raises
-        FlashtuneError naming the file and the tensor, what was found there and what was expected.
+        as many as the model's config says unless given. Only the head is read, with the
+        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
+        file and the tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         parts = ModelFolder.open(source, revision).read_head(where)
@@ -153,7 +152,6 @@ class FlashHead(nn.Module):
             parts.clusters.assignments,
             n_probes=parts.n_probes if n_probes is None else n_probes,
             special_token_ids=parts.special_token_ids,
-            tune=tune,
             release_weight=weight.shape[0] % centroids.shape[0] == 0
             and weight.data_ptr() % ALIGNMENT == 0,
         )
@@ -328,3 +326,59 @@ class FlashHead(nn.Module):
                     instead = "" if choice.source == UNKEPT else f" ({runs} is used instead)"
                     self._warn("; ".join(bound.troubles) + instead)
             return bound
+
+    def _problem(self, epilogue: str, n_tokens: int) -> Problem:
+        problem = problem_of(self.weight, self.centroids, self.n_probes, n_tokens)
+        return replace(problem, epilogue=epilogue)
+
+    def _warn(self, trouble: str) -> None:
+        """Warn once in a head's life: later trouble shows in `explain`."""
+        if not self._warned:
+            self._warned = True
+            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+
+
+@contextmanager
+def _lasting(device: torch.device) -> Iterator[None]:
+    """Make tensors that outlive the call: on this device, and free of the caller's modes."""
+    index = device.index if device.type == "cuda" else -1  # which changes nothing
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(index):
+        yield
+
+
+def _head_of(handle: int) -> FlashHead:
+    head = _HEADS.get(handle)
+    if head is None:
+        raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
+    return head
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
+    return _head_of(handle)._decode(hidden, "argmax")
+
+
+@_decode_op.register_fake
+def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("flashtune::logits", mutates_args=())
+def _logits_op(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
+) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the dtype."""
+    return _head_of(handle)._decode(hidden, "logits")
+
+
+@_logits_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], vocab_size)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied unless it is contiguous and aligned."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

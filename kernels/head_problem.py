@@ -12,63 +12,6 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 
-def problem_of(self, epilogue: str, n_tokens: int) -> Problem:
-        problem = _problem(self.weight, self.centroids, self.n_probes, n_tokens)
-        return replace(problem, epilogue=epilogue)
-
-    def _warn(self, trouble: str) -> None:
-        """Warn once in a head's life: later trouble shows in `explain`."""
-        if not self._warned:
-            self._warned = True
-            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
-
-
-@contextmanager
-def _lasting(device: torch.device) -> Iterator[None]:
-    """Make tensors that outlive the call: on this device, and free of the caller's modes."""
-    index = device.index if device.type == "cuda" else -1  # which changes nothing
-    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(index):
-        yield
-
-
-def _head_of(handle: int) -> FlashHead:
-    head = _HEADS.get(handle)
-    if head is None:
-        raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
-    return head
-
-
-@torch.library.custom_op("flashtune::decode", mutates_args=())
-def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
-    """A head's decode as one operator; heads are known by handle, since they are no tensors."""
-    return _head_of(handle)._decode(hidden, "argmax")
-
-
-@_decode_op.register_fake
-def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
-
-
-@torch.library.custom_op("flashtune::logits", mutates_args=())
-def _logits_op(
-    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
-) -> torch.Tensor:
-    """A head's logits as one operator; the weight tells tracers the dtype."""
-    return _head_of(handle)._decode(hidden, "logits")
-
-
-@_logits_op.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
-    return weight.new_empty(hidden.shape[0], vocab_size)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied unless it is contiguous and aligned."""
-    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def problem_of(
     weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
 ) -> Problem:
