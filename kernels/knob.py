@@ -5,6 +5,7 @@ from here. `when` names the knob values under which a knob matters; where it doe
 keep its default, so that no two configs mean the same kernel.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,7 +22,15 @@ def knob(
 
 
 def knobs(plan: Any) -> dict[str, Mapping[str, Any]]:
-    """The knobs of a plan, each with `choices`, `when` and `default`, in search order."""
+    """The knobs of a plan, each with `choices`, `when` and `default`, in search order.
+
+    Not to be changed by whoever reads them: a plan's knobs are gathered once.
+    """
+    return _gathered(plan)
+
+
+@functools.cache
+def _gathered(plan: Any) -> dict[str, Mapping[str, Any]]:
     return {f.name: {**f.metadata, "default": f.default} for f in fields(plan)}
 
 

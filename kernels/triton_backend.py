@@ -191,7 +191,7 @@ class TritonBackend:
 
     def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        module, kernels = _compiled(problem, config, device)
+        module, kernels = _compiled(problem, device, self.render(problem, config, device))
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES
@@ -212,10 +212,16 @@ class TritonBackend:
         return uses
 
     def loader(
-        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        module, kernels = _compiled(problem, config, device)
+        source = source or self.render(problem, config, device)
+        module, kernels = _compiled(problem, device, source)
         return lambda: DecodeStep(problem, module, kernels, torch_device)
 
     def timer(self, step: Step, workload: Workload) -> GraphTimer:
@@ -223,11 +229,9 @@ class TritonBackend:
         return GraphTimer(step, workload)
 
 
-def _compiled(
-    problem: Problem, config: Config, device: Device
-) -> tuple[ModuleType, dict[str, Any]]:
-    """The candidate's module, and its kernels compiled for the device's architecture."""
-    module = load_source(render_triton(problem, config, device))
+def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The source's module, and its kernels compiled for the device's architecture."""
+    module = load_source(source)
     return module, compile_module(module, problem, device.capability)
 
 

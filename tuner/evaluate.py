@@ -16,10 +16,11 @@ from typing import Protocol
 
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config
-from flashtune.tuner.cost_model import VERSION, predict_us
+from flashtune.tuner.cost_model import VERSION, predict
 from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.task import Reply, Task
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 
@@ -109,14 +110,23 @@ class PredictingEvaluator:
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
-        time_us = predict_us(self._problem, config, self._device, reply.uses)
-        return Measurement(outcome=Outcome.OK, median_us=time_us, policy=VERSION)
+        try:
+            prediction = predict(self._problem, config, self._device, reply.uses)
+        except FlashtuneError as error:  # a plan that the cost model does not cover
+            return Measurement(outcome=Outcome.INVALID, error=str(error))
+        return Measurement(
+            outcome=Outcome.OK,
+            median_us=prediction.time_us,
+            spread_us=prediction.high_us - prediction.low_us,
+            policy=VERSION,
+        )
 
 
 class MeasuringEvaluator:
     """Compiles in parallel, then verifies and times one config after another on the device.
 
-    Where compilers would disturb the timing, the two take turns.
+    Where compilers would disturb the timing, the two take turns. Where there are none, the
+    worker that measures compiles, too.
     """
 
     provenance = Provenance.MEASURED
@@ -125,14 +135,19 @@ class MeasuringEvaluator:
         self,
         problem: Problem,
         device: Device,
-        compilers: WorkerPool,
+        compilers: WorkerPool | None,
         measurer: WorkerPool,
         *,
         seed: int,
+        elsewhere: bool = False,
     ) -> None:
-        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs."""
+        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs.
+
+        elsewhere: the worker has neither templates nor the compilers' cache. It is given source.
+        """
         self._problem, self._device, self._seed = problem, device, seed
         self._compilers, self._measurer = compilers, measurer
+        self._elsewhere = elsewhere
         self._best_us: float | None = None
         self._in_turns = backend_of(device).times_alone
         self._compiled: list[tuple[Config, ...]] = []
@@ -142,29 +157,34 @@ class MeasuringEvaluator:
         """As many configs may be under way as compilers can keep ahead of the timing."""
         if self._in_turns and (self._measurer.pending or self._compiled):
             return 0
-        return max(0, 2 * self._compilers.size + 2 - self.pending)
+        compiling = self._compilers.size if self._compilers else 0
+        return max(0, 2 * compiling + 2 - self.pending)
 
     @property
     def pending(self) -> int:
         """Configs being compiled, measured, or waiting for either."""
-        return self._compilers.pending + len(self._compiled) + self._measurer.pending
+        return self._compiling + len(self._compiled) + self._measurer.pending
 
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
-        self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
+        if self._compilers is None:
+            self._compiled.append((config,))
+        else:
+            self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
 
     def wait(self, seconds: float) -> list[Evaluation]:
         """Failures to compile, and measurements."""
         evaluations = []
         idle = self._measurer.pending == 0
-        for task, reply in self._compilers.wait(seconds if idle else 0.0):
+        compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
+        for task, reply in compiled:
             if reply.measurements:
                 evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
             else:
                 self._compiled.append(task.configs)
-        if not (self._in_turns and self._compilers.pending):
+        if not (self._in_turns and self._compiling):
             for configs in self._compiled:
-                self._measurer.submit(self._task("measure", configs), MEASURE_SECONDS)
+                self._measure(configs)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
             measurement = reply.measurements[0]
@@ -189,9 +209,18 @@ class MeasuringEvaluator:
 
     def close(self) -> None:
         """End what is under way."""
-        self._compilers.cancel()
+        if self._compilers is not None:
+            self._compilers.cancel()
         self._compiled.clear()
         self._measurer.cancel()
+
+    @property
+    def _compiling(self) -> int:
+        return self._compilers.pending if self._compilers else 0
+
+    def _measure(self, configs: tuple[Config, ...]) -> None:
+        seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
+        self._measurer.submit(self._task("measure", configs), seconds)
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
         return Task(
@@ -201,4 +230,9 @@ class MeasuringEvaluator:
             device=self._device,
             seed=self._seed,
             best_us=self._best_us,
+            sources=self._sources(configs) if self._elsewhere and kind != "compile" else (),
         )
+
+    def _sources(self, configs: tuple[Config, ...]) -> tuple[str, ...]:
+        backend = backend_of(self._device)
+        return tuple(backend.render(self._problem, config, self._device) for config in configs)

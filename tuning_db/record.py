@@ -47,9 +47,10 @@ class Measurement:
     OK and PRUNED measurements have a time, and only they: PRUNED is a config that was right, but
     so slow at its first sample that no more were taken.
 
-    `spread_us` is the distance between the 10th and 90th percentile of the samples; `error`
-    says why the outcome is not OK; `policy` names how the time was taken (`search`, `final`,
-    `race`) or, for a prediction, the cost model's version.
+    `spread_us` is the distance between the 10th and 90th percentile of the samples or, of a
+    prediction, the width of its 80 % interval; `error` says why the outcome is not OK; `policy`
+    names how the time was taken (`search`, `final`, `race`) or, for a prediction, the cost
+    model's version.
     """
 
     outcome: Outcome

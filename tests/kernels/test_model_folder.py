@@ -120,6 +120,11 @@ class TestReading:
         head = FlashHead.from_pretrained(str(write(tensors=tensors)))
         assert head(HIDDEN).tolist() == expected(HIDDEN)
 
+    def test_whether_to_race_is_for_the_caller_to_say(self, write: Write) -> None:
+        folder = write()
+        assert FlashHead.from_pretrained(folder).tune == "race"
+        assert FlashHead.from_pretrained(folder, tune="never").tune == "never"
+
     def test_a_nested_text_config_counts(self, write: Write) -> None:
         text = {"hidden_size": WIDTH, "dtype": "float32"}
         folder = write({"hidden_size": 99, "dtype": None, "text_config": text})

@@ -3,20 +3,26 @@
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import (
+    FAMILIES,
     Config,
+    CppFusedConfig,
     PersistentConfig,
     StagedConfig,
     why_invalid,
 )
-from flashtune.kernels.tensor_config import DenseConfig
-from flashtune.tuner.cost_model import predict_us
+from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
+from flashtune.tuner import cost_model
+from flashtune.tuner.cost_model import Prediction, family_of, read_model_file, shipped_model
 from flashtune.tuner.report import floor_us
+from flashtune.tuner.stage import PLAN_STAGES
 from flashtune.tuning_db.device import Device, all_devices, find_device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 QWEN = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
@@ -36,7 +42,7 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
         if not isinstance(config, DenseConfig):
             scored = -(-problem.n_clusters // config.score_rows)
             rows["score"] = (scored, config.score_warps)
-        if getattr(config, "selection", "none") == "threshold":
+        if isinstance(config, BatchedConfig) or getattr(config, "selection", "") == "threshold":
             rows["select"] = (problem.n_tokens, config.select_warps)
     plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
     return [
@@ -48,8 +54,14 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
 def predict(
     config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
 ) -> float:
+    return interval(config, problem, device, **changes).time_us
+
+
+def interval(
+    config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
+) -> Prediction:
     device = device or find_device("h200")
-    return predict_us(problem, config, device, uses(config, problem, device, **changes))
+    return cost_model.predict(problem, config, device, uses(config, problem, device, **changes))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
@@ -129,3 +141,48 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
         }
         assert 0 < predict(config, problem, device, **changes) < math.inf
     assert min(seen.values()) > 5
+
+
+def test_every_plan_for_gpus_is_covered() -> None:
+    assert set(PLAN_STAGES) == set(FAMILIES["nvidia"].plans)
+
+
+def test_cpus_have_no_prediction() -> None:
+    with pytest.raises(FlashtuneError, match="search on the machine itself"):
+        cost_model.predict(QWEN, CppFusedConfig(), find_device("h200"), ())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
+def test_the_interval_is_around_the_time_and_the_familys_own(config: Config) -> None:
+    found = interval(config)
+    assert found.low_us < found.time_us < found.high_us
+    low, high = shipped_model().intervals[family_of(config)]
+    assert found.low_us == pytest.approx(low * found.time_us)
+    assert found.high_us == pytest.approx(high * found.time_us)
+
+
+def test_a_family_that_was_not_measured_has_the_widest_interval() -> None:
+    model = shipped_model()
+    rest = {name: each for name, each in model.intervals.items() if name != "persistent"}
+    blind = replace(model, intervals=rest)
+    config, device = PersistentConfig(), find_device("h200")
+    found = blind.predict(QWEN, config, device, uses(config, QWEN, device))
+    assert found.low_us / found.time_us == pytest.approx(min(low for low, _ in rest.values()))
+    assert found.high_us / found.time_us == pytest.approx(max(high for _, high in rest.values()))
+
+
+def test_a_small_device_waits_longer_for_the_same_programs() -> None:
+    # Eight multiprocessors take many waves, of which an H200 takes few.
+    h200 = find_device("h200")
+    small = replace(h200, sm_count=8)
+    slow = StagedConfig(score_rows=1, score_block=64, score_warps=1)
+    assert predict(slow, QWEN, small) > 2 * predict(slow, QWEN, h200)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": "roofline-1"}'])
+def test_a_file_that_is_no_model_is_one_clear_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(FlashtuneError, match="flashtune model fit") as raised:
+        read_model_file(path)
+    assert "\n" not in str(raised.value)

@@ -9,6 +9,7 @@ import pytest
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import Config
 from flashtune.kernels.this_cpu import this_cpu
+from flashtune.tuner.cost_model import predict
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.replay import ReplayEvaluator
 from flashtune.tuner.space import Space
@@ -130,8 +131,23 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
     evaluator = evaluators["predict"]
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.wait(0)
-    assert evaluation.measurement.policy == "roofline-1"
-    assert evaluation.measurement.samples == 0
+    measurement = evaluation.measurement
+    assert measurement.policy == "stages-1"
+    assert measurement.samples == 0
+    found = predict(space.problem, evaluation.config, space.device, FITS)
+    assert measurement.median_us == found.time_us
+    assert measurement.spread_us == found.high_us - found.low_us
+
+
+def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashtune.tuner.stage.PLAN_STAGES", {})
+    evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.INVALID
+    assert "search on the machine itself" in evaluation.measurement.error
 
 
 def test_what_fails_to_compile_is_not_measured(space: Space) -> None:

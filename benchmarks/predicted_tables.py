@@ -1,0 +1,127 @@
+"""Predicted tables for devices that are not here: shortlists for the presets.
+
+    python benchmarks/predicted_tables.py FOLDER [--device NAME]… --db FILE
+
+For each registered GPU without measured records, each preset and 256 and 512 probes, the cost
+model ranks the space with estimated needs; the most promising configs are cross-compiled and
+predicted with what they really need, and the shortlist of the best is written to FOLDER. A problem
+with predictions of this model in the database is passed over, so that an interrupted run goes on.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+
+from flashtune.kernels.config import Config, config_data
+from flashtune.kernels.this_device import toolchain
+from flashtune.tuner.calibration import CALIBRATIONS, read_calibration
+from flashtune.tuner.cli import DEVICE
+from flashtune.tuner.cost_model import VERSION, shipped_model
+from flashtune.tuner.evaluate import PredictingEvaluator
+from flashtune.tuner.pool import WorkerPool
+from flashtune.tuner.ranking import promising
+from flashtune.tuner.space import Space
+from flashtune.tuning_db.device import Device, Toolchain, all_devices
+from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
+from flashtune.tuning_db.record import Outcome, Provenance, Record
+from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table, table_from_store, write_table
+
+PROBES = (256, 512)
+NEAR = 40  # measured configs of the same problem, from the calibration
+
+
+def is_measured(device: Device) -> bool:
+    """Whether the device's table that ships was measured."""
+    table = prebuilt_table(device.name)
+    records = table.records if table else ()
+    return any(record.provenance is Provenance.MEASURED for record in records)
+
+
+def measured_near(problem: Problem) -> list[Config]:
+    """The configs that were fastest for this problem on the device of the calibration."""
+    samples = [
+        sample
+        for path in CALIBRATIONS.iterdir()
+        if path.name.endswith(".json.gz")
+        for sample in read_calibration(path).samples
+        if sample.problem == problem
+    ]
+    return [sample.config for sample in sorted(samples, key=lambda each: each.time_us)[:NEAR]]
+
+
+def predict_problem(
+    problem: Problem,
+    device: Device,
+    tools: Toolchain,
+    near: Sequence[Config],
+    compilers: WorkerPool,
+    store: Store,
+    most: int,
+) -> int:
+    """Predict the promising configs of one problem; how many of them work."""
+    space = Space(problem, device)
+    wanted = promising(space, shipped_model(), most=most, seed=0, near=near)
+    evaluator = PredictingEvaluator(problem, device, compilers)
+    for config in wanted:
+        evaluator.submit(config)
+    working = 0
+    while evaluator.pending:
+        for evaluation in evaluator.wait(1.0):
+            working += evaluation.measurement.outcome is Outcome.OK
+            store.add(
+                Record(
+                    device=device.name,
+                    toolchain=tools,
+                    problem=problem,
+                    config=config_data(evaluation.config),
+                    provenance=Provenance.PREDICTED,
+                    measurement=evaluation.measurement,
+                    created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                )
+            )
+    return working
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--device", "devices", type=DEVICE, multiple=True, help="Else all but measured ones."
+)
+@click.option("--db", "database", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--most", default=12, help="Configs to compile for each problem.")
+@click.option("--jobs", default=len(os.sched_getaffinity(0)), help="Compilers at a time.")
+def main(folder: Path, devices: Sequence[Device], database: Path, most: int, jobs: int) -> None:
+    """Predict and write the tables of devices that are not here."""
+    others = [each for each in all_devices() if not is_measured(each)]
+    problems = [
+        parse_shape(f"{preset},probes={probes}") for preset in PRESETS for probes in PROBES
+    ]
+    near = {problem: measured_near(problem) for problem in problems}
+    start = time.monotonic()
+    with Store(database) as store, WorkerPool(jobs) as compilers:
+        for device in devices or others:
+            tools = Toolchain(triton=toolchain(device).triton)
+            for problem in problems:
+                known = store.records(device=device.name, toolchain=tools, problem=problem)
+                if not any(each.measurement.policy == VERSION for each in known):
+                    working = predict_problem(
+                        problem, device, tools, near[problem], compilers, store, most
+                    )
+                    spent = time.monotonic() - start
+                    what = f"{device.name} {problem.describe()}"
+                    click.echo(f"{what}: {working} predicted, {spent:.0f} s", err=True)
+                    if not working:  # this Triton may not know the architecture
+                        break
+            table = table_from_store(store, device.name)
+            if table.records:
+                write_table(folder / f"{device.name}.json", table)
+            click.echo(f"{device.name}: {len(table.records)} records")
+
+
+if __name__ == "__main__":
+    main()
