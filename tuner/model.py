@@ -40,7 +40,12 @@ _SHIPPED = CALIBRATIONS / "nvidia-h200.json.gz"
 
 @click.group()
 def model() -> None:
-    """Calibrate, fit and check the cost model that predicts times."""
+    """Calibrate, fit and check the cost model that predicts times.
+
+    \b
+    Example:
+      flashtune model check
+    """
 
 
 @model.command("calibrate")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import StagedConfig, config_data
@@ -20,11 +21,13 @@ from flashtune.tuner.calibration import (
     usable,
     write_calibration,
 )
+from flashtune.tuner.cli import cli
 from flashtune.tuner.pool import WorkerPool
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance
+from flashtune.tuning_db.store import Store
 
 USE = KernelUse(kernel="score", programs=16, warps=4, registers=32, shared_bytes=512, spilled=0)
 
@@ -140,3 +143,25 @@ class TestCalibrate:
         with WorkerPool(1) as pool, pytest.raises(FlashtuneError, match=message):
             calibrate(records, device, pool)
         assert pool.pending == 0
+
+
+def test_the_commands_say_what_they_wrote_and_what_is_wrong(recorded, tmp_path: Path) -> None:
+    database, file, model = (tmp_path / name for name in ("a.db", "a.json.gz", "model.json"))
+    good = StagedConfig(score_block=64, gather_block=64)
+    with Store(database) as store:
+        store.add(recorded(good, 12.0))
+        store.add(recorded(replace(good, slack=32), None))
+
+    def run(*args: object) -> Result:
+        return CliRunner().invoke(cli, ["model", *map(str, args)])
+
+    made = run("calibrate", "--device", "orin", "--db", database, "--output", file)
+    assert made.exit_code == 0, made.output
+    assert made.stdout == f"{file}: 1 of 2 records of orin-nano-super\n"
+    assert [sample.config for sample in read_calibration(file).samples] == [good]
+    fitted = run("fit", "--calibration", file, "--output", model)
+    assert (fitted.exit_code, model.exists()) == (2, False)
+    assert fitted.stderr.splitlines()[-1].startswith("Error: a fit needs records of at least two")
+    checked = run("check", "--calibration", file)
+    assert checked.exit_code == 2
+    assert "another calibration" in checked.stderr

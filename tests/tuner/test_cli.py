@@ -383,7 +383,7 @@ class TestAPredictedSearch:
         records = json.loads(done("show", "--db", predicted[0], "--json"))
         assert len(records) == 3
         assert {record["provenance"] for record in records} == {"predicted"}
-        assert all("roofline" in record["measurement"]["policy"] for record in records)
+        assert all("stages" in record["measurement"]["policy"] for record in records)
         assert all(record["toolchain"]["torch"] == "" for record in records)
 
     def test_a_person_is_told(self, predicted: Predicted) -> None:
