@@ -134,14 +134,15 @@ class FlashHead(nn.Module):
         device: torch.device | str | None = None,
         n_probes: int | None = None,
         revision: str | None = None,
+        tune: str = "race",
     ) -> "FlashHead":
         """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
 
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
-        as many as the model's config says unless given. Only the head is read, with the
-        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
-        file and the tensor, what was found there and what was expected.
+        as many as the model's config says unless given. tune: as for the class. Only the head is
+        read, with the config's dtype; docs/model-folders.md says from where. Raises
+        FlashtuneError naming the file and the tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         parts = ModelFolder.open(source, revision).read_head(where)
@@ -152,6 +153,7 @@ class FlashHead(nn.Module):
             parts.clusters.assignments,
             n_probes=parts.n_probes if n_probes is None else n_probes,
             special_token_ids=parts.special_token_ids,
+            tune=tune,
             release_weight=weight.shape[0] % centroids.shape[0] == 0
             and weight.data_ptr() % ALIGNMENT == 0,
         )
