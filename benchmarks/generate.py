@@ -13,6 +13,7 @@ graph of its own, over cold centroids. Every FlashHead kernel is verified first.
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -166,8 +167,10 @@ class StepTimer:
         torch.cuda.synchronize()
         decoder.rewind()
         graph = torch.cuda.CUDAGraph()
+        gc.disable()  # a collection in a capture can unload modules
         with torch.cuda.graph(graph):
             in_model()
+        gc.enable()
         self._run = graph.replay
 
     def sample(self, replays: int) -> list[float]:

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import ScalarFormatter
 
+MICROSECONDS = (5, 10, 20, 50, 100, 200, 500)
 LINES = {"dense": "tab:gray", "baseline": "tab:orange", "winner": "tab:blue"}
 
 
@@ -45,8 +46,10 @@ def main(results: Path, picture: Path) -> None:
         panel.plot(tokens, floors, linestyle="--", color="black", label="byte floor")
         panel.set(xscale="log", yscale="log", title=shape, xticks=tokens)
         panel.title.set_fontsize(9)
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.xaxis.set_minor_locator(pyplot.NullLocator())
+        panel.set_yticks(MICROSECONDS)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_locator(pyplot.NullLocator())
         panel.grid(visible=True, which="both", linewidth=0.3)
     for panel in panels[-1]:
         panel.set_xlabel("tokens")

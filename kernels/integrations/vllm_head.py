@@ -18,8 +18,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
-from flashtune.kernels.clustering import Origin, read_clusters
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
 from flashtune.kernels.layout import FILL
 from flashtune.kernels.model_folder import ASSETS_KEY, ModelFolder
@@ -55,27 +55,6 @@ def flash_head_folder(model_config: Any) -> ModelFolder | None:
     names = folder.config.get("architectures") or []
     named = any(str(name).startswith(PREFIX) for name in names)
     return folder if named or ASSETS_KEY in folder.config else None
-
-
-def read_flash_head(folder: ModelFolder, weight: torch.Tensor) -> FlashHead:
-    """The folder's FlashHead with vLLM's own weight `[vocab, hidden]`; raises FlashtuneError."""
-    problem, path = folder.problem(), folder.clustering_file
-    clusters = read_clusters(path)
-    shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
-    if shape != list(weight.shape):
-        raise FlashtuneError(
-            f"{path}: made for a head {shape}, but the model's is {[*weight.shape]}"
-        )
-    differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
-    if differs:
-        raise FlashtuneError(f"{path}: made for {differs}: cluster this model again")
-    return FlashHead(
-        weight,
-        clusters.centroids.to(weight),
-        clusters.assignments,
-        n_probes=problem.n_probes,
-        special_token_ids=folder.special_token_ids,
-    )
 
 
 def why_unsupported(vllm_config: Any) -> str | None:
@@ -157,7 +136,7 @@ class ServedHead:
         most = self._config.scheduler_config.max_num_seqs
         with _usual_defaults():
             weight = lm_head.weight.detach()[: lm_head.org_vocab_size]
-            head = read_flash_head(self._folder, weight)
+            head = flash_head_of(self._folder, weight)
             head.prepare(*[size for size in SIZES if size < 2 * most], epilogue="logits")
         LOG.info("FlashHead answers for up to %d rows: %s", SIZES[-1], head.extra_repr())
         return head

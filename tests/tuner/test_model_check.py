@@ -16,10 +16,12 @@ from flashtune.tuner.cost_fit import (
     read_fit,
     rounded,
 )
-from flashtune.tuner.cost_model import MODEL_FILE, CostModel, read_model_file
+from flashtune.tuner.cost_model import MODEL_FILE, VERSION, CostModel, read_model_file
 from flashtune.tuner.model_check import MOST_ERROR, Report, check_model
 from flashtune.tuner.published import FIGURES, PROBES, published_prediction
 from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.record import Provenance
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cost-model.md"
 
@@ -103,3 +105,13 @@ def test_a_file_that_is_not_there_is_one_line(option: str, tmp_path: Path) -> No
     result = CliRunner().invoke(cli, ["model", "check", option, str(tmp_path / "none")])
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: cannot read the c")
+
+
+@pytest.mark.parametrize("name", prebuilt_devices())
+def test_predictions_that_ship_are_of_this_model(name: str) -> None:
+    table = prebuilt_table(name)
+    assert table is not None
+    predicted = [each for each in table.records if each.provenance is Provenance.PREDICTED]
+    for measurement in (record.measurement for record in predicted):
+        assert measurement.policy == VERSION
+        assert measurement.spread_us and measurement.samples == 0

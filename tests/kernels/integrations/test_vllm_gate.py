@@ -79,6 +79,13 @@ def test_v1_follows_requests_through_the_batch() -> None:
     assert not gate.dense
 
 
+def test_v1_moves_one_request_onto_another() -> None:
+    gate = RequestGate(config(), None, False)
+    gate.update_state(update(added=[(0, scored()), (1, Params())]))
+    gate.update_state(update(moved=[(1, 0, "UNIDIRECTIONAL")]))
+    assert not gate.dense  # the scored one was moved over, and is at neither place
+
+
 def test_v1_agrees_with_a_list_of_requests() -> None:
     rng = random.Random(0)
     gate = RequestGate(config(), None, False)
