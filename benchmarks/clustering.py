@@ -1,6 +1,6 @@
 """How well clusterings of a real head retrieve, and how long making them takes.
 
-    python benchmarks/clustering.py --model DIR [--clusters N] [--iterations N] [--device cpu|cuda]
+    python benchmarks/clustering.py --model DIR [--clusters N] [--seed N] [--device cpu|cuda]
 
 Prints a Markdown table: the share of decode steps whose dense token is among the probed
 clusters, by clustering and number of probes, and the tokens that so many probes read on
@@ -27,7 +27,6 @@ from flashtune.tuner.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.quality import Study
 
 PROBES = (64, 128, 256, 512, 1024)
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,22 @@ class Row:
 class _ByCosine(BalancedKMeans):
     """Balanced, but of the rows as they are and of unit length: plain spherical k-means."""
 
-    def __init__(self, weight: torch.Tensor, n_clusters: int) -> None:
-        super().__init__(weight, n_clusters, SEED)
+    def __init__(self, weight: torch.Tensor, n_clusters: int, seed: int) -> None:
+        super().__init__(weight, n_clusters, seed)
         self._rows = normalize(weight.float(), dim=1)
 
 
-def at_random(weight: torch.Tensor, n_clusters: int, iterations: int) -> torch.Tensor:
+def at_random(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
     """Equal clusters that mean nothing."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(weight), generator=generator)
     return (order % n_clusters).to(weight.device)
 
 
-def plain(weight: torch.Tensor, n_clusters: int, iterations: int) -> torch.Tensor:
+def plain(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
     """Spherical k-means, with clusters of whatever size."""
     rows = normalize(weight.float(), dim=1)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(len(rows), generator=generator)[:n_clusters]
     centroids = rows[start.to(rows.device)]
     for _ in range(iterations):
@@ -71,12 +70,12 @@ def plain(weight: torch.Tensor, n_clusters: int, iterations: int) -> torch.Tenso
 
 
 def balanced(
-    kind: Callable[[torch.Tensor, int], BalancedKMeans],
-) -> Callable[[torch.Tensor, int, int], torch.Tensor]:
+    kind: Callable[[torch.Tensor, int, int], BalancedKMeans],
+) -> Callable[[torch.Tensor, int, int, int], torch.Tensor]:
     """Balanced k-means of a kind."""
 
-    def run(weight: torch.Tensor, n_clusters: int, iterations: int) -> torch.Tensor:
-        kmeans = kind(weight, n_clusters)
+    def run(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
+        kmeans = kind(weight, n_clusters, seed)
         for _ in range(iterations):
             kmeans.step()
         return kmeans.clusters().assignments
@@ -134,10 +133,16 @@ def show(rows: list[Row]) -> None:
 @click.option("--model", required=True)
 @click.option("--clusters", "n_clusters", type=int, help="Else a sixteenth of the vocabulary.")
 @click.option("--iterations", default=ITERATIONS, show_default=True)
+@click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path))
 def main(
-    model: str, n_clusters: int | None, iterations: int, device: str, file: Path | None
+    model: str,
+    n_clusters: int | None,
+    iterations: int,
+    seed: int,
+    device: str,
+    file: Path | None,
 ) -> None:
     """Compare clusterings of a model's head."""
     folder = ModelFolder.open(model)
@@ -147,13 +152,13 @@ def main(
     rows = []
     for name, run in CLUSTERINGS.items():
         start = time.perf_counter()
-        clusters = run(weight, number, iterations)
+        clusters = run(weight, number, iterations, seed)
         if weight.is_cuda:
             torch.cuda.synchronize()
         rows += judged(name, time.perf_counter() - start, weight, clusters, states)
         print(f"{name}: done", flush=True)
     print(f"\n{len(states)} decode steps, {len(weight)}x{weight.shape[1]}, {number} clusters, ")
-    print(f"{iterations} iterations, seed {SEED}, {device}, {torch.get_num_threads()} threads\n")
+    print(f"{iterations} iterations, seed {seed}, {device}, {torch.get_num_threads()} threads\n")
     show(rows)
     if file is not None:
         file.write_text(json.dumps([asdict(row) for row in rows], indent=1))

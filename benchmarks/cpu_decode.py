@@ -30,6 +30,7 @@ from flashtune.kernels.config import (
     default_config,
     slack_of,
 )
+from flashtune.kernels.cpp_source import render_read
 from flashtune.kernels.huge_pages import advise
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.read_bandwidth import Reader
@@ -62,7 +63,7 @@ class ReadTimer:
 
     def __init__(self, problem: Problem, device: Device, threads: int) -> None:
         """Fill a buffer larger than the last cache."""
-        self._reader = Reader(device, threads)
+        self._reader = Reader(device, render_read(threads, streams=4))
         self._bytes = problem.minimum_bytes
         buffer = torch.empty(max(READ_BYTES, 3 * device.l2_bytes), dtype=torch.uint8)
         advise(buffer)

@@ -144,8 +144,9 @@ def print_row(row: dict[str, Any]) -> None:
     """A shape's line of the table, what was timed, and how the two processes fared."""
     [first], [second] = row["starts"]["first"], row["starts"]["second"]
     race = first["race"]
-    if "timed" not in race:
-        print(f"\n{row['problem']}: not raced: {race['why_not']}")
+    if race is None or race["why_not"]:
+        why_not = race["why_not"] if race else "the record is as good as measured"
+        print(f"\n{row['problem']}: not raced: {why_not}")
         return
     cells = [
         row["problem"],

@@ -68,9 +68,17 @@ class Backend(Protocol):
         """
 
     def loader(
-        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
     ) -> Callable[[], Step]:
-        """Compile; each call of the result loads a step with scratch of its own."""
+        """Compile; each call of the result loads a step with scratch of its own.
+
+        source: what `render` gives, where that was done elsewhere.
+        """
 
     def timer(self, step: Step, workload: Workload) -> Timer:
         """The step over cold weights, as decode runs it."""

@@ -88,12 +88,12 @@ def _shapes(path: Path, tensors: Any) -> tuple[int, int, int]:
                 f"{path}: need the tensors {CENTROIDS} and {ASSIGNMENTS}, found {names}"
             )
     centroids, assignments = shape_of(tensors, CENTROIDS), shape_of(tensors, ASSIGNMENTS)
-    if len(centroids) < 2 or any(size != 1 for size in centroids[:-2]):
+    if len(centroids) < 2 or any(size != 1 for size in centroids[:-2]) or 0 in centroids:
         raise FlashtuneError(
             f"{path}: {CENTROIDS} has shape {centroids}, not [hidden, n_clusters] "
             "or [1, 1, hidden, n_clusters]"
         )
-    if len(assignments) != 1:
+    if len(assignments) != 1 or 0 in assignments:
         raise FlashtuneError(f"{path}: {ASSIGNMENTS} has shape {assignments}, not [vocab]")
     return assignments[0], centroids[-2], centroids[-1]
 
@@ -120,6 +120,7 @@ def read_clusters(path: Path, device: str = "cpu") -> Clusters:
             f"{path}: {CENTROIDS} has a NaN or an infinity in {broken} of {n_clusters} clusters: "
             "fetch the file again, or make it again"
         )
+    assignments = assignments.to(torch.int64)
     least, most = (int(bound) for bound in torch.aminmax(assignments))
     if least < 0 or most >= n_clusters:
         raise FlashtuneError(

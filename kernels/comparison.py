@@ -5,9 +5,9 @@ Usage:
     for entry in comparison.entries:
         entry.config, entry.measurement, entry.why
 
-All are compiled first, some at a time: none is begun after half of the time, and those begun are
-given up when a fifth of it is left. Then each is verified against float64 before it is timed, and
-those that are not far behind take turns, in two seconds.
+All are compiled first, some at a time, and loaded: none is begun after half of the time, and those
+begun are given up when a fifth of it is left. Then each is verified against float64 before it is
+timed, and those that are not far behind take turns, in two seconds.
 """
 
 import os
@@ -22,7 +22,7 @@ from flashtune.kernels.backend import backend_of
 from flashtune.kernels.config import Config, slack_of
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.room import free_bytes
-from flashtune.kernels.timing import Timer, Timing
+from flashtune.kernels.timing import Timer, Timing, timer_bytes
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -36,7 +36,6 @@ FIRST_SAMPLES = 2
 FAR_BEHIND = 1.3  # times the fastest first sample: such a config takes no turns
 ROUNDS, LEAST_ROUNDS = 20, 3
 LEAST_RUNNERS = 3  # that run even where that takes longer
-_LOST = "the device was lost before its turn came"
 _FULL = ("too many blocks in cooperative launch", "out of memory", "out of resource")
 
 Load = Callable[[], Step]
@@ -82,21 +81,28 @@ def compare(
     start = time.monotonic()
     where = weights.weight.device
     workload = Workload.around(
-        weights, problem, device.l2_bytes, free_bytes=free_bytes(where), seed=time.time_ns()
+        weights,
+        problem,
+        device.l2_bytes,
+        free_bytes=free_bytes(where),
+        timer_bytes=len(configs) * timer_bytes(problem),
+        seed=time.time_ns(),
     )
+    heat = _Heat(device, workload)
     compiled = _compile(problem, configs, device, where, seconds)
+    for config in configs:
+        heat.load(config, compiled[config], until=start + COMPILE_SHARE * seconds)
     begun = time.monotonic()
-    heat = _Heat(device, workload, min(begun + RUN_SECONDS, start + seconds))
+    end = min(begun + RUN_SECONDS, start + seconds)
     try:
         for config in configs:
-            heat.admit(config, compiled[config], note)
-        heat.take_turns(configs[0])
+            note(config)
+            heat.admit(config, until=(begun + end) / 2)
+        heat.take_turns(configs[0], until=end)
     finally:
         note(None)
     return Comparison(
-        entries=tuple(
-            heat.entries.get(config, Entry(config=config, why=_LOST)) for config in configs
-        ),
+        entries=tuple(heat.entries[config] for config in configs),
         is_cold=workload.is_cold,
         compile_s=begun - start,
         run_s=time.monotonic() - begun,
@@ -124,33 +130,44 @@ def _compile(
 
 
 class _Heat:
-    """Configs that run one after another, then in turns, until a time is up."""
+    """Configs that are loaded, then run one after another, then in turns.
 
-    def __init__(self, device: Device, workload: Workload, end: float) -> None:
-        """`end` is on the clock of time.monotonic."""
+    Each of the three ends at a time on the clock of time.monotonic, though not before a few had
+    their turn.
+    """
+
+    def __init__(self, device: Device, workload: Workload) -> None:
+        """Nothing runs yet."""
         self.entries: dict[Config, Entry] = {}
         self.lost = False
         self._backend, self._workload = backend_of(device), workload
-        self._end = end
-        self._admit_until = (time.monotonic() + end) / 2
+        self._steps: dict[Config, Step] = {}
         self._timers: dict[Config, Timer] = {}
         self._samples: dict[Config, list[float]] = {}
 
-    def admit(
-        self, config: Config, compiled: "Future[Load]", note: Callable[[Config | None], None]
-    ) -> None:
-        """Verify a config and take its first samples, if its turn comes at all."""
-        why = self._why_out(compiled)
-        if why:
-            self.entries[config] = Entry(config=config, why=why)
+    def load(self, config: Config, compiled: "Future[Load]", until: float) -> None:
+        """Make a config's step. Triton builds what launches a kernel only now."""
+        late = len(self._steps) >= LEAST_RUNNERS and time.monotonic() > until
+        if late or not compiled.done() or compiled.cancelled():
+            self._pass_over(config, "it was not compiled in time")
             return
-        refusal = compiled.exception()
-        if refusal is not None:
-            self._fail(config, Outcome.COMPILE_ERROR, refusal)
-            return
-        note(config)
         try:
-            step = compiled.result()()
+            self._steps[config] = compiled.result()()
+        except Exception as error:  # compilers and drivers raise whatever they like
+            self._fail(config, Outcome.COMPILE_ERROR, error)
+
+    def admit(self, config: Config, until: float) -> None:
+        """Verify a config and take its first samples."""
+        if config not in self._steps:
+            return
+        if self.lost:
+            self._pass_over(config, "the device was lost before its turn came")
+            return
+        if len(self._timers) >= LEAST_RUNNERS and time.monotonic() > until:
+            self._pass_over(config, "there was no time to run it")
+            return
+        step = self._steps[config]
+        try:
             wrong = self._workload.why_wrong(step, slack_of(config))
             if wrong:
                 self._fail(config, Outcome.WRONG_RESULT, wrong)
@@ -158,41 +175,40 @@ class _Heat:
             timer = self._backend.timer(step, self._workload)
             self._samples[config] = timer.sample(FIRST_SAMPLES)
             self._timers[config] = timer
-        except Exception as error:  # drivers raise whatever they like
+        except Exception as error:
             self._fail(config, Outcome.CRASH, error)
 
-    def take_turns(self, first: Config) -> None:
+    def take_turns(self, first: Config, until: float) -> None:
         """Time `first` and those not far behind in turns, so that a drifting clock favours none.
 
         First samples count only for those that take no turns.
         """
         limit = FAR_BEHIND * min(map(min, self._samples.values()), default=0.0)
-        for config, samples in self._samples.items():
-            if config != first and min(samples) > limit:
+        for config in list(self._timers):
+            if config != first and min(self._samples[config]) > limit:
                 del self._timers[config]
                 self._enter(config, Outcome.PRUNED)
         for config in self._timers:
             self._samples[config] = []
         for number in range(ROUNDS):
-            if number >= LEAST_ROUNDS and time.monotonic() > self._end:
+            if number >= LEAST_ROUNDS and time.monotonic() > until:
                 break
-            for config, timer in list(self._timers.items()):
+            for config in list(self._timers):
+                if self.lost:
+                    break
                 try:
-                    self._samples[config] += timer.sample(1)
+                    self._samples[config] += self._timers[config].sample(1)
                 except Exception as error:
-                    self._timers.pop(config, None)
+                    del self._timers[config]
                     self._fail(config, Outcome.CRASH, error)
         for config in self._timers:
-            self._enter(config, Outcome.OK)
+            if self.lost:
+                self._pass_over(config, "the device was lost while it was timed")
+            else:
+                self._enter(config, Outcome.OK)
 
-    def _why_out(self, compiled: "Future[Load]") -> str:
-        if self.lost:
-            return _LOST
-        if not compiled.done() or compiled.cancelled():
-            return "it was not compiled in time"
-        if len(self._timers) >= LEAST_RUNNERS and time.monotonic() > self._admit_until:
-            return "there was no time to run it"
-        return ""
+    def _pass_over(self, config: Config, why: str) -> None:
+        self.entries[config] = Entry(config=config, why=why)
 
     def _enter(self, config: Config, outcome: Outcome) -> None:
         timing = Timing.of(self._samples[config])
@@ -214,7 +230,6 @@ class _Heat:
                 torch.cuda.synchronize()
             except Exception:  # an illegal access stays with the process
                 self.lost = True
-                self._timers.clear()
         measurement = Measurement(
             outcome=outcome, error=" ".join(text.split())[:500], policy=RACE_POLICY
         )

@@ -68,14 +68,20 @@ class CppBackend:
 
     def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
         """Compile into the cache; nothing is known of what a CPU's code needs."""
-        build_library(*_library_parts(problem, config, device))
+        build_library(self.render(problem, config, device), device.arch, _simd(config))
         return ()
 
     def loader(
-        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
     ) -> Callable[[], Step]:
         """Compile; each call of the result makes a step with scratch and threads of its own."""
-        library = load_library(*_library_parts(problem, config, device))
+        source = source or self.render(problem, config, device)
+        library = load_library(source, device.arch, _simd(config))
         return lambda: CppStep(library)
 
     def timer(self, step: Step, workload: Workload) -> WallTimer:
@@ -83,8 +89,7 @@ class CppBackend:
         return WallTimer(step, workload)
 
 
-def _library_parts(problem: Problem, config: Config, device: Device) -> tuple[str, str, str]:
-    """Source, arch and SIMD level; raises FlashtuneError when the config is not valid."""
-    source = render_cpp(problem, config, device)
+def _simd(config: Config) -> str:
+    """The SIMD level of a config that was rendered for a CPU."""
     assert isinstance(config, CppConfig)
-    return source, device.arch, config.simd
+    return config.simd

@@ -26,13 +26,8 @@ import torch
 from torch import nn
 
 from flashtune.kernels.binding import LOG, Bound, TorchStep, bind
-from flashtune.kernels.layout import (
-    DTYPE_NAMES,
-    Step,
-    Weights,
-    order_from_maps,
-    token_order,
-)
+from flashtune.kernels.head_problem import checked_problem, order_of, problem_of
+from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.model_folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
 from flashtune.kernels.race import MOST_SECONDS, UNKEPT
@@ -99,9 +94,9 @@ class FlashHead(nn.Module):
         if tune not in TUNE:
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         weight, centroids = weight.detach(), centroids.detach()
-        problem = _checked_problem(weight, centroids, n_probes)
+        problem = checked_problem(weight, centroids, n_probes)
         self.vocab_size = weight.shape[0]
-        order = _order(problem, self.vocab_size, cluster_assignments, vocab_maps)
+        order = order_of(problem, self.vocab_size, cluster_assignments, vocab_maps)
         order = order.to(weight.device)
         special = checked_special_tokens(special_token_ids, self.vocab_size)
         for name, tensor in (("weight", weight), ("centroids", centroids)):
@@ -139,14 +134,15 @@ class FlashHead(nn.Module):
         device: torch.device | str | None = None,
         n_probes: int | None = None,
         revision: str | None = None,
+        tune: str = "race",
     ) -> "FlashHead":
         """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
 
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
-        as many as the model's config says unless given. Only the head is read, with the
-        config's dtype; docs/model-folders.md says from where. Raises FlashtuneError naming the
-        file and the tensor, what was found there and what was expected.
+        as many as the model's config says unless given. tune: as for the class. Only the head is
+        read, with the config's dtype; docs/model-folders.md says from where. Raises
+        FlashtuneError naming the file and the tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         parts = ModelFolder.open(source, revision).read_head(where)
@@ -157,6 +153,7 @@ class FlashHead(nn.Module):
             parts.clusters.assignments,
             n_probes=parts.n_probes if n_probes is None else n_probes,
             special_token_ids=parts.special_token_ids,
+            tune=tune,
             release_weight=weight.shape[0] % centroids.shape[0] == 0
             and weight.data_ptr() % ALIGNMENT == 0,
         )
@@ -333,7 +330,7 @@ class FlashHead(nn.Module):
             return bound
 
     def _problem(self, epilogue: str, n_tokens: int) -> Problem:
-        problem = _problem(self.weight, self.centroids, self.n_probes, n_tokens)
+        problem = problem_of(self.weight, self.centroids, self.n_probes, n_tokens)
         return replace(problem, epilogue=epilogue)
 
     def _warn(self, trouble: str) -> None:
@@ -387,69 +384,3 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _problem(
-    weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
-) -> Problem:
-    """The problem, its vocabulary rounded up to whole clusters."""
-    for name, tensor in (("weight", weight), ("centroids", centroids)):
-        if tensor.dtype not in DTYPE_NAMES:
-            raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
-    n_clusters = centroids.shape[0]
-    return Problem(
-        vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
-        hidden_size=weight.shape[1],
-        n_clusters=n_clusters,
-        n_probes=n_probes,
-        n_tokens=n_tokens,
-        weight_dtype=DTYPE_NAMES[weight.dtype],
-        centroid_dtype=DTYPE_NAMES[centroids.dtype],
-    )
-
-
-def _checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int) -> Problem:
-    """The problem that the two matrices pose; FlashtuneError where they don't fit together."""
-    for name, tensor in (("weight", weight), ("centroids", centroids)):
-        if tensor.dim() != 2:
-            raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
-        if not tensor.numel():
-            raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
-    if weight.shape[1] != centroids.shape[1]:
-        raise FlashtuneError(
-            f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
-        )
-    if weight.device != centroids.device:
-        raise FlashtuneError(
-            f"weight is on {weight.device}, centroids on {centroids.device}: move one"
-        )
-    return _problem(weight, centroids, n_probes, n_tokens=1)
-
-
-def _order(
-    problem: Problem,
-    vocab_size: int,
-    assignments: torch.Tensor | None,
-    vocab_maps: torch.Tensor | None,
-) -> torch.Tensor:
-    """Token ids in the order of the rows, from the one of the two that is given."""
-    if (assignments is None) == (vocab_maps is None):
-        raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
-    given = assignments if assignments is not None else vocab_maps
-    assert given is not None
-    name = "vocab_maps" if assignments is None else "cluster_assignments"
-    shape = [vocab_size]
-    if assignments is None:
-        shape = [problem.n_clusters, problem.cluster_size]
-    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
-        raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
-    if list(given.shape) != shape:
-        raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
-    if vocab_size != problem.vocab_size and assignments is None:
-        raise FlashtuneError(
-            f"vocab_maps need a vocabulary that is a multiple of n_clusters, but {vocab_size} "
-            f"is not one of {problem.n_clusters}: give cluster_assignments"
-        )
-    return (
-        order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
-    )

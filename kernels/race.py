@@ -117,7 +117,8 @@ def hold(start: Start, choice: Choice) -> tuple[Choice, Race]:
             begun = time.monotonic()
             found, race = _take_turn(start, choice, lock, database)
     except Exception as error:  # a full device, a compiler, a driver: the head must answer
-        found, race = choice, Race(why_not=" ".join(str(error).split()))
+        kind = "" if isinstance(error, FlashtuneError) else f"{type(error).__name__}: "
+        found, race = choice, Race(why_not=" ".join(f"{kind}{error}".split()))
     return found, replace(race, seconds=time.monotonic() - begun)
 
 

@@ -2,7 +2,7 @@
 
 Usage:
     measure_bandwidth(device)            # bytes/s
-    reader = Reader(device, threads=2)
+    reader = Reader(device, render_read(threads=2, streams=4))
     reader(buffer)                       # reads a tensor once
 """
 
@@ -10,6 +10,7 @@ import ctypes
 import statistics
 import time
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -27,9 +28,8 @@ STREAMS = (1, 4)
 class Reader:
     """Reads tensors with a number of threads. One call at a time."""
 
-    def __init__(self, device: Device, threads: int, streams: int = 4) -> None:
+    def __init__(self, device: Device, source: str) -> None:
         """Raises FlashtuneError without a compiler."""
-        source = render_read(threads, streams)
         library = load_library(source, device.arch, simd_levels(device.arch)[-1])
         library.flashtune_open.restype = ctypes.c_void_p
         library.flashtune_close.argtypes = (ctypes.c_void_p,)
@@ -44,20 +44,24 @@ class Reader:
         return size
 
 
-def measure_bandwidth(device: Device) -> float:
-    """Bytes/s read from memory by one thread, or by one a core if that is more: medians.
+def read_sources(device: Device) -> list[str]:
+    """What is timed to find a device's bandwidth: readers of one thread, and of one a core."""
+    return [
+        render_read(threads, streams)
+        for threads in sorted({1, device.sm_count})
+        for streams in STREAMS
+    ]
 
-    Raises FlashtuneError without a compiler.
+
+def measure_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
+    """Bytes/s read from memory by the best of `read_sources`, a median.
+
+    sources: those, where they were rendered elsewhere. Raises FlashtuneError without a compiler.
     """
     buffer = torch.empty(max(3 * device.l2_bytes, LEAST_BYTES), dtype=torch.uint8)
     advise(buffer)
     buffer.fill_(1)
-    rates = [
-        _rate(Reader(device, threads, streams), buffer)
-        for threads in {1, device.sm_count}
-        for streams in STREAMS
-    ]
-    return max(rates)
+    return max(_rate(Reader(device, each), buffer) for each in sources or read_sources(device))
 
 
 def _rate(reader: Reader, buffer: torch.Tensor) -> float:

@@ -13,6 +13,8 @@ import torch
 from flashtune.kernels.layout import Weights
 from flashtune.tuning_db.errors import FlashtuneError
 
+_MOST_ROWS = 32  # at once: each row's product is taken with the tokens of all
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialTokens:
@@ -48,6 +50,9 @@ class SpecialTokens:
         Both logits come from one product in float32, so that rounding favours neither; ties
         give the smaller id. A hidden state with a NaN keeps its token, whatever a step made it.
         """
+        if len(tokens) > _MOST_ROWS:
+            states, chosen = (torch.split(rows, _MOST_ROWS) for rows in (hidden, tokens))
+            return torch.cat(list(map(self._better, [weights] * len(states), states, chosen)))
         n = self.ids.numel()
         known = tokens.clamp(0, self.places.numel() - 1)  # no id, after a NaN, must not be read
         places = self.places[torch.cat([self.ids, known])]

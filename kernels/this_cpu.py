@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def this_cpu() -> Device:
     Where it can't be measured, for want of a compiler or of memory, it is 0: unknown.
     """
     device = describe_cpu()
-    return replace(device, memory_bandwidth=_known_bandwidth(device))
+    return replace(device, memory_bandwidth=known_bandwidth(device))
 
 
 def describe_cpu() -> Device:
@@ -135,13 +136,16 @@ def cpu_quota(membership: str, root: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def _known_bandwidth(device: Device) -> float:
-    """Bytes/s from the cache folder, else measured now and kept there."""
+def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
+    """Bytes/s from the cache folder, else measured now and kept there; 0 where that fails.
+
+    sources: as `measure_bandwidth` has them.
+    """
     path = cache_dir() / "cpp" / f"bandwidth-{device.name}-{platform.node()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(path.read_text("utf-8"))["read_bytes_per_s"])
     try:
-        bandwidth = measure_bandwidth(device)
+        bandwidth = measure_bandwidth(device, sources)
     except (FlashtuneError, RuntimeError, MemoryError):
         return 0.0
     with suppress(OSError):

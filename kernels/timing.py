@@ -16,9 +16,15 @@ import torch
 
 from flashtune.kernels.layout import Step, new_out
 from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.problem import Problem
 
 CALLS_PER_REPLAY = 20
 CALLS_PER_PASS = 8
+
+
+def timer_bytes(problem: Problem) -> int:
+    """About how many bytes of its device's memory a timer takes: outputs for a replay's calls."""
+    return CALLS_PER_REPLAY * new_out(problem, torch.device("meta")).nbytes
 
 
 class Timer(Protocol):

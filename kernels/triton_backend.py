@@ -121,7 +121,8 @@ class DecodeStep:
     """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
 
     hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out as `new_out` makes it. Calls
-    share one scratch: those that may run at the same time need a step each.
+    share one scratch: those that may run at the same time need a step each. `launches` are its
+    kernels' names and launchers, which `launch` calls one by one.
     """
 
     def __init__(
@@ -129,7 +130,9 @@ class DecodeStep:
     ) -> None:
         """Bind kernels to fresh scratch on `device`, and load their binaries there."""
         self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
-        self._launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
+        self.launches = [
+            (launch["kernel"], self._bind(launch, module, kernels)) for launch in module.LAUNCHES
+        ]
 
     def _bind(
         self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]
@@ -151,6 +154,16 @@ class DecodeStep:
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Launch the step; `out` is complete when the stream gets there."""
+        self.launch(self.launches, weights, hidden, out)
+
+    def launch(
+        self,
+        launches: Sequence[tuple[str, Callable[..., None]]],
+        weights: Weights,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Launch some of the kernels, in this order."""
         scratch = self.scratch
         arguments = (
             hidden,
@@ -162,7 +175,7 @@ class DecodeStep:
             scratch.selected,
             scratch.state,
         )
-        for launch in self._launches:
+        for _, launch in launches:
             launch(*arguments)
 
 
@@ -178,7 +191,7 @@ class TritonBackend:
 
     def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        module, kernels = _compiled(problem, config, device)
+        module, kernels = _compiled(problem, device, self.render(problem, config, device))
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES
@@ -199,10 +212,16 @@ class TritonBackend:
         return uses
 
     def loader(
-        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        module, kernels = _compiled(problem, config, device)
+        source = source or self.render(problem, config, device)
+        module, kernels = _compiled(problem, device, source)
         return lambda: DecodeStep(problem, module, kernels, torch_device)
 
     def timer(self, step: Step, workload: Workload) -> GraphTimer:
@@ -210,11 +229,9 @@ class TritonBackend:
         return GraphTimer(step, workload)
 
 
-def _compiled(
-    problem: Problem, config: Config, device: Device
-) -> tuple[ModuleType, dict[str, Any]]:
-    """The candidate's module, and its kernels compiled for the device's architecture."""
-    module = load_source(render_triton(problem, config, device))
+def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The source's module, and its kernels compiled for the device's architecture."""
+    module = load_source(source)
     return module, compile_module(module, problem, device.capability)
 
 

@@ -71,42 +71,45 @@ class Workload:
 
     @classmethod
     def around(
-        cls, weights: Weights, problem: Problem, cold_bytes: int, free_bytes: int, seed: int
+        cls,
+        weights: Weights,
+        problem: Problem,
+        cold_bytes: int,
+        *,
+        free_bytes: int,
+        timer_bytes: int = 0,
+        seed: int,
     ) -> "Workload":
         """A head's own weights with fresh hidden states.
 
-        Sets have copies of the centroids where these, and the judge, fit in half of
-        `free_bytes`; else all share the head's own, and these lie in the cache while kernels are
-        timed. Raises FlashtuneError where there is not even room for the judge.
+        Sets have copies of the centroids where these, the judge and what timers will take fit in
+        half of `free_bytes`; else all share the head's own, and these lie in the cache while
+        kernels are timed. Raises FlashtuneError where there is no room for even the others.
         """
         where = weights.weight.device
         generator = torch.Generator(where).manual_seed(seed)
-        judged = (
-            3
-            * 8
-            * problem.hidden_size
-            * max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
-        )
-        if judged > free_bytes / 2:
+        judged_rows = max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
+        needed = timer_bytes + 3 * 8 * problem.hidden_size * judged_rows
+        if needed > free_bytes / 2:
             raise FlashtuneError(
-                f"{free_bytes / 2**20:.0f} MiB are free on {where}: too little to verify kernels"
+                f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "
+                f"kernels takes {needed / 2**20:.0f}, of which there must be twice as much"
             )
         n_sets = _sets_for(problem, cold_bytes)
-        copied = judged + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
+        copied = needed + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
         copies = [
             replace(weights, centroids=weights.centroids.clone()) if copied else weights
             for _ in range(n_sets - 1)
         ]
-        states = torch.randn(
-            n_sets + 2, problem.n_tokens, problem.hidden_size, generator=generator, device=where
-        )
-        states /= problem.hidden_size**0.5
-        near = torch.randint(
-            problem.n_clusters, (problem.n_tokens,), generator=generator, device=where
-        )
+        shape = problem.n_tokens, problem.hidden_size
+        states = [
+            torch.randn(*shape, generator=generator, device=where) / shape[1] ** 0.5
+            for _ in range(n_sets + 2)
+        ]
+        near = torch.randint(problem.n_clusters, shape[:1], generator=generator, device=where)
         states[-1] = weights.centroids[near].float() + states[-1] / 2
-        of_kind = states.to(weights.weight.dtype).unbind()
-        return cls(problem, (weights, *copies), of_kind[:n_sets], of_kind[n_sets:])
+        typed = tuple(each.to(weights.weight.dtype) for each in states)
+        return cls(problem, (weights, *copies), typed[:n_sets], typed[n_sets:])
 
     @property
     def is_cold(self) -> bool:
@@ -127,14 +130,14 @@ class Workload:
         """None when what the step writes is right for every check, twice each, else why not.
 
         The output is poisoned before each call. Most configs give the same tokens, and what was
-        right with little slack is right with more: that is not judged again. Logits are always.
+        right with little slack is right with more: that is not judged again.
         """
         judge = Judge(self.sets[0], self.problem.n_probes)
         for number, states in enumerate(self.checks):
             for _ in range(2):
                 out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, tuple(out.tolist() if out.dim() == 1 else ())
+                answer = number, tuple(out.tolist()) if out.dim() == 1 else ()
                 if answer[1] and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)

@@ -9,15 +9,19 @@ Pure text in, pure text out: nothing here imports torch, triton or the rest of f
 import functools
 from collections.abc import Mapping
 from importlib import resources
+from typing import TYPE_CHECKING
 
-import jinja2
+if TYPE_CHECKING:
+    import jinja2
 
 Value = int | float | bool | str
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> "jinja2.Environment":
     """The one environment: undefined names raise, blocks leave no blank lines behind."""
+    import jinja2  # here, because a machine that is tuned over ssh renders nothing and needs none
+
     folder = resources.files("flashtune.templates")
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),

@@ -22,9 +22,11 @@ from flashtune.tuner.lookup import best_record
 from flashtune.tuner.model import model
 from flashtune.tuner.model_commands import cluster, quality
 from flashtune.tuner.proposal import SAMPLERS
+from flashtune.tuner.remote import RemoteMachine, find_machine
 from flashtune.tuner.report import devices_table, records_table, results_table
 from flashtune.tuner.session import SearchRequest, Session, result_data, this_device
 from flashtune.tuner.space import parse_fixed
+from flashtune.tuner.ssh import PYTHON
 from flashtune.tuner.tables import tables
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
@@ -123,6 +125,13 @@ cli.add_command(quality)
     help="Compilers at a time.",
 )
 @click.option("--fix", "fixed", type=FIX, multiple=True, help="Search only where KNOB=VALUE.")
+@click.option("--remote", metavar="DESTINATION", help="Measure there, over ssh.")
+@click.option(
+    "--remote-python",
+    metavar="PYTHON",
+    show_default="python3",
+    help="The Python there that has torch and Triton.",
+)
 @_database
 @_json
 def search(
@@ -135,14 +144,17 @@ def search(
     seed: int,
     jobs: int,
     fixed: Sequence[tuple[str, Any]],
+    remote: str | None,
+    remote_python: str | None,
     database: Path | None,
     as_json: bool,
 ) -> None:
     """Search for the fastest kernel of each shape on a device.
 
     On the device itself every config is verified and measured. For a device that is not here,
-    configs are cross-compiled and their times predicted, and records say so. Run the same
-    command again to go on where an interrupted search was.
+    configs are cross-compiled and their times predicted, and records say so. With --remote
+    they are measured on the machine that ssh reaches under that name; it needs Python, torch
+    and Triton. Run the same command again to go on where an interrupted search was.
 
     \b
     Examples:
@@ -150,12 +162,16 @@ def search(
       flashtune search --shape vocab=151936,hidden=2048,clusters=9496,probes=512 --trials 300
       flashtune search --model ./my-model --timeout 120 --json
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
+      flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
     """
     problems = list(dict.fromkeys([*shapes, *models]))
     if not problems:
         raise click.UsageError("give at least one --shape or --model")
+    if remote_python is not None and remote is None:
+        raise click.UsageError("--remote-python is about another machine: give --remote too")
+    machine = _connect(remote, device, remote_python or PYTHON) if remote is not None else None
     request = SearchRequest(
-        device=device or this_device(),
+        device=machine.device if machine else device or this_device(),
         problems=problems,
         trials=trials,
         timeout_s=timeout,
@@ -163,6 +179,7 @@ def search(
         seed=seed,
         jobs=jobs,
         fixed=dict(fixed),
+        remote=machine,
     )
     with Store(database or default_path()) as store:
         session = Session(request, store)
@@ -179,6 +196,16 @@ def search(
         Console().print(results_table(results, request.device, session.provenance))
     if session.cancelled:
         raise click.exceptions.Exit(130)
+
+
+def _connect(destination: str, device: Device | None, python: str) -> RemoteMachine:
+    click.echo(f"connecting to {destination}", err=True)
+    try:
+        machine = find_machine(destination, device, python)
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(130) from None
+    click.echo(machine.describe(), err=True)
+    return machine
 
 
 @cli.command()

@@ -81,21 +81,51 @@ def cluster_model(
     source = ModelFolder.open(request.model)
     place = source.head_weight()
     _check_output(request, source)
-    vocab_size, hidden_size = place.shape
-    n_clusters = request.n_clusters or -(-vocab_size // CLUSTER_SIZE)
+    n_clusters = request.n_clusters or -(-place.shape[0] // CLUSTER_SIZE)
     n_probes = request.n_probes or max(1, n_clusters // CLUSTERS_A_PROBE)
     if n_probes > n_clusters:
         raise FlashtuneError(f"{n_probes} probes of {n_clusters} clusters: take fewer")
     kmeans = BalancedKMeans(place.read(request.device), n_clusters, request.seed)
+    try:
+        checkpoint = _cluster(kmeans, request)
+        n_probes = _write(kmeans, source, request, n_probes, choose_probes)
+        checkpoint.path.unlink()
+    except (OSError, shutil.Error) as error:
+        hint = ": leave --link off" if request.link else ""
+        raise FlashtuneError(f"{request.out}: cannot be written: {error}{hint}") from error
+    return ClusterResult(
+        out=request.out,
+        vocab_size=place.shape[0],
+        hidden_size=place.shape[1],
+        n_clusters=n_clusters,
+        n_probes=n_probes,
+        iterations=kmeans.iteration,
+        fit=kmeans.fit(),
+    )
+
+
+def _cluster(kmeans: BalancedKMeans, request: ClusterRequest) -> "Checkpoint":
+    """Iterate from the checkpoint on."""
     checkpoint = Checkpoint(request.out, kmeans)
     checkpoint.load()
-    with StepProgress(f"{vocab_size}x{hidden_size} c{n_clusters}", request.iterations) as bar:
+    title = f"{kmeans.origin.vocab_size}x{kmeans.origin.hidden_size} c{kmeans.n_clusters}"
+    with StepProgress(title, request.iterations) as progress:
         while kmeans.iteration < request.iterations:
             fit = kmeans.step()
             checkpoint.save()
-            bar.show(kmeans.iteration, f"fit {fit:.4f}")
-    partial = request.out.with_name(request.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+            progress.show(kmeans.iteration, f"fit {fit:.4f}")
+    return checkpoint
+
+
+def _write(
+    kmeans: BalancedKMeans,
+    source: ModelFolder,
+    request: ClusterRequest,
+    n_probes: int,
+    choose_probes: ChooseProbes | None,
+) -> int:
+    """Write the folder under another name, and give it its own when it is whole."""
+    partial = _partial(request.out)
     try:
         _copy_model(source, partial, request.link)
         _write_config(source, partial, n_probes)
@@ -108,23 +138,19 @@ def cluster_model(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    checkpoint.path.unlink()
-    return ClusterResult(
-        out=request.out,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        n_clusters=n_clusters,
-        n_probes=n_probes,
-        iterations=kmeans.iteration,
-        fit=kmeans.fit(),
-    )
+    return n_probes
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
     """Nothing is overwritten, and the copy must fit on the disk."""
     out = request.out
-    if out.exists():
-        raise FlashtuneError(f"{out}: exists already: give another folder, or remove it")
+    for path in (out, _partial(out)):  # a partial one is what a killed run leaves
+        if path.exists():
+            raise FlashtuneError(f"{path}: exists already: remove it, or give another --out")
     if not out.parent.is_dir():
         raise FlashtuneError(f"{out.parent}: no such folder: make it first")
     if not request.link:
@@ -150,11 +176,7 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
         old = {str(source.config.get(ASSETS_KEY, ASSETS_FOLDER)), *_LEFT_OUT}
         return old & set(names) if Path(folder) == source.path else set()
 
-    try:
-        shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)
-    except (OSError, shutil.Error) as error:
-        hint = ": leave --link off" if link else ""
-        raise FlashtuneError(f"{target}: cannot be written: {error}{hint}") from error
+    shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)
 
 
 def _write_config(source: ModelFolder, target: Path, n_probes: int) -> None:

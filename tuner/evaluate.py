@@ -125,7 +125,8 @@ class PredictingEvaluator:
 class MeasuringEvaluator:
     """Compiles in parallel, then verifies and times one config after another on the device.
 
-    Where compilers would disturb the timing, the two take turns.
+    Where compilers would disturb the timing, the two take turns. Where there are none, the
+    worker that measures compiles, too.
     """
 
     provenance = Provenance.MEASURED
@@ -134,14 +135,19 @@ class MeasuringEvaluator:
         self,
         problem: Problem,
         device: Device,
-        compilers: WorkerPool,
+        compilers: WorkerPool | None,
         measurer: WorkerPool,
         *,
         seed: int,
+        elsewhere: bool = False,
     ) -> None:
-        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs."""
+        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs.
+
+        elsewhere: the worker has neither templates nor the compilers' cache. It is given source.
+        """
         self._problem, self._device, self._seed = problem, device, seed
         self._compilers, self._measurer = compilers, measurer
+        self._elsewhere = elsewhere
         self._best_us: float | None = None
         self._in_turns = backend_of(device).times_alone
         self._compiled: list[tuple[Config, ...]] = []
@@ -151,29 +157,34 @@ class MeasuringEvaluator:
         """As many configs may be under way as compilers can keep ahead of the timing."""
         if self._in_turns and (self._measurer.pending or self._compiled):
             return 0
-        return max(0, 2 * self._compilers.size + 2 - self.pending)
+        compiling = self._compilers.size if self._compilers else 0
+        return max(0, 2 * compiling + 2 - self.pending)
 
     @property
     def pending(self) -> int:
         """Configs being compiled, measured, or waiting for either."""
-        return self._compilers.pending + len(self._compiled) + self._measurer.pending
+        return self._compiling + len(self._compiled) + self._measurer.pending
 
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
-        self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
+        if self._compilers is None:
+            self._compiled.append((config,))
+        else:
+            self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
 
     def wait(self, seconds: float) -> list[Evaluation]:
         """Failures to compile, and measurements."""
         evaluations = []
         idle = self._measurer.pending == 0
-        for task, reply in self._compilers.wait(seconds if idle else 0.0):
+        compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
+        for task, reply in compiled:
             if reply.measurements:
                 evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
             else:
                 self._compiled.append(task.configs)
-        if not (self._in_turns and self._compilers.pending):
+        if not (self._in_turns and self._compiling):
             for configs in self._compiled:
-                self._measurer.submit(self._task("measure", configs), MEASURE_SECONDS)
+                self._measure(configs)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
             measurement = reply.measurements[0]
@@ -198,9 +209,18 @@ class MeasuringEvaluator:
 
     def close(self) -> None:
         """End what is under way."""
-        self._compilers.cancel()
+        if self._compilers is not None:
+            self._compilers.cancel()
         self._compiled.clear()
         self._measurer.cancel()
+
+    @property
+    def _compiling(self) -> int:
+        return self._compilers.pending if self._compilers else 0
+
+    def _measure(self, configs: tuple[Config, ...]) -> None:
+        seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
+        self._measurer.submit(self._task("measure", configs), seconds)
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
         return Task(
@@ -210,4 +230,9 @@ class MeasuringEvaluator:
             device=self._device,
             seed=self._seed,
             best_us=self._best_us,
+            sources=self._sources(configs) if self._elsewhere and kind != "compile" else (),
         )
+
+    def _sources(self, configs: tuple[Config, ...]) -> tuple[str, ...]:
+        backend = backend_of(self._device)
+        return tuple(backend.render(self._problem, config, self._device) for config in configs)

@@ -5,94 +5,90 @@ Usage:
         pool.submit(task, seconds=60)
         for task, reply in pool.wait(1.0):
             …
+
+Where workers are far and the way to one is lost, its task is begun again on another connection.
 """
 
-import contextlib
-import os
 import selectors
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, NamedTuple
 
 from flashtune.tuner.task import Reply, Task
+from flashtune.tuner.transport import LocalTransport, Transport
+from flashtune.tuner.worker_process import Ending, WorkerProcess
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome
 
-COMMAND = (sys.executable, "-m", "flashtune.tuner.worker")
 START_SECONDS = 180.0  # a fresh process may import torch on a busy machine
+LAST_SECONDS = 5.0  # for a process that has closed its output to be gone
+CONNECT_SECONDS = 300.0  # for which a lost connection is tried again
+LONGEST_PAUSE = 30.0  # seconds between two tries
+MOST_LOSSES = 3  # a task that was begun so often may be what breaks the connection
 
 
-class _Request(NamedTuple):
+@dataclass(slots=True)
+class _Request:
+    """A task to be answered, and how often its connection was lost."""
+
     task: Task
     seconds: float
+    losses: int = 0
 
 
-class _Process:
-    """One worker process and the request it is working on."""
+@dataclass(slots=True)
+class _Outage:
+    """A time without connection: when it began, how often it was mended in vain, the next try."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
-        self.popen = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            start_new_session=True,  # Ctrl-C is for the search, which then ends its workers
-        )
-        assert self.popen.stdin and self.popen.stdout
-        self.stdin, self.stdout = self.popen.stdin, self.popen.stdout
-        os.set_blocking(self.stdout.fileno(), False)
-        self.buffer = b""
+    began: float
+    tries: int = 0
+    next_try: float = 0.0
+
+
+class _Process(WorkerProcess):
+    """A worker process and the request it is working on."""
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
         self.fresh = True
         self.request: _Request | None = None
         self.deadline = 0.0
 
     def send(self, request: _Request) -> None:
-        """Hand over a request; a process that is gone shows at the next read."""
+        """Hand over a request."""
         self.request = request
         allowance = START_SECONDS if self.fresh else 0.0
         self.deadline = time.monotonic() + request.seconds + allowance
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(request.task.to_json().encode() + b"\n")
-            self.stdin.flush()
+        self.write(request.task.to_json())
 
-    def read(self) -> Reply | None:
+    def reply(self) -> Reply | None:
         """The reply if it is complete; raises EOFError when the process is gone."""
-        chunk = self.stdout.read()
-        if chunk == b"":
-            raise EOFError
-        self.buffer += chunk or b""
-        line, found, rest = self.buffer.partition(b"\n")
-        if not found:
+        line = self.read()
+        if line is None:
             return None
-        self.buffer = rest
         self.fresh = False
-        return Reply.from_json(line.decode())
-
-    def end(self) -> str:
-        """Kill it with all that it started, and return the last thing it said."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, 9)
-        self.popen.wait()
-        self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines()
-        for stream in (self.stdin, self.stdout, self.errors):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-        return said[-1] if said else ""
+        return Reply.from_json(line)
 
 
 class WorkerPool:
     """Up to `size` worker processes, started when needed. Not for use from several threads."""
 
-    def __init__(self, size: int, command: Sequence[str] = COMMAND) -> None:
-        """No process is started before the first task."""
+    def __init__(
+        self,
+        size: int,
+        transport: Transport | None = None,
+        on_outage: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """No process is started before the first task. transport: to workers not of this machine.
+
+        on_outage: told, in a line, when a connection is lost and when there is one again.
+        """
         self.size = size
-        self._command = tuple(command)
+        self._transport = transport or LocalTransport()
+        self._on_outage = on_outage
+        self._outage: _Outage | None = None
         self._queue: deque[_Request] = deque()
         self._processes: list[_Process] = []
 
@@ -145,11 +141,15 @@ class WorkerPool:
 
     def _assign(self) -> None:
         idle = [process for process in self._processes if process.request is None]
-        while self._queue and (idle or len(self._processes) < self.size):
+        while self._queue and (idle or self._may_start()):
             if not idle:
-                self._processes.append(_Process(self._command))
+                self._processes.append(_Process(self._transport))
                 idle.append(self._processes[-1])
             idle.pop().send(self._queue.popleft())
+
+    def _may_start(self) -> bool:
+        paused = self._outage is not None and time.monotonic() < self._outage.next_try
+        return len(self._processes) < self.size and not paused
 
     def _collect(self, seconds: float) -> list[tuple[Task, Reply]]:
         busy = [process for process in self._processes if process.request is not None]
@@ -159,31 +159,78 @@ class WorkerPool:
             ready = [key.data for key, _ in selector.select(seconds)]
         answered = []
         for process in busy:
+            request = process.request
             reply = self._outcome(process, process in ready)
-            if reply is not None and process.request is not None:
-                answered.append((process.request.task, reply))
+            if reply is not None and request is not None:
+                answered.append((request.task, reply))
                 process.request = None
         return answered
 
     def _outcome(self, process: _Process, readable: bool) -> Reply | None:
         """What became of the process's request, None while it works on it."""
+        connected = process.connected
         try:
-            reply = process.read() if readable else None
+            reply = process.reply() if readable else None
         except EOFError:
-            return self._replace(process, Outcome.CRASH, "the worker died")
+            return self._replace(process, Outcome.CRASH)
+        if self._outage and process.connected and not connected:
+            self._outage = None
+            self._on_outage("connected again")
         if reply is not None and reply.fatal:
-            self._replace(process, Outcome.CRASH, "")
-        elif reply is None and time.monotonic() > process.deadline and process.request:
-            seconds = process.request.seconds
-            return self._replace(process, Outcome.TIMEOUT, f"no answer in {seconds:.0f} s")
+            process.end()
+            self._processes.remove(process)
+        elif reply is None and time.monotonic() > process.deadline:
+            return self._replace(process, Outcome.TIMEOUT)
         return reply
 
-    def _replace(self, process: _Process, outcome: Outcome, why: str) -> Reply:
-        said = process.end()
+    def _replace(self, process: _Process, outcome: Outcome) -> Reply | None:
+        """The reply for a process that is of no more use; None if its request is begun again."""
+        ending = process.end(LAST_SECONDS if outcome is Outcome.CRASH else 0.0)
         self._processes.remove(process)
-        code = process.popen.returncode
-        if outcome is Outcome.CRASH:
-            why += f" by signal {-code}" if code < 0 else f" with exit code {code}"
-        count = len(process.request.task.configs) if process.request else 0
-        error = f"{why}: {said}"[:500] if said else why
-        return Reply(measurements=(Measurement(outcome=outcome, error=error),) * count)
+        request = process.request
+        assert request
+        why = _why_ended(request, outcome, ending)
+        if outcome is Outcome.CRASH and ending.why_lost is not None:
+            return self._lost(process, request, ending.why_lost)
+        if not process.connected:
+            return self._lost(process, request, f"no worker could be started: {why}")
+        return _failure(request, outcome, why)
+
+    def _lost(self, process: _Process, request: _Request, why: str) -> Reply | None:
+        """Begin the request again when it is time; a failure where it breaks every connection.
+
+        Raises FlashtuneError when there has been no connection for too long.
+        """
+        now = time.monotonic()
+        if process.connected or self._outage is None:
+            self._outage = _Outage(began=now)
+        if process.connected:
+            request.losses += 1
+            if request.losses == MOST_LOSSES:
+                return _failure(request, Outcome.CRASH, f"lost {MOST_LOSSES} times: {why}")
+        if now - self._outage.began > CONNECT_SECONDS:
+            raise FlashtuneError(
+                f"{why} (tried for {CONNECT_SECONDS:.0f} s). What was measured is kept: run the "
+                "same command again to go on"
+            )
+        pause = min(2.0**self._outage.tries, LONGEST_PAUSE)
+        self._outage.tries += 1
+        self._outage.next_try = now + pause
+        self._queue.appendleft(request)
+        self._on_outage(f"{why}: trying again in {pause:.0f} s")
+        return None
+
+
+def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
+    if outcome is Outcome.TIMEOUT:
+        why = f"no answer in {request.seconds:.0f} s"
+    elif ending.code < 0:
+        why = f"the worker died by signal {-ending.code}"
+    else:
+        why = f"the worker died with exit code {ending.code}"
+    return f"{why}: {ending.said}" if ending.said else why
+
+
+def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:
+    measurement = Measurement(outcome=outcome, error=error[:500])
+    return Reply(measurements=(measurement,) * len(request.task.configs))

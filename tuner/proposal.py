@@ -38,7 +38,7 @@ class Proposals:
     """An iterator of fresh configs that learns from what became of the ones before."""
 
     def __init__(self, space: Space, *, sampler: str, seed: int, near: Iterable[Record]) -> None:
-        """`near`: records of other problems or devices, whose configs are tried early.
+        """`near`: records of any problems or devices, whose configs are tried early.
 
         Raises FlashtuneError when the sampler lacks what it needs.
         """

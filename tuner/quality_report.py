@@ -152,6 +152,7 @@ def plot(report: QualityReport, path: Path) -> None:
     for name, title in (("top1", "top token"), ("top5", "top five"), ("mass", "probability")):
         axes.plot(probes, [1 - getattr(row, name) for row in rows], label=f"{title} missed")
     axes.set(xscale="log", yscale="log", xlabel="probes", ylabel="share of decode steps")
+    axes.set_ylim(0.5 / report.n_states, 1)  # below one of the steps there is nothing to see
     times = axes.twinx()
     times.plot(
         [row.quality.n_probes for row in report.rows],

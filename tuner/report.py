@@ -86,6 +86,10 @@ class SearchProgress:
         task = self._bar.add_task(problem.describe(), total=trials, best="")
         return ProblemProgress(self, problem, task)
 
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def show(self, problem: Problem, task: TaskID, event: Event, since: float) -> None:
         """Show how far one search is."""
         best = self.describe_best(problem, event)

@@ -86,7 +86,7 @@ def search(
 ) -> Result:
     """Search `space` within `budget`; every evaluation is in the store before the next one.
 
-    near: records of other problems or devices, whose configs are tried early. KeyboardInterrupt
+    near: records of any problems or devices, whose configs are tried early. KeyboardInterrupt
     ends the search early; the finalists are then not compared.
     """
     proposals = Proposals(space, sampler=sampler, seed=seed, near=near)

@@ -17,6 +17,7 @@ from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.pool import WorkerPool
+from flashtune.tuner.remote import RemoteMachine
 from flashtune.tuner.report import SearchProgress, floor_us
 from flashtune.tuner.search import Budget, Result, search
 from flashtune.tuner.space import Space
@@ -30,7 +31,10 @@ from flashtune.tuning_db.table import prebuilt_table
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRequest:
-    """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all."""
+    """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all.
+
+    remote: the machine that has the device, if that is to be measured on over ssh.
+    """
 
     device: Device
     problems: Sequence[Problem]
@@ -40,6 +44,7 @@ class SearchRequest:
     seed: int = 0
     jobs: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    remote: RemoteMachine | None = None
 
 
 def this_device() -> Device:
@@ -55,17 +60,13 @@ class Session:
     """Runs the searches of a request one after another."""
 
     def __init__(self, request: SearchRequest, store: Store) -> None:
-        """Measures where the device is this machine's, predicts where it is not.
+        """Measures where the device is this machine's or the remote one's, else predicts.
 
         Raises FlashtuneError when what is fixed leaves no valid config for a problem.
         """
         self.request, self.store = request, store
         self.cancelled = False
-        here = request.device.vendor == "cpu" or request.device == _this_gpu()
-        self.provenance = Provenance.MEASURED if here else Provenance.PREDICTED
-        self.toolchain = toolchain(request.device)
-        if self.provenance is Provenance.PREDICTED:
-            self.toolchain = Toolchain(triton=self.toolchain.triton)
+        self.provenance, self.toolchain = _evaluated(request)
         self._spaces = [Space(p, request.device, request.fixed) for p in request.problems]
         for space in self._spaces:
             if next(space.configs(), None) is None:
@@ -79,10 +80,11 @@ class Session:
         request = self.request
         end = time.monotonic() + (request.timeout_s or float("inf"))
         results: list[Result] = []
+        transport = request.remote.transport if request.remote else None
         with (
-            WorkerPool(request.jobs) as compilers,
-            WorkerPool(1) as measurer,
             SearchProgress(request.device, self.provenance) as progress,
+            WorkerPool(request.jobs) as compilers,
+            WorkerPool(1, transport, progress.note) as measurer,
         ):
             for number, space in enumerate(self._spaces):
                 left = end - time.monotonic()
@@ -115,7 +117,7 @@ class Session:
                 toolchain=self.toolchain,
                 sampler=self.request.sampler,
                 seed=self.request.seed,
-                near=self._near(space.problem),
+                near=self._near(),
                 on_event=progress.start(space.problem, self.request.trials),
             )
 
@@ -125,15 +127,35 @@ class Session:
         request = self.request
         if self.provenance is Provenance.PREDICTED:
             return PredictingEvaluator(problem, request.device, compilers)
-        return MeasuringEvaluator(problem, request.device, compilers, measurer, seed=request.seed)
+        remote = request.remote
+        return MeasuringEvaluator(
+            problem,
+            request.device,
+            compilers if remote is None or remote.compiles_as(toolchain(request.device)) else None,
+            measurer,
+            seed=request.seed,
+            elsewhere=remote is not None,
+        )
 
-    def _near(self, problem: Problem) -> list[Record]:
-        """Winners of other problems on this device, the user's first, then the shipped ones."""
+    def _near(self) -> list[Record]:
+        """Winners on this device, the user's first, then the shipped: its own is the nearest.
+
+        A shipped one is not taken at its word: it may have been measured with other tools.
+        """
         name = self.request.device.name
         found = [self.store.best(name, other) for other in self.store.problems(name)]
         table = prebuilt_table(name)
-        records = [record for record in found if record] + list(table.records if table else ())
-        return [record for record in records if record.problem != problem]
+        return [record for record in found if record] + list(table.records if table else ())
+
+
+def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
+    """Whether the request is measured or predicted, and with which tools."""
+    if request.remote is not None:
+        return Provenance.MEASURED, request.remote.toolchain
+    found = toolchain(request.device)
+    if request.device.vendor == "cpu" or request.device == _this_gpu():
+        return Provenance.MEASURED, found
+    return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
 
 def result_data(

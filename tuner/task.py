@@ -22,6 +22,7 @@ class Task:
     """One request. `compile` and `measure` are about one config, `compare` about several.
 
     seed: of the workload. best_us: the best time so far; a config far behind it is pruned.
+    sources: what each config renders to, for a worker that has no templates.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Task:
     device: Device
     seed: int = 0
     best_us: float | None = None
+    sources: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -40,6 +42,7 @@ class Task:
             "device": asdict(self.device),
             "seed": self.seed,
             "best_us": self.best_us,
+            "sources": self.sources,
         }
         return json.dumps(data)
 
@@ -47,16 +50,14 @@ class Task:
     def from_json(cls, line: str) -> "Task":
         """Read `to_json`'s line back; configs pass their own validation."""
         data = json.loads(line)
-        device = data["device"]
-        for name in ("aliases", "reported_names"):
-            device[name] = tuple(device[name])
         return cls(
             kind=data["kind"],
             problem=Problem.from_json(data["problem"]),
             configs=tuple(parse_config(config) for config in data["configs"]),
-            device=Device(**device),
+            device=Device.from_json(data["device"]),
             seed=data["seed"],
             best_us=data["best_us"],
+            sources=tuple(data["sources"]),
         )
 
 

@@ -62,7 +62,7 @@ class Worker:
     def _measure(self, task: Task) -> Reply:
         stage = Outcome.COMPILE_ERROR
         try:
-            load = self._loader(task, task.configs[0])
+            load = self._loader(task, 0)
             workload = self.workload(task)
             stage = Outcome.CRASH
             timer = _verified_timer(task, task.configs[0], load, workload)
@@ -76,8 +76,8 @@ class Worker:
         try:
             workload = self.workload(task)
             timers = [
-                _verified_timer(task, config, self._loader(task, config), workload)
-                for config in task.configs
+                _verified_timer(task, config, self._loader(task, number), workload)
+                for number, config in enumerate(task.configs)
             ]
             samples = interleaved(timers, COMPARE_ROUNDS)
         except Exception as error:
@@ -95,10 +95,11 @@ class Worker:
             self._made_for = (task.problem, task.seed)
         return self._workload
 
-    def _loader(self, task: Task, config: Config) -> Callable[[], Step]:
+    def _loader(self, task: Task, number: int) -> Callable[[], Step]:
         backend = backend_of(task.device)
         where = torch.device(backend.torch_device)
-        return backend.loader(task.problem, config, task.device, where)
+        source = task.sources[number] if task.sources else None
+        return backend.loader(task.problem, task.configs[number], task.device, where, source)
 
 
 def _verified_timer(

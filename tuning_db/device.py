@@ -33,6 +33,12 @@ class Device:
     reported_names: tuple[str, ...] = ()
     source: str
 
+    @classmethod
+    def from_json(cls, data: Any) -> "Device":
+        """Build from a decoded JSON object of ours."""
+        names = {name: tuple(data.get(name, ())) for name in ("aliases", "reported_names")}
+        return cls(**{**data, **names})
+
     @property
     def capability(self) -> int:
         """The compute capability as Triton's target wants it: `sm_87` is 87."""
@@ -175,12 +181,7 @@ def _told_apart(tool: str, version: str) -> str:
 def all_devices() -> tuple[Device, ...]:
     """Every registered device, in the file's order."""
     text = resources.files("flashtune.tuning_db").joinpath("devices.json").read_text("utf-8")
-    devices = []
-    for row in json.loads(text)["devices"]:
-        row["aliases"] = tuple(row.get("aliases", ()))
-        row["reported_names"] = tuple(row.get("reported_names", ()))
-        devices.append(Device(**row))
-    return tuple(devices)
+    return tuple(Device.from_json(row) for row in json.loads(text)["devices"])
 
 
 def find_device(name: str) -> Device:

@@ -8,11 +8,11 @@ All are read at each call, and an empty value counts as unset.
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def default_data_folder() -> Path:
     """Where the database lives unless FLASHTUNE_DB says otherwise."""
+    import platformdirs
+
     return Path(platformdirs.user_data_dir("flashtune"))
 
 
@@ -25,7 +25,11 @@ def database_path() -> Path:
 def cache_dir() -> Path:
     """FLASHTUNE_CACHE, else the user's cache folder. Creates nothing."""
     named = os.environ.get("FLASHTUNE_CACHE")
-    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("flashtune"))
+    if named:
+        return Path(named).expanduser()
+    import platformdirs  # here, because a machine that is tuned over ssh is told and has none
+
+    return Path(platformdirs.user_cache_dir("flashtune"))
 
 
 def named_compiler() -> str:

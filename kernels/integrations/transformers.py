@@ -1,7 +1,7 @@
 """FlashHead as the output head of a model of Hugging Face transformers.
 
 Usage:
-    flashtune.apply(model, (centroids, cluster_assignments), n_probes=256)
+    flashtune.apply(model, assets="path/to/flash-head-model")
     model.generate(…)          # greedy or sampled, with any cache, compiled or not
     flashtune.remove(model)    # the dense head is back
 
@@ -9,12 +9,15 @@ Nothing of transformers is imported: a model is whatever has its output head beh
 `get_output_embeddings` and `set_output_embeddings`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.integrations.folder_head import flash_head_of
+from flashtune.kernels.model_folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 
@@ -27,8 +30,8 @@ class FlashLinear(nn.Linear):
     """A dense head's weight, and a FlashHead that takes its place wherever a model decodes.
 
     hidden `[…, hidden]` to logits `[…, vocab]`, those of FlashHead.logits, if there is one
-    position a sequence, of at most 16 sequences, and no gradient is asked for. All else goes
-    through the weight: scoring and training read logits of every token, at every position.
+    position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
+    goes through the weight: scoring and training read logits of every token, at every position.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead) -> None:
@@ -53,18 +56,28 @@ class FlashLinear(nn.Linear):
         return hidden.dim() == 2 and hidden.shape[0] <= MOST_TOKENS
 
 
-def apply(model: Any, head: FlashHead | Clusters, *, n_probes: int | None = None) -> FlashHead:
+def apply(
+    model: Any,
+    head: FlashHead | Clusters | None = None,
+    *,
+    assets: str | Path | None = None,
+    n_probes: int | None = None,
+) -> FlashHead:
     """Let a model decode with FlashHead, and return the FlashHead, to `explain` or `prepare`.
 
-    head: a FlashHead made of this model's output head, or the clusters to make it of: centroids
-    `[n_clusters, hidden]` and the cluster of each token `[vocab]`. n_probes: of those, 256 unless
-    given. The dense weight stays, tied to the embedding or not, so that memory grows by a permuted
-    copy of it and the centroids. Apply it once the weights are final and where they will be used.
+    assets: a FlashHead model folder, as `flashtune cluster` writes it, or its name in Hugging
+    Face's cache, of which only the clusters are read. Instead of it, head: a FlashHead made of
+    this model's output head, or centroids `[n_clusters, hidden]` and the cluster of each token
+    `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors.
 
+    The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
+    of it and the centroids. Apply it once the weights are final and where they will be used.
     Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
     quantised, wrapped by an adapter, split over devices, with a bias or a soft cap.
     """
     dense = _dense_head(model)
+    if (head is None) == (assets is None):
+        raise FlashtuneError("give just one of head and assets")
     if isinstance(head, FlashHead):
         if n_probes not in (None, head.n_probes):
             raise FlashtuneError(
@@ -72,14 +85,13 @@ def apply(model: Any, head: FlashHead | Clusters, *, n_probes: int | None = None
                 "FlashHead is made"
             )
         _check_same(head, dense.weight)
+    elif assets is not None:
+        head = flash_head_of(ModelFolder.open(assets), dense.weight, n_probes)
     else:
+        assert head is not None
         centroids, assignments = head
-        head = FlashHead(
-            dense.weight,
-            centroids.to(dense.weight),
-            assignments,
-            n_probes=DEFAULT_PROBES if n_probes is None else n_probes,
-        )
+        probes = DEFAULT_PROBES if n_probes is None else n_probes
+        head = FlashHead(dense.weight, centroids.to(dense.weight), assignments, n_probes=probes)
     _replace(model, dense, FlashLinear(dense, head))
     return head
 
@@ -146,7 +158,7 @@ def _text_config(model: Any) -> Any:
 
 def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
     """Raise FlashtuneError unless the FlashHead was made of this weight, by its looks."""
-    shape = [head.ids.numel(), head.centroids.shape[1]]
+    shape = [head.vocab_size, head.centroids.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(
             f"the FlashHead is {shape[0]}x{shape[1]} (vocabulary x hidden size), the model's "

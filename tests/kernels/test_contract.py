@@ -281,6 +281,27 @@ def test_negative_logits_are_compared_as_numbers(
     )
 
 
+def test_rows_that_pad_a_cluster_change_nothing(
+    runner: Runner, config: Config, token_problem: Problem
+) -> None:
+    """A cluster with fewer tokens repeats its last one, here with the best logits of all."""
+    step = runner.make(token_problem, config)
+    for sign in (1, -1):
+        weights = make_weights(token_problem, runner)
+        rows = (sign * weights.weight.abs()).view(
+            token_problem.n_clusters, -1, token_problem.hidden_size
+        )
+        ids = weights.ids.view(token_problem.n_clusters, -1).clone()
+        hidden = random_states(token_problem, runner, seed=2).abs()
+        rows[:, -1] = rows.amax(dim=1)
+        rows[:, -2], ids[:, -2] = rows[:, -1], ids[:, -1]
+        weights = replace(weights, weight=rows.flatten(0, 1), ids=ids.flatten())
+        tokens = run(step, token_problem, weights, hidden)
+        assert int(tokens) in ids[:, -1]
+        judge = Judge(weights, token_problem.n_probes)
+        assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
+
+
 def test_the_smallest_of_tied_tokens_wins(
     runner: Runner, config: Config, token_problem: Problem
 ) -> None:

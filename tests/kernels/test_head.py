@@ -452,7 +452,7 @@ def test_the_operator_keeps_its_contract() -> None:
     head = FlashHead(**_with())
     hidden = whole_numbers(3, WIDTH, seed=11)
     torch.library.opcheck(torch.ops.flashtune.decode.default, (hidden, head._handle))
-    arguments = (hidden.bfloat16(), head.weight, head._handle)
+    arguments = (hidden.bfloat16(), head.weight, head.vocab_size, head._handle)
     torch.library.opcheck(torch.ops.flashtune.logits.default, arguments)
 
 

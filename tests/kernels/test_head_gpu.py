@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashtune.kernels.config import parse_config, slack_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.reference import Judge
 from flashtune.tuning_db.problem import EPILOGUES
@@ -14,7 +15,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
 ]
-SLACK = 64  # the most that any config probes beyond what was asked
 
 
 def make_head(seed: int = 0, n_probes: int = 64, tune: str = "never") -> FlashHead:
@@ -32,7 +32,9 @@ def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
 
 
 def why_wrong(head: FlashHead, out: torch.Tensor, hidden: torch.Tensor) -> str | None:
-    return Judge(head._weights, head.n_probes).why_wrong(out, hidden, SLACK)
+    config = head.explain(len(hidden))["config"]
+    slack = slack_of(parse_config(config)) if config else 0
+    return Judge(head._weights, head.n_probes).why_wrong(out, hidden, slack)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])
@@ -95,6 +97,35 @@ def test_a_capture_without_preparation_still_answers() -> None:
     assert head.explain()["level"] != "torch"
 
 
+def test_an_uneven_vocabulary_and_special_tokens() -> None:
+    """Eager and captured, with logits of both signs, against all that may be candidates."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    vocab, clusters, special = 16384 - 5, 1024, [7, 9000]
+    weight = torch.randn(vocab, 512, generator=generator, device="cuda").abs().bfloat16()
+    centroids = torch.randn(clusters, 512, generator=generator, device="cuda").bfloat16()
+    weight[special] *= 1.5
+    assignments = torch.arange(vocab, device="cuda") % clusters
+    hidden = states(2)
+    for sign in (1, -1):
+        rows = sign * weight
+        plain = FlashHead(rows, centroids, assignments, n_probes=64)
+        head = FlashHead(rows, centroids, assignments, n_probes=64, special_token_ids=special)
+        head.prepare(2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = head(hidden)
+        for seed in range(3):
+            hidden.copy_(states(2, seed).abs() if seed else states(2, seed))
+            graph.replay()
+            logits = hidden.double() @ rows.double().T
+            found = plain(hidden)
+            assert why_wrong(plain, found, hidden) is None and int(found.max()) < vocab
+            for row, token in enumerate(found.tolist()):
+                best = max([token, *special], key=lambda token, row=row: logits[row, token])
+                assert head(hidden)[row] == out[row] == best
+        assert head.explain(2)["level"] != "torch"
+
+
 def test_two_streams_do_not_disturb_each_other() -> None:
     head = make_head()
     inputs = [states(1, seed) for seed in range(2)]
@@ -128,6 +159,8 @@ def test_threads_on_one_stream_do_not_disturb_each_other() -> None:
     assert [found[number] for number in range(4)] == [[one] for one in expected]
 
 
+# torch captures nothing at all to begin with, and warns of it
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_torch_compile_traces_it(mode: str) -> None:
     torch.compiler.reset()

@@ -107,10 +107,23 @@ class TestReading:
         folder = write(tensors={name: weight()}, shards=shards)
         assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
 
+    def test_no_file_is_written_to(self, write: Write) -> None:
+        """The weight is permuted in memory that may be the file's own, mapped."""
+        folder = write({"flash_head_special_token_ids": [3]})
+        before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+        head = FlashHead.from_pretrained(folder)
+        assert not torch.equal(head.weight, weight())
+        assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+
     def test_a_head_of_its_own_goes_before_the_embedding(self, write: Write) -> None:
         tensors = {"model.embed_tokens.weight": weight(seed=5), "lm_head.weight": weight()}
         head = FlashHead.from_pretrained(str(write(tensors=tensors)))
         assert head(HIDDEN).tolist() == expected(HIDDEN)
+
+    def test_whether_to_race_is_for_the_caller_to_say(self, write: Write) -> None:
+        folder = write()
+        assert FlashHead.from_pretrained(folder).tune == "race"
+        assert FlashHead.from_pretrained(folder, tune="never").tune == "never"
 
     def test_a_nested_text_config_counts(self, write: Write) -> None:
         text = {"hidden_size": WIDTH, "dtype": "float32"}
@@ -188,6 +201,8 @@ class TestRefusals:
         [
             ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "found ['centroids']"),
             (assets(centroids=torch.zeros(2, 1, WIDTH, CLUSTERS)), "shape [2, 1, 8, 12]"),
+            (assets(centroids=torch.zeros(WIDTH, 0)), "centroids has shape [8, 0]"),
+            (assets(cluster_assignments=torch.zeros(0).long()), "assignments has shape [0]"),
             (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids are 12 wide"),
             (
                 assets(centroids=torch.zeros(WIDTH, CLUSTERS).int()),

@@ -8,10 +8,12 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,7 +35,7 @@ from flashtune.tuning_db.store import RACE_POLICY, Store
 SCRIPT = Path(__file__).with_name("pretended.py")
 MEASURED = Provenance.MEASURED
 Explain = dict[str, Any]
-JUDGED = 3 * 8 * 64 * 4096  # bytes that the judge needs for the pretended problem
+JUDGED = 3 * 8 * 64 * 4096 + 2 * 20 * 8  # bytes that judge and timers need here
 
 pytestmark = pytest.mark.usefixtures("racing")
 
@@ -244,6 +246,18 @@ def test_where_nothing_is_known_what_is_good_elsewhere_is_raced(
     assert (data["level"], data["config"]["parts"]) == ("exact", 2)
 
 
+def test_logits_are_raced_for_by_themselves(database: Path, backend: Any) -> None:
+    logits = pretended.replace(pretended.PROBLEM, n_tokens=2, epilogue="logits")
+    add(database, record(1, 5.0, problem=logits), record(2, 5.0))
+    backend.times = {1: 8.0, 2: "wrong"}
+    found = make_head()
+    data = found.explain(2, epilogue="logits")
+    assert list(timed(data)) == [DEFAULT, 1]
+    assert (data["config"]["parts"], data["raced"]) == (1, True)
+    assert found.logits(torch.ones(2, 64)).shape == (2, 512)
+    assert found.explain()["config"]["parts"] == DEFAULT
+
+
 @pytest.mark.parametrize("tune", ["always", "", None])
 def test_tune_is_one_of_two(tune: Any) -> None:
     with pytest.raises(FlashtuneError, match="tune must be one of race, never"):
@@ -293,7 +307,7 @@ def test_without_room_nothing_is_raced_and_with_little_the_centroids_stay_warm(
     data = make_head().explain()
     assert data["config"]["parts"] == 1
     if centroids is None:
-        assert "0 MiB are free on cpu" in data["race"]["why_not"]
+        assert "0 MiB are free on cpu, and to verify" in data["race"]["why_not"]
         assert (data["provenance"], kept(database)) == ("predicted", [])
     else:
         assert data["race"]["centroids"].startswith(centroids)
@@ -353,6 +367,51 @@ def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
     assert (data["config"]["parts"], data["provenance"]) == (1, "predicted")
     assert data["race"]["why_not"] == "there were too few to compare"
     assert kept(database) == []
+
+
+@pytest.mark.parametrize("when", ["verified", "timed"])
+def test_only_the_config_that_lost_the_device_is_blamed(
+    when: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An illegal access stays with the process: all that runs after it fails as well."""
+    configs = [pretended.config(parts) for parts in (16, 1, 2)]
+    lost = []
+
+    def fail(config: Any, now: str) -> None:
+        if config == configs[1] and now == when:
+            lost.append(config)
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    class OnGpu:
+        sets = (SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),)
+
+        def why_wrong(self, step: Any, slack: int) -> None:
+            fail(step, "verified")
+
+    def make_timer(step: Any, _: Any) -> Any:
+        def sample(replays: int) -> list[float]:
+            fail(step, "timed" if replays == 1 else "first")
+            return [10.0] * replays
+
+        return SimpleNamespace(sample=sample)
+
+    def synchronize() -> None:
+        fail(None, "")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(backend, "timer", make_timer)
+    heat = comparison._Heat(pretended.CPU, OnGpu())  # type: ignore[arg-type]
+    for config in configs:
+        compiled: Future[Any] = Future()
+        compiled.set_result(lambda config=config: config)
+        heat.load(config, compiled, until=math.inf)
+    for config in configs:
+        heat.admit(config, until=math.inf)
+    heat.take_turns(configs[0], until=math.inf)
+    assert heat.lost
+    outcomes = [heat.entries[each].measurement for each in configs]
+    assert [each and each.outcome for each in outcomes] == [None, Outcome.CRASH, None]
 
 
 def test_all_races_of_a_head_share_its_time(

@@ -102,7 +102,7 @@ def test_cores_are_what_affinity_and_quota_leave(
 
 
 def test_cpu_is_a_name_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measure_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(module, "measure_bandwidth", lambda *_: 1e9)
     assert named_device("CPU") == this_cpu() == named_device(this_cpu().name)
     assert named_device("orin").vendor == "nvidia"
     with pytest.raises(FlashtuneError, match="unknown device"):
@@ -116,17 +116,17 @@ def test_the_bandwidth_is_measured_once_and_kept(
     (tmp_path / "cpp").mkdir()
     measured = []
 
-    def measure(device: Any) -> float:
+    def measure(device: Any, sources: Any) -> float:
         measured.append(device)
         return 2e10
 
     monkeypatch.setattr(module, "measure_bandwidth", measure)
-    assert [module._known_bandwidth(describe_cpu()) for _ in range(2)] == [2e10, 2e10]
+    assert [module.known_bandwidth(describe_cpu()) for _ in range(2)] == [2e10, 2e10]
     assert len(measured) == 1
     (kept,) = (tmp_path / "cpp").glob("bandwidth-*.json")
     for broken in ("", "[]", json.dumps({"read_bytes_per_s": None})):
         kept.write_text(broken)
-        assert module._known_bandwidth(describe_cpu()) == 2e10
+        assert module.known_bandwidth(describe_cpu()) == 2e10
     assert len(measured) == 4
 
 
@@ -135,4 +135,4 @@ def test_without_a_compiler_the_bandwidth_is_unknown(
 ) -> None:
     monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert module._known_bandwidth(describe_cpu()) == 0.0
+    assert module.known_bandwidth(describe_cpu()) == 0.0

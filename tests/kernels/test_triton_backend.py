@@ -62,6 +62,16 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
         assert use.spilled == 0
 
 
+def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["in_gather"]
+    source = render_triton(PROBLEM, config, ORIN)
+    monkeypatch.setattr(triton_backend, "render_triton", None)  # as where there are no templates
+    place = torch.device("cuda")
+    assert callable(TritonBackend().loader(PROBLEM, config, ORIN, place, source))
+    with pytest.raises(SyntaxError):
+        TritonBackend().loader(PROBLEM, config, ORIN, place, "def step(:")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_leave_in_the_weights_dtype_rounded_to_nearest(name: str) -> None:
     problem = replace(PROBLEM, epilogue="logits")

@@ -110,7 +110,12 @@ class PretendedBackend:
         ]
 
     def loader(
-        self, problem: Problem, config: Config, device: Device, torch_device: torch.device
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None,
     ) -> Callable[[], PretendedStep]:
         self.compile(problem, config, device)
         return lambda: PretendedStep(config)

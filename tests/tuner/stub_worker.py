@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-ANSWER, FATAL, EXIT, SEGFAULT, HANG, IN_PIECES, SPAWN, HALF = range(8)
+ANSWER, FATAL, EXIT, SEGFAULT, HANG, IN_PIECES, SPAWN, HALF, LATE = range(9)
 
 
 def main() -> None:
@@ -22,6 +22,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         if seed == HANG:
             time.sleep(600)
+        if seed == LATE:
+            time.sleep(2.0)
         if seed == SPAWN:
             time_us = subprocess.Popen(["sleep", "600"]).pid
         measurement = {"outcome": "ok", "median_us": time_us}

@@ -125,3 +125,16 @@ class TestKMeans:
     ) -> None:
         with pytest.raises(FlashtuneError, match=message):
             BalancedKMeans(weight, n_clusters)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+    def test_a_gpu_gives_equal_clusters_and_the_same_again(self) -> None:
+        found = []
+        for _ in range(2):
+            kmeans = BalancedKMeans(blobs(64, 37).cuda().bfloat16(), 100)
+            fits = [kmeans.step() for _ in range(5)]
+            assert fits[-1] > fits[0]
+            found.append(kmeans.clusters().assignments)
+        assert torch.equal(*found)
+        sizes = torch.bincount(found[0], minlength=100)
+        assert (int(sizes.min()), int(sizes.max())) == (23, 24)

@@ -235,6 +235,9 @@ class TestCluster:
         error = refused("cluster", "--model", model, "--out", model)
         assert f"{model}: exists already" in error
         assert files(model) == before
+        (tmp_path / "flash.partial").mkdir()
+        error = refused("cluster", "--model", model, "--out", tmp_path / "flash")
+        assert "flash.partial: exists already" in error
         error = refused("cluster", "--model", model, "--out", tmp_path / "no" / "where")
         assert "no: no such folder" in error
 
@@ -245,6 +248,21 @@ class TestCluster:
         monkeypatch.setattr(clustered_folder.shutil, "disk_usage", lambda _: full)
         assert "or give --link" in refused("cluster", "--model", model, "--out", out)
         done("cluster", "--model", model, "--out", out, "--link")
+
+    def test_a_disk_that_cannot_be_written_to(
+        self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(clustered_folder.shutil, "copyfile", full)
+            error = refused("cluster", "--model", model, "--out", out)
+            assert f"{out}: cannot be written: " in error and "No space left" in error
+            patch.setattr(Path, "write_bytes", full)
+            (out.parent / "flash.checkpoint").unlink()
+            assert "No space left" in refused("cluster", "--model", model, "--out", out)
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
 
     def test_transformers_is_asked_for_before_the_work(
         self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,9 @@ from flashtune.tuner.evaluate import MeasuringEvaluator
 from flashtune.tuner.pool import WorkerPool
 from flashtune.tuner.search import Budget, Event, search
 from flashtune.tuner.space import Space
+from flashtune.tuner.ssh import SshTransport
 from flashtune.tuner.task import Reply, Task
+from flashtune.tuner.transport import LocalTransport, Transport
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -50,9 +52,18 @@ def task(problem: Problem, device: Device) -> Callable[[int], Task]:
     return make
 
 
+@pytest.fixture(params=["local", "ssh"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """Stubs on this machine, and stubs on it that are reached over ssh."""
+    if request.param == "local":
+        return LocalTransport(COMMAND)
+    far = request.getfixturevalue("far")
+    return SshTransport(destination="here", python=far.python(), module="stub_worker")
+
+
 @pytest.fixture
-def workers() -> Iterator[WorkerPool]:
-    with WorkerPool(1, COMMAND) as workers:
+def workers(transport: Transport) -> Iterator[WorkerPool]:
+    with WorkerPool(1, transport) as workers:
         yield workers
 
 
@@ -123,7 +134,7 @@ def test_a_fatal_reply_counts_and_its_worker_is_replaced(workers: WorkerPool, ta
     assert after.outcome is Outcome.OK
     assert after.median_us != fatal.median_us
     assert fatal.median_us is not None
-    assert is_gone(int(fatal.median_us))
+    assert comes_true(lambda: is_gone(int(fatal.median_us or 0)))
 
 
 def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task) -> None:
@@ -131,17 +142,16 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task
     hung = answer(workers, task(stub.HANG), seconds=0.3)
     assert (hung.outcome, hung.error) == (Outcome.TIMEOUT, "no answer in 0 s")
     assert pid is not None
-    assert is_gone(int(pid))
+    assert comes_true(lambda: is_gone(int(pid)))
     assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
-def test_a_fresh_worker_has_time_to_start(
-    workers: WorkerPool, task, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
-    workers.close()
-    monkeypatch.setattr(pool, "START_SECONDS", 0.0)
-    assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT
+def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
+        workers.close()
+        monkeypatch.setattr(pool, "START_SECONDS", 0.0)
+        assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT
 
 
 def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
@@ -155,7 +165,7 @@ def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
 
 
 def test_tasks_are_shared_out_over_the_workers(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
             workers.submit(task(what), PATIENCE)
         answered: list[tuple[Task, Reply]] = []
@@ -167,7 +177,7 @@ def test_tasks_are_shared_out_over_the_workers(task) -> None:
 
 
 def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
         [busy] = [each.popen.pid for each in workers._processes if each.popen.pid != idle]
@@ -185,8 +195,19 @@ def test_cancelling_forgets_what_waits(workers: WorkerPool, task) -> None:
     assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
+def test_closing_ends_a_worker_and_what_it_started(workers: WorkerPool, task) -> None:
+    worker = answer(workers, task(stub.ANSWER)).median_us
+    grandchild = answer(workers, task(stub.SPAWN)).median_us
+    assert worker and grandchild
+    workers.submit(task(stub.HANG), PATIENCE)
+    assert not is_gone(int(worker)) and not is_gone(int(grandchild))
+    workers.close()
+    assert comes_true(lambda: is_gone(int(worker)) and is_gone(int(grandchild)))
+    assert workers.pending == 0
+
+
 def test_closing_leaves_no_process_behind(task) -> None:
-    with WorkerPool(2, COMMAND) as workers:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         grandchild = answer_of_another(workers, task(stub.SPAWN))
         pids = [each.popen.pid for each in workers._processes]
@@ -233,8 +254,8 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
         if event.comparing:
             before_finals.extend(store.records())
 
-    command = (sys.executable, str(faulty_script))
-    with WorkerPool(1, command) as compilers, WorkerPool(1, command) as measurer:
+    transport = LocalTransport((sys.executable, str(faulty_script)))
+    with WorkerPool(1, transport) as compilers, WorkerPool(1, transport) as measurer:
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
         result = search(
             space,

@@ -41,7 +41,7 @@ def task(problem: Problem, device: Device) -> MakeTask:
 
 
 def test_tasks_and_replies_survive_their_lines(task: MakeTask, backend) -> None:
-    asked = task("compare", FINE, SLOW, seed=3, best_us=12.5)
+    asked = task("compare", FINE, SLOW, seed=3, best_us=12.5, sources=("a\nb", "c"))
     assert "\n" not in asked.to_json()
     assert Task.from_json(asked.to_json()) == asked
     for reply in (
@@ -83,6 +83,18 @@ def test_a_comparison_fails_if_one_of_its_configs_does(
     reply = Worker().answer(task("compare", FINE, place))
     assert [each.median_us for each in reply.measurements] == [None]
     assert reply.fatal is fatal
+
+
+@pytest.mark.parametrize("kind", ["measure", "compare"])
+def test_source_that_comes_with_a_task_is_what_runs(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    loaded: list[object] = []
+    loader = backend.loader
+    monkeypatch.setattr(backend, "loader", lambda *args: loaded.append(args[-1]) or loader(*args))
+    Worker().answer(task(kind, FINE, sources=("the text",)))
+    Worker().answer(task(kind, FINE))
+    assert loaded == ["the text", None]
 
 
 def test_what_is_not_valid_is_told_from_what_does_not_compile(

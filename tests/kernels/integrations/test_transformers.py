@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import flashtune
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
@@ -210,6 +211,40 @@ def test_a_head_made_beforehand_is_taken() -> None:
     assert flashtune.apply(model, head) is head
     assert model.lm_head.head is head
     assert model.lm_head.head.explain(epilogue="logits")["problem"]["n_probes"] == 3
+
+
+def test_the_clusters_of_a_model_folder_are_taken(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    model.config.n_probes = 3
+    model.config.flash_head_special_token_ids = [7]
+    model.save_pretrained(tmp_path)
+    centroids, assignments = clusters()
+    tensors = {"centroids": centroids.T.contiguous(), "cluster_assignments": assignments}
+    (tmp_path / "flash_head_assets").mkdir()
+    file = tmp_path / "flash_head_assets" / "clustering_cache.safetensors"
+    save_file(tensors, file)
+    head = flashtune.apply(model, assets=tmp_path)
+    assert head.n_probes == 3
+    assert model.lm_head.head is head
+    with torch.no_grad():
+        logits = model(prompts(1, 1)).logits[0, 0]
+    assert int((logits != -1e4).sum()) in (3 * 8, 3 * 8 + 1)
+    assert float(logits[7]) != -1e4
+    flashtune.remove(model)
+    assert flashtune.apply(model, assets=str(tmp_path), n_probes=5).n_probes == 5
+    other = make_model("qwen3", vocab_size=64)
+    before = other.lm_head
+    with pytest.raises(FlashtuneError, match=r"made for a head \[128, 32\], but .* \[64, 32\]"):
+        flashtune.apply(other, assets=tmp_path)
+    assert other.lm_head is before
+
+
+def test_clusters_come_from_one_place() -> None:
+    for arguments in ({}, {"head": clusters(), "assets": "somewhere"}):
+        with pytest.raises(FlashtuneError, match="just one of head and assets"):
+            flashtune.apply(make_model(), **arguments)
+    with pytest.raises(FlashtuneError, match="nowhere"):
+        flashtune.apply(make_model(), assets="nowhere")
 
 
 def without_head(model: Any) -> Any:

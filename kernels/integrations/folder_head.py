@@ -1,0 +1,42 @@
+"""A FlashHead of a model folder's clusters and of a weight that is loaded already.
+
+Usage:
+    head = flash_head_of(ModelFolder.open("path/to/model"), model.lm_head.weight)
+"""
+
+import torch
+
+from flashtune.kernels.clustering import Origin, read_clusters
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.model_folder import ModelFolder
+from flashtune.tuning_db.errors import FlashtuneError
+
+
+def flash_head_of(
+    folder: ModelFolder, weight: torch.Tensor, n_probes: int | None = None
+) -> FlashHead:
+    """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
+
+    n_probes: as many as the folder's config says unless given. Raises FlashtuneError where the
+    folder has no clusters, or they were made for another weight.
+    """
+    problem, path = folder.problem(), folder.clustering_file
+    clusters = read_clusters(path)
+    shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
+    if shape != list(weight.shape):
+        raise FlashtuneError(
+            f"{path}: made for a head {shape}, but the model's is {[*weight.shape]}: cluster "
+            "this model with `flashtune cluster`"
+        )
+    differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
+    if differs:
+        raise FlashtuneError(
+            f"{path}: made for {differs}: cluster this model with `flashtune cluster`"
+        )
+    return FlashHead(
+        weight,
+        clusters.centroids.to(weight),
+        clusters.assignments,
+        n_probes=problem.n_probes if n_probes is None else n_probes,
+        special_token_ids=folder.special_token_ids,
+    )

@@ -1,0 +1,105 @@
+"""The vLLM plugin: FlashHead models load, and decode with FlashHead.
+
+Usage:
+    pip install flashtune          # beside vLLM, which finds the plugin by its entry points
+    python -m vllm.entrypoints.openai.api_server --model path/to/flash-head-model
+    FLASHHEAD_ENABLED=0 …          # the same model with its dense head
+
+vLLM calls `register` in each of its processes. It names the `FlashHead…` architectures, and
+registers two layers in place of vLLM's own, by vLLM's own means: the logits processor, which asks
+FlashHead first, and the head, which builds FlashHead when the weights are loaded. What a vLLM
+lacks of this costs FlashHead and one warning, never the model. See docs/vllm.md.
+"""
+
+from typing import Any
+
+from flashtune.kernels.integrations.vllm_head import LOG, PREFIX, ServedHead, served_head
+
+_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
+_done: set[str] = set()
+
+
+def register() -> None:
+    """Register all of it, once a process; never raises."""
+    for step, loss in (
+        (_register_architectures, "FlashHead architectures may not load"),
+        (_register_processor, "FlashHead models use their dense head"),
+        (_register_head, "FlashHead is built at the first token, not when the model is loaded"),
+    ):
+        if step.__name__ in _done:
+            continue
+        _done.add(step.__name__)
+        try:
+            step()
+        except Exception as error:  # another plugin has the name, or vLLM has changed
+            LOG.warning("%s: %s: %s", loss, type(error).__name__, error)
+
+
+def _register_architectures() -> None:
+    """Let each generating architecture load under its FlashHead name, as vLLM's own class."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for name, model in list(ModelRegistry.models.items()):
+        if name.endswith(_SUFFIXES) and hasattr(model, "module_name"):
+            lazily = f"{model.module_name}:{model.class_name}"
+            ModelRegistry.register_model(PREFIX + name, lazily)
+    for name, checks in list(MODELS_CONFIG_MAP.items()):  # by which vLLM adjusts its config
+        if name.endswith(_SUFFIXES):
+            MODELS_CONFIG_MAP[PREFIX + name] = checks
+
+
+def _current_head() -> ServedHead | None:
+    """The head of the engine that is being built; never raises."""
+    try:
+        from vllm.config import get_current_vllm_config
+
+        return served_head(get_current_vllm_config())
+    except Exception as error:  # a layer that is built outside of an engine
+        LOG.warning("FlashHead is off for a layer: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _register_processor() -> None:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    class FlashHeadLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._served = _current_head()
+
+        def _apply_head(self, lm_head: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._served is not None:
+                logits = self._served.logits(self, lm_head, hidden_states, *args, **kwargs)
+                if logits is not None:
+                    return logits
+            return super()._apply_head(lm_head, hidden_states, *args, **kwargs)
+
+    LogitsProcessor._apply_head  # noqa: B018  # AttributeError where vLLM lacks it
+    LogitsProcessor.register_oot(FlashHeadLogitsProcessor)
+
+
+def _register_head() -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+    )
+
+    class FlashHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+        def __init__(self, served: Any) -> None:
+            super().__init__()
+            self._served = served
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            super().process_weights_after_loading(layer)
+            self._served.build(layer)
+
+    class FlashHeadLMHead(ParallelLMHead):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._served = _current_head()
+            method = getattr(self, "quant_method", None)
+            if self._served is not None and type(method) is UnquantizedEmbeddingMethod:
+                self.quant_method = FlashHeadMethod(self._served)
+
+    ParallelLMHead.register_oot(FlashHeadLMHead)

@@ -1,0 +1,183 @@
+"""The head of one model that vLLM serves: FlashHead where it may answer, else None for dense.
+
+Usage, by the layers in `vllm.py`:
+    served = served_head(vllm_config)      # None unless this is a FlashHead model
+    served.build(lm_head)                  # when the weights are loaded
+    logits = served.logits(layer, lm_head, hidden)     # None: use the dense head
+
+Whatever is wrong, or not supported, is one warning and the dense head.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch.nn import functional
+
+from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.integrations.folder_head import flash_head_of
+from flashtune.kernels.integrations.vllm_gate import gate_of
+from flashtune.kernels.layout import FILL
+from flashtune.kernels.model_folder import ASSETS_KEY, ModelFolder
+from flashtune.tuning_db.errors import FlashtuneError
+
+PREFIX = "FlashHead"  # of architectures' names
+LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
+SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
+
+_SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()
+
+
+def served_head(vllm_config: Any) -> "ServedHead | None":
+    """The one head of an engine, or None where the model is no FlashHead model or it is off."""
+    if os.environ.get("FLASHHEAD_ENABLED", "1") == "0":
+        return None
+    # The text part of a vision model has a config of its own, but shares this one
+    key = id(vllm_config.compilation_config)
+    served = _SERVED.get(key)
+    if served is None:
+        folder = flash_head_folder(vllm_config.model_config)
+        if folder is not None:
+            served = _SERVED[key] = ServedHead(vllm_config, folder)
+    return served
+
+
+def flash_head_folder(model_config: Any) -> ModelFolder | None:
+    """The folder of vLLM's model if its config says that it is a FlashHead model, else None."""
+    try:
+        folder = ModelFolder.open(model_config.model, getattr(model_config, "revision", None))
+    except FlashtuneError:  # of no format that has clusters
+        return None
+    names = folder.config.get("architectures") or []
+    named = any(str(name).startswith(PREFIX) for name in names)
+    return folder if named or ASSETS_KEY in folder.config else None
+
+
+def why_unsupported(vllm_config: Any) -> str | None:
+    """What an engine was asked for that FlashHead can't do, or None."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        return "tensor parallelism splits the head, and FlashHead needs all of it on one device"
+    if vllm_config.lora_config is not None:
+        return "LoRA is enabled, and an adapter may change the head"
+    if vllm_config.speculative_config is not None:
+        return "speculative decoding needs the logits of every token"
+    return None
+
+
+class ServedHead:
+    """Decides call by call between FlashHead and the dense head of one engine.
+
+    Gives up for good, with one warning, on what can't change while the engine runs. FlashHead's
+    copy of the weight, in the order of clusters, comes on top of the dense head's.
+    """
+
+    def __init__(self, vllm_config: Any, folder: ModelFolder) -> None:
+        """For the engine with this config, which serves the model in `folder`."""
+        self._config, self._folder = vllm_config, folder
+        self._given_up = False
+        self._lm_head: Any = None
+        self._head: FlashHead | None = None
+        why = why_unsupported(vllm_config)
+        if why:
+            self._give_up(why)
+
+    def build(self, lm_head: Any) -> None:
+        """Take the weight of vLLM's head layer, loaded (again); compile what will be called."""
+        if self._given_up or self._lm_head not in (None, lm_head):
+            return
+        try:
+            self._head, self._lm_head = self._built(lm_head), lm_head
+        except FlashtuneError as error:
+            self._give_up(str(error))
+        except Exception as error:  # no memory, say: the model must load all the same
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def logits(
+        self, processor: Any, lm_head: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """What the dense head would give for hidden `[rows, hidden_size]`, or None: ask it.
+
+        `[rows, vocabulary with vLLM's padding]`, candidates' logits and `FILL` elsewhere.
+        processor: the LogitsProcessor that asks; args, kwargs: what vLLM gave besides, which is
+        the bias or nothing.
+        """
+        if self._given_up or not 0 < hidden.shape[0] <= SIZES[-1] or hidden.dim() != 2:
+            return None
+        gate = gate_of(self._config)
+        why = _why_never(processor, gate, hidden, [*args, *kwargs.values()])
+        if why:
+            self._give_up(why)
+        if self._given_up or gate is None or gate.dense:
+            return None
+        if self._lm_head is None:  # the input embedding is the head: nobody called build
+            self.build(lm_head)
+        if self._head is None or self._lm_head is not lm_head:
+            return None
+        try:
+            return _padded(self._head, hidden, lm_head.weight.shape[0])
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {error}")
+            return None
+
+    def _built(self, lm_head: Any) -> FlashHead:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+        plain = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
+        if not isinstance(lm_head.quant_method, plain):
+            raise FlashtuneError(f"the head is quantised ({type(lm_head.quant_method).__name__})")
+        if getattr(lm_head, "bias", None) is not None:
+            raise FlashtuneError("the head has a bias")
+        most = self._config.scheduler_config.max_num_seqs
+        with _usual_defaults():
+            weight = lm_head.weight.detach()[: lm_head.org_vocab_size]
+            head = flash_head_of(self._folder, weight)
+            head.prepare(*[size for size in SIZES if size < 2 * most], epilogue="logits")
+        LOG.info("FlashHead answers for up to %d rows: %s", SIZES[-1], head.extra_repr())
+        return head
+
+    def _give_up(self, why: str) -> None:
+        self._given_up, self._head = True, None
+        LOG.warning("FlashHead is off, the dense head is used: %s", why)
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """Undo the default dtype and device that vLLM sets while it loads a model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _why_never(processor: Any, gate: Any, hidden: torch.Tensor, biases: list[Any]) -> str | None:
+    """Why this engine's head can never be FlashHead, as its first call shows, or None."""
+    if gate is None:
+        return "this vLLM did not load the logits processor that tells which requests need it"
+    if any(bias is not None for bias in biases):
+        return "the head has a bias"
+    if getattr(processor, "soft_cap", None) is not None:
+        return "the logits are soft-capped, which would lift tokens that are no candidates"
+    if getattr(processor, "scale", 1.0) != 1.0:
+        return "the logits are scaled, which would lift tokens that are no candidates"
+    if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
+        return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"
+    return None
+
+
+def _padded(head: FlashHead, hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits `[rows, width]`; rows are filled up to a number that a kernel was made for."""
+    rows = hidden.shape[0]
+    missing = next(size for size in SIZES if size >= rows) - rows
+    if missing:
+        hidden = torch.cat([hidden, hidden[-1:].expand(missing, -1)])
+    logits = head.logits(hidden)[:rows]
+    return functional.pad(logits, (0, width - logits.shape[1]), value=FILL)

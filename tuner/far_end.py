@@ -1,0 +1,138 @@
+"""Runs a worker on the far side of a connection, and ends it when the connection ends.
+
+Usage:
+    ssh HOST python3 -c "import sys; exec(sys.stdin.buffer.read(SIZE))" < INPUT
+
+INPUT is this file (SIZE bytes), a line of JSON (`size` and `digest` of an archive, the `module` to
+run, and a `token` of the search's own), the archive, then whatever the module reads. The greeting
+says that all of that arrived. Nothing of ours is there yet when this runs: it uses the standard
+library alone.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+GREETING = "flashtune: ready"
+END_SECONDS = 20.0  # for a killed worker to be gone
+PIECE_BYTES = 2**16
+Pieces = queue.SimpleQueue[bytes]
+
+
+def main() -> None:
+    """Unpack, greet, run the module, and exit as it does: with 128 and more for a signal."""
+    header = json.loads(sys.stdin.buffer.readline())
+    archive = sys.stdin.buffer.read(header["size"])
+    try:
+        folder = unpacked(archive, header["digest"])
+    except OSError as error:
+        sys.exit(f"no place for the worker ({error}): set FLASHTUNE_CACHE there")
+    end_earlier(header["token"])
+    print(GREETING, flush=True)
+    code = run([sys.executable, "-m", header["module"], header["token"]], folder)
+    os._exit(128 - code if code < 0 else min(code, 127))  # a thread of ours waits for input
+
+
+def cache_folder() -> Path:
+    """flashtune's cache on this machine."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashtune"
+    return Path(os.environ.get("FLASHTUNE_CACHE") or usual).expanduser().absolute()
+
+
+def unpacked(archive: bytes, digest: str) -> Path:
+    """The folder with the archive's files, unpacked unless an earlier connection did so."""
+    folder = cache_folder() / "code" / digest
+    if folder.is_dir():
+        return folder
+    if hashlib.sha256(archive).hexdigest() != digest:
+        sys.exit("flashtune's code arrived damaged: try again")
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+        fresh = Path(parent, "code")
+        zipfile.ZipFile(io.BytesIO(archive)).extractall(fresh)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another worker was faster
+                raise
+    return folder
+
+
+def end_earlier(token: str) -> None:
+    """Kill workers that a lost connection left behind: they would disturb what is timed now.
+
+    token: an argument that each has, and nothing else of this machine.
+    """
+    end = time.monotonic() + END_SECONDS
+    while found := [each for each in Path("/proc").glob("[0-9]*") if token in arguments(each)]:
+        if time.monotonic() > end:
+            sys.exit(f"an earlier worker, process {found[0].name}, does not end")
+        for process in found:
+            kill(int(process.name))
+        time.sleep(0.05)
+
+
+def arguments(process: Path) -> list[str]:
+    """The command line of a process; empty for one that is gone or dead."""
+    try:
+        return Path(process, "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def kill(group: int) -> None:
+    """End a worker with all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def run(command: Sequence[str], folder: Path) -> int:
+    """Run a command on the code in `folder`. It is fed from standard input, and ends with it."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        cwd=folder,  # not where `torch` or `triton` may be the name of somebody's checkout
+        env={**os.environ, "PYTHONPATH": path, "FLASHTUNE_CACHE": str(cache_folder())},
+        start_new_session=True,
+    )
+    pieces = Pieces()
+    for work in (take, hand_on):
+        threading.Thread(target=work, args=(child, pieces), daemon=True).start()
+    code = child.wait()
+    kill(child.pid)  # what it started would keep the connection open
+    return code
+
+
+def take(child: subprocess.Popen[bytes], pieces: Pieces) -> None:
+    """Read until the connection ends. Not what hands on: a hung child may take nothing more."""
+    source = sys.stdin.buffer
+    assert isinstance(source, io.BufferedReader)
+    while piece := source.read1(PIECE_BYTES):
+        pieces.put(piece)
+    kill(child.pid)
+
+
+def hand_on(child: subprocess.Popen[bytes], pieces: Pieces) -> None:
+    """Give the child what was read, until it is gone."""
+    assert child.stdin
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            child.stdin.write(pieces.get())
+            child.stdin.flush()
+
+
+if __name__ == "__main__":
+    main()
