@@ -2,8 +2,9 @@
 
     python benchmarks/fallback.py [--shape NAME]… [--json FILE]
 
-Leaves one shape of the shipped table out at a time, with all its numbers of probes, and lets the
-runtime's own selection choose among the records that are left. Prints a Markdown table of that
+Leaves one shape of the shipped table out at a time, whatever is probed and however many tokens,
+and lets the runtime's own selection choose among the records that are left, for the problems of
+one token whose best token is wanted. Prints a Markdown table of that
 choice, the shape's own winner and the default, timed in turns in one process: CUDA graphs, cold
 weights, medians, every kernel verified against float64 first. The user's database is not read.
 """
@@ -67,6 +68,12 @@ def contenders(
         default=default_config(problem, device),
         choice=left,
     )
+
+
+def usual_problems(records: Sequence[Record]) -> list[Problem]:
+    """The problems of one token whose best token is wanted."""
+    problems = {record.problem for record in records}
+    return sorted(each for each in problems if (each.n_tokens, each.epilogue) == (1, "argmax"))
 
 
 def _timer(config: Config, workload: Workload, device: Device) -> Timer:
@@ -149,7 +156,7 @@ def main(shapes: Sequence[str], seed: int, output: Path | None) -> None:
         )
     tools = toolchain(device)
     wanted = [parse_shape(shape) for shape in shapes]
-    problems = wanted or sorted({record.problem for record in table.records})
+    problems = wanted or usual_problems(table.records)
     print(f"{device.title}, {tools}\n")
     rows, start = [], time.monotonic()
     for number, problem in enumerate(problems, start=1):
