@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # FlashHead in a real vLLM on this machine's CPU, held against plain vLLM on the same model.
-#   tests/serving/run.sh           in process and over HTTP
-#   tests/serving/run.sh --short   in process only
+#   tests/serving/run.sh             in process and over HTTP
+#   tests/serving/run.sh --short     in process only
+#   tests/serving/run.sh --prepare   only what both need: the environment and the models
 # Makes its own environment (2.5 GB) and model folders in .venv-serving, or in $SERVING_FOLDER, and
 # uses them again. Exits with 1 where an answer is not what it must be.
 set -euo pipefail
@@ -28,5 +29,6 @@ if [ ! -e "$models/flash/config.json" ]; then
     "$folder/bin/flashtune" cluster --model "$models/plain" --out "$models/flash" --link
 fi
 
+[ "${1:-}" != --prepare ] || exit 0
 "$python" tests/serving/v2_gate.py
 "$python" tests/serving/compare.py "$@" "$models/plain" "$models/flash" "$models/copies"
