@@ -123,7 +123,12 @@ def _place(sample: Sample) -> tuple[str, str]:
 
 
 def dump_calibration(calibration: Calibration) -> bytes:
-    """The file's bytes, the same for the same samples."""
+    """The file's bytes: `calibration_text`, compressed."""
+    return gzip.compress(calibration_text(calibration).encode(), mtime=0)
+
+
+def calibration_text(calibration: Calibration) -> str:
+    """The samples as JSON, the same for the same samples."""
     problems = list(dict.fromkeys(sample.problem for sample in calibration.samples))
     data = {
         "version": VERSION,
@@ -144,8 +149,7 @@ def dump_calibration(calibration: Calibration) -> bytes:
             for sample in calibration.samples
         ],
     }
-    text = json.dumps(data, separators=(",", ":"), sort_keys=True)
-    return gzip.compress(text.encode(), mtime=0)
+    return json.dumps(data, separators=(",", ":"), sort_keys=True)
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

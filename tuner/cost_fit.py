@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from flashtune.tuner.calibration import Calibration, Sample, dump_calibration
+from flashtune.tuner.calibration import Calibration, Sample, calibration_text
 from flashtune.tuner.cost_model import (
     VERSION,
     Array,
@@ -234,7 +234,7 @@ def intervals(
 
 def digest(calibration: Calibration) -> str:
     """A hash of a calibration's samples."""
-    return hashlib.sha256(dump_calibration(calibration)).hexdigest()[:16]
+    return hashlib.sha256(calibration_text(calibration).encode()).hexdigest()[:16]
 
 
 def write_fit(path: Path, fit: Fit) -> None:
