@@ -18,6 +18,7 @@ from flashtune.kernels.triton_config import (
     next_power_of_2,
     select_warps,
 )
+from flashtune.kernels.triton_grid import launch_programs, score_tiles, tile_share
 from flashtune.templates.render import Value, render
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -38,7 +39,7 @@ def render_triton(problem: Problem, config: Config, device: Device) -> str:
         **asdict(config),
     }
     if isinstance(config, BatchedConfig | DenseConfig):
-        values |= _tensor_values(problem, config)
+        values |= _tensor_values(problem, config, device)
     else:
         values |= _scalar_values(problem, config, device)
     if problem.epilogue == "logits" and not isinstance(config, DenseConfig):
@@ -46,18 +47,22 @@ def render_triton(problem: Problem, config: Config, device: Device) -> str:
     return render(config.template, values)
 
 
-def _tensor_values(problem: Problem, config: BatchedConfig | DenseConfig) -> dict[str, Value]:
-    """Grids of a program a tile; a tile of `batched` holds whole clusters."""
-    share = config.gather_rows
-    values: dict[str, Value] = {"tokens_padded": padded_tokens(problem)}
+def _tensor_values(
+    problem: Problem, config: BatchedConfig | DenseConfig, device: Device
+) -> dict[str, Value]:
+    """Grids of a program a tile, and the threshold search of `batched`."""
+    programs = launch_programs(problem, config, device)
+    values: dict[str, Value] = {
+        "tokens_padded": padded_tokens(problem),
+        "gather_programs": programs["gather"],
+    }
     if isinstance(config, BatchedConfig):
-        share = config.gather_rows // problem.cluster_size * problem.cluster_size
         values |= {
-            "share": share,
-            "score_programs": -(-problem.n_clusters // config.score_rows),
+            "share": tile_share(problem, config),
+            "score_programs": programs["score"],
             **_threshold_values(problem, config),
         }
-    return {**values, "gather_programs": -(-problem.vocab_size // share)}
+    return values
 
 
 def _scalar_values(
@@ -76,18 +81,12 @@ def _scalar_values(
 
 
 def _staged_values(problem: Problem, config: StagedConfig, device: Device) -> dict[str, Value]:
-    """Grids: a program a tile, or a fixed number of programs that loop."""
-    tiles = -(-problem.n_clusters // config.score_rows)
-    looping = config.score_programs_per_sm * device.sm_count
-    slack = 0 if config.selection == "torch_topk" else config.slack
-    rows = (problem.n_probes + slack // 2) * problem.cluster_size
-    parts = -(-rows // config.gather_rows)
-    if config.selection == "in_gather":
-        parts = max(1, config.gather_programs_per_sm * device.sm_count // problem.n_tokens)
+    """The grids."""
+    programs = launch_programs(problem, config, device)
     return {
-        "score_tiles": tiles,
-        "score_programs": min(looping, tiles) if looping else tiles,
-        "parts": parts,
+        "score_tiles": score_tiles(problem, config),
+        "score_programs": programs["score"],
+        "parts": programs["gather"] // problem.n_tokens,
     }
 
 
@@ -103,7 +102,7 @@ def _fill_values(problem: Problem, values: Mapping[str, Value]) -> dict[str, Val
 def _persistent_values(
     problem: Problem, config: PersistentConfig, device: Device
 ) -> dict[str, Value]:
-    programs = device.sm_count * config.programs_per_sm
+    programs = launch_programs(problem, config, device)["decode"]
     return {
         "programs": programs,
         "slab": -(-problem.n_clusters // programs),

@@ -24,6 +24,7 @@ from flashtune.kernels.config import (
 from flashtune.kernels.knob import enabled, knobs
 from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig, padded_tokens
 from flashtune.kernels.triton_config import PersistentConfig, StagedConfig, TritonConfig
+from flashtune.kernels.triton_grid import launch_programs
 from flashtune.tuner.cost_model import VERSION, CostModel
 from flashtune.tuner.proposal import FAR
 from flashtune.tuner.space import Space
@@ -118,57 +119,30 @@ def expected_uses(problem: Problem, config: TritonConfig, device: Device) -> lis
         return [
             KernelUse(
                 kernel="decode",
-                programs=device.sm_count * config.programs_per_sm,
+                programs=launch_programs(problem, config, device)["decode"],
                 warps=config.warps,
                 registers=max(use.registers for use in both),
                 shared_bytes=max(use.shared_bytes for use in both),
                 spilled=0,
             )
         ]
-    if isinstance(config, StagedConfig):
-        programs = _staged_programs(problem, config, device)
-    else:
-        programs = _tensor_programs(problem, config)
-    uses = [
-        _expected(problem, config, stage, getattr(config, f"{stage}_warps"), number)
-        for stage, number in programs.items()
-    ]
-    if isinstance(config, BatchedConfig) or (
-        isinstance(config, StagedConfig) and config.selection == "threshold"
-    ):
-        registers = _BASE_REGISTERS + problem.n_clusters // (32 * config.select_warps)
-        uses.append(
-            KernelUse(
-                kernel="select",
-                programs=problem.n_tokens,
-                warps=config.select_warps,
-                registers=registers,
-                shared_bytes=0,
-                spilled=0,
+    uses = []
+    for kernel, number in launch_programs(problem, config, device).items():
+        warps = getattr(config, f"{kernel}_warps")
+        if kernel == "select":
+            uses.append(
+                KernelUse(
+                    kernel=kernel,
+                    programs=number,
+                    warps=warps,
+                    registers=_BASE_REGISTERS + problem.n_clusters // (32 * warps),
+                    shared_bytes=0,
+                    spilled=0,
+                )
             )
-        )
+        else:
+            uses.append(_expected(problem, config, kernel, warps, number))
     return uses
-
-
-def _staged_programs(problem: Problem, config: StagedConfig, device: Device) -> dict[str, int]:
-    tiles = -(-problem.n_clusters // config.score_rows)
-    looping = config.score_programs_per_sm * device.sm_count
-    slack = 0 if config.selection == "torch_topk" else config.slack
-    rows = (problem.n_probes + slack // 2) * problem.cluster_size
-    parts = -(-rows // config.gather_rows)
-    if config.selection == "in_gather":
-        parts = max(1, config.gather_programs_per_sm * device.sm_count // problem.n_tokens)
-    return {"score": min(looping, tiles) if looping else tiles, "gather": parts * problem.n_tokens}
-
-
-def _tensor_programs(problem: Problem, config: BatchedConfig | DenseConfig) -> dict[str, int]:
-    if isinstance(config, DenseConfig):
-        return {"gather": -(-problem.vocab_size // config.gather_rows)}
-    share = config.gather_rows // problem.cluster_size * problem.cluster_size
-    return {
-        "score": -(-problem.n_clusters // config.score_rows),
-        "gather": -(-problem.vocab_size // share),
-    }
 
 
 def _expected(
