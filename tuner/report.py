@@ -6,28 +6,17 @@ Progress goes to standard error: a live bar on a terminal, a line now and then e
 import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
 from flashtune.kernels.config import PLANS
 from flashtune.kernels.knob import knobs
+from flashtune.tuner.progress import ProgressBar
 from flashtune.tuner.search import Event, Result
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
-
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 def floor_us(problem: Problem, device: Device) -> float | None:
@@ -48,42 +37,17 @@ def short_config(config: ConfigData) -> str:
     return " ".join([plan.plan, *changed])
 
 
-class SearchProgress:
+class SearchProgress(ProgressBar):
     """Shows how the searches of a run go: trials, best so far, ratio to the floor, time left."""
 
     def __init__(self, device: Device, provenance: Provenance) -> None:
         """Nothing is shown before the first search."""
+        super().__init__()
         self._device, self._provenance = device, provenance
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[best]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._last_line = 0.0
-
-    def __enter__(self) -> "SearchProgress":
-        """Start the display."""
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the display."""
-        self._bar.stop()
 
     def start(self, problem: Problem, trials: int) -> "ProblemProgress":
         """Begin a search; the result is its `on_event`."""
-        task = self._bar.add_task(problem.describe(), total=trials, best="")
+        task = self._bar.add_task(problem.describe(), total=trials, note="")
         return ProblemProgress(self, problem, task)
 
     def note(self, text: str) -> None:
@@ -93,12 +57,9 @@ class SearchProgress:
     def show(self, problem: Problem, task: TaskID, event: Event, since: float) -> None:
         """Show how far one search is."""
         best = self.describe_best(problem, event)
-        self._bar.update(task, completed=event.done, total=event.total, best=best)
-        now = time.monotonic()
-        due = event.comparing or now - self._last_line >= LINE_SECONDS
-        if self._bar.disable and due:
-            self._last_line = now
-            rate = (now - since) / max(1, event.done)
+        self._bar.update(task, completed=event.done, total=event.total, note=best)
+        if self._line_due(anyway=event.comparing):
+            rate = (time.monotonic() - since) / max(1, event.done)
             left = rate * max(0, event.total - event.done)
             print(
                 f"{problem.describe()}: {event.done}/{event.total} trials, {best}, "
