@@ -21,6 +21,7 @@ from flashtune.kernels.config import (
     parse_config,
     why_invalid,
 )
+from flashtune.kernels.tensor_config import BatchedConfig
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
@@ -56,6 +57,13 @@ def test_defaults_are_valid_for_odd_problems(
             vocab_size=clusters * size, hidden_size=hidden, n_clusters=clusters, n_probes=1
         )
         assert why_invalid(make(problem, ORIN), problem, ORIN) is None
+
+
+def test_the_default_for_many_tokens_reads_a_cluster_once() -> None:
+    assert isinstance(default_config(replace(QWEN, n_tokens=7), ORIN), StagedConfig)
+    assert default_config(replace(QWEN, n_tokens=8), ORIN) == BatchedConfig()
+    mixed = replace(QWEN, n_tokens=8, centroid_dtype="fp16")  # tensor cores take one dtype
+    assert isinstance(default_config(mixed, ORIN), StagedConfig)
 
 
 def test_the_baseline_uses_the_library_and_a_program_a_cluster() -> None:

@@ -18,12 +18,15 @@ from flashtune.kernels.config import (
     parse_config,
     why_invalid,
 )
+from flashtune.tuner.proposal import Proposals
 from flashtune.tuner.session import SearchRequest, Session
 from flashtune.tuner.space import Space, parse_fixed
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Record
 from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table
 
 QWEN = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
 TINY = Problem(vocab_size=512, hidden_size=64, n_clusters=32, n_probes=4)
@@ -290,3 +293,22 @@ def test_random_spaces_agree_with_their_rules() -> None:
         for config in [*islice(space.configs(), 3), *space.starts()]:
             assert space.holds(config_data(config)), (fixed, config)
             assert obeys(config, fixed)
+
+
+def test_a_session_tries_what_ships_for_the_very_problem(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes before other problems' records, and as one more config to be evaluated."""
+    tried = []
+
+    def search(space: Space, *_: object, near: list[Record], **__: object) -> None:
+        tried.extend(islice(Proposals(space, sampler="random", seed=0, near=near), 3))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashtune.tuner.session.search", search)
+    orin = find_device("orin")
+    Session(SearchRequest(device=orin, problems=[QWEN], trials=1), store).run()
+    table = prebuilt_table(orin.name)
+    assert table is not None
+    own = [record.config for record in table.records if record.problem == QWEN]
+    assert config_data(tried[2]) in own  # after the default and the baseline
