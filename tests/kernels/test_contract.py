@@ -32,23 +32,24 @@ from flashtune.tuning_db.problem import EPILOGUES, Problem
 # numpy, of NaN and infinities, where the interpreter computes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-IN_GATHER = StagedConfig(selection="in_gather", gather_rows=16, gather_programs_per_sm=2, slack=8)
+IN_GATHER = StagedConfig(selection="in_gather", gather_rows=16, gather_programs_per_sm=2, slack=0)
+# Without slack: with some, all of the interpreter's few clusters might be probed
 CONFIGS: dict[str, Config] = {
     "torch_topk": StagedConfig(selection="torch_topk", gather_rows=16),
     "threshold": StagedConfig(score_rows=4, slack=0),
     "threshold_looping": StagedConfig(score_rows=4, score_programs_per_sm=2, select_warps=4),
     "in_gather": IN_GATHER,
-    "persistent": PersistentConfig(slack=8),
-    "batched": BatchedConfig(slack=8, score_stages=2),
+    "persistent": PersistentConfig(slack=0),
+    "batched": BatchedConfig(slack=0, score_stages=2),
     "dense": DenseConfig(gather_rows=32, gather_stages=2),
 }
 ON_SM_90: dict[str, Config] = {
     "torch_topk_pdl": replace(CONFIGS["torch_topk"], pdl=True),
     "threshold_pdl": replace(CONFIGS["threshold"], pdl=True),
-    "in_gather_pdl": replace(IN_GATHER, pdl=True),
+    "in_gather_pdl": replace(IN_GATHER, pdl=True, slack=8),
     "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
-    "batched_pdl": BatchedConfig(pdl=True, slack=0, gather_rows=16, gather_stages=4),
+    "batched_pdl": BatchedConfig(pdl=True, slack=8, gather_rows=16, gather_stages=4),
     "dense_pdl": DenseConfig(pdl=True, gather_rows=128),
 }
 CPU = describe_cpu()
