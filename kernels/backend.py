@@ -87,9 +87,9 @@ class Backend(Protocol):
 def backend_of(device: Device) -> Backend:
     """The backend for a device; raises FlashtuneError when there is none."""
     if device.vendor == "nvidia":
-        from flashtune.kernels.triton_backend import TritonBackend
+        from flashtune.kernels.nvidia_backend import NvidiaBackend
 
-        return TritonBackend()
+        return NvidiaBackend()
     if device.vendor == "cpu":
         from flashtune.kernels.cpp_backend import CppBackend
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashtune.kernels import cpp_config, triton_config
+from flashtune.kernels import cpp_config, nvrtc, streamed_config, triton_config
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
 from flashtune.kernels.knob import Rule, enabled, knobs, why_broken
+from flashtune.kernels.streamed_config import StreamedConfig
 from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.kernels.triton_config import PersistentConfig, StagedConfig, TritonConfig
 from flashtune.tuning_db.device import Device
@@ -22,7 +23,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData, Scalar
 
-Config = TritonConfig | CppFusedConfig | CppStagedConfig
+Config = TritonConfig | StreamedConfig | CppFusedConfig | CppStagedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +38,26 @@ class Family:
     slack_of: Callable[[Any], int]
 
 
+def _known_good_on_nvidia(problem: Problem, device: Device) -> list[Config]:
+    """What is fastest on the newest first: races have no time for all."""
+    return [
+        *streamed_config.known_good(problem, device),
+        *triton_config.known_good(problem, device),
+    ]
+
+
+def _slack_on_nvidia(config: TritonConfig | StreamedConfig) -> int:
+    return config.slack if isinstance(config, StreamedConfig) else triton_config.slack_of(config)
+
+
 FAMILIES = {
     "nvidia": Family(
-        plans=(StagedConfig, PersistentConfig, BatchedConfig, DenseConfig),
-        rules=triton_config.RULES,
+        plans=(StagedConfig, PersistentConfig, BatchedConfig, DenseConfig, StreamedConfig),
+        rules=(*triton_config.RULES, *streamed_config.RULES),
         default=triton_config.default_config,
         baseline=triton_config.baseline_config,
-        known_good=triton_config.known_good,
-        slack_of=triton_config.slack_of,
+        known_good=_known_good_on_nvidia,
+        slack_of=_slack_on_nvidia,
     ),
     "cpu": Family(
         plans=(CppFusedConfig, CppStagedConfig),
@@ -120,6 +133,11 @@ def default_config(problem: Problem, device: Device) -> Config:
 def known_good(problem: Problem, device: Device) -> Sequence[Config]:
     """Configs from which searches begin, valid or not: what was found by hand."""
     return _family_of(device).known_good(problem, device)
+
+
+def why_unavailable(config: Config) -> str | None:
+    """None where this machine has what builds the config's kernels, else one line."""
+    return nvrtc.why_missing() if isinstance(config, StreamedConfig) else None
 
 
 def slack_of(config: Config) -> int:

@@ -26,6 +26,7 @@ from flashtune.kernels.config import (
     known_good,
     parse_config,
     why_invalid,
+    why_unavailable,
 )
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -178,7 +179,7 @@ def contenders(
         good = (
             config
             for config in known_good(problem, device)
-            if why_invalid(config, problem, device) is None
+            if (why_invalid(config, problem, device) or why_unavailable(config)) is None
             and config_key(config_data(config)) not in failed
         )
         found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
@@ -257,13 +258,17 @@ def _usable(
     sources: Sequence[Source],
     skipped: Counter[str],
 ) -> Iterator[tuple[_Candidate, Config]]:
-    """Candidates whose configs are valid here and have not failed; of the others, why not."""
+    """Candidates whose configs can be built here and have not failed; of the others, why not."""
     failed = _failures(problem, device, toolchain, sources)
     for candidate in _candidates(problem, device, toolchain, sources):
         data = candidate.record.config
         try:
             config = parse_config(data)
-            reason = failed.get(config_key(data)) or why_invalid(config, problem, device)
+            reason = (
+                failed.get(config_key(data))
+                or why_invalid(config, problem, device)
+                or why_unavailable(config)
+            )
         except FlashtuneError as error:
             reason = str(error)
         if reason is None:

@@ -9,9 +9,6 @@ Usage:
 
 import hashlib
 import linecache
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,6 +22,7 @@ from triton.compiler import ASTSource
 from flashtune.kernels.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.config import Config
 from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.resource_usage import resource_usage
 from flashtune.kernels.timing import GraphTimer
 from flashtune.kernels.triton_source import render_triton
 from flashtune.kernels.workload import Workload
@@ -236,18 +234,13 @@ def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType
 
 
 def _read_use(launch: dict[str, Any], kernel: Any) -> KernelUse:
-    """Registers and spills from the binary, by the cuobjdump that comes with Triton."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(kernel.kernel)
-        binary.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK):(\d+)", report))
+    """What a compiled kernel needs: registers and spills from its binary."""
+    (needs,) = resource_usage(kernel.kernel).values()
     return KernelUse(
         kernel=launch["kernel"],
         programs=launch["programs"],
         warps=launch["num_warps"],
-        registers=int(found["REG"]),
+        registers=needs["REG"],
         shared_bytes=kernel.metadata.shared,
-        spilled=int(found["STACK"]),
+        spilled=needs["STACK"],
     )

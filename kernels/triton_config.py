@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from flashtune.kernels import tensor_config
 from flashtune.kernels.knob import Rule, knob, why_broken
-from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
+from flashtune.kernels.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -73,6 +73,7 @@ class PersistentConfig:
 
 
 SCALAR_PLANS = (StagedConfig, PersistentConfig)
+TRITON_PLANS = (*SCALAR_PLANS, *TENSOR_PLANS)
 TritonConfig = StagedConfig | PersistentConfig | BatchedConfig | DenseConfig
 ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
 
@@ -219,8 +220,12 @@ RULES = (
         frozenset(["warps", *(f"gather_{each}" for each in _TILE)]),
         plans=SCALAR_PLANS,
     ),
-    Rule(_why_not_overlapped, frozenset(["pdl"])),
-    Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps", "warps"])),
+    Rule(_why_not_overlapped, frozenset(["pdl"]), plans=TRITON_PLANS),
+    Rule(
+        _why_not_selected,
+        frozenset(["selection", "select_warps", "gather_warps", "warps"]),
+        plans=TRITON_PLANS,
+    ),
     Rule(_why_not_prefetched, frozenset(["prefetch_margin"]), plans=SCALAR_PLANS),
     Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"]), plans=(PersistentConfig,)),
     *tensor_config.RULES,

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from flashtune.kernels.config import Config, why_invalid
 from flashtune.kernels.source_values import (
+    prefetch_spread,
     shape_values,
     threshold_quantile,
     threshold_values,
@@ -23,10 +24,6 @@ from flashtune.templates.render import Value, render
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-
-# Programs that share the prefetch of a cluster: the likely ones lie unevenly, and a program that
-# had several to itself would ask for them one after another. Measured against 1 and 16 on an H200.
-SPREAD = 4
 
 
 def render_triton(problem: Problem, config: Config, device: Device) -> str:
@@ -136,9 +133,7 @@ def _share_values(
 ) -> dict[str, Value]:
     """How the selected rows, and the clusters to prefetch from, are shared out among programs."""
     touched = (config.gather_rows - 2) // problem.cluster_size + 2 if config.gather_rows > 1 else 1
-    spread = SPREAD
-    while spread > 1 and (spread > parts or problem.cluster_bytes % (spread * 16)):
-        spread //= 2
+    spread = prefetch_spread(problem, parts)
     stripe = -(-problem.n_clusters // (parts // spread))
     stripe_padded = next_power_of_2(stripe)
     pieces = max(1, select_warps(config) * 32 // stripe_padded)

@@ -8,18 +8,18 @@ What kernels will need is estimated, so this says what is worth compiling, no mo
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import (
+    PLANS,
     Config,
     config_data,
     default_config,
     known_good,
     parse_config,
-    plans_of,
 )
 from flashtune.kernels.knob import enabled, knobs
 from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig, padded_tokens
@@ -28,6 +28,7 @@ from flashtune.kernels.triton_grid import launch_programs
 from flashtune.tuner.cost_model import VERSION, CostModel
 from flashtune.tuner.proposal import FAR
 from flashtune.tuner.space import Space
+from flashtune.tuner.stage import is_predicted
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
@@ -51,8 +52,10 @@ def promising(
     """
     problem, device = space.problem, space.device
     generator = random.Random(seed)
-    drawn = [_draw(device, generator) for _ in range(DRAWS)]
+    plans = [PLANS[name] for name in space.plans if is_predicted(PLANS[name])]
+    drawn = [_draw(plans, generator) for _ in range(DRAWS)]
     known = [default_config(problem, device), *known_good(problem, device), *near]
+    known = [config for config in known if is_predicted(config)]
     times: dict[Config, float] = {}
     fresh = [config for config in [*known, *drawn] if space.holds(config_data(config))]
     for _ in range(ROUNDS):
@@ -88,9 +91,9 @@ def _best(space: Space, times: dict[Config, float], count: int) -> list[Config]:
     return [config for own in families.values() for config in own[:count]]
 
 
-def _draw(device: Device, generator: random.Random) -> Config:
-    """A random config, valid or not."""
-    plan = generator.choice(list(plans_of(device).values()))
+def _draw(plans: Sequence[type[Config]], generator: random.Random) -> Config:
+    """A random config of any of the plans, valid or not."""
+    plan = generator.choice(plans)
     values: dict[str, Any] = {}
     for name, known in knobs(plan).items():
         free = enabled(plan, name, values)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flashtune.kernels.config import plans_of, why_unavailable
 from flashtune.kernels.this_cpu import this_cpu
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.tuner.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
@@ -21,6 +22,7 @@ from flashtune.tuner.remote import RemoteMachine
 from flashtune.tuner.report import SearchProgress, floor_us
 from flashtune.tuner.search import Budget, Result, search
 from flashtune.tuner.space import Space
+from flashtune.tuner.stage import is_predicted
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -67,7 +69,14 @@ class Session:
         self.request, self.store = request, store
         self.cancelled = False
         self.provenance, self.toolchain = _evaluated(request)
-        self._spaces = [Space(p, request.device, request.fixed) for p in request.problems]
+        self._left_out = _left_out(request, self.provenance)
+        without = frozenset(self._left_out)
+        if request.fixed.get("plan") in without:
+            raise FlashtuneError(self._left_out[request.fixed["plan"]])
+        self._spaces = [
+            Space(problem, request.device, request.fixed, without=without)
+            for problem in request.problems
+        ]
         for space in self._spaces:
             if next(space.configs(), None) is None:
                 raise FlashtuneError(
@@ -86,6 +95,8 @@ class Session:
             WorkerPool(request.jobs) as compilers,
             WorkerPool(1, transport, progress.note) as measurer,
         ):
+            for why in self._left_out.values():
+                progress.note(f"{why}; searching without it")
             for number, space in enumerate(self._spaces):
                 left = end - time.monotonic()
                 if left <= 0:
@@ -156,6 +167,20 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.device.vendor == "cpu" or request.device == _this_gpu():
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
+
+
+def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
+    """The plans that cannot be searched, each with why: what cannot be built or predicted.
+
+    What the machine at the other end of ssh can build it says itself.
+    """
+    found: dict[str, str | None] = {}
+    for name, plan in plans_of(request.device).items():
+        if provenance is Provenance.PREDICTED and not is_predicted(plan):
+            found[name] = f"times of plan {name} are not predicted: search on the machine itself"
+        elif request.remote is None:
+            found[name] = why_unavailable(plan())
+    return {name: why for name, why in found.items() if why}
 
 
 def result_data(

@@ -40,7 +40,7 @@ class Space:
     """Every valid config for a problem and device, with some knobs fixed to one value.
 
     `known_good`: configs from which searches begin; None stands for those that are known for the
-    device.
+    device. `without`: plans that are left out.
 
     Raises FlashtuneError when `fixed` names an unknown knob or value.
     """
@@ -49,6 +49,7 @@ class Space:
     device: Device
     fixed: Mapping[str, Any] = field(default_factory=dict)
     known_good: Sequence[Config] | None = None
+    without: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Check what is fixed."""
@@ -61,11 +62,15 @@ class Space:
 
     @property
     def plans(self) -> list[str]:
-        """The plans to choose from: those that have every fixed value among their choices."""
+        """The plans to choose from: those that have every fixed value among their choices.
+
+        The plans left out are not among them.
+        """
         return [
             name
             for name, plan in plans_of(self.device).items()
-            if all(
+            if name not in self.without
+            and all(
                 value == name if each == "plan" else value in _choices_of(plan, each)
                 for each, value in self.fixed.items()
             )

@@ -14,12 +14,15 @@ from flashtune.kernels.config import (
     PersistentConfig,
     StagedConfig,
     TritonConfig,
+    knobs,
     slack_of,
     why_invalid,
 )
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.cuda_backend import CudaStep
 from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
 from flashtune.kernels.reference import Judge
+from flashtune.kernels.streamed_config import StreamedConfig
 from flashtune.kernels.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
 from flashtune.kernels.this_cpu import describe_cpu
 from flashtune.kernels.this_device import device_of
@@ -51,6 +54,9 @@ ON_SM_90: dict[str, Config] = {
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
     "batched_pdl": BatchedConfig(pdl=True, slack=8, gather_rows=16, gather_stages=4),
     "dense_pdl": DenseConfig(pdl=True, gather_rows=128),
+    "streamed": StreamedConfig(slack=0, gather_warps=8, gather_stages=2, prefetch=False),
+    "streamed_prefetch": StreamedConfig(slack=8, score_stages=1, prefetch_margin=20),
+    "streamed_late": StreamedConfig(score_warps=4, gather_warps=12, early=False),
 }
 CPU = describe_cpu()
 THREADS = 2 if CPU.sm_count > 1 else 1
@@ -92,6 +98,10 @@ class Runner:
 
     def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
+        if isinstance(config, StreamedConfig):
+            if problem.n_tokens > 1 or self.device.capability < 90:
+                pytest.skip("streamed is for one token and sm_90")
+            return self.step(problem, config, self.device)
         if not isinstance(config, TritonConfig):
             return self.step(problem, _narrowed(config, problem), self.device)
         block = self.block // 2 if isinstance(config, TENSOR_PLANS) else self.block
@@ -402,13 +412,18 @@ def test_calls_leave_nothing_behind_for_the_next(
     """Each call has lower logits than the one before, and finds its scratch spoiled."""
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
-    before = step.scratch.state.clone() if isinstance(step, DecodeStep) else None
+    ours = isinstance(step, DecodeStep | CudaStep)
+    before = step.scratch.state.clone() if ours else None
     judge = Judge(weights, problem.n_probes)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
         tokens = run(step, problem, weights, hidden)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
-        if not isinstance(step, DecodeStep) or before is None:
+        if isinstance(step, CudaStep):
+            assert torch.equal(step.scratch.state, before)
+            step.scratch.scores.fill_(float("nan"))
+            step.scratch.moments.fill_(float("nan"))
+        if not isinstance(step, DecodeStep):
             continue
         count = slice(problem.n_tokens, 2 * problem.n_tokens)  # written before it is read
         step.scratch.state[count] = before[count]
@@ -450,6 +465,37 @@ def test_any_valid_config_gives_right_tokens(
             break
     step = _interpreted_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
+    assert workload.why_wrong(step, slack_of(config)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("seed", range(12))
+def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    device = device_of(torch.device("cuda"))
+    assert device is not None
+    if device.capability < 90:
+        pytest.skip("needs sm_90")
+    while True:
+        values = {
+            name: rng.choice(knob["choices"]) for name, knob in knobs(StreamedConfig).items()
+        }
+        config = StreamedConfig(**values)
+        clusters, size = rng.choice((1, 7, 131, 1000, 9496)), rng.choice((1, 3, 12, 16))
+        problem = Problem(
+            vocab_size=clusters * size,
+            hidden_size=rng.choice((8, 64, 200, 1152, 3072, 4096)),
+            n_clusters=clusters,
+            n_probes=rng.choice((1, min(clusters, 256), clusters)),
+            weight_dtype=rng.choice(("bf16", "fp16")),
+            centroid_dtype=rng.choice(("bf16", "fp16")),
+            epilogue=rng.choice(EPILOGUES),
+        )
+        if why_invalid(config, problem, device) is None:
+            break
+    step = _compiled_step(problem, config, device)
+    workload = Workload.create(problem, torch.device("cuda"), cold_bytes=1, seed=seed)
     assert workload.why_wrong(step, slack_of(config)) is None
 
 

@@ -18,6 +18,7 @@ from flashtune.kernels.config import (
     default_config,
 )
 from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
+from flashtune.kernels.streamed_config import StreamedConfig
 from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.kernels.triton_backend import load_source
 from flashtune.tuning_db.device import Device, find_device
@@ -86,6 +87,12 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
         ORIN,
     ),
     "persistent-logits": (LOGITS, PersistentConfig(), ORIN),
+    "streamed-prefetch": (QWEN, StreamedConfig(), H200),
+    "streamed-logits-ragged": (
+        replace(GEMMA, epilogue="logits", weight_dtype="fp16"),
+        StreamedConfig(gather_warps=8, prefetch=False, early=False),
+        H200,
+    ),
     "cpp_fused-logits-fp16": (
         replace(FP16, epilogue="logits"),
         CppFusedConfig(simd="avx2", threads=2),
@@ -109,8 +116,10 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
 
 
 def golden_path(name: str) -> Path:
-    """Where a case's source is kept: Python or C++, as text."""
-    language = "cpp" if CASES[name][2].vendor == "cpu" else "py"
+    """Where a case's source is kept: Python, CUDA C++ or C++, as text."""
+    _, config, device = CASES[name]
+    language = "cpp" if device.vendor == "cpu" else "py"
+    language = "cu" if isinstance(config, StreamedConfig) else language
     return GOLDEN / f"{name}.{language}.txt"
 
 
@@ -125,7 +134,7 @@ def test_generated_source_is_as_accepted(name: str, pytestconfig: pytest.Config)
     assert source == path.read_text("utf-8"), f"{path.name} differs: see --accept-golden"
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2].vendor != "cpu"])
+@pytest.mark.parametrize("name", [name for name in CASES if golden_path(name).match("*.py.txt")])
 def test_accepted_source_parses_and_loads(name: str) -> None:
     source = golden_path(name).read_text("utf-8")
     ast.parse(source)

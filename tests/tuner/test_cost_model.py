@@ -16,11 +16,12 @@ from flashtune.kernels.config import (
     StagedConfig,
     why_invalid,
 )
+from flashtune.kernels.streamed_config import StreamedConfig
 from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuner import cost_model
 from flashtune.tuner.cost_model import Prediction, family_of, read_model_file, shipped_model
 from flashtune.tuner.report import floor_us
-from flashtune.tuner.stage import PLAN_STAGES
+from flashtune.tuner.stage import PLAN_STAGES, is_predicted
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -131,7 +132,7 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
     for _ in range(10_000):
         config, device = random_config(generator), generator.choice(DEVICES)
         problem = random_problem(generator)
-        if why_invalid(config, problem, device) is not None:
+        if not is_predicted(config) or why_invalid(config, problem, device) is not None:
             continue
         seen[config.plan] += 1
         changes = {
@@ -143,8 +144,10 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
     assert min(seen.values()) > 5
 
 
-def test_every_plan_for_gpus_is_covered() -> None:
-    assert set(PLAN_STAGES) == set(FAMILIES["nvidia"].plans)
+def test_every_plan_in_triton_is_covered() -> None:
+    assert {*PLAN_STAGES, StreamedConfig} == set(FAMILIES["nvidia"].plans)
+    with pytest.raises(FlashtuneError, match="plan streamed are not predicted"):
+        cost_model.predict(QWEN, StreamedConfig(), find_device("h200"), ())
 
 
 def test_cpus_have_no_prediction() -> None:

@@ -125,6 +125,11 @@ def test_starts_are_valid_and_obey(space: Space) -> None:
                 assert obeys(config, dict(space.fixed))
 
 
+def streams(device: Device) -> bool:
+    """Whether a device has the bulk copies, and the shared memory for rows of Qwen3-VL-2B."""
+    return device.capability >= 90 and device.limits.shared_per_sm > 200_000
+
+
 def test_every_device_has_starts_of_each_family() -> None:
     for device in all_devices():
         families = {Space(QWEN, device).family(each) for each in Space(QWEN, device).starts()}
@@ -134,6 +139,7 @@ def test_every_device_has_starts_of_each_family() -> None:
             ("persistent", None),
             ("batched", None),
             ("dense", None),
+            *([("streamed", None)] if streams(device) else []),
         }
 
 
@@ -188,12 +194,19 @@ def test_a_config_outside_what_is_fixed_is_not_held() -> None:
 
 
 def test_a_value_of_one_plan_alone_leaves_that_plan() -> None:
-    assert Space(QWEN, H200).plans == ["staged", "persistent", "batched", "dense"]
+    assert Space(QWEN, H200).plans == ["staged", "persistent", "batched", "dense", "streamed"]
+    assert Space(QWEN, H200, without=frozenset(["dense", "staged"])).plans == [
+        "persistent",
+        "batched",
+        "streamed",
+    ]
+    assert Space(QWEN, H200, {"early": False}).plans == ["streamed"]
     assert Space(QWEN, H200, {"gather_rows": 1}).plans == ["staged"]
     assert Space(QWEN, H200, {"gather_rows": 1, "plan": "persistent"}).plans == []
     assert Space(QWEN, H200, {"programs_per_sm": 2}).plans == ["persistent"]
     assert Space(QWEN, H200, {"selection": "in_gather"}).plans == ["staged"]
-    assert Space(QWEN, H200, {"evict": "no_hint"}).plans == Space(QWEN, H200).plans
+    in_triton = ["staged", "persistent", "batched", "dense"]
+    assert Space(QWEN, H200, {"evict": "no_hint"}).plans == in_triton
 
 
 def test_fixed_values_are_read_as_their_choices_are() -> None:

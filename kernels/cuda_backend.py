@@ -1,0 +1,187 @@
+"""The CUDA C++ backend: a source's machine code, loaded and launched through the driver.
+
+Usage:
+    binary = compile_cuda(render_cuda(problem, config, device), device.arch)
+    step = CudaStep(problem, launches_of(problem, config, device), binary, torch_device)
+    step(weights, hidden, out)                                 # launches; capturable
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashtune.kernels.backend import KernelUse
+from flashtune.kernels.config import Config
+from flashtune.kernels.cuda_source import render_cuda
+from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.nvrtc import compile_cuda
+from flashtune.kernels.resource_usage import resource_usage
+from flashtune.kernels.streamed_config import Launch, StreamedConfig, launches_of
+from flashtune.kernels.timing import GraphTimer
+from flashtune.kernels.triton_backend import EMPTY_BEST
+from flashtune.kernels.workload import Workload
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class CudaScratch:
+    """What a step writes on its way. Not to be shared by steps that run at the same time.
+
+    Shapes: scores float32 `[n_clusters]`; moments float32 `[blocks, 2]`, of each block's scores
+    their sum and that of their squares; state int64 `[2]`, best packed logit and arrivals.
+    """
+
+    scores: torch.Tensor
+    moments: torch.Tensor
+    state: torch.Tensor
+
+    @classmethod
+    def create(cls, problem: Problem, blocks: int, device: torch.device) -> "CudaScratch":
+        """Scratch in the state that a step leaves behind."""
+        return cls(
+            scores=torch.empty(problem.n_clusters, dtype=torch.float32, device=device),
+            moments=torch.empty(blocks, 2, dtype=torch.float32, device=device),
+            state=torch.tensor([EMPTY_BEST, 0], dtype=torch.int64, device=device),
+        )
+
+
+class CudaStep:
+    """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
+
+    As `DecodeStep`: one scratch, `launches` by name, `launch` to launch some of them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        launches: Sequence[Launch],
+        binary: bytes,
+        device: torch.device,
+    ) -> None:
+        """Load the binary on `device`; raises FlashtuneError when the driver refuses."""
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self.scratch = CudaScratch.create(problem, launches[0].blocks, device)
+        self._module = _taken(driver.cuModuleLoadData(binary))
+        self.launches = [(launch.kernel, self._bind(launch)) for launch in launches]
+
+    def _bind(self, launch: Launch) -> Callable[..., None]:
+        driver = self._driver
+        function = _taken(driver.cuModuleGetFunction(self._module, launch.kernel.encode()))
+        attributes = driver.CUfunction_attribute
+        for name, value in (
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.ring_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ):
+            _taken(driver.cuFuncSetAttribute(function, name, value))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * launch.warps, 1, 1
+        config.sharedMemBytes = launch.ring_bytes
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
+        allowed = driver.CUlaunchAttributeValue()
+        allowed.programmaticStreamSerializationAllowed = 1
+        overlap.value = allowed
+        config.attrs, config.numAttrs = [overlap], 1
+
+        def run(*pointers: int) -> None:
+            config.hStream = torch.cuda.current_stream().cuda_stream
+            arguments = pointers, (ctypes.c_void_p,) * len(pointers)
+            _taken(driver.cuLaunchKernelEx(config, function, arguments, 0))
+
+        return run
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch the step; `out` is complete when the stream gets there."""
+        self.launch(self.launches, weights, hidden, out)
+
+    def launch(
+        self,
+        launches: Sequence[tuple[str, Callable[..., None]]],
+        weights: Weights,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Launch some of the kernels, in this order."""
+        scratch = self.scratch
+        pointers = tuple(
+            tensor.data_ptr()
+            for tensor in (
+                hidden,
+                weights.centroids,
+                weights.weight,
+                weights.ids,
+                out,
+                scratch.scores,
+                scratch.moments,
+                scratch.state,
+            )
+        )
+        for _, launch in launches:
+            launch(*pointers)
+
+
+class CudaBackend:
+    """NVIDIA GPUs, through CUDA C++."""
+
+    torch_device = "cuda"
+    times_alone = False
+
+    def render(self, problem: Problem, config: Config, device: Device) -> str:
+        """The candidate's CUDA C++ source."""
+        return render_cuda(problem, config, device)
+
+    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+        """Compile for the device's architecture and read what the kernels need."""
+        needs = resource_usage(compile_cuda(self.render(problem, config, device), device.arch))
+        return [
+            KernelUse(
+                kernel=launch.kernel,
+                programs=launch.blocks,
+                warps=launch.warps,
+                registers=needs[launch.kernel]["REG"],
+                shared_bytes=launch.shared_bytes,
+                spilled=needs[launch.kernel]["STACK"],
+            )
+            for launch in _launches(problem, config, device)
+        ]
+
+    def loader(
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
+    ) -> Callable[[], Step]:
+        """Compile; each call of the result loads the kernels with scratch of its own."""
+        binary = compile_cuda(source or self.render(problem, config, device), device.arch)
+        launches = _launches(problem, config, device)
+        return lambda: CudaStep(problem, launches, binary, torch_device)
+
+    def timer(self, step: Step, workload: Workload) -> GraphTimer:
+        """A CUDA graph over rotating weights."""
+        return GraphTimer(step, workload)
+
+
+def _launches(problem: Problem, config: Config, device: Device) -> list[Launch]:
+    """The launches of a config that was rendered here or elsewhere."""
+    assert isinstance(config, StreamedConfig)
+    return launches_of(problem, config, device)
+
+
+def _taken(answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver gives besides its code; raises FlashtuneError on another code."""
+    code, *rest = answer
+    if int(code):
+        raise FlashtuneError(f"the CUDA driver says {code.name}")
+    return rest[0] if rest else None
