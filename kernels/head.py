@@ -16,6 +16,7 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -290,6 +291,19 @@ class FlashHead(nn.Module):
             "troubles": list(bound.troubles),
         }
 
+    def _decode_compiled(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
+        """`_decode` for compiled code, whose CUDA graphs have a pool of memory of their own.
+
+        What is made on first use lasts, and must not lie there: it is made in another thread,
+        whose tensors do not.
+        """
+        sizes = {min(MOST_TOKENS, hidden.shape[0]), hidden.shape[0] % MOST_TOKENS} - {0}
+        new = [size for size in sizes if (epilogue, size) not in self._bounds]
+        if self._index is not None and new and not torch.cuda.is_current_stream_capturing():
+            with ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(self.prepare, *new, epilogue=epilogue).result()
+        return self._decode(hidden, epilogue)
+
     def _step(self, epilogue: str, n_tokens: int, stream: int) -> Step:
         """A step for a stream that has none yet."""
         with self._lock:
@@ -358,7 +372,7 @@ def _head_of(handle: int) -> FlashHead:
 @torch.library.custom_op("flashtune::decode", mutates_args=())
 def _decode_op(hidden: torch.Tensor, handle: int) -> torch.Tensor:
     """A head's decode as one operator; heads are known by handle, since they are no tensors."""
-    return _head_of(handle)._decode(hidden, "argmax")
+    return _head_of(handle)._decode_compiled(hidden, "argmax")
 
 
 @_decode_op.register_fake
@@ -371,7 +385,7 @@ def _logits_op(
     hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
 ) -> torch.Tensor:
     """A head's logits as one operator; the weight tells tracers the dtype."""
-    return _head_of(handle)._decode(hidden, "logits")
+    return _head_of(handle)._decode_compiled(hidden, "logits")
 
 
 @_logits_op.register_fake
