@@ -7,6 +7,7 @@ Usage:
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,12 +68,21 @@ class CudaStep:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._index = torch.cuda.current_device()
+        self._context = _primary_context(self._index)
+        self._enter()
         self.scratch = CudaScratch.create(problem, launches[0].blocks, device)
         self._module = _taken(driver.cuModuleLoadData(binary))
         self.launches = [(launch.kernel, self._bind(launch)) for launch in launches]
 
-    def _bind(self, launch: Launch) -> Callable[..., None]:
+    def _enter(self) -> None:
+        """Give the calling thread the context if it has none: torch does so only when it must."""
         driver = self._driver
+        if not int(_taken(driver.cuCtxGetCurrent())):
+            _taken(driver.cuCtxSetCurrent(self._context))
+
+    def _bind(self, launch: Launch) -> Callable[..., None]:
+        driver, index = self._driver, self._index
         function = _taken(driver.cuModuleGetFunction(self._module, launch.kernel.encode()))
         attributes = driver.CUfunction_attribute
         for name, value in (
@@ -94,7 +104,7 @@ class CudaStep:
         config.attrs, config.numAttrs = [overlap], 1
 
         def run(*pointers: int) -> None:
-            config.hStream = torch.cuda.current_stream().cuda_stream
+            config.hStream = torch._C._cuda_getCurrentRawStream(index)
             arguments = pointers, (ctypes.c_void_p,) * len(pointers)
             _taken(driver.cuLaunchKernelEx(config, function, arguments, 0))
 
@@ -126,6 +136,7 @@ class CudaStep:
                 scratch.state,
             )
         )
+        self._enter()
         for _, launch in launches:
             launch(*pointers)
 
@@ -171,6 +182,14 @@ class CudaBackend:
     def timer(self, step: Step, workload: Workload) -> GraphTimer:
         """A CUDA graph over rotating weights."""
         return GraphTimer(step, workload)
+
+
+@functools.cache
+def _primary_context(index: int) -> Any:
+    """A device's context that torch uses, kept as long as the process lives."""
+    from cuda.bindings import driver
+
+    return _taken(driver.cuDevicePrimaryCtxRetain(_taken(driver.cuDeviceGet(index))))
 
 
 def _launches(problem: Problem, config: Config, device: Device) -> list[Launch]:

@@ -195,7 +195,7 @@ class Space:
             return
         name, later = names[len(values)], set(names[len(values) + 1 :])
         rules = [
-            rule for rule in rules_of(self.device) if name in rule.knobs and not rule.knobs & later
+            rule for rule in self._rules(plan) if name in rule.knobs and not rule.knobs & later
         ]
         for choice in self._choices(plan, name, values):
             chosen = {**values, name: choice}
@@ -204,13 +204,17 @@ class Space:
 
     def _may_hold(self, plan: type[Config], values: dict[str, Any]) -> bool:
         """Whether each rule by itself leaves any config of a plan with these first values."""
-        for rule in rules_of(self.device):
+        for rule in self._rules(plan):
             names = [name for name in knobs(plan) if name in rule.knobs]
             choices = product(*(self._choices(plan, name, values) for name in names))
             picks = ({**values, **dict(zip(names, each, strict=True))} for each in choices)
             if not any(self._keeps(plan, pick, [rule]) for pick in picks):
                 return False
         return True
+
+    def _rules(self, plan: type[Config]) -> list[Rule]:
+        """The rules that are about a plan."""
+        return [rule for rule in rules_of(self.device) if not rule.plans or plan in rule.plans]
 
     def _keeps(self, plan: type[Config], values: dict[str, Any], rules: Sequence[Rule]) -> bool:
         config = plan(**values)

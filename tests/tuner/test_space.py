@@ -153,7 +153,8 @@ def test_configs_lists_each_valid_config_once() -> None:
               "score_programs_per_sm": 0, "gather_stages": 1, "gather_unroll": 1,
               "gather_block": 64, "evict": "no_hint", "pdl": False, "score_block": 64,
               "gather_warps": 4, "slack": 16, "score_warps": 2}  # fmt: skip
-    for fixed in (persistent, staged):
+    streamed = {"plan": "streamed", "score_warps": 8, "slack": 16}
+    for fixed in (persistent, staged, streamed):
         plan = PLANS[str(fixed["plan"])]
         choices = [(fixed[name],) if name in fixed else knob["choices"]
                    for name, knob in knobs(plan).items()]  # fmt: skip
