@@ -170,7 +170,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
 
 
 def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
-    """The plans that cannot be searched, each with why: what cannot be built or predicted.
+    """The plans that would run on the device but cannot be searched, each with why.
 
     What the machine at the other end of ssh can build it says itself.
     """
@@ -180,7 +180,13 @@ def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
             found[name] = f"times of plan {name} are not predicted: search on the machine itself"
         elif request.remote is None:
             found[name] = why_unavailable(plan())
-    return {name: why for name, why in found.items() if why}
+    return {name: why for name, why in found.items() if why and _would_run(name, request)}
+
+
+def _would_run(plan: str, request: SearchRequest) -> bool:
+    """Whether a plan has a valid config for any of the problems."""
+    spaces = (Space(problem, request.device, {"plan": plan}) for problem in request.problems)
+    return any(next(space.configs(), None) for space in spaces)
 
 
 def result_data(

@@ -288,6 +288,43 @@ def test_a_session_begins_at_once_where_little_is_left(
     assert next(Space(wide, H200, fixed).configs()) is not None
 
 
+def test_a_session_says_which_plan_it_cannot_search(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a GPU no time of `streamed` is predicted; on an Orin it would not run at all."""
+    searched = []
+
+    def search(space: Space, *_: object, **__: object) -> None:
+        searched.append(space.plans)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashtune.tuner.session.search", search)
+    in_triton = ["staged", "persistent", "batched", "dense"]
+    for device, said in ((H200, "plan streamed are not predicted"), (find_device("orin"), "")):
+        Session(SearchRequest(device=device, problems=[QWEN], trials=1), store).run()
+        error = " ".join(capsys.readouterr().err.split())
+        assert (said in error) if said else ("streamed" not in error)
+    assert searched[0] == in_triton
+    fixed = {"plan": "streamed"}
+    with pytest.raises(FlashtuneError, match="search on the machine itself"):
+        Session(SearchRequest(device=H200, problems=[QWEN], trials=1, fixed=fixed), store)
+
+
+def test_a_session_that_measures_searches_what_can_be_built(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashtune.tuner.session._this_gpu", lambda: H200)
+    request = SearchRequest(device=H200, problems=[QWEN], trials=1, fixed={"plan": "streamed"})
+    Session(request, store)
+    why = "plan streamed needs what is not here"
+    monkeypatch.setattr(
+        "flashtune.tuner.session.why_unavailable",
+        lambda config: why if config.plan == "streamed" else None,
+    )
+    with pytest.raises(FlashtuneError, match=why):
+        Session(request, store)
+
+
 def test_families_are_plans_and_what_selects() -> None:
     space = Space(QWEN, H200)
     assert space.family(StagedConfig(selection="in_gather")) == ("staged", "in_gather")
