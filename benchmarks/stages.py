@@ -24,11 +24,10 @@ from bandwidth import read_bandwidth
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.binding import read_sources
 from flashtune.kernels.config import Config, parse_config
-from flashtune.kernels.cuda_backend import CudaStep
+from flashtune.kernels.launched_step import LaunchedStep
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.kernels.timing import GraphTimer, Timing, interleaved
-from flashtune.kernels.triton_backend import DecodeStep
 from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -39,7 +38,7 @@ ROUNDS = 8
 PLANS = 2  # configs of a shape
 
 
-def part_of(step: DecodeStep | CudaStep, kernels: Sequence[str]) -> Step:
+def part_of(step: LaunchedStep, kernels: Sequence[str]) -> Step:
     """A step that launches only these kernels."""
     launches = [launch for launch in step.launches if launch[0] in kernels]
 
@@ -84,7 +83,7 @@ def measure(
     timers, rows = [alone], []
     for config in fastest(problem, device):
         step = backend_of(device).loader(problem, config, device, torch.device("cuda"))()
-        assert isinstance(step, DecodeStep | CudaStep)
+        assert isinstance(step, LaunchedStep)
         names = [name for name, _ in step.launches]
         parts = {"whole": step, "after torch's": after_torch(step)}
         if names[0] == "score" and "torch_topk" not in names:

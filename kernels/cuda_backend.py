@@ -17,7 +17,8 @@ import torch
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import Config
 from flashtune.kernels.cuda_source import render_cuda
-from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.launched_step import LaunchedStep
+from flashtune.kernels.layout import Step
 from flashtune.kernels.nvrtc import compile_cuda
 from flashtune.kernels.resource_usage import resource_usage
 from flashtune.kernels.streamed_config import Launch, StreamedConfig, launches_of
@@ -51,11 +52,8 @@ class CudaScratch:
         )
 
 
-class CudaStep:
-    """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
-
-    As `DecodeStep`: one scratch, `launches` by name, `launch` to launch some of them.
-    """
+class CudaStep(LaunchedStep):
+    """A candidate in CUDA C++."""
 
     def __init__(
         self,
@@ -110,35 +108,11 @@ class CudaStep:
 
         return run
 
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch the step; `out` is complete when the stream gets there."""
-        self.launch(self.launches, weights, hidden, out)
-
-    def launch(
-        self,
-        launches: Sequence[tuple[str, Callable[..., None]]],
-        weights: Weights,
-        hidden: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Launch some of the kernels, in this order."""
-        scratch = self.scratch
-        pointers = tuple(
-            tensor.data_ptr()
-            for tensor in (
-                hidden,
-                weights.centroids,
-                weights.weight,
-                weights.ids,
-                out,
-                scratch.scores,
-                scratch.moments,
-                scratch.state,
-            )
-        )
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
         self._enter()
-        for _, launch in launches:
-            launch(*pointers)
+        scratch = self.scratch
+        all_tensors = (*tensors, scratch.scores, scratch.moments, scratch.state)
+        return tuple(tensor.data_ptr() for tensor in all_tensors)
 
 
 class CudaBackend:

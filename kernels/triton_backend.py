@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from flashtune.kernels.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.config import Config
-from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.launched_step import LaunchedStep
+from flashtune.kernels.layout import Step
 from flashtune.kernels.resource_usage import resource_usage
 from flashtune.kernels.timing import GraphTimer
 from flashtune.kernels.triton_source import render_triton
@@ -115,13 +116,8 @@ def compile_module(module: ModuleType, problem: Problem, capability: int) -> dic
     return compiled
 
 
-class DecodeStep:
-    """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
-
-    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out as `new_out` makes it. Calls
-    share one scratch: those that may run at the same time need a step each. `launches` are its
-    kernels' names and launchers, which `launch` calls one by one.
-    """
+class DecodeStep(LaunchedStep):
+    """A candidate in Triton."""
 
     def __init__(
         self, problem: Problem, module: ModuleType, kernels: dict[str, Any], device: torch.device
@@ -150,31 +146,8 @@ class DecodeStep:
         launched = kernels[name] if name in kernels else getattr(module, name)
         return cast("Callable[..., None]", launched[grid])
 
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch the step; `out` is complete when the stream gets there."""
-        self.launch(self.launches, weights, hidden, out)
-
-    def launch(
-        self,
-        launches: Sequence[tuple[str, Callable[..., None]]],
-        weights: Weights,
-        hidden: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Launch some of the kernels, in this order."""
-        scratch = self.scratch
-        arguments = (
-            hidden,
-            weights.centroids,
-            weights.weight,
-            weights.ids,
-            out,
-            scratch.scores,
-            scratch.selected,
-            scratch.state,
-        )
-        for _, launch in launches:
-            launch(*arguments)
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (*tensors, self.scratch.scores, self.scratch.selected, self.scratch.state)
 
 
 class TritonBackend:

@@ -412,8 +412,7 @@ def test_calls_leave_nothing_behind_for_the_next(
     """Each call has lower logits than the one before, and finds its scratch spoiled."""
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
-    ours = isinstance(step, DecodeStep | CudaStep)
-    before = step.scratch.state.clone() if ours else None
+    before = step.scratch.state.clone() if isinstance(step, DecodeStep | CudaStep) else None
     judge = Judge(weights, problem.n_probes)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)

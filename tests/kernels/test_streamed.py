@@ -21,6 +21,7 @@ from flashtune.kernels.config import (
     knobs,
     known_good,
     parse_config,
+    slack_of,
     why_invalid,
     why_unavailable,
 )
@@ -186,6 +187,7 @@ def test_with_the_compiler_it_is_chosen_and_raced() -> None:
     assert (choice.config, choice.level) == (StreamedConfig(), Level.EXACT)
     many = choose(replace(QWEN, n_tokens=4), H200, TOOLS, [Source(name=USER, records=records)])
     assert many.config == StagedConfig(slack=0)
+    assert slack_of(choice.config) == choice.config.slack > 0
     raced = contenders(QWEN, H200, TOOLS, [])
     assert raced[0] == default_config(QWEN, H200)
     assert raced[1] == StreamedConfig()
