@@ -138,6 +138,15 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
     )
 
 
+def give_up(bound: Bound, weights: Weights, error: Exception) -> None:
+    """Have a bound problem run plain torch: a call of what it ran has failed."""
+    trouble = f"a call of the {bound.choice.level.value} config failed: {_one_line(error)}"
+    _note(bound.troubles, trouble)
+    bound.choice = _torch_choice(trouble, bound.choice.skipped)
+    bound.new_step = lambda: TorchStep(bound.problem, weights.centroids)
+    bound.spares.clear()
+
+
 def _race(
     problem: Problem,
     weights: Weights,

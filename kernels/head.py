@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from flashtune.kernels.binding import LOG, Bound, TorchStep, bind
+from flashtune.kernels.binding import LOG, Bound, TorchStep, bind, give_up
 from flashtune.kernels.head_problem import checked_problem, order_of, problem_of
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.model_folder import ModelFolder
@@ -38,6 +38,8 @@ from flashtune.kernels.this_device import device_of
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
+StepKey = tuple[str, int, int]  # epilogue, tokens, stream
+StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 MOST_TOKENS = 32  # of one step: more are decoded one part after the other
 TUNE = ("race", "never")
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
@@ -177,7 +179,7 @@ class FlashHead(nn.Module):
                 self._special = SpecialTokens(ids=self.special_token_ids, places=self.places)
             self._index = self.weight.device.index if self.weight.is_cuda else None
             self._bounds: dict[tuple[str, int], Bound] = {}
-            self._steps: dict[tuple[str, int, int], Step] = {}
+            self._steps: dict[StepKey, Step] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
         """Move or convert the tensors, and forget what was bound to the old ones."""
@@ -253,11 +255,14 @@ class FlashHead(nn.Module):
             number = min(MOST_TOKENS, n_tokens - first)
             key = (epilogue, number, stream)
             step = self._steps.get(key) or self._step(*key)
+            call = (weights, hidden, out)
             if number < n_tokens:
                 part = slice(first, first + number)
-                step(weights, hidden[part], out[part])
-            else:
-                step(weights, hidden, out)
+                call = (weights, hidden[part], out[part])
+            try:
+                step(*call)
+            except Exception as error:  # whatever a driver raises at a launch
+                self._rescue(step, key, call, error)
         if self._special is not None:
             out = self._special(weights, hidden, out)
         if out.dim() == 2 and out.shape[1] > self.vocab_size:
@@ -321,6 +326,24 @@ class FlashHead(nn.Module):
             with _lasting(self._weights.weight.device):
                 step = self._steps[epilogue, n_tokens, stream] = bound.take_step()
             return step
+
+    def _rescue(self, step: Step, key: StepKey, call: StepCall, error: Exception) -> None:
+        """Answer a call that failed by plain torch, and if that can, all calls from now on.
+
+        Where torch fails as well, it is not the kernel's fault: the first error is raised.
+        """
+        epilogue, n_tokens, _ = key
+        if isinstance(step, TorchStep):
+            raise error
+        try:
+            TorchStep(self._problem(epilogue, n_tokens), self._weights.centroids)(*call)
+        except Exception:
+            raise error from None
+        with self._lock:
+            bound = self._bounds[epilogue, n_tokens]
+            give_up(bound, self._weights, error)
+            self._warn(f"{bound.troubles[-1]} (plain torch is used instead)")
+            self._steps[key] = bound.take_step()
 
     def _bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels for that many tokens, made on first use."""

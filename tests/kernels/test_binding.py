@@ -352,3 +352,41 @@ def test_a_stream_that_is_captured_first_takes_a_spare_or_plain_torch(
     assert [isinstance(step, binding.TorchStep) for step in steps] == [not prepared] * 3
     assert len(warnings_of(caplog)) == (0 if prepared else 1)
     assert ("argmax", 1, 0) in head._steps or not prepared
+
+
+def _falls_over(*_: Any) -> None:
+    raise RuntimeError("the driver has had enough\nand says much more")
+
+
+def test_a_call_that_fails_is_answered_by_plain_torch_from_then_on(
+    faked: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    head, hidden = make_head(), states(40)  # a part of 32 tokens, then one of 8
+    expected = head(hidden).tolist()
+    assert head.explain(40)["level"] == "default"
+    head._steps["argmax", 32, 0] = _falls_over
+    for _ in range(2):
+        assert head(hidden).tolist() == expected
+    data = head.explain(40)
+    assert (data["level"], data["config"]) == ("torch", None)
+    assert data["troubles"] == [
+        "a call of the default config failed: RuntimeError: the driver has had enough"
+    ]
+    assert head.explain(8)["level"] == "default"  # which goes on as it did
+    [warning] = warnings_of(caplog)
+    assert "the driver has had enough (plain torch is used instead)" in warning
+    assert isinstance(head._step("argmax", 32, 7), binding.TorchStep)
+
+
+def test_what_torch_itself_raises_is_raised(
+    faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head()
+    head(states(1))
+    head._steps["argmax", 1, 0] = _falls_over
+    with monkeypatch.context() as patch:
+        patch.setattr(binding.TorchStep, "__call__", _falls_over)
+        with pytest.raises(RuntimeError, match="had enough"):
+            head(states(1))
+    data = head.explain()
+    assert (data["level"], data["troubles"]) == ("default", [])  # no fault of the kernel's
