@@ -24,7 +24,7 @@ from bandwidth import read_bandwidth
 from flashtune.kernels.backend import backend_of
 from flashtune.kernels.binding import read_sources
 from flashtune.kernels.config import Config, parse_config
-from flashtune.kernels.launched_step import LaunchedStep
+from flashtune.kernels.gpu_backend import LaunchedStep
 from flashtune.kernels.layout import Step, Weights
 from flashtune.kernels.this_device import device_of, toolchain
 from flashtune.kernels.timing import GraphTimer, Timing, interleaved

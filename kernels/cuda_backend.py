@@ -17,17 +17,17 @@ import torch
 from flashtune.kernels.backend import KernelUse
 from flashtune.kernels.config import Config
 from flashtune.kernels.cuda_source import render_cuda
-from flashtune.kernels.launched_step import LaunchedStep
+from flashtune.kernels.gpu_backend import GraphTimedBackend, LaunchedStep
 from flashtune.kernels.layout import Step
-from flashtune.kernels.nvrtc import compile_cuda
+from flashtune.kernels.nvrtc import compile_cuda, taken
 from flashtune.kernels.resource_usage import resource_usage
 from flashtune.kernels.streamed_config import Launch, StreamedConfig, launches_of
-from flashtune.kernels.timing import GraphTimer
 from flashtune.kernels.triton_backend import EMPTY_BEST
-from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
+
+_taken = functools.partial(taken, library="the CUDA driver")
+_POINTERS = (ctypes.c_void_p,) * 8  # what both kernels are given
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,7 @@ class CudaStep(LaunchedStep):
 
         def run(*pointers: int) -> None:
             config.hStream = torch._C._cuda_getCurrentRawStream(index)
-            arguments = pointers, (ctypes.c_void_p,) * len(pointers)
-            _taken(driver.cuLaunchKernelEx(config, function, arguments, 0))
+            _taken(driver.cuLaunchKernelEx(config, function, (pointers, _POINTERS), 0))
 
         return run
 
@@ -115,11 +114,8 @@ class CudaStep(LaunchedStep):
         return tuple(tensor.data_ptr() for tensor in all_tensors)
 
 
-class CudaBackend:
+class CudaBackend(GraphTimedBackend):
     """NVIDIA GPUs, through CUDA C++."""
-
-    torch_device = "cuda"
-    times_alone = False
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's CUDA C++ source."""
@@ -153,10 +149,6 @@ class CudaBackend:
         launches = _launches(problem, config, device)
         return lambda: CudaStep(problem, launches, binary, torch_device)
 
-    def timer(self, step: Step, workload: Workload) -> GraphTimer:
-        """A CUDA graph over rotating weights."""
-        return GraphTimer(step, workload)
-
 
 @functools.cache
 def _primary_context(index: int) -> Any:
@@ -170,11 +162,3 @@ def _launches(problem: Problem, config: Config, device: Device) -> list[Launch]:
     """The launches of a config that was rendered here or elsewhere."""
     assert isinstance(config, StreamedConfig)
     return launches_of(problem, config, device)
-
-
-def _taken(answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gives besides its code; raises FlashtuneError on another code."""
-    code, *rest = answer
-    if int(code):
-        raise FlashtuneError(f"the CUDA driver says {code.name}")
-    return rest[0] if rest else None

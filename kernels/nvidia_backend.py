@@ -7,20 +7,16 @@ import torch
 from flashtune.kernels.backend import Backend, KernelUse
 from flashtune.kernels.config import Config
 from flashtune.kernels.cuda_backend import CudaBackend
+from flashtune.kernels.gpu_backend import GraphTimedBackend
 from flashtune.kernels.layout import Step
 from flashtune.kernels.streamed_config import StreamedConfig
-from flashtune.kernels.timing import GraphTimer
 from flashtune.kernels.triton_backend import TritonBackend
-from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
 
-class NvidiaBackend:
+class NvidiaBackend(GraphTimedBackend):
     """One backend for all of a GPU's plans."""
-
-    torch_device = "cuda"
-    times_alone = False
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's source, Python or CUDA C++."""
@@ -40,10 +36,6 @@ class NvidiaBackend:
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
         return _backend_for(config).loader(problem, config, device, torch_device, source)
-
-    def timer(self, step: Step, workload: Workload) -> GraphTimer:
-        """A CUDA graph over rotating weights."""
-        return GraphTimer(step, workload)
 
 
 def _backend_for(config: Config) -> Backend:

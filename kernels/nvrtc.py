@@ -55,14 +55,10 @@ def compile_cuda(source: str, arch: str) -> bytes:
 def _keep(binary: bytes, path: Path) -> None:
     """Write beside `path`, then rename, so that no other process sees half a binary."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix="build-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(binary)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        whole = Path(folder, path.name)
+        whole.write_bytes(binary)
+        os.replace(whole, path)
 
 
 def _compiled(source: str, arch: str) -> bytes:
@@ -93,12 +89,18 @@ def _version() -> str:
     return f"{major}.{minor}"
 
 
-def _taken(answer: tuple[Any, ...]) -> Any:
-    """What a call of the library gives besides its code; raises FlashtuneError on another code."""
+def taken(answer: tuple[Any, ...], library: str) -> Any:
+    """What a call of a library of NVIDIA's gives besides its code: a value, several, or none.
+
+    Raises FlashtuneError on any code but success.
+    """
     code, *rest = answer
     if int(code):
-        raise FlashtuneError(f"{type(code).__name__} {code.name}")
-    return rest[0] if len(rest) == 1 else rest
+        raise FlashtuneError(f"{library} says {code.name}")
+    return rest[0] if len(rest) == 1 else tuple(rest)
+
+
+_taken = functools.partial(taken, library="NVRTC")
 
 
 def _first_line(error: Exception) -> str:

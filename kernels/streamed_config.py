@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flashtune.kernels.knob import Rule, knob
+from flashtune.kernels.tensor_config import SLACKS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
-SLACKS = (0, 8, 16, 32, 64)
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
 RESERVED = 1024  # bytes of shared memory that the driver keeps of each block
@@ -53,6 +53,7 @@ class Launch:
         return self.ring_bytes + self.fixed_bytes
 
 
+# Where searches begin, valid or not: what was found by hand on one H200.
 STARTS = (
     StreamedConfig(),
     StreamedConfig(gather_warps=8, gather_stages=2),
@@ -90,11 +91,6 @@ def launches_of(problem: Problem, config: StreamedConfig, device: Device) -> lis
     return launches
 
 
-def known_good(problem: Problem, device: Device) -> list[StreamedConfig]:
-    """Where searches begin, valid or not: what was found by hand on one H200."""
-    return list(STARTS)
-
-
 def _why_not_streamed(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
@@ -105,12 +101,6 @@ def _why_not_streamed(config: StreamedConfig, problem: Problem, device: Device) 
         return f"streamed is for weights of 16 bits, not {', '.join(sorted(dtypes))}"
     if problem.hidden_size % 8:
         return f"bulk copies need a hidden size of a multiple of 8, not {problem.hidden_size}"
-    return None
-
-
-def _why_not_prefetched(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
-    if config.prefetch and problem.cluster_bytes % 16:
-        return f"prefetch needs clusters of a multiple of 16 bytes, not {problem.cluster_bytes}"
     return None
 
 
@@ -143,7 +133,6 @@ RULES = tuple(
     Rule(find, names, plans=(StreamedConfig,))
     for find, names in (
         (_why_not_streamed, frozenset[str]()),
-        (_why_not_prefetched, frozenset(["prefetch"])),
         (_why_not_searched, frozenset(["gather_warps"])),
         (_why_not_held, frozenset(["score_warps", "gather_warps"])),
         (_why_not_beside, _RINGS),

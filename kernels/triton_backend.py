@@ -21,12 +21,10 @@ from triton.compiler import ASTSource
 
 from flashtune.kernels.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.config import Config
-from flashtune.kernels.launched_step import LaunchedStep
+from flashtune.kernels.gpu_backend import GraphTimedBackend, LaunchedStep
 from flashtune.kernels.layout import Step
 from flashtune.kernels.resource_usage import resource_usage
-from flashtune.kernels.timing import GraphTimer
 from flashtune.kernels.triton_source import render_triton
-from flashtune.kernels.workload import Workload
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
@@ -150,11 +148,8 @@ class DecodeStep(LaunchedStep):
         return (*tensors, self.scratch.scores, self.scratch.selected, self.scratch.state)
 
 
-class TritonBackend:
+class TritonBackend(GraphTimedBackend):
     """NVIDIA GPUs, through Triton."""
-
-    torch_device = "cuda"
-    times_alone = False
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         """The candidate's Python source."""
@@ -194,10 +189,6 @@ class TritonBackend:
         source = source or self.render(problem, config, device)
         module, kernels = _compiled(problem, device, source)
         return lambda: DecodeStep(problem, module, kernels, torch_device)
-
-    def timer(self, step: Step, workload: Workload) -> GraphTimer:
-        """A CUDA graph over rotating weights."""
-        return GraphTimer(step, workload)
 
 
 def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType, dict[str, Any]]:

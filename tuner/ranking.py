@@ -9,6 +9,7 @@ What kernels will need is estimated, so this says what is worth compiling, no mo
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -28,7 +29,7 @@ from flashtune.kernels.triton_grid import launch_programs
 from flashtune.tuner.cost_model import VERSION, CostModel
 from flashtune.tuner.proposal import FAR
 from flashtune.tuner.space import Space
-from flashtune.tuner.stage import is_predicted
+from flashtune.tuner.stage import PLAN_STAGES
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
@@ -52,10 +53,11 @@ def promising(
     """
     problem, device = space.problem, space.device
     generator = random.Random(seed)
-    plans = [PLANS[name] for name in space.plans if is_predicted(PLANS[name])]
+    unknown = {name for name in space.plans if PLANS[name] not in PLAN_STAGES}
+    space = replace(space, without=space.without | unknown)
+    plans = [PLANS[name] for name in space.plans]
     drawn = [_draw(plans, generator) for _ in range(DRAWS)]
     known = [default_config(problem, device), *known_good(problem, device), *near]
-    known = [config for config in known if is_predicted(config)]
     times: dict[Config, float] = {}
     fresh = [config for config in [*known, *drawn] if space.holds(config_data(config))]
     for _ in range(ROUNDS):

@@ -22,7 +22,7 @@ from flashtune.tuner.remote import RemoteMachine
 from flashtune.tuner.report import SearchProgress, floor_us
 from flashtune.tuner.search import Budget, Result, search
 from flashtune.tuner.space import Space
-from flashtune.tuner.stage import is_predicted
+from flashtune.tuner.stage import PLAN_STAGES
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -176,7 +176,7 @@ def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
     """
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():
-        if provenance is Provenance.PREDICTED and not is_predicted(plan):
+        if provenance is Provenance.PREDICTED and plan not in PLAN_STAGES:
             found[name] = f"times of plan {name} are not predicted: search on the machine itself"
         elif request.remote is None:
             found[name] = why_unavailable(plan())

@@ -190,11 +190,6 @@ PLAN_STAGES: dict[type[Config], Callable[..., list[Stage]]] = {
 }
 
 
-def is_predicted(config: Config | type[Config]) -> bool:
-    """Whether times of a plan, or of a config of it, are predicted at all."""
-    return (config if isinstance(config, type) else type(config)) in PLAN_STAGES
-
-
 def _sharing(use: KernelUse, device: Device) -> int:
     """Programs that share a multiprocessor."""
     return max(1, min(resident_programs(use, device), math.ceil(use.programs / device.sm_count)))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -390,3 +391,28 @@ def test_what_torch_itself_raises_is_raised(
             head(states(1))
     data = head.explain()
     assert (data["level"], data["troubles"]) == ("default", [])  # no fault of the kernel's
+
+
+def test_compiled_code_has_what_lasts_made_in_another_thread(
+    faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its CUDA graphs have a pool of memory of their own, for the thread that captures."""
+    head, threads = make_head(), []
+    monkeypatch.setattr(head, "_index", 0)
+    monkeypatch.setattr(head, "_decode", lambda hidden, epilogue: hidden)
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    prepare = head.prepare
+
+    def noted(*sizes: int, **options: Any) -> None:
+        threads.append(threading.get_ident())
+        prepare(*sizes, **options)
+
+    monkeypatch.setattr(head, "prepare", noted)
+    head._decode_compiled(states(40), "logits")
+    assert not threads  # nothing compiles while a stream is captured
+    capturing = False
+    for _ in range(2):
+        head._decode_compiled(states(40), "logits")
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+    assert set(head._bounds) == {("logits", 32), ("logits", 8)}

@@ -1,11 +1,13 @@
-"""A step on a GPU: kernels launched one after another, all of them or some."""
+"""What all backends for GPUs share: steps that launch kernels, and how those are timed."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from flashtune.kernels.layout import Weights
+from flashtune.kernels.layout import Step, Weights
+from flashtune.kernels.timing import GraphTimer
+from flashtune.kernels.workload import Workload
 
 Launches = Sequence[tuple[str, Callable[..., None]]]
 
@@ -36,3 +38,14 @@ class LaunchedStep:
     def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
         """What every kernel is given: these tensors, and the step's scratch."""
         raise NotImplementedError
+
+
+class GraphTimedBackend:
+    """A backend whose tensors lie on a GPU, and whose steps are timed in a CUDA graph."""
+
+    torch_device = "cuda"
+    times_alone = False
+
+    def timer(self, step: Step, workload: Workload) -> GraphTimer:
+        """A CUDA graph over rotating weights."""
+        return GraphTimer(step, workload)
