@@ -19,12 +19,12 @@ import click
 import torch
 from torch.nn.functional import normalize
 
-from flashtune.kernels.clustering import Clusters
-from flashtune.kernels.model_folder import HeadParts, ModelFolder
-from flashtune.tuner.clustered_folder import CLUSTER_SIZE
-from flashtune.tuner.decode_state import decode_states, read_prompts
-from flashtune.tuner.kmeans import ITERATIONS, BalancedKMeans
-from flashtune.tuner.quality import Study
+from flashtune.kernels.model_folder.clusters import Clusters
+from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
+from flashtune.tuner.clustering.clustered_folder import CLUSTER_SIZE
+from flashtune.tuner.clustering.decode_state import decode_states, read_prompts
+from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
+from flashtune.tuner.clustering.quality import Study
 
 PROBES = (64, 128, 256, 512, 1024)
 

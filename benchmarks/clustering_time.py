@@ -13,7 +13,7 @@ import time
 import click
 import torch
 
-from flashtune.tuner.kmeans import ITERATIONS, BalancedKMeans
+from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuning_db.problem import parse_shape
 
 

@@ -21,24 +21,24 @@ import click
 import torch
 from torch.nn.functional import linear
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.binding import best_choice
-from flashtune.kernels.config import (
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.cpp.huge_pages import advise
+from flashtune.kernels.backends.cpp.read_bandwidth import Reader
+from flashtune.kernels.backends.cpp.source import render_read
+from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.measure.timing import WallTimer
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import (
     Config,
     baseline_config,
     config_data,
     default_config,
     slack_of,
 )
-from flashtune.kernels.cpp_source import render_read
-from flashtune.kernels.huge_pages import advise
-from flashtune.kernels.layout import Step, Weights
-from flashtune.kernels.read_bandwidth import Reader
-from flashtune.kernels.this_cpu import this_cpu
-from flashtune.kernels.this_device import toolchain
-from flashtune.kernels.timing import WallTimer
-from flashtune.kernels.workload import Workload
-from flashtune.tuner.report import short_config
+from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.weights import Step, Weights
+from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 

@@ -16,14 +16,14 @@ import click
 import torch
 from bandwidth import read_bandwidth
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.binding import best_choice
-from flashtune.kernels.config import Config, baseline_config, default_config, slack_of
-from flashtune.kernels.layout import Weights
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.timing import GraphTimer, Timer, Timing, interleaved
-from flashtune.kernels.workload import Workload
-from flashtune.tuner.report import short_config
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config, baseline_config, default_config, slack_of
+from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.weights import Weights
+from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import config_key

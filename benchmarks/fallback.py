@@ -19,13 +19,13 @@ from pathlib import Path
 import click
 import torch
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.config import Config, config_data, default_config, slack_of
-from flashtune.kernels.selection import PREBUILT, Choice, Source, choose
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.timing import Timer, Timing, interleaved
-from flashtune.kernels.workload import Workload
-from flashtune.tuner.report import short_config
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.timing import Timer, Timing, interleaved
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config, config_data, default_config, slack_of
+from flashtune.kernels.runtime.choice import PREBUILT, Choice, Source, choose
+from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Record

@@ -28,14 +28,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import flashtune
 from flashtune import FlashHead, Problem
-from flashtune.kernels.binding import compile_step
-from flashtune.kernels.config import Config, baseline_config, parse_config, slack_of
+from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.head import MOST_TOKENS
-from flashtune.kernels.layout import Step, Weights, new_out
-from flashtune.kernels.reference import Judge
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.timing import GraphTimer, Timer, Timing, WallTimer, interleaved
-from flashtune.kernels.workload import Workload
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, WallTimer, interleaved
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config, baseline_config, parse_config, slack_of
+from flashtune.kernels.runtime.binding import compile_step
+from flashtune.kernels.weights import Step, Weights, new_out
 from flashtune.tuning_db.problem import EPILOGUES
 
 # What of each model's config.json decides its speed; each is tied to its embedding

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 
 from flashtune import FlashHead
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.binding import read_sources
-from flashtune.kernels.selection import choose
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.workload import Workload
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.runtime.binding import read_sources
+from flashtune.kernels.runtime.choice import choose
 from flashtune.tuning_db.problem import parse_shape
 
 CALLS, ROUNDS = 50, 20

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import click
 
-from flashtune.kernels.config import Config, config_data
-from flashtune.kernels.this_device import toolchain
-from flashtune.tuner.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.cli import DEVICE
-from flashtune.tuner.cost_model import VERSION, shipped_model
-from flashtune.tuner.evaluate import PredictingEvaluator
-from flashtune.tuner.pool import WorkerPool
-from flashtune.tuner.ranking import promising
-from flashtune.tuner.space import Space
+from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.tuner.cli.main import DEVICE
+from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
+from flashtune.tuner.predict.cost_model import VERSION, shipped_model
+from flashtune.tuner.search.evaluate import PredictingEvaluator
+from flashtune.tuner.search.ranking import promising
+from flashtune.tuner.search.space import Space
+from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuning_db.device import Device, Toolchain, all_devices
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
 from flashtune.tuning_db.record import Outcome, Provenance, Record

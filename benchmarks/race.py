@@ -23,12 +23,12 @@ import click
 import torch
 
 from flashtune import FlashHead
-from flashtune.kernels import binding
-from flashtune.kernels.config import config_data, known_good, why_invalid
-from flashtune.kernels.layout import Weights
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.workload import Workload
-from flashtune.tuner.report import short_config
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import config_data, known_good, why_invalid
+from flashtune.kernels.runtime import binding
+from flashtune.kernels.weights import Weights
+from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record

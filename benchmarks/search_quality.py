@@ -15,11 +15,11 @@ from typing import Any
 
 import click
 
-from flashtune.tuner.cli import DEVICE, FIX, SHAPE
-from flashtune.tuner.proposal import SAMPLERS
-from flashtune.tuner.replay import ReplayEvaluator
-from flashtune.tuner.search import Budget, search
-from flashtune.tuner.space import Space
+from flashtune.tuner.cli.main import DEVICE, FIX, SHAPE
+from flashtune.tuner.search.proposal import SAMPLERS
+from flashtune.tuner.search.replay import ReplayEvaluator
+from flashtune.tuner.search.search import Budget, search
+from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome

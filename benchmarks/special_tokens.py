@@ -10,9 +10,9 @@ import click
 import torch
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.layout import Weights
-from flashtune.kernels.timing import GraphTimer, Timing, WallTimer, interleaved
-from flashtune.kernels.workload import Workload
+from flashtune.kernels.measure.timing import GraphTimer, Timing, WallTimer, interleaved
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.problem import parse_shape
 
 

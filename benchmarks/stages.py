@@ -21,14 +21,14 @@ import click
 import torch
 from bandwidth import read_bandwidth
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.binding import read_sources
-from flashtune.kernels.config import Config, parse_config
-from flashtune.kernels.gpu_backend import LaunchedStep
-from flashtune.kernels.layout import Step, Weights
-from flashtune.kernels.this_device import device_of, toolchain
-from flashtune.kernels.timing import GraphTimer, Timing, interleaved
-from flashtune.kernels.workload import Workload
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.timing import GraphTimer, Timing, interleaved
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config, parse_config
+from flashtune.kernels.runtime.binding import read_sources
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Outcome

@@ -26,15 +26,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from flashtune.kernels.binding import LOG, Bound, TorchStep, bind, give_up
+from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.head_problem import checked_problem, order_of, problem_of
-from flashtune.kernels.layout import Step, Weights
-from flashtune.kernels.model_folder import ModelFolder
+from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.permutation import permute_rows_
-from flashtune.kernels.race import MOST_SECONDS, UNKEPT
-from flashtune.kernels.selection import Level
+from flashtune.kernels.runtime.binding import LOG, Bound, TorchStep, bind, give_up
+from flashtune.kernels.runtime.choice import Level
+from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
-from flashtune.kernels.this_device import device_of
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 

@@ -7,7 +7,7 @@ Usage:
 
 import torch
 
-from flashtune.kernels.layout import DTYPE_NAMES, order_from_maps, token_order
+from flashtune.kernels.weights import DTYPE_NAMES, order_from_maps, token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.layout import Weights
+from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.errors import FlashtuneError
 
 _MOST_ROWS = 32  # at once: each row's product is taken with the tokens of all

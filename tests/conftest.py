@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flashtune.kernels.config import PLANS, Config, enabled, knobs
+from flashtune.kernels.plans.config import PLANS, Config, enabled, knobs
 from flashtune.tuning_db.problem import Problem
 
 RandomConfig = Callable[[random.Random], Config]

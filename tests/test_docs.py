@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from flashtune.tuner.cli import cli
+from flashtune.tuner.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"

@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from flashtune.kernels.config import default_config, known_good
-from flashtune.kernels.library import compiler_version
-from flashtune.kernels.selection import PREBUILT, Source, choose
-from flashtune.kernels.this_cpu import this_cpu
+from flashtune.kernels.backends.cpp.compiler import compiler_version
+from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.plans.config import default_config, known_good
+from flashtune.kernels.runtime.choice import PREBUILT, Source, choose
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.table import prebuilt_table

@@ -2,14 +2,14 @@
 
 Importing this module loads sqlite-utils and with it click: `store` does so only when a
 database is opened for writing. A migration, once released, is never edited: add another, and
-raise `store.SCHEMA_VERSION`.
+raise `schema.SCHEMA_VERSION`.
 """
 
 import sqlite3
 
 from sqlite_utils import Database, Migrations
 
-from flashtune.tuning_db.store import APPLICATION_ID
+from flashtune.tuning_db.schema import APPLICATION_ID
 
 MIGRATIONS = Migrations("flashtune")
 

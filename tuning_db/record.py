@@ -1,7 +1,7 @@
 """What was found out about one config on one problem and device: the database's row.
 
 A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): whoever runs
-it must first pass it through `flashtune.kernels.config.parse_config`.
+it must first pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
 import hashlib

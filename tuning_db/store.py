@@ -29,12 +29,11 @@ from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record, config_key
+from flashtune.tuning_db.schema import APPLICATION_ID, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x464C5455  # "FLTU": tells our databases from other programs'
 BUSY_SECONDS = 10.0
 FINAL_POLICY = "final"  # of a search's finalists, timed side by side
 RACE_POLICY = "race"  # of the winner of a race at a model's first load

@@ -6,9 +6,9 @@ Usage:
 
 import torch
 
-from flashtune.kernels.clustering import Origin, read_clusters
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.model_folder import ModelFolder
+from flashtune.kernels.model_folder.clusters import Origin, read_clusters
+from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 
 

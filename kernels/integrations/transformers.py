@@ -17,7 +17,7 @@ from torch import nn
 
 from flashtune.kernels.head import MOST_TOKENS, FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
-from flashtune.kernels.model_folder import ModelFolder
+from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 

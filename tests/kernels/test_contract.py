@@ -8,8 +8,15 @@ import pytest
 import torch
 import triton
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.config import (
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
+from flashtune.kernels.backends.cuda.backend import CudaStep
+from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
+from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import (
     Config,
     PersistentConfig,
     StagedConfig,
@@ -18,17 +25,10 @@ from flashtune.kernels.config import (
     slack_of,
     why_invalid,
 )
-from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
-from flashtune.kernels.cuda_backend import CudaStep
-from flashtune.kernels.layout import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
-from flashtune.kernels.reference import Judge
-from flashtune.kernels.streamed_config import StreamedConfig
-from flashtune.kernels.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
-from flashtune.kernels.this_cpu import describe_cpu
-from flashtune.kernels.this_device import device_of
-from flashtune.kernels.triton_backend import DecodeStep, load_source
-from flashtune.kernels.triton_source import render_triton
-from flashtune.kernels.workload import Workload
+from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.plans.streamed import StreamedConfig
+from flashtune.kernels.plans.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
+from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashtune.kernels.config import parse_config, slack_of
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.reference import Judge
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.plans.config import parse_config, slack_of
 from flashtune.tuning_db.problem import EPILOGUES
 
 pytestmark = [
@@ -191,7 +191,7 @@ def test_what_was_never_measured_is_raced_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
-    monkeypatch.setattr("flashtune.kernels.binding.prebuilt_devices", lambda: ())
+    monkeypatch.setattr("flashtune.kernels.runtime.binding.prebuilt_devices", lambda: ())
     head = make_head(tune="race")
     data = head.explain()
     assert (data["level"], data["raced"], data["troubles"]) == ("exact", True, [])

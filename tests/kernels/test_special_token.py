@@ -3,7 +3,7 @@
 import torch
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.layout import FILL
+from flashtune.kernels.weights import FILL
 
 
 def test_logits_have_special_tokens_and_no_padding() -> None:

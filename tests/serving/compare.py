@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flashtune.kernels.model_folder import ModelFolder
+from flashtune.kernels.model_folder.folder import ModelFolder
 
 HERE = Path(__file__).parent
 SETTINGS = {

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.config import (
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.triton.backend import load_source
+from flashtune.kernels.plans.config import (
     Config,
     PersistentConfig,
     StagedConfig,
     baseline_config,
     default_config,
 )
-from flashtune.kernels.cpp_config import CppFusedConfig, CppStagedConfig
-from flashtune.kernels.streamed_config import StreamedConfig
-from flashtune.kernels.tensor_config import BatchedConfig, DenseConfig
-from flashtune.kernels.triton_backend import load_source
+from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig
+from flashtune.kernels.plans.streamed import StreamedConfig
+from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
 

@@ -7,8 +7,8 @@ import jinja2
 import jinja2.meta
 import pytest
 
-from flashtune.kernels.config import PLANS
-from flashtune.kernels.cpp_source import READ_TEMPLATE
+from flashtune.kernels.backends.cpp.source import READ_TEMPLATE
+from flashtune.kernels.plans.config import PLANS
 from flashtune.templates import render as module
 from flashtune.templates.render import render
 

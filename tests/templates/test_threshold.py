@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flashtune.kernels.config import StagedConfig
-from flashtune.kernels.triton_backend import Scratch, load_source
-from flashtune.kernels.triton_source import render_triton
+from flashtune.kernels.backends.triton.backend import Scratch, load_source
+from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.plans.config import StagedConfig
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.problem import Problem
 

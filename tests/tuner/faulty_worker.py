@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backend import DoesNotFitError, KernelUse
-from flashtune.kernels.config import Config, StagedConfig
-from flashtune.kernels.layout import Weights
-from flashtune.kernels.reference import decode
-from flashtune.kernels.workload import Workload
-from flashtune.tuner import worker
+from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.measure.judge import decode
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config, StagedConfig
+from flashtune.kernels.weights import Weights
+from flashtune.tuner.workers import worker
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from flashtune.kernels.backend import backend_of
-from flashtune.kernels.config import parse_config
-from flashtune.kernels.this_device import toolchain
-from flashtune.tuner.cli import cli
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.plans.config import parse_config
+from flashtune.tuner.cli.main import cli
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.shortlist import MOST

@@ -12,7 +12,8 @@ from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance, Record, record_key
-from flashtune.tuning_db.store import SCHEMA_VERSION, Store, open_existing
+from flashtune.tuning_db.schema import SCHEMA_VERSION
+from flashtune.tuning_db.store import Store, open_existing
 
 MakeRecord = Callable[..., Record]
 EARLY, LATE = "2026-01-31T12:00:00Z", "2026-02-01T12:00:00Z"

@@ -16,7 +16,8 @@ from flashtune.tuning_db import environment
 from flashtune.tuning_db import store as store_module
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Record
-from flashtune.tuning_db.store import SCHEMA_VERSION, Store, open_existing
+from flashtune.tuning_db.schema import SCHEMA_VERSION
+from flashtune.tuning_db.store import Store, open_existing
 
 MakeRecord = Callable[..., Record]
 

@@ -19,7 +19,7 @@ from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations import vllm as plugin
 from flashtune.kernels.integrations.vllm_gate import RequestGate
 from flashtune.kernels.integrations.vllm_head import SIZES
-from flashtune.kernels.layout import FILL
+from flashtune.kernels.weights import FILL
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 Folder = Callable[..., str]

@@ -1,0 +1,1 @@
+"""CPUs, through C++ and the machine's own compiler."""

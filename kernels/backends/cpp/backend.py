@@ -1,0 +1,95 @@
+"""The C++ backend: CPUs, through the machine's own compiler.
+
+Usage:
+    step = CppStep(load_library(source, arch, simd))
+    step(weights, hidden, out)        # done when it returns
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.backends.cpp.compiler import build_library, load_library
+from flashtune.kernels.backends.cpp.huge_pages import advise
+from flashtune.kernels.backends.cpp.source import render_cpp
+from flashtune.kernels.measure.timing import WallTimer
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.cpp_config import CppConfig
+from flashtune.kernels.weights import Step, Weights
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+
+class CppStep:
+    """A candidate ready to run, with scratch and threads of its own.
+
+    hidden `[n_tokens, hidden]`, contiguous; out as `new_out` makes it, complete on return. The
+    threads start with the first call and sleep between calls. One call at a time.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raises MemoryError where there is none for the scratch."""
+        library.flashtune_open.restype = ctypes.c_void_p
+        library.flashtune_close.argtypes = (ctypes.c_void_p,)
+        library.flashtune_decode.argtypes = (ctypes.c_void_p,) * 6
+        library.flashtune_decode.restype = None
+        self._handle = library.flashtune_open()
+        if not self._handle:
+            raise MemoryError("no memory for the scratch of a decode step")
+        self._decode = library.flashtune_decode
+        self._advised: set[tuple[int, int]] = set()
+        weakref.finalize(self, library.flashtune_close, self._handle)
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Run the step."""
+        place = (weights.centroids.data_ptr(), weights.weight.data_ptr())
+        if place not in self._advised:
+            self._advised.add(place)
+            advise(weights.centroids)
+            advise(weights.weight)
+        self._decode(
+            self._handle, *place, weights.ids.data_ptr(), hidden.data_ptr(), out.data_ptr()
+        )
+
+
+class CppBackend:
+    """CPUs, through C++."""
+
+    torch_device = "cpu"
+    times_alone = True
+
+    def render(self, problem: Problem, config: Config, device: Device) -> str:
+        """The candidate's C++ source."""
+        return render_cpp(problem, config, device)
+
+    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+        """Compile into the cache; nothing is known of what a CPU's code needs."""
+        build_library(self.render(problem, config, device), device.arch, _simd(config))
+        return ()
+
+    def loader(
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
+    ) -> Callable[[], Step]:
+        """Compile; each call of the result makes a step with scratch and threads of its own."""
+        source = source or self.render(problem, config, device)
+        library = load_library(source, device.arch, _simd(config))
+        return lambda: CppStep(library)
+
+    def timer(self, step: Step, workload: Workload) -> WallTimer:
+        """The wall clock over rotating weights."""
+        return WallTimer(step, workload)
+
+
+def _simd(config: Config) -> str:
+    """The SIMD level of a config that was rendered for a CPU."""
+    assert isinstance(config, CppConfig)
+    return config.simd

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs, through CUDA C++, NVRTC and the driver."""

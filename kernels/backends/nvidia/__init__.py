@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: each plan through the backend that builds it."""

@@ -1,0 +1,210 @@
+"""The Triton backend: source text to compiled kernels, their needs, and their launches.
+
+Usage:
+    module = load_source(source)                               # jit functions, nothing compiled
+    kernels = compile_module(module, problem, capability=90)   # no GPU needed
+    step = DecodeStep(problem, module, kernels, device)        # on the GPU
+    step(weights, hidden, out)                                 # launches; capturable
+"""
+
+import hashlib
+import linecache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse, resident_programs
+from flashtune.kernels.backends.cubin import resource_usage
+from flashtune.kernels.backends.gpu import GraphTimedBackend, LaunchedStep
+from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.weights import Step
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
+EMPTY_BEST = -(2**63)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What a step writes on its way. Not to be shared by steps that run at the same time."""
+
+    scores: torch.Tensor
+    selected: torch.Tensor
+    state: torch.Tensor
+
+    @classmethod
+    def create(cls, problem: Problem, library_topk: bool, device: torch.device) -> "Scratch":
+        """Scratch in the state that a step leaves behind: no best logit yet, counters zero."""
+        tokens, clusters = problem.n_tokens, problem.n_clusters
+        width, dtype = (clusters, torch.int32)
+        if library_topk:
+            width, dtype = (problem.n_probes, torch.int64)
+        state = torch.zeros(3 * tokens + 1, dtype=torch.int64, device=device)
+        state[:tokens] = EMPTY_BEST
+        return cls(
+            scores=torch.empty(tokens, clusters, dtype=torch.float32, device=device),
+            selected=torch.empty(tokens, width, dtype=dtype, device=device),
+            state=state,
+        )
+
+
+def load_source(source: str) -> ModuleType:
+    """Execute a rendered source and return its module.
+
+    The text is registered with linecache, where Triton finds it, so nothing is written to disk.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    filename = f"flashtune-{digest}.py"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    module = ModuleType(f"flashtune_{digest}")
+    module.__file__ = filename
+    exec(compile(source, filename, "exec"), module.__dict__)
+    return module
+
+
+def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str]:
+    weight, centroid = f"*{problem.weight_dtype}", f"*{problem.centroid_dtype}"
+    types = {
+        "hidden_ptr": weight,
+        "centroids_ptr": centroid,
+        "weight_ptr": weight,
+        "ids_ptr": "*i32",
+        "out_ptr": "*i64" if problem.epilogue == "argmax" else weight,
+        "scores_ptr": "*fp32",
+        "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
+        "state_ptr": "*i64",
+    }
+    return {argument: types[argument] for argument in getattr(module, name).arg_names}
+
+
+def _uses_topk(module: ModuleType) -> bool:
+    return any(launch["kernel"] == "torch_topk" for launch in module.LAUNCHES)
+
+
+def compile_module(module: ModuleType, problem: Problem, capability: int) -> dict[str, Any]:
+    """Compile each kernel of a loaded source for an architecture; no GPU is needed.
+
+    Returns Triton's CompiledKernel by kernel name. Raises what Triton raises.
+    """
+    compiled = {}
+    for launch in module.LAUNCHES:
+        name = launch["kernel"]
+        if name == "torch_topk":
+            continue
+        signature = _signature(module, name, problem)
+        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(signature))}
+        options = {"num_warps": launch["num_warps"], "num_stages": 1}
+        if module.PDL:
+            options["launch_pdl"] = True
+        if module.COOPERATIVE:
+            options["launch_cooperative_grid"] = True
+        compiled[name] = triton.compile(
+            ASTSource(getattr(module, name), signature, attrs=aligned),
+            target=GPUTarget("cuda", capability, 32),
+            options=options,
+        )
+    return compiled
+
+
+class DecodeStep(LaunchedStep):
+    """A candidate in Triton."""
+
+    def __init__(
+        self, problem: Problem, module: ModuleType, kernels: dict[str, Any], device: torch.device
+    ) -> None:
+        """Bind kernels to fresh scratch on `device`, and load their binaries there."""
+        self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
+        self.launches = [
+            (launch["kernel"], self._bind(launch, module, kernels)) for launch in module.LAUNCHES
+        ]
+
+    def _bind(
+        self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]
+    ) -> Callable[..., None]:
+        name, scratch = launch["kernel"], self.scratch
+        if name == "torch_topk":
+            values = torch.empty_like(scratch.selected, dtype=torch.float32)
+
+            def topk(*_: torch.Tensor) -> None:
+                torch.topk(
+                    scratch.scores, values.shape[1], sorted=False, out=(values, scratch.selected)
+                )
+
+            return topk
+        grid = (launch["programs"], 1, 1)
+        # Triton's interpreter compiles nothing: the jit function itself is launched
+        launched = kernels[name] if name in kernels else getattr(module, name)
+        return cast("Callable[..., None]", launched[grid])
+
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (*tensors, self.scratch.scores, self.scratch.selected, self.scratch.state)
+
+
+class TritonBackend(GraphTimedBackend):
+    """NVIDIA GPUs, through Triton."""
+
+    def render(self, problem: Problem, config: Config, device: Device) -> str:
+        """The candidate's Python source."""
+        return render_triton(problem, config, device)
+
+    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+        """Compile for the device's architecture and read what the kernels need."""
+        module, kernels = _compiled(problem, device, self.render(problem, config, device))
+        uses = [
+            _read_use(launch, kernels[launch["kernel"]])
+            for launch in module.LAUNCHES
+            if launch["kernel"] in kernels
+        ]
+        for use in uses:
+            if use.shared_bytes > device.limits.shared_per_block:
+                raise DoesNotFitError(
+                    f"{use.kernel} needs {use.shared_bytes} bytes of shared memory, "
+                    f"{device.name} has {device.limits.shared_per_block} a block"
+                )
+            at_once = resident_programs(use, device) * device.sm_count
+            if module.COOPERATIVE and use.programs > at_once:
+                raise DoesNotFitError(
+                    f"{use.kernel} needs {use.programs} programs resident at once, "
+                    f"{device.name} holds {at_once}"
+                )
+        return uses
+
+    def loader(
+        self,
+        problem: Problem,
+        config: Config,
+        device: Device,
+        torch_device: torch.device,
+        source: str | None = None,
+    ) -> Callable[[], Step]:
+        """Compile; each call of the result loads the kernels with scratch of its own."""
+        source = source or self.render(problem, config, device)
+        module, kernels = _compiled(problem, device, source)
+        return lambda: DecodeStep(problem, module, kernels, torch_device)
+
+
+def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType, dict[str, Any]]:
+    """The source's module, and its kernels compiled for the device's architecture."""
+    module = load_source(source)
+    return module, compile_module(module, problem, device.capability)
+
+
+def _read_use(launch: dict[str, Any], kernel: Any) -> KernelUse:
+    """What a compiled kernel needs: registers and spills from its binary."""
+    (needs,) = resource_usage(kernel.kernel).values()
+    return KernelUse(
+        kernel=launch["kernel"],
+        programs=launch["programs"],
+        warps=launch["num_warps"],
+        registers=needs["REG"],
+        shared_bytes=kernel.metadata.shared,
+        spilled=needs["STACK"],
+    )

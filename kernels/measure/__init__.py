@@ -1,0 +1,4 @@
+"""Whether a step is right, and how long it takes.
+
+Answers: is it right, and how fast is it?
+"""

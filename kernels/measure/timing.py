@@ -1,0 +1,134 @@
+"""How long a step takes as decode really is: with cold weights, by the median.
+
+Usage:
+    timer = GraphTimer(step, workload)      # a CUDA graph; WallTimer for steps on the CPU
+    timer.sample(20)          # microseconds a call, one value a replay
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.weights import Step, new_out
+from flashtune.tuning_db.problem import Problem
+
+CALLS_PER_REPLAY = 20
+CALLS_PER_PASS = 8
+
+
+def timer_bytes(problem: Problem) -> int:
+    """About how many bytes of its device's memory a timer takes: outputs for a replay's calls."""
+    return CALLS_PER_REPLAY * new_out(problem, torch.device("meta")).nbytes
+
+
+class Timer(Protocol):
+    """A step made ready to be timed over and over."""
+
+    def sample(self, replays: int) -> list[float]:
+        """That many samples, each in microseconds a call."""
+
+
+class GraphTimer:
+    """A graph of steps over rotating weights, and its replays' times.
+
+    Raises what the step raises while it is captured.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once, then capture it over every set of weights."""
+        n_sets = len(workload.sets)
+        self.calls = -(-CALLS_PER_REPLAY // n_sets) * n_sets
+        where = torch.device("cuda")
+        self.out = [new_out(workload.problem, where) for _ in range(self.calls)]
+        step(workload.sets[0], workload.states[0], self.out[0])
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # a collection in a capture can unload modules
+        try:
+            # What other threads do meanwhile must not fail: a race is held beside a live model.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                for call in range(self.calls):
+                    index = call % n_sets
+                    step(workload.sets[index], workload.states[index], self.out[call])
+        finally:
+            if collecting:
+                gc.enable()
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a replay."""
+        events = [
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2 * replays)
+        ]
+        for start, end in zip(events[::2], events[1::2], strict=True):
+            start.record()
+            self.graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [
+            start.elapsed_time(end) * 1e3 / self.calls
+            for start, end in zip(events[::2], events[1::2], strict=True)
+        ]
+
+
+class WallTimer:
+    """Steps over rotating weights, one after the other, by the clock on the wall.
+
+    For steps that are done when they return.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once on every set of weights."""
+        self._step, self._workload = step, workload
+        n_sets = len(workload.sets)
+        self.calls = -(-CALLS_PER_PASS // n_sets) * n_sets
+        self.out = new_out(workload.problem, torch.device("cpu"))
+        self._run(n_sets)
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a pass."""
+        samples = []
+        for _ in range(replays):
+            start = time.perf_counter()
+            self._run(self.calls)
+            samples.append((time.perf_counter() - start) * 1e6 / self.calls)
+        return samples
+
+    def _run(self, calls: int) -> None:
+        sets, states = self._workload.sets, self._workload.states
+        for call in range(calls):
+            index = call % len(sets)
+            self._step(sets[index], states[index], self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median and spread (10th to 90th percentile) of samples, in microseconds a call."""
+
+    median_us: float
+    spread_us: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        """Summarise at least two samples."""
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(statistics.median(samples), tenths[8] - tenths[0], len(samples))
+
+
+def interleaved(timers: Sequence[Timer], rounds: int, replays: int = 5) -> list[list[float]]:
+    """Samples of each timer, taken in turns so that a drifting clock favours none."""
+    samples: list[list[float]] = [[] for _ in timers]
+    for _ in range(rounds):
+        for timer, own in zip(timers, samples, strict=True):
+            own.extend(timer.sample(replays))
+    return samples

@@ -1,0 +1,153 @@
+"""The inputs a candidate is verified and timed on: fresh ones, or a head's own weights.
+
+Usage:
+    workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
+    workload = Workload.around(weights, problem, cold_bytes, free_bytes=room, seed=1)
+    workload.why_wrong(step, slack=16)     # None, or why what the step writes is not right
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, poisoned_out
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+N_CHECKS = 4
+_JUDGED_ROWS = 4096  # that the judge has in float64 at a time, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Weights and hidden states of one problem.
+
+    `sets` are copies of the centroids with the shared weight, together larger than the cache
+    they must not lie in; `states` are one hidden state `[n_tokens, hidden]` a set. `checks` are
+    further states: random ones, one whose best token stands in the last cluster that must be
+    probed, and one with a better token in a cluster that must not be. A head's own weights are
+    left as they are: their checks are random states, and states near a centroid.
+    """
+
+    problem: Problem
+    sets: tuple[Weights, ...]
+    states: tuple[torch.Tensor, ...]
+    checks: tuple[torch.Tensor, ...]
+    _right: dict[tuple[int, tuple[int, ...]], int] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def create(
+        cls, problem: Problem, device: torch.device, cold_bytes: int, seed: int
+    ) -> "Workload":
+        """Random weights and unit centroids; at least two sets, more until `cold_bytes` x 2."""
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (problem.vocab_size, problem.hidden_size)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=device)
+
+        weight = torch.empty(shape, dtype=TORCH_DTYPES[problem.weight_dtype], device=device)
+        for rows in torch.split(weight, 2**14):
+            rows.copy_(normal(*rows.shape))
+        centroids = torch.nn.functional.normalize(normal(problem.n_clusters, shape[1]), dim=1)
+        centroids = centroids.to(TORCH_DTYPES[problem.centroid_dtype])
+        order = torch.randperm(problem.vocab_size, generator=generator, device=device)
+        ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten().to(torch.int32)
+
+        n_sets = _sets_for(problem, cold_bytes)
+        sets = tuple(
+            Weights(weight=weight, centroids=centroids.clone(), ids=ids) for _ in range(n_sets)
+        )
+        states = [
+            normal(problem.n_tokens, shape[1]).to(weight.dtype) for _ in range(n_sets + N_CHECKS)
+        ]
+        workload = cls(problem, sets, tuple(states[:n_sets]), tuple(states[n_sets:]))
+        workload._plant(workload.checks[1], problem.n_probes - 1)
+        workload._plant(workload.checks[2], problem.n_clusters - 1)
+        return workload
+
+    @classmethod
+    def around(
+        cls,
+        weights: Weights,
+        problem: Problem,
+        cold_bytes: int,
+        *,
+        free_bytes: int,
+        timer_bytes: int = 0,
+        seed: int,
+    ) -> "Workload":
+        """A head's own weights with fresh hidden states.
+
+        Sets have copies of the centroids where these, the judge and what timers will take fit in
+        half of `free_bytes`; else all share the head's own, and these lie in the cache while
+        kernels are timed. Raises FlashtuneError where there is no room for even the others.
+        """
+        where = weights.weight.device
+        generator = torch.Generator(where).manual_seed(seed)
+        judged_rows = max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
+        needed = timer_bytes + 3 * 8 * problem.hidden_size * judged_rows
+        if needed > free_bytes / 2:
+            raise FlashtuneError(
+                f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "
+                f"kernels takes {needed / 2**20:.0f}, of which there must be twice as much"
+            )
+        n_sets = _sets_for(problem, cold_bytes)
+        copied = needed + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
+        copies = [
+            replace(weights, centroids=weights.centroids.clone()) if copied else weights
+            for _ in range(n_sets - 1)
+        ]
+        shape = problem.n_tokens, problem.hidden_size
+        states = [
+            torch.randn(*shape, generator=generator, device=where) / shape[1] ** 0.5
+            for _ in range(n_sets + 2)
+        ]
+        near = torch.randint(problem.n_clusters, shape[:1], generator=generator, device=where)
+        states[-1] = weights.centroids[near].float() + states[-1] / 2
+        typed = tuple(each.to(weights.weight.dtype) for each in states)
+        return cls(problem, (weights, *copies), typed[:n_sets], typed[n_sets:])
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether sets have centroids of their own, so that none lies in the cache."""
+        return self.sets[0].centroids is not self.sets[-1].centroids
+
+    def _plant(self, states: torch.Tensor, rank: int) -> None:
+        """Make the best token of each row stand in its cluster of that rank, counted from 0."""
+        weights = self.sets[0]
+        for state in states.float():
+            scores = weights.centroids.float() @ state
+            cluster = int(scores.argsort(descending=True)[rank])
+            row = cluster * self.problem.cluster_size
+            scale = 12 / float(state.norm())  # logits have the deviation |state|: 12 of them
+            weights.weight[row] = (state * scale).to(weights.weight.dtype)
+
+    def why_wrong(self, step: Step, slack: int) -> str | None:
+        """None when what the step writes is right for every check, twice each, else why not.
+
+        The output is poisoned before each call. Most configs give the same tokens, and what was
+        right with little slack is right with more: that is not judged again.
+        """
+        judge = Judge(self.sets[0], self.problem.n_probes)
+        for number, states in enumerate(self.checks):
+            for _ in range(2):
+                out = poisoned_out(self.problem, states.device)
+                step(self.sets[0], states, out)
+                answer = number, tuple(out.tolist()) if out.dim() == 1 else ()
+                if answer[1] and self._right.get(answer, slack + 1) <= slack:
+                    continue
+                reason = judge.why_wrong(out, states, slack)
+                if reason:
+                    return f"check {number}, {reason}"
+                self._right[answer] = slack
+        return None
+
+
+def _sets_for(problem: Problem, cold_bytes: int) -> int:
+    """How many sets are larger than twice the cache; at least two."""
+    a_set = min(problem.read_bytes, problem.vocab_size * problem.hidden_size * 2)
+    return max(2, -(-2 * cold_bytes // a_set) + 1)

@@ -1,0 +1,4 @@
+"""Model folders on disk: config, clusters, and where the head's weight is.
+
+Answers: from which files?
+"""

@@ -1,0 +1,228 @@
+"""A FlashHead model folder: its config, its clusters, and the weight of its head.
+
+Usage:
+    folder = ModelFolder.open("path/to/model")     # or a repository in Hugging Face's cache
+    folder.problem()                               # from headers alone
+    folder.read_head(device="cuda")                # what FlashHead is made of
+
+This module and those that it reads with (`clustering`, `head_weight`) own the format:
+docs/model-folders.md describes it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashtune.kernels.model_folder.clusters import (
+    ASSIGNMENTS,
+    CENTROIDS,
+    Clusters,
+    Origin,
+    read_clusters,
+    read_shapes,
+)
+from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight
+from flashtune.kernels.special_token import checked_special_tokens
+from flashtune.kernels.weights import TORCH_DTYPES, token_order
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+CONFIG = "config.json"
+ASSETS_KEY, PROBES_KEY = "flash_head_cache_dir", "n_probes"
+SPECIAL_KEY = "flash_head_special_token_ids"
+ASSETS_FOLDER = "flash_head_assets"
+CLUSTERING_FILE = "clustering_cache.safetensors"
+CLUSTERS_A_PROBE = 16  # where the config does not say
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadParts:
+    """What a FlashHead is made of: weight and centroids on one device, of one dtype."""
+
+    weight: torch.Tensor
+    clusters: Clusters
+    n_probes: int
+    special_token_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolder:
+    """A folder and its config; `text` is the config with what a nested text_config says."""
+
+    path: Path
+    config: dict[str, Any]
+    text: dict[str, Any]
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> "ModelFolder":
+        """Read a folder's config, with or without clusters.
+
+        source: a folder, else the name of a repository in Hugging Face's cache on this disk;
+        nothing is downloaded. Raises FlashtuneError naming the file and what is wrong.
+        """
+        path = Path(source)
+        if not path.is_dir() and _REPOSITORY.fullmatch(str(source)):
+            path = _cached(str(source), revision)
+        config = _read_config(path / CONFIG)
+        nested = config.get("text_config")
+        text = {**config, **nested} if isinstance(nested, dict) else config
+        return cls(path=path, config=config, text=text)
+
+    @property
+    def clustering_file(self) -> Path:
+        """Where the clusters are, or ought to be."""
+        named = self.path / str(self.config.get(ASSETS_KEY, ASSETS_FOLDER)) / CLUSTERING_FILE
+        beside = self.path / CLUSTERING_FILE
+        return beside if beside.exists() and not named.exists() else named
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, as problems name it; bf16 where the config does not say."""
+        name = str(self.text.get("dtype") or self.text.get("torch_dtype") or "bfloat16")
+        if name not in _DTYPES:
+            raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(_DTYPES)}")
+        return _DTYPES[name]
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Tokens that must be candidates always, as the config lists them."""
+        ids = self.config.get(SPECIAL_KEY)
+        if ids is None:
+            return []
+        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+            raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
+        return ids
+
+    def problem(self) -> Problem:
+        """The problem of one token with this model's head; reads no tensor's data.
+
+        A vocabulary that n_clusters does not divide is rounded up to whole clusters.
+        """
+        path = self._existing_clusters()
+        vocab_size, hidden, n_clusters = read_shapes(path)
+        if hidden != self.text.get("hidden_size"):
+            raise FlashtuneError(
+                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size "
+                f"{self.text.get('hidden_size')}: the assets are of another model"
+            )
+        named = self.config.get(PROBES_KEY)
+        with _blaming(f"{self.path / CONFIG} with {path.name}"):
+            return Problem(
+                vocab_size=-(-vocab_size // max(1, n_clusters)) * n_clusters,
+                hidden_size=hidden,
+                n_clusters=n_clusters,
+                n_probes=max(1, n_clusters // CLUSTERS_A_PROBE) if named is None else named,
+                weight_dtype=self.dtype,
+                centroid_dtype=self.dtype,
+            )
+
+    def head_weight(self) -> HeadWeight:
+        """Where the head's weight is. Its width is checked against the config."""
+        tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
+        place = find_head_weight(self.path, tied=tied is not False)
+        if place.shape[1] != self.text.get("hidden_size"):
+            raise FlashtuneError(
+                f"{place.path}: {place.name} has shape {list(place.shape)}, but {CONFIG} says "
+                f"hidden_size {self.text.get('hidden_size')}"
+            )
+        return place
+
+    def read_head(self, device: str = "cpu") -> HeadParts:
+        """All of a FlashHead, read onto `device` and checked to belong together.
+
+        Weight and centroids are given the config's dtype, whatever they are stored in.
+        """
+        problem, place = self.problem(), self.head_weight()
+        path = self.clustering_file
+        clusters = read_clusters(path, device)
+        vocab_size = clusters.assignments.numel()
+        if vocab_size != place.shape[0]:
+            raise FlashtuneError(
+                f"{path}: {ASSIGNMENTS} has {vocab_size} tokens, but {place.name} in "
+                f"{place.path.name} has {place.shape[0]} rows: cluster this model again"
+            )
+        with _blaming(path):
+            token_order(clusters.assignments, problem.n_clusters)
+        with _blaming(self.path / CONFIG):
+            special = checked_special_tokens(self.special_token_ids, vocab_size)
+        weight = place.read(device)
+        if not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
+            raise FlashtuneError(f"{place.path}: {place.name} has a NaN or an infinity")
+        differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
+        if differs:
+            raise FlashtuneError(
+                f"{path}: made for {differs} (of {place.name} in {place.path.name}): the assets "
+                "are of another model, or it was changed since: cluster this one"
+            )
+        dtype = TORCH_DTYPES[self.dtype]
+        return HeadParts(
+            weight=weight.to(dtype),
+            clusters=Clusters(
+                centroids=clusters.centroids.to(dtype),
+                assignments=clusters.assignments,
+                origin=clusters.origin,
+            ),
+            n_probes=problem.n_probes,
+            special_token_ids=special,
+        )
+
+    def _existing_clusters(self) -> Path:
+        path = self.clustering_file
+        if not path.exists():
+            raise FlashtuneError(
+                f"{path}: no such file: this is not a FlashHead model; make one of it with "
+                "`flashtune cluster`"
+            )
+        return path
+
+
+def read_model(source: str) -> Problem:
+    """The problem that a model folder poses. Raises FlashtuneError."""
+    return ModelFolder.open(source).problem()
+
+
+@contextmanager
+def _blaming(where: str | Path) -> Iterator[None]:
+    """Say where what is wrong came from."""
+    try:
+        yield
+    except FlashtuneError as error:
+        raise FlashtuneError(f"{where}: {error}") from error
+
+
+def _cached(repository: str, revision: str | None) -> Path:
+    """A repository's folder in Hugging Face's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FlashtuneError(
+            f"{repository}: no such folder; to look in Hugging Face's cache too, "
+            "pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:  # which its own errors are kinds of
+        raise FlashtuneError(
+            f"{repository}: no such folder, and not in Hugging Face's cache: "
+            f"fetch it with `hf download {repository}`"
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise FlashtuneError(f"{path}: {error.strerror}: give a model folder") from error
+    except ValueError as error:
+        raise FlashtuneError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FlashtuneError(f"{path}: must hold a JSON object")
+    return config

@@ -1,0 +1,285 @@
+"""From a problem to something that runs: choose, render, compile, load, check; else fall back.
+
+Usage:
+    bound = bind(problem, weights)     # never raises for want of a kernel
+    step = bound.take_step()           # with scratch of its own: one for each stream
+    step(weights, hidden, out)
+    bound.troubles                     # what went wrong on the way, one line each
+
+The chain is the chosen config, the default config, plain torch. A choice that nobody has measured
+here, with these tools, is raced for first, if there is time to.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.measure.judge import decode, decode_logits
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.runtime.choice import (
+    PREBUILT,
+    USER,
+    Choice,
+    Level,
+    Source,
+    choose,
+    default_choice,
+)
+from flashtune.kernels.runtime.race import Race, Start, hold
+from flashtune.kernels.weights import Step, Weights, new_out, poisoned_out
+from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.store import default_path, open_existing
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+
+LOG = logging.getLogger("flashtune")
+N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
+_TORCH_BYTES = 2**28  # of float32 rows that plain torch gathers at once
+_SLIP = 1e-4  # of the sum of a logit's terms: far above what rounding in float32 can do
+
+
+@dataclass(kw_only=True, slots=True)
+class Bound:
+    """A problem's choice, ready to run. Not safe to use from several threads at once."""
+
+    problem: Problem
+    choice: Choice
+    troubles: list[str]
+    new_step: Callable[[], Step]
+    spares: list[Step] = field(default_factory=list)
+    race: Race | None = None
+
+    def take_step(self) -> Step:
+        """A step that shares no scratch with any other one."""
+        return self.spares.pop() if self.spares else self.new_step()
+
+
+class TorchStep:
+    """Plain torch, called as a kernel's step is. Can be captured."""
+
+    def __init__(self, problem: Problem, centroids: torch.Tensor) -> None:
+        """Keep the centroids as the reference reads them: as float32, if they are on a CPU."""
+        self._n_probes = problem.n_probes
+        self._decode = decode if problem.epilogue == "argmax" else decode_logits
+        self._centroids = centroids.float() if centroids.device.type == "cpu" else centroids
+        row_bytes = 4 * problem.n_probes * problem.cluster_size * problem.hidden_size
+        self._tokens_at_once = max(1, _TORCH_BYTES // row_bytes)
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
+        weights = replace(weights, centroids=self._centroids)
+        at_once = self._tokens_at_once
+        parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
+        for states, part in parts:
+            part.copy_(self._decode(weights, states, self._n_probes))
+
+
+class LockedStep:
+    """A kernel's step that threads may share: the launches of one call stay together."""
+
+    def __init__(self, step: Step) -> None:
+        """Guard `step`, and with it its scratch."""
+        self._step = step
+        self._lock = threading.Lock()
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch the step."""
+        with self._lock:
+            self._step(weights, hidden, out)
+
+
+def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
+    """The best that runs here, compiled, loaded and checked, with spare steps.
+
+    Takes seconds where kernels must be compiled, up to `race_seconds` more where a race is held
+    (with None never), and must not be called while the current stream is being captured.
+    """
+    troubles: list[str] = []
+    race = None
+    try:
+        device = device_of(weights.weight.device)
+        choice = best_choice(problem, device, toolchain(device), troubles)
+        if race_seconds is not None and device and choice.config and not choice.settled:
+            choice, race = _race(problem, weights, device, choice, race_seconds, troubles)
+        while device is not None and choice.config is not None:
+            try:
+                new_step = compile_step(problem, choice.config, device, weights.weight.device)
+                steps = [new_step() for _ in range(N_SPARES + 1)]
+                _check(steps[0], problem, weights)
+            except Exception as error:  # Triton and drivers raise whatever they like
+                troubles.append(f"the {choice.level.value} config failed: {_one_line(error)}")
+                choice = _next_choice(problem, choice, device, troubles[-1])
+            else:
+                return Bound(
+                    problem=problem,
+                    choice=choice,
+                    troubles=troubles,
+                    new_step=new_step,
+                    spares=steps,
+                    race=race,
+                )
+        if device is not None:
+            _note(troubles, choice.why)
+    except Exception as error:  # the driver, or a table of ours that is beyond use
+        troubles.append(_one_line(error))
+        choice = _torch_choice(troubles[-1], ())
+    return Bound(
+        problem=problem,
+        choice=choice,
+        troubles=troubles,
+        new_step=lambda: TorchStep(problem, weights.centroids),
+        race=race,
+    )
+
+
+def give_up(bound: Bound, weights: Weights, error: Exception) -> None:
+    """Have a bound problem run plain torch: a call of what it ran has failed."""
+    trouble = f"a call of the {bound.choice.level.value} config failed: {_one_line(error)}"
+    _note(bound.troubles, trouble)
+    bound.choice = _torch_choice(trouble, bound.choice.skipped)
+    bound.new_step = lambda: TorchStep(bound.problem, weights.centroids)
+    bound.spares.clear()
+
+
+def _race(
+    problem: Problem,
+    weights: Weights,
+    device: Device,
+    choice: Choice,
+    seconds: float,
+    troubles: list[str],
+) -> tuple[Choice, Race]:
+    tools = toolchain(device)
+    start = Start(
+        problem=problem,
+        weights=weights,
+        device=device,
+        toolchain=tools,
+        look=lambda: _look(problem, device, tools, troubles),
+        seconds=seconds,
+        troubles=troubles,
+    )
+    return hold(start, choice)
+
+
+def best_choice(
+    problem: Problem, device: Device | None, tools: Toolchain, troubles: list[str]
+) -> Choice:
+    """Look for this problem first; read all there is only where that finds nothing."""
+    if device is None:
+        return choose(problem, device, tools, ())
+    return _look(problem, device, tools, troubles)[0]
+
+
+def _look(
+    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
+) -> tuple[Choice, list[Source]]:
+    """The choice, and the records that it was made from."""
+    sources = read_sources(device, problem, troubles)
+    choice = choose(problem, device, tools, sources)
+    if choice.level is not Level.EXACT:
+        sources = read_sources(device, None, troubles)
+        choice = choose(problem, device, tools, sources)
+    return choice, sources
+
+
+def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
+    """The records of one problem on this device, or of all problems and devices.
+
+    What cannot be read is left out, and `troubles` says so once.
+    """
+    sources = []
+    try:
+        store = open_existing(default_path())
+        if store is not None:
+            with store:
+                name = device.name if problem else None
+                records = store.records(device=name, problem=problem)
+                sources.append(Source(name=USER, records=records))
+    except Exception as error:
+        _note(troubles, f"the tuning database is not used: {_one_line(error)}")
+    for name in [device.name] if problem else prebuilt_devices():
+        try:
+            table = prebuilt_table(name)
+        except Exception as error:
+            _note(troubles, f"a prebuilt table is not used: {_one_line(error)}")
+        else:
+            sources.append(Source(name=PREBUILT, records=table.records if table else ()))
+    return sources
+
+
+def _note(troubles: list[str], trouble: str) -> None:
+    if trouble not in troubles:
+        troubles.append(trouble)
+
+
+def _next_choice(problem: Problem, failed: Choice, device: Device, trouble: str) -> Choice:
+    """What to try after a choice whose config failed."""
+    default = default_choice(problem, device, skipped=failed.skipped)
+    if failed.level is Level.DEFAULT or default.config == failed.config:
+        return _torch_choice(trouble, failed.skipped)
+    return replace(default, why=trouble) if default.config else default
+
+
+def _torch_choice(why: str, skipped: tuple[str, ...]) -> Choice:
+    return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
+
+
+def compile_step(
+    problem: Problem, config: Config, device: Device, torch_device: torch.device
+) -> Callable[[], Step]:
+    """Compile a config's kernels; each call of the result loads them with scratch of its own.
+
+    Raises whatever the templates, Triton and the driver raise.
+    """
+    load = backend_of(device).loader(problem, config, device, torch_device)
+    return lambda: LockedStep(load())
+
+
+def _check(step: Step, problem: Problem, weights: Weights) -> None:
+    """Run a step twice on centroids as hidden states; raise unless its tokens can be right.
+
+    A step may probe more clusters than asked, so its token's logit is at least the reference's.
+    Of logits, the best one's token is what is looked at, and that each was written.
+    """
+    rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
+    hidden = weights.centroids[rows].to(weights.weight.dtype)
+    for_tokens = replace(problem, epilogue="argmax")
+    expected = new_out(for_tokens, hidden.device)
+    TorchStep(for_tokens, weights.centroids)(weights, hidden, expected)
+    least, size = _logits(weights, hidden, expected)
+    slip = _SLIP * size
+    if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
+        slip += torch.finfo(weights.weight.dtype).eps * least.abs()
+    for _ in range(2):
+        out = poisoned_out(problem, hidden.device)
+        step(weights, hidden, out)
+        if bool(out.isnan().any()):
+            raise FlashtuneError("it leaves logits unwritten")
+        tokens = out if problem.epilogue == "argmax" else out.argmax(dim=1)
+        if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
+            raise FlashtuneError("its tokens are not in the vocabulary")
+        logits, _ = _logits(weights, hidden, tokens)
+        if bool((logits < least - slip).any()):
+            raise FlashtuneError("its tokens are not the best ones")
+
+
+def _logits(
+    weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logit of each token for its hidden state, and the sum of its terms' magnitudes."""
+    rows = torch.stack([(weights.ids == token).nonzero()[0, 0] for token in tokens])
+    terms = weights.weight[rows].float() * hidden.float()
+    return terms.sum(dim=1), terms.abs().sum(dim=1)
+
+
+def _one_line(error: Exception) -> str:
+    """The error's first line, with its kind where it isn't one of ours."""
+    first = next(iter(str(error).splitlines()), "")
+    return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"

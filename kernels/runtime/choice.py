@@ -1,0 +1,347 @@
+"""Which config to run: from the records at hand, the one that should do best here.
+
+Usage:
+    choice = choose(problem, device, toolchain, [Source(name=USER, records=…), …])
+    choice.config       # None where plain torch must do
+    choice.explain()    # plain data: what was chosen, and what differs from what was wanted
+
+Levels, best first: the same problem on the same device; the nearest shape on the same device;
+the nearest device (its architecture first, then `device_distance`) with the nearest shape; the
+default config; plain torch. Inside a level a measured record goes before a predicted one, then
+the nearer one, then the source given first, then one made with this toolchain, then one
+of a search's final timing, then the fastest.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, NamedTuple
+
+from flashtune.kernels.plans.config import (
+    Config,
+    config_data,
+    default_config,
+    known_good,
+    parse_config,
+    why_invalid,
+    why_unavailable,
+)
+from flashtune.tuning_db.device import Device, Toolchain, find_device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
+from flashtune.tuning_db.shortlist import MOST
+from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
+
+USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
+NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
+SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
+_SAME_FIELDS = ("weight_dtype", "centroid_dtype")
+EPILOGUE_OCTAVES = 0.1  # distance of another epilogue: it changes little of what is fast
+
+
+class Level(str, Enum):
+    """How near the chosen record is to what was wanted."""
+
+    EXACT = "exact"
+    NEAREST_SHAPE = "nearest_shape"
+    NEAREST_DEVICE = "nearest_device"
+    DEFAULT = "default"
+    TORCH = "torch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Records, and where they come from: `USER` or `PREBUILT`."""
+
+    name: str
+    records: Sequence[Record]
+
+
+class Difference(NamedTuple):
+    """A field in which the record differs from what was wanted."""
+
+    field: str
+    wanted: int | float | str
+    found: int | float | str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What to run and why. `config` is None at level `torch`, `record` at the last two levels.
+
+    `skipped` says of each reason for which better placed records were passed over how many were,
+    `outdated` names the tools that have changed since a record was measured.
+    """
+
+    config: Config | None
+    level: Level
+    why: str
+    record: Record | None = None
+    source: str = BUILT_IN
+    differences: tuple[Difference, ...] = ()
+    skipped: tuple[str, ...] = ()
+    toolchain_matches: bool | None = None
+    outdated: tuple[str, ...] = ()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the record's time was measured with tools that have changed since."""
+        return bool(self.outdated)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the config was measured for just this problem, here, with these tools."""
+        measured = self.record is not None and self.record.provenance is Provenance.MEASURED
+        return self.level is Level.EXACT and measured and not self.stale
+
+    def explain(self) -> dict[str, Any]:
+        """The choice as plain data that `json.dumps` takes."""
+        record = self.record
+        return {
+            "level": self.level.value,
+            "why": self.why,
+            "config": dict(config_data(self.config)) if self.config else None,
+            "source": self.source,
+            "provenance": record.provenance.value if record else None,
+            "record": record.key if record else None,
+            "record_device": record.device if record else None,
+            "median_us": record.measurement.median_us if record else None,
+            "raced": record is not None and record.measurement.policy == RACE_POLICY,
+            "stale": self.stale,
+            "toolchain_matches": self.toolchain_matches,
+            "differences": [difference._asdict() for difference in self.differences],
+            "skipped": list(self.skipped),
+        }
+
+
+def shape_distance(wanted: Problem, found: Problem) -> float | None:
+    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
+
+    Every config runs with every epilogue, so that another one is but a little way off.
+    """
+    if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
+        return None
+    octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
+    return octaves + EPILOGUE_OCTAVES * (wanted.epilogue != found.epilogue)
+
+
+def device_distance(wanted: Device, found: Device) -> float:
+    """|log2 ratio| of bandwidth plus that of SM count; an unknown bandwidth counts as equal."""
+    return _octaves(wanted.memory_bandwidth, found.memory_bandwidth) + _octaves(
+        wanted.sm_count, found.sm_count
+    )
+
+
+def _octaves(one: float, other: float) -> float:
+    return abs(math.log2(one / other)) if one > 0 and other > 0 else 0.0
+
+
+def choose(
+    problem: Problem, device: Device | None, toolchain: Toolchain, sources: Iterable[Source]
+) -> Choice:
+    """The config to run for `problem` on `device`; without a device with kernels, plain torch.
+
+    Every record's config is checked for this problem and device before it is chosen. Failed
+    records are never chosen, nor is a config that failed here, on this problem and toolchain.
+    """
+    if device is None:
+        why = "no kernels for this kind of device: plain torch runs instead"
+        return Choice(config=None, level=Level.TORCH, why=why)
+    skipped: Counter[str] = Counter()
+    for candidate, config in _usable(problem, device, toolchain, list(sources), skipped):
+        return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
+    return default_choice(problem, device, skipped=_counted(skipped))
+
+
+def contenders(
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
+) -> list[Config]:
+    """What to race: the default, then up to 8 configs, those first that should do best.
+
+    They are those on record for just this problem and device. Where there are none, the winners
+    of up to 4 other shapes or devices, the nearest first, then what is known to be good at all.
+    Raises FlashtuneError when there is no default.
+    """
+    sources = list(sources)
+    default = default_config(problem, device)
+    found: dict[Config, None] = {}
+    near: dict[tuple[str, Problem], Config] = {}
+    for candidate, config in _usable(problem, device, toolchain, sources, Counter()):
+        if candidate.level is Level.EXACT:
+            found[config] = None
+        else:
+            near.setdefault((candidate.record.device, candidate.record.problem), config)
+    if not found:
+        failed = _failures(problem, device, toolchain, sources)
+        good = (
+            config
+            for config in known_good(problem, device)
+            if (why_invalid(config, problem, device) or why_unavailable(config)) is None
+            and config_key(config_data(config)) not in failed
+        )
+        found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
+    found.pop(default, None)
+    return [default, *list(found)[:MOST]]
+
+
+def default_choice(problem: Problem, device: Device, *, skipped: tuple[str, ...] = ()) -> Choice:
+    """The default config, or plain torch for a problem that no kernel can solve."""
+    try:
+        config = default_config(problem, device)
+    except FlashtuneError as error:
+        why = f"no kernel for {problem.describe()} on {device.name}: {error}"
+        return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
+    why = f"no usable record for {problem.describe()} on {device.name} or any other device"
+    return Choice(config=config, level=Level.DEFAULT, why=why, skipped=skipped)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class _Candidate:
+    """A record and its place; the order of candidates is the order in which they are tried."""
+
+    place: tuple[float, ...]
+    config: str
+    record: Record = field(compare=False)
+    level: Level = field(compare=False)
+    source: str = field(compare=False)
+
+
+def _candidates(
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Sequence[Source]
+) -> list[_Candidate]:
+    """The OK records that could serve, best first."""
+    devices: dict[str, Device | None] = {}
+    candidates = []
+    for rank, source in enumerate(sources):
+        for record in source.records:
+            distance = shape_distance(problem, record.problem)
+            if record.measurement.outcome is not Outcome.OK or distance is None:
+                continue
+            nearness: tuple[float, ...] = (0.0, 0.0, distance)
+            level = Level.EXACT if record.problem == problem else Level.NEAREST_SHAPE
+            if record.device != device.name:
+                if record.device not in devices:
+                    devices[record.device] = _registered(record.device)
+                other = devices[record.device]
+                if other is None or other.vendor != device.vendor:
+                    continue
+                level = Level.NEAREST_DEVICE
+                nearness = (other.arch != device.arch, device_distance(device, other), distance)
+            place = (
+                list(Level).index(level),
+                record.provenance is not Provenance.MEASURED,
+                *nearness,
+                rank,
+                record.toolchain != toolchain,
+                record.measurement.policy != FINAL_POLICY,
+                record.measurement.median_us or 0.0,
+            )
+            candidates.append(
+                _Candidate(
+                    place=place,
+                    config=config_key(record.config),
+                    record=record,
+                    level=level,
+                    source=source.name,
+                )
+            )
+    return sorted(candidates)
+
+
+def _usable(
+    problem: Problem,
+    device: Device,
+    toolchain: Toolchain,
+    sources: Sequence[Source],
+    skipped: Counter[str],
+) -> Iterator[tuple[_Candidate, Config]]:
+    """Candidates whose configs can be built here and have not failed; of the others, why not."""
+    failed = _failures(problem, device, toolchain, sources)
+    for candidate in _candidates(problem, device, toolchain, sources):
+        data = candidate.record.config
+        try:
+            config = parse_config(data)
+            reason = (
+                failed.get(config_key(data))
+                or why_invalid(config, problem, device)
+                or why_unavailable(config)
+            )
+        except FlashtuneError as error:
+            reason = str(error)
+        if reason is None:
+            yield candidate, config
+        else:
+            skipped[f"{candidate.source}: {reason}"] += 1
+
+
+def _registered(name: str) -> Device | None:
+    try:
+        return find_device(name)
+    except FlashtuneError:  # of a device that only its own machine can describe
+        return None
+
+
+def _failures(
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Sequence[Source]
+) -> dict[str, str]:
+    """Why each config failed that was tried for this problem, here, with these tools."""
+    return {
+        config_key(record.config): f"failed here before ({record.measurement.outcome.value})"
+        for source in sources
+        for record in source.records
+        if record.measurement.outcome not in (Outcome.OK, Outcome.PRUNED)
+        and (record.device, record.problem, record.toolchain) == (device.name, problem, toolchain)
+    }
+
+
+def _counted(skipped: Counter[str]) -> tuple[str, ...]:
+    return tuple(
+        f"{reason} ({number} records)" if number > 1 else reason
+        for reason, number in skipped.items()
+    )
+
+
+def _chosen(
+    candidate: _Candidate,
+    config: Config,
+    problem: Problem,
+    device: Device,
+    toolchain: Toolchain,
+    skipped: tuple[str, ...],
+) -> Choice:
+    record = candidate.record
+    differences = [
+        Difference(name, getattr(problem, name), getattr(record.problem, name))
+        for name in ("vocab_size", *SHAPE_FIELDS, "epilogue")
+    ]
+    differences.append(Difference("device", device.name, record.device))
+    differences += [
+        Difference(name, getattr(toolchain, name), getattr(record.toolchain, name))
+        for name in (part.name for part in fields(Toolchain))
+    ]
+    differing = tuple(one for one in differences if one.wanted != one.found)
+    why = f"{record.provenance.value} on {record.device} for {record.problem.describe()}"
+    if record.measurement.policy == RACE_POLICY:
+        why += " in a race"
+    measured = record.provenance is Provenance.MEASURED
+    outdated = record.toolchain.outdated(toolchain) if measured else ()
+    if differing:
+        why += "; differs in " + ", ".join(
+            f"{one.field} (wanted {one.wanted}, found {one.found})" for one in differing
+        )
+    if outdated:
+        why += f"; stale, for {' and '.join(outdated)} changed since"
+    return Choice(
+        config=config,
+        level=candidate.level,
+        why=why,
+        record=record,
+        source=candidate.source,
+        differences=differing,
+        skipped=skipped,
+        toolchain_matches=record.toolchain == toolchain,
+        outdated=outdated,
+    )

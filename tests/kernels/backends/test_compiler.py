@@ -1,0 +1,150 @@
+"""Libraries: built once, kept by content, and every way in which that can fail."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from flashtune.kernels.backends.cpp import compiler
+from flashtune.kernels.backends.cpp.compiler import build_library, load_library
+from flashtune.tuning_db.errors import FlashtuneError
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+ARCH = "x86_64-scalar"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, and the compiler that is found by itself."""
+    monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "cache"
+
+
+def compiler_script(path: Path, body: str) -> str:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_library_is_built_once_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_library(SOURCE, ARCH, "scalar")
+    assert loaded.answer() == 42
+
+    def compile_again(*_: object) -> None:
+        raise AssertionError("the cache has it")
+
+    monkeypatch.setattr(compiler, "_compile", compile_again)
+    assert isinstance(load_library(SOURCE, ARCH, "scalar"), ctypes.CDLL)
+
+
+def test_many_at_once_build_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    compile_once = compiler._compile
+
+    def counted(command: list[str], source: str, path: Path) -> None:
+        built.append(path)
+        compile_once(command, source, path)
+
+    monkeypatch.setattr(compiler, "_compile", counted)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build_library(SOURCE, ARCH, "scalar"), range(8)))
+    assert len(paths) == len(built) == 1
+
+
+def test_source_arch_flags_and_compiler_are_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [
+        build_library(SOURCE, ARCH, "scalar"),
+        build_library(SOURCE + "\n", ARCH, "scalar"),
+        build_library(SOURCE, "x86_64-avx2", "scalar"),
+    ]
+    monkeypatch.setitem(compiler.SIMD_FLAGS, "scalar", ("-O2",))
+    paths.append(build_library(SOURCE, ARCH, "scalar"))
+    for version in ("one", "two"):
+        wrapper = compiler_script(
+            tmp_path / version, f'[ "$1" = --version ] && echo {version} && exit\nexec c++ "$@"'
+        )
+        monkeypatch.setenv("CXX", wrapper)
+        paths.append(build_library(SOURCE, ARCH, "scalar"))
+    assert len(set(paths)) == len(paths)
+
+
+def test_arguments_in_cxx_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "c++ -DANSWER=7")
+    source = 'extern "C" int answer() { return ANSWER; }\n'
+    assert load_library(source, ARCH, "scalar").answer() == 7
+
+
+def test_without_a_compiler_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FlashtuneError, match=r"no C\+\+ compiler .*: install g\+\+"):
+        build_library(SOURCE, ARCH, "scalar")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FlashtuneError, match="no compiler 'no-such-compiler', which CXX names"):
+        build_library(SOURCE, ARCH, "scalar")
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(cache: Path) -> None:
+    with pytest.raises(FlashtuneError, match=r"error: .*nonsense"):
+        build_library("nonsense", ARCH, "scalar")
+    assert [path.suffix for path in (cache / "cpp").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("exit 3", "failed with 3: it said nothing"),
+        ("exit 0", "failed with 0"),
+        ("sleep 60", "took more than"),
+    ],
+)
+def test_a_compiler_that_misbehaves_is_an_error(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f'[ "$1" = --version ] && echo odd && exit\n{body}'
+    monkeypatch.setenv("CXX", compiler_script(tmp_path / "odd-c++", script))
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.3 if "sleep" in body else 60)
+    with pytest.raises(FlashtuneError, match=message):
+        build_library(SOURCE, ARCH, "scalar")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("FLASHTUNE_CACHE", str(file))
+    with pytest.raises(FlashtuneError, match="set FLASHTUNE_CACHE to a folder"):
+        build_library(SOURCE, ARCH, "scalar")
+
+
+def test_a_library_that_does_not_load_is_an_error() -> None:
+    build_library(SOURCE, ARCH, "scalar").write_bytes(b"half a libr")
+    with pytest.raises(FlashtuneError, match=r"does not load .*: delete it"):
+        load_library(SOURCE, ARCH, "scalar")
+
+
+def test_a_process_killed_while_it_compiles_holds_no_lock(tmp_path: Path, cache: Path) -> None:
+    script = compiler_script(tmp_path / "slow", '[ "$1" = --version ] && exit\nsleep 30')
+    program = (
+        "from flashtune.kernels.backends.cpp.compiler import build_library\n"
+        f"build_library({SOURCE!r}, {ARCH!r}, 'scalar')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "CXX": script, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+    )
+    while not list(cache.glob("cpp/build-*")):
+        assert process.poll() is None
+    os.killpg(process.pid, 9)
+    process.wait()
+    assert load_library(SOURCE, ARCH, "scalar").answer() == 42

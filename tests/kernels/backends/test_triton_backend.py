@@ -1,0 +1,151 @@
+"""Compiling candidates for architectures that are not here, and what goes wrong with that."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from triton.compiler.errors import CompilationError
+
+from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.backends.triton import backend as triton_backend
+from flashtune.kernels.backends.triton.backend import (
+    Scratch,
+    TritonBackend,
+    compile_module,
+    load_source,
+)
+from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.plans.config import Config, PersistentConfig, StagedConfig
+from flashtune.tuning_db.device import Device, find_device
+from flashtune.tuning_db.problem import EPILOGUES, Problem
+
+PROBLEM = Problem(vocab_size=1536, hidden_size=320, n_clusters=128, n_probes=8)
+CONFIGS: dict[str, Config] = {
+    "torch_topk": StagedConfig(selection="torch_topk", score_block=128, gather_block=128),
+    "threshold": StagedConfig(score_block=256, gather_block=512),
+    "in_gather": StagedConfig(selection="in_gather", score_block=512, gather_block=64),
+    "persistent": PersistentConfig(score_block=128, gather_block=128),
+}
+KERNELS = {
+    "torch_topk": ["score", "gather"],
+    "threshold": ["score", "select", "gather"],
+    "in_gather": ["score", "gather"],
+    "persistent": ["decode"],
+}
+ORIN, H200, RTX_5090 = (find_device(name) for name in ("orin", "h200", "rtx-5090"))
+
+
+@pytest.fixture(autouse=True)
+def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def load(config: Config, device: Device = ORIN) -> ModuleType:
+    return load_source(render_triton(PROBLEM, config, device))
+
+
+@pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: str) -> None:
+    config = CONFIGS[name]
+    uses = TritonBackend().compile(replace(PROBLEM, epilogue=epilogue), config, device)
+    assert [use.kernel for use in uses] == KERNELS[name]
+    for use in uses:
+        assert 16 <= use.registers <= 255
+        assert use.programs >= 1
+        assert use.warps in (config.warps,) if name == "persistent" else (4, 16)
+        assert 0 <= use.shared_bytes <= device.limits.shared_per_block
+        assert use.spilled == 0
+
+
+def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["in_gather"]
+    source = render_triton(PROBLEM, config, ORIN)
+    monkeypatch.setattr(triton_backend, "render_triton", None)  # as where there are no templates
+    place = torch.device("cuda")
+    assert callable(TritonBackend().loader(PROBLEM, config, ORIN, place, source))
+    with pytest.raises(SyntaxError):
+        TritonBackend().loader(PROBLEM, config, ORIN, place, "def step(:")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_leave_in_the_weights_dtype_rounded_to_nearest(name: str) -> None:
+    problem = replace(PROBLEM, epilogue="logits")
+    module = load_source(render_triton(problem, CONFIGS[name], H200))
+    kernels = compile_module(module, problem, H200.capability)
+    last = kernels[module.LAUNCHES[-1]["kernel"]].asm["ptx"]
+    assert "cvt.rn.bf16" in last
+    assert "atom" not in last or name == "persistent"  # its barrier
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pdl", [False, True])
+def test_launch_attributes_reach_the_binary(name: str, pdl: bool) -> None:
+    config = replace(CONFIGS[name], pdl=pdl)
+    kernels = compile_module(load(config, H200), PROBLEM, H200.capability)
+    for kernel in kernels.values():
+        assert kernel.metadata.launch_pdl is pdl
+        assert kernel.metadata.launch_cooperative_grid is (name == "persistent")
+        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) is pdl
+        assert ("griddepcontrol.launch_dependents" in kernel.asm["ptx"]) is pdl
+
+
+@pytest.mark.parametrize("name", ["in_gather", "persistent"])
+def test_prefetch_compiles_to_bulk_prefetches(name: str) -> None:
+    for margin in (-1, 5):
+        config = replace(CONFIGS[name], prefetch_margin=margin)
+        kernels = compile_module(load(config, H200), PROBLEM, H200.capability)
+        asm = kernels[KERNELS[name][-1]].asm["ptx"]
+        assert ("cp.async.bulk.prefetch.L2" in asm) is (margin >= 0)
+
+
+def test_the_eviction_hint_reaches_the_loads_of_weights() -> None:
+    for evict in ("evict_first", "no_hint"):
+        config = replace(CONFIGS["threshold"], evict=evict)
+        asm = compile_module(load(config), PROBLEM, ORIN.capability)["gather"].asm["ptx"]
+        assert ("L1::evict_first" in asm) is (evict == "evict_first")
+
+
+def test_a_source_that_is_not_python_raises() -> None:
+    with pytest.raises(SyntaxError):
+        load_source("def broken(:\n")
+
+
+def test_a_kernel_that_triton_refuses_raises_what_can_be_caught() -> None:
+    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
+    module = load_source(source.replace("tl.cumsum(in_lane, axis=0)", "tl.no_such_scan(in_lane)"))
+    with pytest.raises(CompilationError, match="no_such_scan"):
+        compile_module(module, PROBLEM, ORIN.capability)
+    assert issubclass(CompilationError, Exception)
+
+
+def test_a_kernel_that_needs_more_than_the_device_has_is_an_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use = KernelUse(
+        kernel="score", programs=1, warps=4, registers=32, shared_bytes=2**20, spilled=0
+    )
+    monkeypatch.setattr(triton_backend, "_read_use", lambda *_: use)
+    with pytest.raises(DoesNotFitError, match="score needs 1048576 bytes of shared memory"):
+        TritonBackend().compile(PROBLEM, CONFIGS["torch_topk"], ORIN)
+
+
+def test_a_loaded_module_can_show_its_source() -> None:
+    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
+    module = load_source(source)
+    assert inspect.getsource(module.score.fn) in source
+    assert load_source(source).__name__ == module.__name__
+    assert load_source(source + "\n").__name__ != module.__name__
+
+
+def test_scratch_starts_as_a_step_leaves_it() -> None:
+    problem = replace(PROBLEM, n_tokens=3)
+    scratch = Scratch.create(problem, library_topk=False, device=torch.device("cpu"))
+    assert scratch.scores.shape == scratch.selected.shape == (3, 128)
+    assert scratch.state.tolist() == [-(2**63)] * 3 + [0] * 7
+    for_topk = Scratch.create(problem, library_topk=True, device=torch.device("cpu"))
+    assert (for_topk.selected.shape, for_topk.selected.dtype) == ((3, 8), torch.int64)

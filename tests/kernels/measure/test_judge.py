@@ -1,0 +1,117 @@
+"""The judge catches every kind of wrong token, and plain torch satisfies the judge."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flashtune.kernels.measure.judge import Judge, decode
+from flashtune.kernels.weights import Weights
+
+IDS = [[2, 5, 11], [0, 7, 8], [1, 3, 10], [4, 6, 9]]
+LOGITS = [[1, 7, 3], [7, 6, 2], [9, 8, 7], [5, 11, 1]]
+STATE = torch.tensor([[4.0, 3.0, 2.0, 1.0]])  # ranks the clusters 0, 1, 2, 3
+
+ByHand = Callable[..., Weights]
+
+
+@pytest.fixture
+def by_hand() -> ByHand:
+    """Weights whose logits for STATE are LOGITS."""
+
+    def make(logits: list[list[float]] = LOGITS) -> Weights:
+        weight = torch.zeros(12, 4)
+        weight[:, 0] = torch.tensor(logits).flatten() / 4
+        ids = torch.tensor(IDS, dtype=torch.int32).flatten()
+        return Weights(weight=weight, centroids=torch.eye(4), ids=ids)
+
+    return make
+
+
+def verdict(weights: Weights, token: int, n_probes: int, slack: int = 0) -> str | None:
+    judge = Judge(weights, n_probes, exact=True)
+    return judge.why_wrong(torch.tensor([token]), STATE, slack)
+
+
+@pytest.mark.parametrize(
+    ("n_probes", "slack", "right"),
+    [
+        (1, 0, {5}),
+        (2, 0, {0}),  # ties with 5, of the cluster before
+        (3, 0, {1}),
+        (4, 0, {6}),
+        (1, 1, {5, 0}),  # whether cluster 1 is probed is the kernel's choice
+        (1, 3, {5, 0, 1, 6}),
+        (2, 1, {0, 1}),
+        (3, 9, {1, 6}),
+    ],
+)
+def test_just_the_right_tokens_pass(
+    n_probes: int, slack: int, right: set[int], by_hand: ByHand
+) -> None:
+    weights = by_hand()
+    passed = {t for t in range(12) if verdict(weights, t, n_probes, slack) is None}
+    assert passed == right
+
+
+@pytest.mark.parametrize(
+    ("token", "n_probes", "message"),
+    [
+        (1, 2, "row 0: token 1 is of the cluster ranked 3, of 2 probes"),
+        (6, 3, "token 6 is of the cluster ranked 4, of 3 probes"),
+        (11, 2, "token 11 has logit 3, but there is 7"),
+        (5, 2, "token 5 ties with the smaller id 0"),
+        (12, 4, "token 12 is not in the vocabulary"),
+        (-7, 4, "token -7 is not in the vocabulary"),
+    ],
+)
+def test_a_verdict_says_why(token: int, n_probes: int, message: str, by_hand: ByHand) -> None:
+    assert message in (verdict(by_hand(), token, n_probes) or "")
+
+
+def test_the_first_wrong_row_is_named(by_hand: ByHand) -> None:
+    judge = Judge(by_hand(), 1, exact=True)
+    reason = judge.why_wrong(torch.tensor([5, 2]), STATE.expand(2, -1), 0)
+    assert reason is not None
+    assert reason.startswith("row 1: token 2 has logit 1")
+
+
+def test_a_token_for_each_state_is_wanted(by_hand: ByHand) -> None:
+    with pytest.raises(ValueError, match="longer"):
+        Judge(by_hand(), 1).why_wrong(torch.tensor([5]), STATE.expand(2, -1), 0)
+
+
+def test_only_rounding_excuses_a_lower_logit(by_hand: ByHand) -> None:
+    nearly = [[1, 7, 7 - 2**-20], *LOGITS[1:]]
+    far = [[1, 7, 7 - 2**-10], *LOGITS[1:]]
+    lower = torch.tensor([11])
+    assert Judge(by_hand(nearly), 1).why_wrong(lower, STATE, 0) is None
+    assert Judge(by_hand(nearly), 1, exact=True).why_wrong(lower, STATE, 0) is not None
+    assert Judge(by_hand(far), 1).why_wrong(lower, STATE, 0) is not None
+
+
+def test_clusters_that_tie_at_the_last_probe_may_be_probed_or_not(by_hand: ByHand) -> None:
+    weights = by_hand()
+    state = torch.tensor([[4.0, 3.0, 3.0, 1.0]])
+    judge = Judge(weights, 2, exact=True)
+    passed = {t for t in range(12) if judge.why_wrong(torch.tensor([t]), state, 0) is None}
+    assert passed == {0, 1, 5}  # 5: of a cluster before both
+
+
+@pytest.mark.parametrize("n_probes", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_torch_satisfies_the_judge(n_probes: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n_probes)
+    weights = Weights(
+        weight=torch.randn(96, 33, generator=generator).to(dtype),
+        centroids=torch.randn(16, 33, generator=generator).to(dtype),
+        ids=torch.randperm(96, generator=generator).view(16, -1).sort(dim=1).values.flatten(),
+    )
+    hidden = torch.randn(20, 33, generator=generator).to(dtype)
+    tokens = decode(weights, hidden, n_probes)
+    assert tokens.dtype is torch.int64
+    assert Judge(weights, n_probes).why_wrong(tokens, hidden, 0) is None
+
+
+def test_plain_torch_gives_the_smallest_of_tied_ids(by_hand: ByHand) -> None:
+    assert [decode(by_hand(), STATE, n).item() for n in (1, 2, 3, 4)] == [5, 0, 1, 6]

@@ -1,0 +1,63 @@
+"""How much memory is left: of the machine, of control groups, of a GPU as the driver tells."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashtune.kernels.measure import memory
+from flashtune.kernels.measure.memory import free_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system with 1000 kB available, and no limits yet."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    1000 kB\n")
+    (tmp_path / "cgroup").write_text("")
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    return tmp_path
+
+
+def limit(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"memory.{name}").write_text(text + "\n")
+
+
+def test_without_limits_it_is_what_the_machine_has(system: Path) -> None:
+    assert free_bytes(CPU) == 1000 * 1024
+    (system / "cgroup").write_text("0::/a\n5:cpu:/b\n")
+    limit(system / "a", max="max", current="999")
+    limit(system / "cpu" / "b", max="1", current="1")  # not of memory
+    assert free_bytes(CPU) == 1000 * 1024
+
+
+def test_the_tightest_group_counts_and_page_cache_is_free(system: Path) -> None:
+    (system / "cgroup").write_text("0::/a/b\n")
+    limit(system / "a", max="5000", current="4000")
+    limit(system / "a" / "b", max="4000", current="3900", stat="anon 1\ninactive_file 700")
+    assert free_bytes(CPU) == 800
+    limit(system / "a", max="4100", current="4000")
+    assert free_bytes(CPU) == 100
+
+
+def test_groups_of_version_1(system: Path) -> None:
+    (system / "cgroup").write_text("4:memory:/box\n0::/\n")
+    limit(system / "memory" / "box", limit_in_bytes="3000", usage_in_bytes="1000")
+    assert free_bytes(CPU) == 2000
+
+
+def test_a_system_that_tells_nothing_has_no_room(system: Path) -> None:
+    (system / "meminfo").unlink()
+    assert free_bytes(CPU) == 0
+
+
+def test_of_a_gpu_torchs_own_reserve_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
+    assert free_bytes(torch.device("cuda", 0)) == 1300

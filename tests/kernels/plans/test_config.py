@@ -1,0 +1,249 @@
+"""Configs: what parses, what is valid, and why the rest is not."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flashtune.kernels.plans.config import (
+    PLANS,
+    Config,
+    PersistentConfig,
+    StagedConfig,
+    baseline_config,
+    config_data,
+    default_config,
+    enabled,
+    knobs,
+    parse_config,
+    why_invalid,
+)
+from flashtune.kernels.plans.tensor_config import BatchedConfig
+from flashtune.tuning_db.device import Device, all_devices, find_device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
+
+ORIN, H200, L4 = (find_device(name) for name in ("orin", "h200", "l4"))
+QWEN = parse_shape("qwen3-vl-2b")
+IN_GATHER = StagedConfig(selection="in_gather", gather_warps=8)
+
+RandomConfig = Callable[[random.Random], Config]
+
+
+@pytest.mark.parametrize("device", all_devices(), ids=lambda device: device.name)
+@pytest.mark.parametrize("make", [default_config, baseline_config])
+def test_defaults_are_valid_for_every_preset(
+    make: Callable[[Problem, Device], Config], device: Device
+) -> None:
+    for preset in PRESETS:
+        for probes in (256, 512):
+            for tokens in (1, 2, 3, 4, 8, 16, 20, 32):
+                problem = parse_shape(f"{preset},probes={probes},tokens={tokens}")
+                config = make(problem, device)
+                assert why_invalid(config, problem, device) is None
+                assert parse_config(config_data(config)) == config
+
+
+@pytest.mark.parametrize("hidden", [1, 33, 64, 96, 100, 1152, 65536])
+@pytest.mark.parametrize("make", [default_config, baseline_config])
+def test_defaults_are_valid_for_odd_problems(
+    make: Callable[[Problem, Device], Config], hidden: int
+) -> None:
+    for clusters, size in ((1, 1), (1, 40), (7, 3), (97, 12), (9496, 16)):
+        problem = Problem(
+            vocab_size=clusters * size, hidden_size=hidden, n_clusters=clusters, n_probes=1
+        )
+        assert why_invalid(make(problem, ORIN), problem, ORIN) is None
+
+
+def test_the_default_for_many_tokens_reads_a_cluster_once() -> None:
+    assert isinstance(default_config(replace(QWEN, n_tokens=7), ORIN), StagedConfig)
+    assert default_config(replace(QWEN, n_tokens=8), ORIN) == BatchedConfig()
+    mixed = replace(QWEN, n_tokens=8, centroid_dtype="fp16")  # tensor cores take one dtype
+    assert isinstance(default_config(mixed, ORIN), StagedConfig)
+
+
+def test_the_baseline_uses_the_library_and_a_program_a_cluster() -> None:
+    config = baseline_config(QWEN, ORIN)
+    assert isinstance(config, StagedConfig)
+    assert (config.selection, config.gather_rows) == ("torch_topk", QWEN.cluster_size)
+
+
+def test_a_problem_without_a_default_says_so() -> None:
+    problem = Problem(vocab_size=2**20, hidden_size=64, n_clusters=2**20, n_probes=1)
+    with pytest.raises(FlashtuneError, match="no default kernel for 1048576x64"):
+        default_config(problem, ORIN)
+
+
+def test_configs_survive_json(random_config: RandomConfig) -> None:
+    rng = random.Random(0)
+    drawn = [random_config(rng) for _ in range(300)]
+    assert {config.plan for config in drawn} == set(PLANS)
+    for config in drawn:
+        assert parse_config(json.loads(json.dumps(config_data(config)))) == config
+
+
+def _staged(**changes: Any) -> dict[str, Any]:
+    return {**config_data(StagedConfig()), **changes}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "a config's plan must be one of staged, persistent"),
+        ([], "a config's plan"),
+        ({}, "a config's plan"),
+        ({"plan": "fused"}, "a config's plan"),
+        ({"plan": ["staged"]}, "a config's plan"),
+        ({"plan": "staged"}, "must have just its knobs"),
+        (_staged(colour="red"), "check colour"),
+        (_staged(plan="persistent"), "a persistent config must have just its knobs"),
+        (_staged(score_rows=True), "score_rows must be one of .* not True"),
+        (_staged(score_rows=1.0), "score_rows must be one of .* not 1.0"),
+        (_staged(score_rows="1"), "score_rows must be one of"),
+        (_staged(score_rows=3), "score_rows must be one of .* not 3"),
+        (_staged(score_rows=None), "score_rows must be one of"),
+        (_staged(score_rows=[1]), "score_rows must be one of"),
+        (_staged(score_rows=float("nan")), "score_rows must be one of"),
+        (_staged(pdl=1), "pdl must be one of"),
+        (_staged(selection="torch_topk", slack=0), "slack does not matter here: keep its default"),
+        (_staged(prefetch_margin=5), "prefetch_margin does not matter here"),
+        (_staged(selection="in_gather", select_warps=8), "select_warps does not matter here"),
+        (_staged(evict='evict_first"); import os #'), "evict must be one of"),
+        (_staged(evict="{{ 7 * 7 }}"), "evict must be one of"),
+        (_staged(selection="threshold\n"), "selection must be one of"),
+    ],
+)
+def test_what_is_not_a_config_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(FlashtuneError, match=message):
+        parse_config(data)
+
+
+@pytest.mark.parametrize("plan", PLANS.values())
+def test_knobs_have_distinct_choices_with_the_default_among_them(plan: type[Config]) -> None:
+    before: set[str] = set()
+    for name, known in knobs(plan).items():
+        choices = known["choices"]
+        assert known["default"] in choices
+        assert len(set(choices)) == len(choices)
+        assert len({type(choice) for choice in choices}) == 1
+        assert set(known["when"]) <= before  # `enabled` reads the knobs before
+        before.add(name)
+
+
+def test_a_knob_is_enabled_by_the_knobs_it_names() -> None:
+    assert enabled(StagedConfig, "slack", {"selection": "in_gather"})
+    assert not enabled(StagedConfig, "slack", {"selection": "torch_topk"})
+    assert enabled(StagedConfig, "score_rows", {})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "device", "message"),
+    [
+        (StagedConfig(), {"hidden_size": 512}, ORIN, "score_block 1024 is wider than the hidden"),
+        (
+            StagedConfig(score_block=512),
+            {"hidden_size": 512},
+            ORIN,
+            "gather_block 1024 is wider than the hidden",
+        ),
+        (
+            StagedConfig(score_rows=16, score_block=2048),
+            {},
+            H200,
+            "score tile 16x2048 does not fit the registers of 4 warps",
+        ),
+        (StagedConfig(), {"n_tokens": 16}, H200, "score tile 2x1024 does not fit the registers"),
+        (
+            StagedConfig(gather_rows=32),
+            {},
+            H200,
+            "gather tile 32x1024 does not fit the registers of 4 warps",
+        ),
+        (PersistentConfig(warps=4, gather_block=2048), {}, H200, "gather tile 16x2048"),
+        (StagedConfig(score_rows=1, score_block=64), {}, H200, "less than one element a thread"),
+        (
+            StagedConfig(gather_rows=1, gather_block=64, gather_warps=32),
+            {},
+            H200,
+            "gather tile 1x64 has less than one element",
+        ),
+        (
+            StagedConfig(score_block=2048, score_stages=2),
+            {},
+            H200,
+            "score_stages and score_unroll need a loop",
+        ),
+        (
+            StagedConfig(gather_block=2048, gather_unroll=2),
+            {},
+            H200,
+            "gather_stages and gather_unroll need a loop",
+        ),
+        (StagedConfig(score_stages=2, score_unroll=2), {}, H200, "exclude each other"),
+        (
+            StagedConfig(gather_rows=16, gather_block=1024, gather_warps=16, gather_stages=4),
+            {},
+            L4,
+            "the gather stages do not fit in shared memory",
+        ),
+        (StagedConfig(pdl=True), {}, ORIN, "programmatic dependent launch needs sm_90"),
+        (PersistentConfig(pdl=True), {}, L4, "programmatic dependent launch needs sm_90"),
+        (
+            StagedConfig(select_warps=4),
+            {"n_clusters": 151936},
+            H200,
+            "151936 scores do not fit the registers of 4 warps",
+        ),
+        (
+            replace(IN_GATHER, gather_warps=1),
+            {},
+            H200,
+            "9496 scores do not fit the registers of 1 warps",
+        ),
+        (
+            replace(IN_GATHER, prefetch_margin=5),
+            {},
+            ORIN,
+            "prefetch of whole clusters needs sm_90",
+        ),
+        (PersistentConfig(prefetch_margin=0), {}, ORIN, "prefetch of whole clusters needs sm_90"),
+        (
+            replace(IN_GATHER, prefetch_margin=5),
+            {"vocab_size": 9496, "hidden_size": 1025},
+            H200,
+            "multiple of 16 bytes, not 2050",
+        ),
+        (
+            PersistentConfig(score_rows=1),
+            {"n_tokens": 9},
+            ORIN,
+            "9 tokens are more than the 8 programs",
+        ),
+        (
+            PersistentConfig(programs_per_sm=4, warps=16),
+            {},
+            ORIN,
+            "would not be resident: too many threads",
+        ),
+    ],
+)
+def test_each_rule_gives_its_reason(
+    config: Config, changes: dict[str, int], device: Device, message: str
+) -> None:
+    problem = replace(QWEN, **changes)
+    assert message in (why_invalid(config, problem, device) or "valid")
+
+
+def test_a_hint_is_no_reason_where_it_is_allowed() -> None:
+    allowed = [
+        StagedConfig(pdl=True),
+        replace(IN_GATHER, prefetch_margin=5),
+        PersistentConfig(prefetch_margin=0, pdl=True),
+        StagedConfig(score_stages=4),
+        StagedConfig(gather_unroll=2),
+    ]
+    assert [why_invalid(config, QWEN, H200) for config in allowed] == [None] * len(allowed)

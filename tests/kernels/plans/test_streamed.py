@@ -1,0 +1,303 @@
+"""The plan in CUDA C++: which problems it is for, what its launches take, and how it is built."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda import bindings
+from cuda.bindings import driver
+
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.cuda import backend as cuda_backend
+from flashtune.kernels.backends.cuda import nvrtc
+from flashtune.kernels.backends.cuda.backend import CudaStep
+from flashtune.kernels.backends.cuda.nvrtc import compile_cuda
+from flashtune.kernels.backends.cuda.source import render_cuda
+from flashtune.kernels.plans.config import (
+    Config,
+    StagedConfig,
+    config_data,
+    default_config,
+    knobs,
+    known_good,
+    parse_config,
+    slack_of,
+    why_invalid,
+    why_unavailable,
+)
+from flashtune.kernels.plans.streamed import RESERVED, STARTS, StreamedConfig, launches_of
+from flashtune.kernels.runtime.choice import USER, Level, Source, choose, contenders
+from flashtune.kernels.weights import Weights
+from flashtune.tuning_db.device import Device, Toolchain, all_devices, find_device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import EPILOGUES, PRESETS, Problem, parse_shape
+from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
+
+H200, ORIN, THOR, RTX_5090 = (find_device(name) for name in ("h200", "orin", "thor", "rtx-5090"))
+QWEN = parse_shape("qwen3-vl-2b")
+SMALL = Problem(vocab_size=1536, hidden_size=320, n_clusters=128, n_probes=8)
+TOOLS = Toolchain(triton="3.6.0", torch="2.13.0", driver="580")
+
+
+@pytest.fixture
+def without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where no wheel of the compiler is installed."""
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    nvrtc.why_missing.cache_clear()
+    nvrtc._version.cache_clear()
+    yield
+    monkeypatch.undo()
+    nvrtc.why_missing.cache_clear()
+    nvrtc._version.cache_clear()
+
+
+NARROW = StreamedConfig(gather_warps=8)
+UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "device", "why"),
+    [
+        ({"n_tokens": 2}, NARROW, H200, "one token at a time, not 2"),
+        ({}, NARROW, ORIN, "need sm_90 or later"),
+        ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits, not bf16, fp32"),
+        ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits, not bf16, fp32"),
+        ({"hidden_size": 2044}, NARROW, H200, "a multiple of 8, not 2044"),
+        ({"hidden_size": 32768}, NARROW, H200, "does not fit the registers of 8 warps"),
+        ({"hidden_size": 8192}, NARROW, H200, "rows in flight of the score do not fit"),
+        ({"hidden_size": 4096}, UNEVEN, H200, "do not fit on one multiprocessor"),
+        ({"n_clusters": 37984}, StreamedConfig(), H200, "scores are too many for 16 warps"),
+    ],
+)
+def test_what_it_is_not_for_is_said(
+    changes: dict[str, Any], config: StreamedConfig, device: Device, why: str
+) -> None:
+    problem = replace(QWEN, **changes)
+    reason = why_invalid(config, problem, device)
+    assert reason is not None
+    assert why in reason
+    with pytest.raises(FlashtuneError, match="streamed config not valid"):
+        render_cuda(problem, config, device)
+
+
+def test_every_preset_has_a_start_on_hopper() -> None:
+    for preset in PRESETS:
+        problem = parse_shape(preset)
+        valid = [each for each in STARTS if why_invalid(each, problem, H200) is None]
+        assert valid, preset
+    assert known_good(QWEN, H200)[0] == STARTS[0]
+
+
+def test_a_multiprocessor_holds_one_block_of_each_launch_and_not_two_of_one() -> None:
+    rng, checked = random.Random(1), 0
+    while checked < 300:
+        config = StreamedConfig(
+            **{name: rng.choice(each["choices"]) for name, each in knobs(StreamedConfig).items()}
+        )
+        device = rng.choice([each for each in all_devices() if each.capability >= 90])
+        problem = parse_shape(rng.choice(list(PRESETS)))
+        if why_invalid(config, problem, device):
+            continue
+        checked += 1
+        whole = device.limits.shared_per_sm
+        score, gather = (
+            each.shared_bytes + RESERVED for each in launches_of(problem, config, device)
+        )
+        assert score + gather <= whole
+        assert 2 * score > whole
+        assert score + 2 * gather > whole
+        assert max(score, gather) - RESERVED <= device.limits.shared_per_block
+
+
+@pytest.mark.parametrize("device", [H200, THOR, RTX_5090], ids=lambda device: device.arch)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_it_compiles_without_a_gpu(device: Device, epilogue: str, dtype: str) -> None:
+    for config in (StreamedConfig(), StreamedConfig(prefetch=False, early=False, gather_warps=8)):
+        problem = replace(SMALL, epilogue=epilogue, weight_dtype=dtype)
+        uses = backend_of(device).compile(problem, config, device)
+        assert [use.kernel for use in uses] == ["score", "gather"]
+        for use, launch in zip(uses, launches_of(problem, config, device), strict=True):
+            assert (use.programs, use.warps) == (device.sm_count, launch.warps)
+            assert use.spilled == 0
+            assert use.registers * 32 * use.warps <= device.limits.registers_per_sm
+
+
+def test_the_compiler_counts_no_more_shared_memory_than_the_plan() -> None:
+    from flashtune.kernels.backends.cubin import resource_usage
+
+    for problem in (SMALL, QWEN, parse_shape("gemma-3-1b")):
+        needs = resource_usage(compile_cuda(render_cuda(problem, StreamedConfig(), H200), "sm_90"))
+        for launch in launches_of(problem, StreamedConfig(), H200):
+            assert needs[launch.kernel]["SHARED"] <= launch.fixed_bytes + RESERVED
+            assert launch.fixed_bytes - needs[launch.kernel]["SHARED"] < 1024
+
+
+def test_its_binary_is_kept_and_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path))
+    source = render_cuda(SMALL, StreamedConfig(), H200)
+    binary = compile_cuda(source, "sm_90")
+    (kept,) = (tmp_path / "cuda").iterdir()
+    assert kept.read_bytes() == binary
+    monkeypatch.setattr(nvrtc, "_compiled", lambda *_: b"anew")
+    assert compile_cuda(source, "sm_90") == binary
+    assert compile_cuda(source, "sm_100") == b"anew"
+    assert compile_cuda(source + "\n", "sm_90") == b"anew"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(nvrtc, "_compiled", lambda *_: b"anew")
+    assert compile_cuda("source", "sm_90") == b"anew"
+
+
+def test_what_the_compiler_refuses_is_one_line() -> None:
+    source = render_cuda(SMALL, StreamedConfig(), H200)
+    with pytest.raises(FlashtuneError, match=r"NVRTC refuses the kernel for sm_90: .*nowhere"):
+        compile_cuda(source.replace("warp_sum(a + b", "nowhere(a + b"), "sm_90")
+    with pytest.raises(FlashtuneError, match="for sm_12"):
+        compile_cuda(source, "sm_12")
+
+
+@pytest.mark.usefixtures("without_nvrtc")
+def test_without_the_compiler_it_is_neither_chosen_nor_raced() -> None:
+    assert why_unavailable(StagedConfig()) is None
+    assert "pip install 'flashtune[cuda]'" in (why_unavailable(StreamedConfig()) or "")
+    with pytest.raises(FlashtuneError, match="run-time compiler"):
+        compile_cuda("source", "sm_90")
+    records = [record(StreamedConfig(), 10.0), record(StagedConfig(slack=0), 20.0)]
+    choice = choose(QWEN, H200, TOOLS, [Source(name=USER, records=records)])
+    assert choice.config == StagedConfig(slack=0)
+    assert "pip install" in choice.skipped[0]
+    raced = contenders(QWEN, H200, TOOLS, [])
+    assert raced and not any(isinstance(each, StreamedConfig) for each in raced)
+
+
+def test_with_the_compiler_it_is_chosen_and_raced() -> None:
+    records = [record(StreamedConfig(), 10.0), record(StagedConfig(slack=0), 20.0)]
+    choice = choose(QWEN, H200, TOOLS, [Source(name=USER, records=records)])
+    assert (choice.config, choice.level) == (StreamedConfig(), Level.EXACT)
+    many = choose(replace(QWEN, n_tokens=4), H200, TOOLS, [Source(name=USER, records=records)])
+    assert many.config == StagedConfig(slack=0)
+    assert slack_of(choice.config) == choice.config.slack > 0
+    raced = contenders(QWEN, H200, TOOLS, [])
+    assert raced[0] == default_config(QWEN, H200)
+    assert raced[1] == StreamedConfig()
+
+
+def test_a_config_from_a_table_is_checked() -> None:
+    data = config_data(StreamedConfig())
+    assert parse_config(data) == StreamedConfig()
+    for wrong in ({"score_warps": 7}, {"early": 1}, {"prefetch_margin": -10.0}, {"slack": "16"}):
+        with pytest.raises(FlashtuneError, match=f"knob {next(iter(wrong))} must be one of"):
+            parse_config({**data, **wrong})
+    with pytest.raises(FlashtuneError, match="prefetch_margin does not matter here"):
+        parse_config({**data, "prefetch": False, "prefetch_margin": 5})
+
+
+def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = render_cuda(SMALL, StreamedConfig(), H200)
+    monkeypatch.setattr("flashtune.kernels.backends.cuda.backend.render_cuda", None)
+    load = backend_of(H200).loader(SMALL, StreamedConfig(), H200, torch.device("cuda"), source)
+    assert callable(load)
+    with pytest.raises(FlashtuneError, match="NVRTC refuses"):
+        backend_of(H200).loader(SMALL, StreamedConfig(), H200, torch.device("cuda"), "int x = ;")
+
+
+def record(config: Config, median_us: float) -> Record:
+    return Record(
+        device=H200.name,
+        toolchain=TOOLS,
+        problem=QWEN,
+        config=config_data(config),
+        provenance=Provenance.MEASURED,
+        measurement=Measurement(
+            outcome=Outcome.OK, median_us=median_us, spread_us=0.1, samples=10, policy="final"
+        ),
+        created="2026-11-24T00:00:00Z",
+    )
+
+
+class FakeDriver:
+    """The driver's calls as CudaStep makes them, written down."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.current = 0
+        self.refused = ""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):  # one of its classes
+            return getattr(driver, name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            if name == self.refused:
+                return (driver.CUresult.CUDA_ERROR_INVALID_IMAGE,)
+            if name == "cuCtxSetCurrent":
+                self.current = arguments[0]
+            self.calls.append((name, *arguments))
+            answers = {"cuCtxGetCurrent": self.current, "cuDevicePrimaryCtxRetain": 77}
+            return driver.CUresult.CUDA_SUCCESS, answers.get(name, name)
+
+        return call
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """A driver that answers everything; torch's streams are all number 5."""
+    found = FakeDriver()
+    monkeypatch.setattr(bindings, "driver", found)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+    cuda_backend._primary_context.cache_clear()
+    yield found
+    cuda_backend._primary_context.cache_clear()
+
+
+def make_step() -> CudaStep:
+    launches = launches_of(SMALL, StreamedConfig(), H200)
+    return CudaStep(SMALL, launches, b"binary", torch.device("cpu"))
+
+
+def test_a_step_launches_both_kernels_on_the_current_stream(fake: FakeDriver) -> None:
+    step = make_step()
+    fake.calls.clear()
+    tensors = [torch.zeros(8) for _ in range(5)]
+    hidden, centroids, weight, ids, out = tensors
+    step(Weights(weight=weight, centroids=centroids, ids=ids), hidden, out)
+    launched = [call for call in fake.calls if call[0] == "cuLaunchKernelEx"]
+    scratch = [step.scratch.scores, step.scratch.moments, step.scratch.state]
+    pointers = [each.data_ptr() for each in (hidden, centroids, weight, ids, out, *scratch)]
+    for (_, config, _, (values, types), _), launch in zip(
+        launched, launches_of(SMALL, StreamedConfig(), H200), strict=True
+    ):
+        assert list(values) == pointers
+        assert len(types) == len(pointers)
+        assert (config.gridDimX, config.blockDimX) == (launch.blocks, 32 * launch.warps)
+        assert (config.sharedMemBytes, int(config.hStream)) == (launch.ring_bytes, 5)
+        assert [each.value.programmaticStreamSerializationAllowed for each in config.attrs] == [1]
+
+
+def test_a_thread_without_a_context_is_given_the_primary_one(fake: FakeDriver) -> None:
+    step = make_step()
+    assert fake.current == 77
+    weights = Weights(weight=torch.zeros(8), centroids=torch.zeros(8), ids=torch.zeros(8))
+    for current, expected in ((0, 77), (5, 5)):
+        fake.current = current
+        step(weights, torch.zeros(8), torch.zeros(8))
+        assert fake.current == expected
+
+
+def test_what_the_driver_refuses_is_said(fake: FakeDriver) -> None:
+    fake.refused = "cuModuleLoadData"
+    with pytest.raises(FlashtuneError, match="the CUDA driver says CUDA_ERROR_INVALID_IMAGE"):
+        make_step()

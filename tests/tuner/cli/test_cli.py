@@ -1,0 +1,628 @@
+"""The command line: what it prints, what it refuses, and what it leaves behind."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.cpp.compiler import compiler_version
+from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.model_folder.folder import read_model
+from flashtune.kernels.plans.config import Config, default_config, parse_config
+from flashtune.tuner.cli.main import cli, tables
+from flashtune.tuner.search.session import this_device
+from flashtune.tuning_db.device import Device, all_devices
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Record
+from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import TuningTable, write_table
+
+TINY = "vocab=512,hidden=64,clusters=32,probes=4"
+SEARCH = ("search", "--device", "orin", "--shape", TINY, "--jobs", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_database_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "usual.db"))
+
+
+def run(*args: object) -> Result:
+    """A command in this process; whatever it does not handle is raised here."""
+    result = CliRunner().invoke(cli, [str(arg) for arg in args], prog_name="flashtune")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def done(*args: object) -> str:
+    """What a command that must succeed prints."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args: object) -> str:
+    """The one line with which a command must fail."""
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    [error] = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
+    assert error == len(lines) - 1, "the error is one line, and the last"
+    return lines[error]
+
+
+def commands(
+    group: click.Group = cli, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command below a group, with the words that call it."""
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+class TestHelp:
+    @pytest.mark.parametrize("words", [words for words, _ in commands()], ids=" ".join)
+    def test_every_command_has_help_with_an_example(self, words: tuple[str, ...]) -> None:
+        text = done(*words, "--help")
+        assert text == done(*words, "-h")
+        if words != ("tables",):
+            assert f"flashtune {' '.join(words)}" in text.partition("Example")[2]
+
+    def test_the_version(self) -> None:
+        import flashtune
+
+        assert flashtune.__version__ in done("--version")
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (("search",), ["--shape", "--model"]),
+            (("search", "--shape", "nonsense"), ["'--shape'", "nonsense", "qwen3-vl-2b"]),
+            (("search", "--shape", "vocab=512,hidden=64"), ["'--shape'", "lacks clusters"]),
+            (("search", "--shape", "vocab=511,hidden=64,clusters=32"), ["'--shape'", "multiple"]),
+            (("search", "--shape", f"{TINY},tokens=0"), ["'--shape'", "n_tokens"]),
+            (("search", "--shape", f"{TINY},dtype=int4"), ["'--shape'", "int4"]),
+            (("search", "--shape", f"{TINY},vocab=1e3"), ["'--shape'", "1e3"]),
+            ((*SEARCH, "--device", "gtx"), ["'--device'", "gtx", "nvidia-h200"]),
+            ((*SEARCH, "--trials", "0"), ["'--trials'"]),
+            ((*SEARCH, "--trials", "many"), ["'--trials'"]),
+            ((*SEARCH, "--timeout", "0"), ["'--timeout'"]),
+            ((*SEARCH, "--timeout", "-1"), ["'--timeout'"]),
+            ((*SEARCH, "--jobs", "0"), ["'--jobs'"]),
+            ((*SEARCH, "--sampler", "anneal"), ["'--sampler'", "anneal", "tpe"]),
+            ((*SEARCH, "--fix", "nonsense=1"), ["'--fix'", "nonsense", "selection"]),
+            ((*SEARCH, "--fix", "slack=7"), ["'--fix'", "slack must be one of 0, 8"]),
+            ((*SEARCH, "--fix", "slack"), ["'--fix'", "slack"]),
+            ((*SEARCH, "--fix", "pdl=true"), ["no valid config", "pdl", "fix less"]),
+            ((*SEARCH, "--no-such-option"), ["--no-such-option"]),
+            (("show", "--limit", "0"), ["'--limit'"]),
+            (("show", "--device", "gtx"), ["'--device'", "gtx"]),
+            (("best", "--device", "h200"), ["'--shape'"]),
+            (("best", "--shape", "qwen3-vl-2b"), ["'--device'"]),
+            (("render",), ["--record", "--device", "--shape"]),
+            (("render", "--device", "h200"), ["--record", "--device", "--shape"]),
+            (("tables", "export", "--device", "gtx", "--output", "x.json"), ["gtx"]),
+            (("tables", "export", "--device", "h200"), ["'--output'"]),
+            (
+                ("tables", "export", "--device", "h200", "--output", "x", "--shortlist", "0"),
+                ["'--shortlist'"],
+            ),
+            (("tables", "import"), ["FILES"]),
+            (("tables", "merge", "a.json", "-o", "x.json"), ["two tables"]),
+            (("tables", "merge", "a.json", "b.json"), ["'--output'"]),
+            (("tables", "diff", "a.json"), ["'B'"]),
+            (("tables", "check", "not-there.json"), ["not-there.json"]),
+            (("nonsense",), ["nonsense"]),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_a_bad_option_is_one_line_that_names_it(
+        self, args: tuple[str, ...], said: Sequence[str]
+    ) -> None:
+        error = refused(*args)
+        assert all(word in error for word in said), error
+
+
+READERS = [
+    ("show",),
+    ("best", "--device", "orin", "--shape", TINY),
+    ("render", "--record", "3f2a"),
+    ("tables", "export", "--device", "orin", "--output", "out.json"),
+]
+WRITERS = [SEARCH]
+
+
+class TestDatabases:
+    @pytest.mark.parametrize("command", READERS + WRITERS, ids=lambda command: command[0])
+    def test_a_corrupt_file_is_refused_and_left_alone(
+        self, command: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        database = tmp_path / "corrupt.db"
+        database.write_bytes(b"not a database, whatever it is called" * 100)
+        before = database.read_bytes(), sorted(os.listdir(tmp_path))
+        error = refused(*command, "--db", database)
+        assert str(database) in error
+        assert (database.read_bytes(), sorted(os.listdir(tmp_path))) == before
+
+    @pytest.mark.parametrize("command", READERS + WRITERS, ids=lambda command: command[0])
+    def test_a_database_of_a_newer_version_is_refused(
+        self, command: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        database = tmp_path / "newer.db"
+        Store(database).close()
+        with sqlite3.connect(database) as connection:
+            connection.execute("PRAGMA user_version = 99")
+        connection.close()
+        error = refused(*command, "--db", database)
+        assert "newer flashtune (schema 99" in error
+        assert "upgrade flashtune" in error
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("/proc/tuning.db", "cannot open or write /proc/tuning.db"),
+            ("no/such/folder/tuning.db", "the folder no/such/folder does not exist"),
+            (".", "'--db': File '.' is a directory"),
+        ],
+    )
+    def test_a_path_that_cannot_be_written_is_refused(
+        self, name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert said in refused(*SEARCH, "--db", name)
+        assert os.listdir(tmp_path) == []
+
+    def test_the_environment_names_the_database(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "elsewhere.db"))
+        assert "elsewhere.db" in refused("render", "--record", "3f2a")
+
+
+@pytest.fixture
+def table(tmp_path: Path, recorded, problem: Problem, device: Device) -> Path:
+    """A good table of one record."""
+    path = tmp_path / "good.json"
+    record = recorded(default_config(problem, device), 12.0)
+    write_table(path, TuningTable(device=device.name, records=(record,)))
+    return path
+
+
+class TestTables:
+    def test_a_good_table_is_imported(self, table: Path, tmp_path: Path) -> None:
+        assert "1 records of orin-nano-super, all good" in done("tables", "check", table)
+        assert "1 records" in done("tables", "import", table, "--db", tmp_path / "new.db")
+        [record] = json.loads(done("show", "--json", "--db", tmp_path / "new.db"))
+        assert record["measurement"]["median_us"] == 12.0
+
+    @pytest.mark.parametrize("command", ["import", "check"])
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"plan": "../../x"}, "plan must be one of staged, persistent"),
+            ({"plan": ["staged"]}, ""),
+            ({"score_rows": "1); import os"}, "score_rows must be one of"),
+            ({"score_rows": True}, "score_rows must be one of"),
+            ({"score_rows": 1.0}, "score_rows must be one of"),
+            ({"score_rows": 3}, "score_rows must be one of"),
+            ({"evict": "evict_first'); import os"}, "evict must be one of"),
+            ({"extra": 1}, "check extra"),
+            ({"score_block": 4096}, "wider than the hidden size"),
+            ({"pdl": True}, "sm_90"),
+            ({"gather_programs_per_sm": 2}, "does not matter"),
+        ],
+        ids=str,
+    )
+    def test_hostile_configs_are_refused_before_anything_renders(
+        self,
+        table: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+        change: dict[str, Any],
+        said: str,
+    ) -> None:
+        data = json.loads(table.read_text())
+        data["records"][0]["config"].update(change)
+        bad = tmp_path / "bad.json"
+        bad.write_text(json.dumps(data))
+        rendered: list[str] = []
+
+        class Backend:
+            def render(self, problem: Problem, config: Config, device: Device) -> None:
+                rendered.append(device.name)
+
+        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        files = [table, bad] if command == "import" else [bad]
+        error = refused("tables", command, *files)
+        assert len(rendered) == len(files) - 1  # the good one alone
+        assert str(bad) in error
+        assert said in error
+        assert not (tmp_path / "usual.db").exists()  # the good one is not imported either
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"schema_version": 2},
+            {"schema_version": "1"},
+            {"device": "gtx"},
+            {"device": "orin"},
+            {"records": {}},
+            {"unknown": 1},
+        ],
+        ids=str,
+    )
+    def test_tables_of_another_kind_are_refused(self, table: Path, change: dict[str, Any]) -> None:
+        table.write_text(json.dumps({**json.loads(table.read_text()), **change}))
+        for command in ("import", "check"):
+            assert str(table) in refused("tables", command, table)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"a": NaN}'])
+    def test_what_is_no_table_is_refused(self, table: Path, text: str) -> None:
+        table.write_text(text)
+        assert str(table) in refused("tables", "import", table)
+
+    def test_a_table_that_is_not_as_exported_does_not_pass(self, table: Path) -> None:
+        table.write_text(json.dumps(json.loads(table.read_text())))
+        assert "export it again" in refused("tables", "check", table)
+
+    def test_a_failure_does_not_pass(
+        self, table: Path, recorded, problem: Problem, device: Device
+    ) -> None:
+        record = recorded(default_config(problem, device), None)
+        write_table(table, TuningTable(device=device.name, records=(record,)))
+        assert "outcome is crash" in refused("tables", "check", table)
+
+    def test_tables_are_merged_and_compared(
+        self, table: Path, tmp_path: Path, recorded, problem: Problem, device: Device
+    ) -> None:
+        mine, out = tmp_path / "mine.json", tmp_path / "out.json"
+        record = recorded(default_config(problem, device), 6.0)
+        write_table(mine, TuningTable(device=device.name, records=(record,)))
+        text = done("tables", "merge", table, mine, "-o", out)
+        assert f"512x64 c32 p4: {mine}: 6.000 us is faster than 12.000" in text
+        assert out.read_text() == mine.read_text()
+        data = json.loads(done("tables", "merge", out, table, "--output", out, "--json"))
+        [conflict] = data["conflicts"]
+        assert (data["records"], conflict["taken_from"]) == (1, str(out))
+        assert conflict["left"]["measurement"]["median_us"] == 12.0
+        assert out.read_text() == mine.read_text()
+        text = done("tables", "diff", table, mine)
+        assert "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)\n0 shapes are the same" in text
+        assert json.loads(done("tables", "diff", mine, out, "--json"))["same"] == 1
+
+    def test_merging_leaves_the_output_alone_when_a_table_is_bad(
+        self, table: Path, tmp_path: Path
+    ) -> None:
+        bad = tmp_path / "bad.json"
+        bad.write_text("{")
+        before = table.read_text()
+        assert str(bad) in refused("tables", "merge", table, bad, "-o", table)
+        assert table.read_text() == before
+
+    def test_exporting_nothing_says_so(self, tmp_path: Path) -> None:
+        Store(tmp_path / "usual.db").close()
+        error = refused("tables", "export", "--device", "h200", "--output", tmp_path / "out.json")
+        assert "no record" in error
+        assert not (tmp_path / "out.json").exists()
+
+    def test_a_config_that_does_not_compile_is_named(
+        self, table: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Backend:
+            def render(self, *_: object) -> str:
+                return ""
+
+            def compile(self, *_: object) -> None:
+                raise RuntimeError("ptxas fell over")
+
+        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        error = refused("tables", "check", "--compile", table)
+        assert "512x64 c32 p4: does not compile: ptxas fell over" in error
+
+
+def test_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = json.loads(done("devices", "--json"))
+    *registered, cpu = rows
+    assert [row["name"] for row in registered] == [device.name for device in all_devices()]
+    assert not any(row["here"] for row in registered)
+    assert all(row["source"] and row["memory_bandwidth"] > 1e10 for row in registered)
+    assert cpu["here"] and cpu["aliases"] == ["cpu"]
+    assert done("devices").count("this") == 1
+
+
+def test_without_a_gpu_a_search_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_device() == this_cpu()
+
+
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A database with a search of three trials, and what that search printed."""
+    database = tmp_path_factory.mktemp("predicted") / "tuning.db"
+    return database, json.loads(done(*SEARCH, "--trials", 3, "--db", database, "--json"))
+
+
+Predicted = tuple[Path, dict[str, Any]]
+
+
+class TestAPredictedSearch:
+    def test_its_results_are_data(self, predicted: Predicted, problem: Problem) -> None:
+        _, data = predicted
+        [result] = data["results"]
+        assert (data["device"], data["provenance"]) == ("orin-nano-super", "predicted")
+        assert Problem.from_json(result["problem"]) == problem
+        assert (result["evaluated"], result["failed"]) == (3, 0)
+        assert result["default_us"] > result["floor_us"] > 0
+        assert result["winner"]["provenance"] == "predicted"
+        assert result["winner"]["measurement"]["median_us"] <= result["default_us"]
+
+    def test_its_records_never_pass_for_measured(self, predicted: Predicted) -> None:
+        records = json.loads(done("show", "--db", predicted[0], "--json"))
+        assert len(records) == 3
+        assert {record["provenance"] for record in records} == {"predicted"}
+        assert all("stages" in record["measurement"]["policy"] for record in records)
+        assert all(record["toolchain"]["torch"] == "" for record in records)
+
+    def test_a_person_is_told(self, predicted: Predicted) -> None:
+        """The same search again has nothing left to evaluate, and says the same."""
+        database, data = predicted
+        result = run(*SEARCH, "--trials", 3, "--db", database)
+        assert result.exit_code == 0
+        assert "PREDICTED" in result.stderr
+        assert "none is measured" in result.stderr
+        assert "predicted" in result.stdout
+        again = json.loads(done(*SEARCH, "--trials", 3, "--db", database, "--json"))
+        assert again == data
+
+    def test_show_and_best(self, predicted: Predicted, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        database, data = predicted
+        winner = data["results"][0]["winner"]
+        where = ("--device", "orin", "--shape", TINY, "--db", database)
+        assert json.loads(done("best", *where, "--json")) == winner
+        rows = json.loads(done("show", *where, "--json", "--limit", 2))
+        assert len(rows) == 2
+        assert rows[0] == winner
+        assert winner["key"][:12] in done("best", *where)
+        assert "2 of 3 records" in done("show", *where, "--limit", 2)
+        assert json.loads(done("show", "--device", "h200", "--db", database, "--json")) == []
+        missing = refused("best", "--device", "a40", "--shape", TINY, "--db", database)
+        assert "512x64 c32 p4" in missing
+        assert "flashtune search" in missing
+
+    def test_render_prints_the_source_of_the_record(
+        self, predicted: Predicted, problem: Problem, device: Device
+    ) -> None:
+        database, data = predicted
+        winner = data["results"][0]["winner"]
+        source = done("render", "--record", winner["key"][:10].upper(), "--db", database)
+        ast.parse(source)
+        config = parse_config(winner["config"])
+        assert source == backend_of(device).render(problem, config, device)
+        default = done("render", "--device", "orin", "--shape", TINY)
+        assert default == backend_of(device).render(
+            problem, default_config(problem, device), device
+        )
+        assert "not a record's key" in refused("render", "--record", "xyz", "--db", database)
+        assert "no record's key" in refused("render", "--record", "f" * 32, "--db", database)
+
+    def test_a_table_goes_round(self, predicted: Predicted, tmp_path: Path) -> None:
+        database, data = predicted
+        path, other = tmp_path / "orin.json", tmp_path / "other.db"
+        done("tables", "export", "--device", "orin", "--shortlist", 2, "--output", path,
+             "--db", database)  # fmt: skip
+        assert "2 records" in done("tables", "check", "--compile", path)
+        done("tables", "import", path, "--db", other)
+        [winner] = [data["results"][0]["winner"]]
+        back = json.loads(done("show", "--db", other, "--json"))
+        assert len(back) == 2
+        assert {**back[0], "measurement": None} == {**winner, "measurement": None}
+        assert back[0]["measurement"]["median_us"] == pytest.approx(
+            winner["measurement"]["median_us"], abs=1e-3
+        )
+        again = tmp_path / "again.json"
+        done("tables", "export", "--device", "orin", "--output", again, "--db", other)
+        assert again.read_text() == path.read_text()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_search_on_this_machine_measures(tmp_path: Path) -> None:
+    """With a real compiler and real workers: the default and the baseline, then both again."""
+    where = ("--device", "cpu", "--shape", TINY, "--db", tmp_path / "tuning.db")
+    result = run("search", *where, "--jobs", 1, "--trials", 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert "PREDICTED" not in result.stderr
+    data = json.loads(result.stdout)
+    [found] = data["results"]
+    assert data["provenance"] == "measured"
+    assert (found["evaluated"], found["failed"]) == (2, 0)
+    assert found["winner"]["measurement"]["policy"] == "final"
+    assert found["winner"]["toolchain"]["compiler"] == compiler_version()
+    assert found["winner"] == json.loads(done("best", *where, "--json"))
+    assert 0 < found["default_us"] < 10_000
+
+
+CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore it
+from flashtune.tuner.cli.main import cli
+cli(prog_name="flashtune")
+"""
+
+
+def begin(database: Path, after: int) -> subprocess.Popen[str]:
+    """A search in a process of its own that has evaluated more than `after` configs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *SEARCH, "--trials", "1000", "--db", str(database)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while len(kept(database)) <= after:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return process
+
+
+def kept(database: Path) -> list[Record]:
+    try:
+        with Store(database, read_only=True) as store:
+            return store.records()
+    except FlashtuneError:  # not there yet, or nothing in it
+        return []
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(each) for each in text.split()]
+
+
+def test_a_search_that_is_stopped_or_killed_goes_on_later(tmp_path: Path) -> None:
+    """Ctrl-C, then kill -9, then to the end: one test, since processes take long to start."""
+    database = tmp_path / "tuning.db"
+    first = begin(database, after=1)
+    workers = children(first.pid)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=60)
+    stopped = kept(database)
+    assert first.returncode == 130, err
+    assert "Traceback" not in err
+    assert "predicted" in out  # what there is, is shown
+    assert len(stopped) > 1
+
+    second = begin(database, after=len(stopped))
+    workers += children(second.pid)
+    assert len(workers) == 2
+    second.kill()
+    second.communicate(timeout=60)
+    killed = kept(database)
+    assert len(killed) > len(stopped)
+    assert {each.key for each in stopped} < {each.key for each in killed}
+
+    total = len(killed) + 2
+    [result] = json.loads(done(*SEARCH, "--trials", total, "--db", database, "--json"))["results"]
+    assert result["evaluated"] == total
+    with Store(database, read_only=True) as store:
+        records = store.records()
+        assert len(records) == total
+        assert all(len(store.measurements(each.key)) == 1 for each in records)
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+              for pid in workers):  # fmt: skip
+        assert time.monotonic() < end, "a worker outlived its search"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Path]:
+    """A model's folder: `model(hidden_size=128)`; a config of text is written as it is."""
+
+    def make(
+        config: dict[str, Any] | str | None = None,
+        tensors: dict[str, torch.Tensor] | bytes | None = None,
+        below: str = "",
+    ) -> Path:
+        folder = tmp_path / "model"
+        assets = folder / below
+        assets.mkdir(parents=True)
+        if config is None:
+            config = {"hidden_size": 64, "dtype": "bfloat16", "n_probes": 4}
+        if config != "absent":
+            text = config if isinstance(config, str) else json.dumps(config)
+            (folder / "config.json").write_text(text)
+        path = assets / "clustering_cache.safetensors"
+        if isinstance(tensors, bytes):
+            path.write_bytes(tensors)
+        else:
+            save_file(clustering() if tensors is None else tensors, path)
+        return folder
+
+    return make
+
+
+def clustering(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "centroids": torch.zeros(64, 32),
+        "cluster_assignments": torch.zeros(512, dtype=torch.int64),
+        **changes,
+    }
+
+
+class TestModels:
+    @pytest.mark.parametrize("below", ["", "flash_head_assets", "elsewhere"])
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_folder_is_read_as_its_problem(
+        self, model, problem: Problem, below: str, nested: bool
+    ) -> None:
+        text = {"hidden_size": 64, "dtype": "bfloat16"}
+        config = {"text_config": text} if nested else {**text, "text_config": ["odd"]}
+        folder = model(
+            {**config, "n_probes": 4, "flash_head_cache_dir": below or "x"}, below=below
+        )
+        assert read_model(folder) == problem
+
+    @pytest.mark.parametrize(
+        ("config", "tensors", "file", "said"),
+        [
+            ("absent", None, "config.json", "give a model folder"),
+            ("{", None, "config.json", "not JSON"),
+            ("[]", None, "config.json", "JSON object"),
+            ({"hidden_size": 128}, None, "clustering_cache.safetensors", "hidden_size 128"),
+            ({}, None, "clustering_cache.safetensors", "hidden_size None"),
+            ({"hidden_size": 64, "dtype": "int8"}, None, "config.json", "int8"),
+            ({"hidden_size": 64, "n_probes": 33}, None, "config.json", "n_probes 33"),
+            ({"hidden_size": 64, "n_probes": "many"}, None, "config.json", "'many'"),
+            ({"hidden_size": 64, "n_probes": 0}, None, "config.json", "n_probes"),
+            (None, b"", "clustering_cache.safetensors", "not a whole safetensors file"),
+            (None, b"\xff" * 64, "clustering_cache.safetensors", "not a whole safetensors file"),
+            (None, {"centroids": torch.zeros(64, 32)}, "clustering_cache.safetensors", "assign"),
+            (
+                None,
+                clustering(centroids=torch.zeros(64)),
+                "clustering_cache.safetensors",
+                "centroids has shape [64]",
+            ),
+        ],
+    )
+    def test_what_is_wrong_is_said_of_the_file(
+        self, model, config: Any, tensors: Any, file: str, said: str
+    ) -> None:
+        folder = model(config, tensors)
+        error = refused("search", "--device", "orin", "--model", folder)
+        assert "'--model'" in error
+        assert str(folder / file) in error
+        assert said in error
+
+    def test_a_folder_without_clusters_is_no_flash_head_model(self, model) -> None:
+        folder = model()
+        (folder / "clustering_cache.safetensors").unlink()
+        error = refused("search", "--device", "orin", "--model", folder)
+        assert "clustering_cache.safetensors: no such file" in error
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        error = refused("search", "--device", "orin", "--model", tmp_path / "absent")
+        assert "absent/config.json" in error

@@ -1,0 +1,419 @@
+"""`flashtune cluster` and `flashtune quality`, on tiny random models made here."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.model_folder.clusters import read_clusters
+from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.tuner.cli.main import cli
+from flashtune.tuner.clustering import clustered_folder, quality_report
+from flashtune.tuner.clustering.kmeans import BalancedKMeans
+from flashtune.tuning_db.errors import FlashtuneError
+
+VOCAB, WIDTH = 200, 16
+EMBEDDING = "model.embed_tokens.weight"
+STATES = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without kernels, so that nothing is compiled."""
+    for module in ("kernels.binding", "kernels.head", "tuner.head_latency"):
+        monkeypatch.setattr(f"flashtune.{module}.device_of", lambda _: None)
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """Decode steps without a model that is run."""
+    monkeypatch.setattr(quality_report, "require_transformers", lambda: None)
+    monkeypatch.setattr("flashtune.tuner.cli.models.require_transformers", lambda: None)
+    monkeypatch.setattr(quality_report, "decode_states", lambda *_: STATES)
+    return STATES
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def model(tmp_path: Path, weight: torch.Tensor) -> Path:
+    folder = tmp_path / "model"
+    (folder / "templates").mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "vocab_size": VOCAB,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "templates" / "chat.jinja").write_text("{{ hello }}")
+    save_file({EMBEDDING: weight}, folder / "model.safetensors")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(cli, words, catch_exceptions=False)
+
+
+def done(*arguments: object) -> Result:
+    result = run(*arguments, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "flash"
+
+
+@pytest.fixture
+def flash(model: Path, out: Path) -> Path:
+    """A clustered model: 20 clusters of 10 tokens, 5 probes."""
+    done("cluster", "--model", model, "--out", out, "--clusters", 20, "--probes", 5)
+    return out
+
+
+class TestCluster:
+    def test_the_folder_is_the_model_and_its_clusters(
+        self, model: Path, out: Path, weight: torch.Tensor
+    ) -> None:
+        before = files(model)
+        told = done("cluster", "--model", model, "--out", out, "--json").stdout
+        assert files(model) == before
+        assert sorted(path.name for path in out.parent.iterdir()) == ["flash", "model"]
+        made = files(out)
+        assert {name: made[name] for name in before if name != "config.json"} == {
+            name: data for name, data in before.items() if name != "config.json"
+        }
+        assert json.loads(made["config.json"]) == {
+            **json.loads(before["config.json"]),
+            "architectures": ["FlashHeadLlamaForCausalLM"],
+            "flash_head_cache_dir": "flash_head_assets",
+            "n_probes": 1,
+        }
+        data = json.loads(told)
+        assert 0 < data.pop("fit") < 1
+        assert data == {
+            "out": str(out),
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "n_clusters": 13,
+            "n_probes": 1,
+            "iterations": 15,
+        }
+
+    def test_a_flash_head_of_it_answers_as_the_dense_head(
+        self, flash: Path, weight: torch.Tensor
+    ) -> None:
+        head = FlashHead.from_pretrained(flash, n_probes=20)
+        assert torch.equal(head(STATES), (STATES @ weight.T).argmax(dim=1))
+        assert FlashHead.from_pretrained(flash).n_probes == 5
+
+    def test_probes_find_more_than_chance_would(self, flash: Path, weight: torch.Tensor) -> None:
+        rows = weight[::3]  # a hidden state along a row has that token on top
+        tokens = FlashHead.from_pretrained(flash)(rows)
+        found = (tokens == (rows @ weight.T).argmax(dim=1)).double().mean()
+        assert found > 0.75  # of random clusters, 5 of 20 would hold a quarter
+
+    def test_a_flash_head_model_may_be_clustered_again(self, flash: Path, tmp_path: Path) -> None:
+        again = tmp_path / "again"
+        done("cluster", "--model", flash, "--out", again, "--clusters", 10)
+        config = json.loads((again / "config.json").read_text())
+        assert config["architectures"] == ["FlashHeadLlamaForCausalLM"]
+        assert len(read_clusters(ModelFolder.open(again).clustering_file).centroids) == 10
+
+    @pytest.mark.parametrize("link", [False, True])
+    def test_weights_are_copies_unless_links_are_asked_for(
+        self, model: Path, out: Path, link: bool
+    ) -> None:
+        done("cluster", "--model", model, "--out", out, *(["--link"] if link else []))
+        same = {name: os.path.samefile(model / name, out / name) for name in files(model)}
+        assert {name for name, shared in same.items() if shared} == (
+            {"model.safetensors"} if link else set()
+        )
+
+    def test_links_of_a_cache_are_followed(self, model: Path, tmp_path: Path, out: Path) -> None:
+        cache = tmp_path / "snapshot"
+        cache.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (cache / name).symlink_to(model / name)
+        done("cluster", "--model", cache, "--out", out, "--link")
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+        assert load_file(out / "model.safetensors")[EMBEDDING].shape == (VOCAB, WIDTH)
+
+    def test_ctrl_c_keeps_what_is_done(
+        self, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = tmp_path / "whole"
+        done("cluster", "--model", model, "--out", whole)
+        steps, step = [], BalancedKMeans.step
+
+        def stopped(self: BalancedKMeans) -> float:
+            steps.append(self.iteration)
+            if len(steps) == 6:
+                raise KeyboardInterrupt
+            return step(self)
+
+        monkeypatch.setattr(BalancedKMeans, "step", stopped)
+        result = run("cluster", "--model", model, "--out", out)
+        assert result.exit_code == 130
+        assert "the same command goes on from here" in result.output
+        assert not out.exists()
+        checkpoint = tmp_path / "flash.checkpoint"
+        assert checkpoint.exists()
+        error = refused("cluster", "--model", model, "--out", out, "--seed", 1)
+        assert f"{checkpoint}: the checkpoint of another clustering" in error
+        done("cluster", "--model", model, "--out", out)
+        assert steps == [*range(6), *range(5, 15)]
+        assert files(out) == files(whole)
+        assert not checkpoint.exists()
+
+    def test_a_folder_that_cannot_be_finished_is_not_there(
+        self, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(clustered_folder, "write_clusters", interrupted)
+            assert run("cluster", "--model", model, "--out", out).exit_code == 130
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["flash.checkpoint", "model"]
+        done("cluster", "--model", model, "--out", out)
+
+    def test_a_recall_chooses_the_probes(
+        self, model: Path, out: Path, states: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        done("cluster", "--model", model, "--out", out, "--clusters", 20, "--recall", 0.9)
+        dense = (states @ weight.T).argmax(dim=1)
+
+        def agreement(n_probes: int) -> float:
+            head = FlashHead.from_pretrained(out, n_probes=n_probes)
+            return float((head(states) == dense).double().mean())
+
+        chosen = ModelFolder.open(out).config["n_probes"]
+        assert agreement(chosen) >= 0.9 > agreement(chosen - 1)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--clusters", "201"], "201 clusters of 200 tokens"),
+            (["--clusters", "4", "--probes", "5"], "5 probes of 4 clusters"),
+            (["--probes", "5", "--recall", "0.9"], "give one of --probes and --recall"),
+            (["--recall", "1.5"], "--recall"),
+        ],
+    )
+    def test_what_cannot_be_done(
+        self, model: Path, out: Path, arguments: list[str], said: str
+    ) -> None:
+        assert said in refused("cluster", "--model", model, "--out", out, *arguments)
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+    def test_nothing_is_overwritten(self, model: Path, tmp_path: Path) -> None:
+        before = files(model)
+        error = refused("cluster", "--model", model, "--out", model)
+        assert f"{model}: exists already" in error
+        assert files(model) == before
+        (tmp_path / "flash.partial").mkdir()
+        error = refused("cluster", "--model", model, "--out", tmp_path / "flash")
+        assert "flash.partial: exists already" in error
+        error = refused("cluster", "--model", model, "--out", tmp_path / "no" / "where")
+        assert "no: no such folder" in error
+
+    def test_a_disk_that_is_too_small(
+        self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full = type("Usage", (), {"free": 1000})
+        monkeypatch.setattr(clustered_folder.shutil, "disk_usage", lambda _: full)
+        assert "or give --link" in refused("cluster", "--model", model, "--out", out)
+        done("cluster", "--model", model, "--out", out, "--link")
+
+    def test_a_disk_that_cannot_be_written_to(
+        self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(clustered_folder.shutil, "copyfile", full)
+            error = refused("cluster", "--model", model, "--out", out)
+            assert f"{out}: cannot be written: " in error and "No space left" in error
+            patch.setattr(Path, "write_bytes", full)
+            (out.parent / "flash.checkpoint").unlink()
+            assert "No space left" in refused("cluster", "--model", model, "--out", out)
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+    def test_transformers_is_asked_for_before_the_work(
+        self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+        error = refused("cluster", "--model", model, "--out", out, "--recall", "0.9")
+        assert "pip install 'flashtune[hf]'" in error
+        assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+class TestQuality:
+    def report(self, flash: Path, *arguments: object) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(
+            done("quality", "--model", flash, "--json", *arguments).stdout
+        )
+        return data
+
+    def test_shares_are_those_of_the_head_itself(
+        self, flash: Path, states: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        data = self.report(flash, "--probes", 1, "--probes", 6, "--probes", 20)
+        assert (data["states"], data["n_clusters"], data["n_probes"]) == (40, 20, 5)
+        logits = states @ weight.T
+        clusters = read_clusters(ModelFolder.open(flash).clustering_file)
+        scores = states @ clusters.centroids.T
+        for row, n_probes in zip(data["rows"], (1, 6, 20), strict=True):
+            head = FlashHead.from_pretrained(flash, n_probes=n_probes)
+            agree = (head(states) == logits.argmax(dim=1)).double().mean()
+            probed = scores.topk(n_probes).indices
+            inside = (clusters.assignments[None, :, None] == probed[:, None]).any(dim=2)
+            five = inside.gather(1, logits.topk(5).indices).all(dim=1).double().mean()
+            mass = (logits.softmax(dim=1) * inside).sum(dim=1).mean()
+            assert row["n_probes"] == n_probes
+            assert row["top1"] == pytest.approx(float(agree), abs=1e-12)
+            assert row["top5"] == pytest.approx(float(five), abs=1e-12)
+            assert row["mass"] == pytest.approx(float(mass), abs=1e-5)
+            assert row["median_us"] > 0 and row["level"] == "torch"
+        assert data["dense"]["median_us"] > 0 and data["recall"] is None
+
+    def test_special_tokens_are_found_always(
+        self, flash: Path, states: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        plain = self.report(flash, "--probes", 1)["rows"][0]
+        path = flash / "config.json"
+        config = json.loads(path.read_text())
+        special = (states @ weight.T).argmax(dim=1)[:30].tolist()
+        path.write_text(json.dumps({**config, "flash_head_special_token_ids": special}))
+        row = self.report(flash, "--probes", 1)["rows"][0]
+        assert row["top1"] >= 0.75 > plain["top1"]
+        assert row["mass"] > plain["mass"]
+
+    def test_the_usual_probes_and_the_models_own(self, flash: Path, states: torch.Tensor) -> None:
+        numbers = [row["n_probes"] for row in self.report(flash)["rows"]]
+        assert numbers == [1, 2, 4, 5, 8]
+        data = self.report(flash, "--recall", 0.95)
+        found = data["recall"]["n_probes"]
+        assert data["recall"]["target"] == 0.95
+        assert found in [row["n_probes"] for row in data["rows"]]
+        [row] = [row for row in data["rows"] if row["n_probes"] == found]
+        assert row["top1"] >= 0.95
+
+    def test_a_table_for_people(self, flash: Path, states: torch.Tensor) -> None:
+        text = done("quality", "--model", flash, "--recall", "1").output
+        assert "40 decode steps, 20 clusters" in text
+        assert "5*" in text and "dense" in text
+        assert "probes are the fewest that agree in 100.00%" in text
+
+    def test_a_picture(self, flash: Path, states: torch.Tensor, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        picture = tmp_path / "quality.png"
+        done("quality", "--model", flash, "--plot", picture)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        error = refused("quality", "--model", flash, "--plot", tmp_path / "quality.odd")
+        assert "quality.odd: cannot be written" in error
+
+    def test_what_is_not_installed_is_named(
+        self, flash: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        modules = __import__("sys").modules
+        monkeypatch.setitem(modules, "transformers", None)
+        monkeypatch.setitem(modules, "matplotlib.figure", None)
+        assert "pip install 'flashtune[hf]'" in refused("quality", "--model", flash)
+        error = refused("quality", "--model", flash, "--plot", tmp_path / "a.png")
+        assert "pip install 'flashtune[plot]'" in error
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [(b"\n \n", "holds no prompts"), (b"\xff\xff", "cannot be read as text"), (None, "read")],
+    )
+    def test_prompts_that_are_none(
+        self, flash: Path, tmp_path: Path, text: bytes | None, said: str
+    ) -> None:
+        path = tmp_path / "prompts.txt"
+        if text is not None:
+            path.write_bytes(text)
+        error = refused("quality", "--model", flash, "--prompts", path)
+        assert f"{path}: " in error and said in error
+
+    def test_more_probes_than_clusters(self, flash: Path, states: torch.Tensor) -> None:
+        assert "21 probes of 20 clusters" in refused("quality", "--model", flash, "--probes", 21)
+
+    def test_a_model_without_clusters(self, model: Path, states: torch.Tensor) -> None:
+        error = refused("quality", "--model", model)
+        assert "make one of it with `flashtune cluster`" in error
+
+
+class TestDecodeStates:
+    """With a model that transformers runs, where it is installed."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> ModelFolder:
+        transformers = pytest.importorskip("transformers")
+        tokenizers = pytest.importorskip("tokenizers")
+        words = {word: number for number, word in enumerate(["[UNK]", *"abcdefgh"])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        path = tmp_path / "tiny"
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="[UNK]"
+        ).save_pretrained(path)
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, eos_token_id=3, bos_token_id=0,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+        return ModelFolder.open(path)
+
+    def test_states_give_the_tokens_that_the_model_writes(self, folder: ModelFolder) -> None:
+        import transformers
+
+        from flashtune.tuner.clustering.decode_state import decode_states
+
+        prompts = ["a b c", "d", "h g f e d c b a", "b b"]
+        states = decode_states(folder, prompts, 6, "cpu")
+        weight = folder.head_weight().read()
+        tokens = (states @ weight.T).argmax(dim=1).tolist()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder.path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path)
+        expected = []
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            written = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            expected += written[0, inputs["input_ids"].shape[1] :].tolist()
+        assert tokens == expected
+
+    def test_a_folder_that_transformers_cannot_load(self, folder: ModelFolder) -> None:
+        from flashtune.tuner.clustering.decode_state import decode_states
+
+        config = json.loads((folder.path / "config.json").read_text())
+        (folder.path / "config.json").write_text(json.dumps({**config, "model_type": "odd"}))
+        with pytest.raises(FlashtuneError, match="transformers cannot load it") as caught:
+            decode_states(folder, ["a"], 1, "cpu")
+        assert "\n" not in str(caught.value)

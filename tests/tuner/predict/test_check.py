@@ -1,0 +1,117 @@
+"""The model that ships: what is said of it is what its check finds."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from flashtune.tuner.cli.main import cli
+from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
+from flashtune.tuner.predict.check import MOST_ERROR, Report, check_model
+from flashtune.tuner.predict.cost_model import MODEL_FILE, VERSION, CostModel, read_model_file
+from flashtune.tuner.predict.fit import (
+    Samples,
+    fit_constants,
+    held_out_misses,
+    intervals,
+    read_fit,
+    rounded,
+)
+from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
+from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.record import Provenance
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "cost-model.md"
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    calibration = read_calibration(CALIBRATIONS / "nvidia-h200.json.gz")
+    fit = read_fit(read_model_file(MODEL_FILE))
+    return check_model(fit, calibration, find_device("h200"))
+
+
+def test_the_document_has_the_checks_tables(report: Report) -> None:
+    text = DOCUMENT.read_text("utf-8")
+    rows = [
+        f"| {' + '.join(split.held_out)}{' *' if split is report.headline else ''} "
+        f"| {split.rank_correlation:.2f} | +{split.loss:.1%} | {split.inside:.0%} |"
+        for split in report.splits
+    ]
+    rows += [
+        f"| {each.shape}, {each.problem.n_probes} probes | {each.samples} "
+        f"| {each.rank_correlation:.2f} | +{each.loss:.1%} | {each.inside:.0%} |"
+        for each in report.headline.results
+    ]
+    rows += [
+        f"| {each.device} | {'fused gather' if each.fused else 'framework'} | {each.n_probes} "
+        f"| {each.published_us:.0f} | {each.predicted_us:.0f} | {each.error:+.0%} |"
+        for each in report.figures
+    ]
+    assert [row for row in rows if row not in text] == []
+    assert f"holds {report.samples:,} measured" in text
+
+
+def test_the_document_has_the_constants() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    constants = read_model_file(MODEL_FILE)["model"]["constants"]
+    rows = [f"| `{name}` | {value} |" for name, value in constants.items()]
+    assert [row for row in rows if row not in text] == []
+
+
+def test_the_constants_are_those_of_the_fit(report: Report) -> None:
+    # Solvers differ in the last digits: what counts is what the constants say.
+    calibration = read_calibration(CALIBRATIONS / "nvidia-h200.json.gz")
+    samples = Samples(calibration.samples, find_device("h200"))
+    held = report.headline.held_out
+    fit = read_fit(read_model_file(MODEL_FILE))
+    again = fit_constants(samples.without(held, find_device("h200")), fit.model.constants)
+    shipped, fresh = (samples.log_predictions(each) for each in (fit.held_out[held], again))
+    assert abs(shipped - fresh).max() < 0.01
+    singles = {shapes[0]: each for shapes, each in fit.held_out.items() if len(shapes) == 1}
+    assert fit.model.intervals == intervals(samples, held_out_misses(samples, singles))
+    assert rounded(fit.model.constants) == fit.model.constants
+
+
+def test_published_times_are_met_at_a_model_folders_probes() -> None:
+    # Ranks on one device would not show a clock or a bandwidth that is taken twice.
+    model = CostModel.from_json(read_model_file(MODEL_FILE)["model"])
+    for figure in FIGURES:
+        predicted_us = published_prediction(model, figure, PROBES[-1]).time_us
+        assert abs(predicted_us / figure.time_us - 1) < MOST_ERROR
+
+
+def test_json_is_the_report(report: Report) -> None:
+    result = CliRunner().invoke(cli, ["model", "check", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(json.dumps(report.data()))
+
+
+def test_people_are_told_what_passed(report: Report) -> None:
+    result = CliRunner().invoke(cli, ["model", "check"])
+    assert result.exit_code == 0, result.output
+    passed = report.data()["passed"]
+    verdicts = [
+        line for line in result.stdout.splitlines() if line.startswith(("passed: ", "FAIL"))
+    ]
+    asked = [passed["rank_correlation"], passed["loss"], *passed["error"].values()]
+    assert [line.startswith("passed") for line in verdicts] == asked
+
+
+@pytest.mark.parametrize("option", ["--model", "--calibration"])
+def test_a_file_that_is_not_there_is_one_line(option: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["model", "check", option, str(tmp_path / "none")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: cannot read the c")
+
+
+@pytest.mark.parametrize("name", prebuilt_devices())
+def test_predictions_that_ship_are_of_this_model(name: str) -> None:
+    table = prebuilt_table(name)
+    assert table is not None
+    predicted = [each for each in table.records if each.provenance is Provenance.PREDICTED]
+    for measurement in (record.measurement for record in predicted):
+        assert measurement.policy == VERSION
+        assert measurement.spread_us and measurement.samples == 0

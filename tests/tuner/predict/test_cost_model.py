@@ -1,0 +1,196 @@
+"""The cost model's properties: what must be slower is predicted slower. No number is held."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.plans.config import (
+    FAMILIES,
+    Config,
+    CppFusedConfig,
+    PersistentConfig,
+    StagedConfig,
+    why_invalid,
+)
+from flashtune.kernels.plans.streamed import StreamedConfig
+from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
+from flashtune.tuner.cli.report import floor_us
+from flashtune.tuner.predict import cost_model
+from flashtune.tuner.predict.cost_model import (
+    Prediction,
+    family_of,
+    read_model_file,
+    shipped_model,
+)
+from flashtune.tuner.predict.stages import PLAN_STAGES
+from flashtune.tuning_db.device import Device, all_devices, find_device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+QWEN = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
+CONFIGS = (StagedConfig(), StagedConfig(selection="in_gather"), PersistentConfig(gather_rows=8))
+DEVICES = all_devices()
+
+
+def uses(config: Config, problem: Problem, device: Device, **changes: int) -> list[KernelUse]:
+    """What a config's kernels might need: as many programs as it has tiles."""
+    if isinstance(config, PersistentConfig):
+        rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
+    else:
+        probes = isinstance(config, StagedConfig)
+        clusters = problem.n_probes if probes else problem.n_clusters
+        tiles = clusters * -(-problem.cluster_size // config.gather_rows)
+        rows = {"gather": (tiles, config.gather_warps)}
+        if not isinstance(config, DenseConfig):
+            scored = -(-problem.n_clusters // config.score_rows)
+            rows["score"] = (scored, config.score_warps)
+        if isinstance(config, BatchedConfig) or getattr(config, "selection", "") == "threshold":
+            rows["select"] = (problem.n_tokens, config.select_warps)
+    plausible = {"registers": 40, "shared_bytes": 1024, "spilled": 0, **changes}
+    return [
+        KernelUse(kernel=name, programs=programs, warps=warps, **plausible)
+        for name, (programs, warps) in rows.items()
+    ]
+
+
+def predict(
+    config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
+) -> float:
+    return interval(config, problem, device, **changes).time_us
+
+
+def interval(
+    config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
+) -> Prediction:
+    device = device or find_device("h200")
+    return cost_model.predict(problem, config, device, uses(config, problem, device, **changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+class TestOnEveryDevice:
+    def test_more_bytes_are_slower(self, config: Config, device: Device) -> None:
+        times = [
+            predict(config, problem, device)
+            for problem in (
+                QWEN,
+                replace(QWEN, hidden_size=4096),
+                replace(QWEN, n_probes=1024),
+                replace(QWEN, weight_dtype="fp32"),
+                replace(QWEN, centroid_dtype="fp32"),
+                replace(QWEN, n_tokens=4),
+            )
+        ]
+        assert all(time > times[0] for time in times[1:])
+
+    def test_more_bandwidth_is_faster(self, config: Config, device: Device) -> None:
+        doubled = replace(device, memory_bandwidth=2 * device.memory_bandwidth)
+        assert predict(config, QWEN, doubled) < predict(config, QWEN, device)
+
+    def test_a_higher_clock_is_faster(self, config: Config, device: Device) -> None:
+        doubled = replace(device, clock_hz=2 * device.clock_hz)
+        assert predict(config, QWEN, doubled) < predict(config, QWEN, device)
+
+    def test_spills_are_slower_and_the_more_the_worse(
+        self, config: Config, device: Device
+    ) -> None:
+        none, some, many = (
+            predict(config, QWEN, device, spilled=spilled) for spilled in (0, 64, 1024)
+        )
+        assert none < some < many
+
+    def test_fewer_resident_programs_are_no_faster(self, config: Config, device: Device) -> None:
+        # As many as fit is best only up to the tail of the last wave: compare one with many.
+        crowded = predict(config, QWEN, device, shared_bytes=device.limits.shared_per_block)
+        assert crowded >= predict(config, QWEN, device)
+
+    def test_nothing_beats_its_bytes_or_is_far_from_them(
+        self, config: Config, device: Device
+    ) -> None:
+        floor = floor_us(QWEN, device)
+        assert floor is not None
+        assert floor < predict(config, QWEN, device) < 50 * floor  # a slip of a unit is more
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_a_threshold_beats_a_library_at_many_clusters(device: Device) -> None:
+    topk = StagedConfig(selection="torch_topk")
+    assert predict(StagedConfig(), QWEN, device) < predict(topk, QWEN, device)
+
+
+def test_overlapped_launches_are_faster() -> None:
+    assert predict(StagedConfig(pdl=True)) < predict(StagedConfig())
+
+
+def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
+    device = replace(find_device("h200"), clock_hz=0.0)
+    assert 0 < predict(StagedConfig(), QWEN, device) < math.inf
+
+
+def test_predictions_are_finite_and_positive(random_config, random_problem) -> None:
+    generator = random.Random(3)
+    seen = {plan: 0 for plan in ("staged", "persistent", "batched", "dense")}
+    for _ in range(10_000):
+        config, device = random_config(generator), generator.choice(DEVICES)
+        problem = random_problem(generator)
+        if type(config) not in PLAN_STAGES or why_invalid(config, problem, device) is not None:
+            continue
+        seen[config.plan] += 1
+        changes = {
+            "registers": generator.randint(16, 255),
+            "shared_bytes": generator.randrange(device.limits.shared_per_block),
+            "spilled": generator.choice((0, 0, 512)),
+        }
+        assert 0 < predict(config, problem, device, **changes) < math.inf
+    assert min(seen.values()) > 5
+
+
+def test_every_plan_in_triton_is_covered() -> None:
+    assert {*PLAN_STAGES, StreamedConfig} == set(FAMILIES["nvidia"].plans)
+    with pytest.raises(FlashtuneError, match="plan streamed are not predicted"):
+        cost_model.predict(QWEN, StreamedConfig(), find_device("h200"), ())
+
+
+def test_cpus_have_no_prediction() -> None:
+    with pytest.raises(FlashtuneError, match="search on the machine itself"):
+        cost_model.predict(QWEN, CppFusedConfig(), find_device("h200"), ())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
+def test_the_interval_is_around_the_time_and_the_familys_own(config: Config) -> None:
+    found = interval(config)
+    assert found.low_us < found.time_us < found.high_us
+    low, high = shipped_model().intervals[family_of(config)]
+    assert found.low_us == pytest.approx(low * found.time_us)
+    assert found.high_us == pytest.approx(high * found.time_us)
+
+
+def test_a_family_that_was_not_measured_has_the_widest_interval() -> None:
+    model = shipped_model()
+    rest = {name: each for name, each in model.intervals.items() if name != "persistent"}
+    blind = replace(model, intervals=rest)
+    config, device = PersistentConfig(), find_device("h200")
+    found = blind.predict(QWEN, config, device, uses(config, QWEN, device))
+    assert found.low_us / found.time_us == pytest.approx(min(low for low, _ in rest.values()))
+    assert found.high_us / found.time_us == pytest.approx(max(high for _, high in rest.values()))
+
+
+def test_a_small_device_waits_longer_for_the_same_programs() -> None:
+    # Eight multiprocessors take many waves, of which an H200 takes few.
+    h200 = find_device("h200")
+    small = replace(h200, sm_count=8)
+    slow = StagedConfig(score_rows=1, score_block=64, score_warps=1)
+    assert predict(slow, QWEN, small) > 2 * predict(slow, QWEN, h200)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": "roofline-1"}'])
+def test_a_file_that_is_no_model_is_one_clear_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(FlashtuneError, match="flashtune model fit") as raised:
+        read_model_file(path)
+    assert "\n" not in str(raised.value)

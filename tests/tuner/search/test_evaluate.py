@@ -1,0 +1,223 @@
+"""What every evaluator promises, and what each makes of workers' replies."""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.plans.config import Config
+from flashtune.tuner.predict.cost_model import predict
+from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.search.replay import ReplayEvaluator
+from flashtune.tuner.search.space import Space
+from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome
+
+FITS = tuple(
+    KernelUse(kernel=name, programs=8, warps=4, registers=32, shared_bytes=0, spilled=0)
+    for name in ("score", "select", "gather")
+)
+
+
+def ok(time_us: float) -> Measurement:
+    return Measurement(outcome=Outcome.OK, median_us=time_us)
+
+
+class InstantPool:
+    """A pool without processes: `reply` answers each task when it is waited for."""
+
+    def __init__(self, size: int, reply: Callable[[Task], Reply]) -> None:
+        self.size, self.reply = size, reply
+        self.tasks: deque[Task] = deque()
+        self.asked: list[Task] = []
+        self.cancelled = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self.tasks)
+
+    def submit(self, task: Task, seconds: float) -> None:
+        assert seconds > 0
+        self.tasks.append(task)
+        self.asked.append(task)
+
+    def wait(self, seconds: float) -> list[tuple[Task, Reply]]:
+        return [(task, self.reply(task)) for task in [self.tasks.popleft()]] if self.tasks else []
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+        self.tasks.clear()
+
+
+@pytest.fixture
+def space(free_space) -> Space:
+    return free_space("slack", "evict")
+
+
+def compiles(task: Task) -> Reply:
+    return Reply(uses=FITS)
+
+
+def measures(task: Task) -> Reply:
+    return Reply(measurements=tuple(ok(10.0 + number) for number in range(len(task.configs))))
+
+
+@pytest.fixture
+def evaluators(space: Space, recorded) -> dict[str, Evaluator]:
+    configs = list(space.configs())
+    problem, device = space.problem, space.device
+    return {
+        "replay": ReplayEvaluator([recorded(config, 10.0) for config in configs], at_once=3),
+        "predict": PredictingEvaluator(problem, device, InstantPool(2, compiles)),
+        "measure": MeasuringEvaluator(
+            problem, device, InstantPool(2, compiles), InstantPool(1, measures), seed=0
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["replay", "predict", "measure"])
+def test_the_contract(evaluators: dict[str, Evaluator], name: str, space: Space) -> None:
+    evaluator = evaluators[name]
+    room, waiting = evaluator.room, list(space.configs())
+    assert room > 0
+    assert evaluator.pending == 0
+    answers: dict[Config, Measurement] = {}
+    submitted = 0
+    while waiting or evaluator.pending:
+        while waiting and evaluator.room:
+            evaluator.submit(waiting.pop())
+            submitted += 1
+            assert evaluator.pending == submitted - len(answers)
+        assert evaluator.pending <= room
+        for evaluation in evaluator.wait(0.1):
+            assert evaluation.config not in answers
+            answers[evaluation.config] = evaluation.measurement
+    assert set(answers) == set(space.configs())
+    assert {each.outcome for each in answers.values()} == {Outcome.OK}
+    assert evaluator.room == room
+    assert len(evaluator.compare(list(answers)[:2])) in (0, 2)
+    evaluator.close()
+
+
+def test_replay_says_what_is_not_on_record(space: Space, recorded) -> None:
+    known, unknown = list(space.configs())[:2]
+    evaluator = ReplayEvaluator([recorded(known, 10.0)], at_once=2)
+    evaluator.submit(known)
+    evaluator.submit(unknown)
+    assert [each.measurement.outcome for each in [*evaluator.wait(0), *evaluator.wait(0)]] == [
+        Outcome.OK,
+        Outcome.INVALID,
+    ]
+    assert evaluator.asked == 2
+
+
+def test_what_spills_is_predicted_to_fail(space: Space) -> None:
+    spilling = KernelUse(
+        kernel="gather", programs=8, warps=4, registers=255, shared_bytes=0, spilled=48
+    )
+    pool = InstantPool(1, lambda task: Reply(uses=(*FITS[:2], spilling)))
+    evaluator = PredictingEvaluator(space.problem, space.device, pool)
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.OUT_OF_RESOURCES
+    assert evaluation.measurement.error == "spills bytes a thread: {'gather': 48}"
+
+
+def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space: Space) -> None:
+    evaluator = evaluators["predict"]
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    measurement = evaluation.measurement
+    assert measurement.policy == "stages-1"
+    assert measurement.samples == 0
+    found = predict(space.problem, evaluation.config, space.device, FITS)
+    assert measurement.median_us == found.time_us
+    assert measurement.spread_us == found.high_us - found.low_us
+
+
+def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashtune.tuner.predict.stages.PLAN_STAGES", {})
+    evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.INVALID
+    assert "search on the machine itself" in evaluation.measurement.error
+
+
+def test_what_fails_to_compile_is_not_measured(space: Space) -> None:
+    failure = Measurement(outcome=Outcome.COMPILE_ERROR, error="no")
+    measurer = InstantPool(1, measures)
+    evaluator = MeasuringEvaluator(
+        space.problem,
+        space.device,
+        InstantPool(1, lambda task: Reply(measurements=(failure,))),
+        measurer,
+        seed=0,
+    )
+    evaluator.submit(next(space.configs()))
+    assert [each.measurement for each in evaluator.wait(0)] == [failure]
+    assert measurer.asked == []
+
+
+def test_the_best_time_so_far_goes_with_each_measurement(space: Space) -> None:
+    times = iter([30.0, 20.0, 15.0, 9.0])
+    outcomes = iter([Outcome.OK, Outcome.OK, Outcome.PRUNED, Outcome.OK])
+
+    def reply(task: Task) -> Reply:
+        return Reply(measurements=(Measurement(outcome=next(outcomes), median_us=next(times)),))
+
+    measurer = InstantPool(1, reply)
+    evaluator = MeasuringEvaluator(
+        space.problem, space.device, InstantPool(1, compiles), measurer, seed=5
+    )
+    for config in list(space.configs())[:4]:
+        evaluator.submit(config)
+        while evaluator.pending:
+            evaluator.wait(0)
+    assert [task.best_us for task in measurer.asked] == [None, 30.0, 20.0, 20.0]
+    assert {task.seed for task in measurer.asked} == {5}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_failed_comparison_says_nothing_of_the_finalists(space: Space, count: int) -> None:
+    """A worker that dies answers for every config, one that reports a failure for one."""
+    crash = Measurement(outcome=Outcome.CRASH, error="the worker died by signal 11")
+    measurer = InstantPool(1, lambda task: Reply(measurements=(crash,) * count))
+    compilers = InstantPool(1, compiles)
+    evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
+    configs = list(space.configs())
+    evaluator.submit(configs[0])
+    assert evaluator.compare(configs[:2]) == []
+    assert evaluator.pending == 0  # what was under way is given up
+    assert measurer.asked[0].kind == "compare"
+
+
+def test_compilers_rest_where_they_would_disturb_the_timing(problem: Problem) -> None:
+    """On a CPU nothing is measured before all is compiled, nor submitted before all is timed."""
+    cpu = this_cpu()
+    compiling: list[int] = []
+
+    def reply(task: Task) -> Reply:
+        compiling.append(compilers.pending)
+        return measures(task)
+
+    compilers, measurer = InstantPool(2, compiles), InstantPool(1, reply)
+    evaluator = MeasuringEvaluator(problem, cpu, compilers, measurer, seed=0)
+    configs = list(islice(Space(problem, cpu).configs(), 14))
+    answers: list[Config] = []
+    largest = 0
+    while configs or evaluator.pending:
+        for _ in range(min(evaluator.room, len(configs))):
+            assert not measurer.pending
+            evaluator.submit(configs.pop())
+        largest = max(largest, evaluator.pending)
+        answers += [each.config for each in evaluator.wait(0)]
+    assert set(compiling) == {0}
+    assert len(set(answers)) == len(answers) == 14
+    assert largest > 1

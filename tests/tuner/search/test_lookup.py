@@ -1,0 +1,36 @@
+"""The best record: the user's own, unless only a shipped one is measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flashtune.tuner.search.lookup import best_record
+from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.problem import parse_shape
+from flashtune.tuning_db.record import Provenance
+from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table
+
+H200 = find_device("h200")
+QWEN = parse_shape("qwen3-vl-2b")
+
+
+def test_without_a_database_the_shipped_record_is_found(tmp_path: Path) -> None:
+    record = best_record(H200, QWEN, tmp_path / "none.db")
+    table = prebuilt_table(H200.name)
+    assert table is not None and record in table.records
+    assert record is not None and record.problem == QWEN
+    assert best_record(H200, replace(QWEN, n_probes=300), tmp_path / "none.db") is None
+
+
+def test_a_measured_record_goes_before_a_predicted_one_and_the_users_before_a_shipped_one(
+    tmp_path: Path,
+) -> None:
+    shipped = best_record(H200, QWEN, tmp_path / "none.db")
+    assert shipped is not None
+    slow = replace(shipped.measurement, median_us=99.0)
+    measured = replace(shipped, measurement=slow)
+    predicted = replace(measured, provenance=Provenance.PREDICTED)
+    for name, own, expected in (("p", predicted, shipped), ("m", measured, measured)):
+        with Store(tmp_path / name) as store:
+            store.add(own)
+        assert best_record(H200, QWEN, tmp_path / name) == expected

@@ -1,0 +1,317 @@
+"""Worker processes that crash, hang, lie and are replaced, and the search that goes on."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.tuner.search import evaluate
+from flashtune.tuner.search.evaluate import MeasuringEvaluator
+from flashtune.tuner.search.search import Budget, Event, search
+from flashtune.tuner.search.space import Space
+from flashtune.tuner.workers import pool
+from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.ssh import SshTransport
+from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.transport import LocalTransport, Transport
+from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Record
+from flashtune.tuning_db.store import Store
+
+STUB = Path(__file__).with_name("stub_worker.py")
+COMMAND = (sys.executable, "-S", str(STUB))
+PATIENCE = 60.0  # seconds for what takes milliseconds, on a busy machine
+
+
+def _stub() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stub_worker", STUB)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stub = _stub()
+
+
+@pytest.fixture
+def task(problem: Problem, device: Device) -> Callable[[int], Task]:
+    """A task for the stub: `task(stub.HANG)`."""
+
+    def make(what: int) -> Task:
+        config = default_config(problem, device)
+        return Task(kind="measure", problem=problem, configs=(config,), device=device, seed=what)
+
+    return make
+
+
+@pytest.fixture(params=["local", "ssh"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """Stubs on this machine, and stubs on it that are reached over ssh."""
+    if request.param == "local":
+        return LocalTransport(COMMAND)
+    far = request.getfixturevalue("far")
+    return SshTransport(destination="here", python=far.python(), module="stub_worker")
+
+
+@pytest.fixture
+def workers(transport: Transport) -> Iterator[WorkerPool]:
+    with WorkerPool(1, transport) as workers:
+        yield workers
+
+
+def answer(workers: WorkerPool, task: Task, seconds: float = PATIENCE) -> Measurement:
+    """The measurement of one task."""
+    workers.submit(task, seconds)
+    [(answered, reply)] = workers.wait(PATIENCE + seconds)
+    assert answered == task
+    return reply.measurements[0]
+
+
+def answer_of_another(workers: WorkerPool, task: Task) -> int:
+    """The process that answered, while another one is busy."""
+    workers.submit(task, PATIENCE)
+    [(_, reply)] = workers.wait(PATIENCE)
+    assert reply.measurements[0].median_us is not None
+    return int(reply.measurements[0].median_us)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
+
+
+def comes_true(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_worker_answers_one_task_after_another(workers: WorkerPool, task) -> None:
+    first, second = (answer(workers, task(stub.ANSWER)) for _ in range(2))
+    assert first.median_us == second.median_us  # the same process
+
+
+def test_an_answer_may_come_in_pieces(workers: WorkerPool, task) -> None:
+    assert answer(workers, task(stub.IN_PIECES)).outcome is Outcome.OK
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        (stub.EXIT, "the worker died with exit code 7: last words"),
+        (stub.SEGFAULT, "the worker died by signal 11: last words"),
+        (stub.HALF, "the worker died with exit code 0"),
+    ],
+)
+def test_a_worker_that_dies_is_a_crash_and_is_replaced(
+    workers: WorkerPool, task, what: int, error: str
+) -> None:
+    before = answer(workers, task(stub.ANSWER))
+    died = answer(workers, task(what))
+    after = answer(workers, task(stub.ANSWER))
+    assert (died.outcome, died.error) == (Outcome.CRASH, error)
+    assert after.outcome is Outcome.OK
+    assert after.median_us != before.median_us
+
+
+def test_a_fatal_reply_counts_and_its_worker_is_replaced(workers: WorkerPool, task) -> None:
+    fatal = answer(workers, task(stub.FATAL))
+    after = answer(workers, task(stub.ANSWER))
+    assert fatal.outcome is Outcome.OK
+    assert after.outcome is Outcome.OK
+    assert after.median_us != fatal.median_us
+    assert fatal.median_us is not None
+    assert comes_true(lambda: is_gone(int(fatal.median_us or 0)))
+
+
+def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task) -> None:
+    pid = answer(workers, task(stub.ANSWER)).median_us
+    hung = answer(workers, task(stub.HANG), seconds=0.3)
+    assert (hung.outcome, hung.error) == (Outcome.TIMEOUT, "no answer in 0 s")
+    assert pid is not None
+    assert comes_true(lambda: is_gone(int(pid)))
+    assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
+
+
+def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
+        workers.close()
+        monkeypatch.setattr(pool, "START_SECONDS", 0.0)
+        assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT
+
+
+def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
+    began = time.monotonic()
+    assert workers.wait(20.0) == []  # nothing is pending
+    assert time.monotonic() - began < 0.1
+    workers.submit(task(stub.HANG), PATIENCE)
+    assert workers.wait(0.1) == []
+    assert time.monotonic() - began < 10
+    assert workers.pending == 1
+
+
+def test_tasks_are_shared_out_over_the_workers(task) -> None:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+        for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
+            workers.submit(task(what), PATIENCE)
+        answered: list[tuple[Task, Reply]] = []
+        while len(answered) < 3:
+            answered += workers.wait(PATIENCE)
+        assert {reply.measurements[0].outcome for _, reply in answered} == {Outcome.OK}
+        assert workers.pending == 1
+        assert len(workers._processes) == 2
+
+
+def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+        workers.submit(task(stub.HANG), PATIENCE)
+        idle = answer_of_another(workers, task(stub.ANSWER))
+        [busy] = [each.popen.pid for each in workers._processes if each.popen.pid != idle]
+        workers.cancel()
+        assert workers.pending == 0
+        assert is_gone(busy)
+        assert not is_gone(idle)
+
+
+def test_cancelling_forgets_what_waits(workers: WorkerPool, task) -> None:
+    for _ in range(3):
+        workers.submit(task(stub.HANG), PATIENCE)
+    workers.cancel()
+    assert workers.pending == 0
+    assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
+
+
+def test_closing_ends_a_worker_and_what_it_started(workers: WorkerPool, task) -> None:
+    worker = answer(workers, task(stub.ANSWER)).median_us
+    grandchild = answer(workers, task(stub.SPAWN)).median_us
+    assert worker and grandchild
+    workers.submit(task(stub.HANG), PATIENCE)
+    assert not is_gone(int(worker)) and not is_gone(int(grandchild))
+    workers.close()
+    assert comes_true(lambda: is_gone(int(worker)) and is_gone(int(grandchild)))
+    assert workers.pending == 0
+
+
+def test_closing_leaves_no_process_behind(task) -> None:
+    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+        workers.submit(task(stub.HANG), PATIENCE)
+        grandchild = answer_of_another(workers, task(stub.SPAWN))
+        pids = [each.popen.pid for each in workers._processes]
+        assert not any(is_gone(pid) for pid in [*pids, grandchild])
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)  # reaped, too
+    assert comes_true(lambda: is_gone(grandchild))
+    assert workers.pending == 0
+
+
+# Of each fault, by its name in faulty_worker.py: the outcome, and how the error begins.
+EXPECTED = {
+    "compiler_dies": (Outcome.CRASH, "the worker died with exit code 3"),
+    "segfault": (Outcome.CRASH, "the worker died by signal 11: the last word"),
+    "syntax": (Outcome.COMPILE_ERROR, "SyntaxError: invalid syntax"),
+    "hang": (Outcome.TIMEOUT, "no answer in 2 s"),
+    "wrong": (Outcome.WRONG_RESULT, "WrongResultError: check 0, row 0: token"),
+    "does_not_fit": (Outcome.OUT_OF_RESOURCES, "DoesNotFitError: 300 KiB of shared memory"),
+    "out_of_memory": (Outcome.OUT_OF_RESOURCES, "OutOfMemoryError: tried to allocate 3 TiB"),
+    "illegal_access": (Outcome.CRASH, "RuntimeError: CUDA error: an illegal memory access"),
+    "cooperative": (Outcome.OUT_OF_RESOURCES, "RuntimeError: too many blocks in cooperative"),
+    "prints": (Outcome.OK, ""),
+    "slow": (Outcome.PRUNED, ""),
+    "": (Outcome.OK, ""),
+}
+
+
+def test_each_failure_is_a_record_and_the_search_goes_on(
+    free_space: Callable[..., Space],
+    store: Store,
+    toolchain: Toolchain,
+    faulty_script: Path,
+    faulty: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One search through every fault: processes take long to start, so it is one test."""
+    monkeypatch.setattr(evaluate, "MEASURE_SECONDS", 2.5)
+    space = free_space("score_programs_per_sm", "slack")
+    before_finals: list[Record] = []
+
+    def on_event(event: Event) -> None:
+        if event.comparing:
+            before_finals.extend(store.records())
+
+    transport = LocalTransport((sys.executable, str(faulty_script)))
+    with WorkerPool(1, transport) as compilers, WorkerPool(1, transport) as measurer:
+        evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
+        result = search(
+            space,
+            evaluator,
+            store,
+            Budget(trials=1000),
+            toolchain=toolchain,
+            sampler="exhaustive",
+            on_event=on_event,
+        )
+
+    assert len(before_finals) == result.evaluated == 25
+    for record in before_finals:
+        wrong = faulty.fault(parse_config(record.config))
+        outcome, error = EXPECTED[wrong]
+        measurement = record.measurement
+        assert measurement.outcome is outcome, (wrong, measurement)
+        assert measurement.error[: len(error) or None] == error, (wrong, measurement)
+        assert measurement.error.isprintable()
+        if measurement.median_us is not None:
+            pretended = faulty.time_of(parse_config(record.config))
+            assert measurement.median_us == pytest.approx(pretended, rel=1e-4)
+    assert result.failed == sum(
+        outcome.name not in ("OK", "PRUNED")
+        for outcome, _ in (EXPECTED[each] for each in faulty.FAULTS.values())
+    )
+
+    finals = [each for each in store.records() if each.measurement.policy == "final"]
+    assert len(finals) == 7  # six, and the default
+    assert all(record.measurement.samples == 40 for record in finals)
+    assert {(0, 16), faulty.FASTEST} <= {faulty.place(parse_config(r.config)) for r in finals}
+    assert result.default_us == 48.0
+    assert result.winner in finals
+    assert faulty.place(parse_config(result.winner.config)) == faulty.FASTEST
+
+
+def test_a_worker_answers_until_its_input_ends(
+    faulty_script: Path, faulty: ModuleType, problem: Problem, device: Device
+) -> None:
+    def line(programs: int, slack: int) -> str:
+        data = config_data(default_config(problem, device))
+        config = parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
+        task = Task(kind="measure", problem=problem, configs=(config,), device=device)
+        return task.to_json() + "\n"
+
+    done = subprocess.run(
+        [sys.executable, str(faulty_script)],
+        input=line(4, 64) + line(0, 0) + line(4, 0),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    replies = [Reply.from_json(each) for each in done.stdout.splitlines()]
+    outcomes = [reply.measurements[0].outcome for reply in replies]
+    assert outcomes == [Outcome.OK, Outcome.OK, Outcome.WRONG_RESULT]
+    assert "noise of a compiled library" in done.stderr
+    assert '"fatal": true' in done.stderr

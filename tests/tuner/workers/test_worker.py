@@ -1,0 +1,127 @@
+"""What a worker answers, in this process, with a backend that is pretended."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.tuner.workers import worker as worker_module
+from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.worker import Worker
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome
+
+FINE, HANGS, WRONG, ILLEGAL, SLOW = (0, 0), (2, 64), (4, 0), (8, 0), (8, 32)
+MakeTask = Callable[..., Task]
+
+
+@pytest.fixture
+def backend(faulty: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    backend = faulty.PretendedBackend()
+    monkeypatch.setattr(worker_module, "backend_of", lambda device: backend)
+    return backend
+
+
+@pytest.fixture
+def task(problem: Problem, device: Device) -> MakeTask:
+    """A task about configs at these places: `task("measure", FINE, best_us=9.0)`."""
+
+    def make(kind: str, *places: tuple[int, int], problem: Problem = problem, **other) -> Task:
+        data = config_data(default_config(problem, device))
+        configs = tuple(
+            parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
+            for programs, slack in places
+        )
+        return Task(kind=kind, problem=problem, configs=configs, device=device, **other)
+
+    return make
+
+
+def test_tasks_and_replies_survive_their_lines(task: MakeTask, backend) -> None:
+    asked = task("compare", FINE, SLOW, seed=3, best_us=12.5, sources=("a\nb", "c"))
+    assert "\n" not in asked.to_json()
+    assert Task.from_json(asked.to_json()) == asked
+    for reply in (
+        Worker().answer(task("compile", FINE)),
+        Reply(measurements=(Measurement(outcome=Outcome.CRASH, error="a\nb"),), fatal=True),
+    ):
+        assert "\n" not in reply.to_json()
+        assert Reply.from_json(reply.to_json()) == reply
+
+
+def test_a_compilation_says_what_its_kernels_need(task: MakeTask, backend) -> None:
+    reply = Worker().answer(task("compile", FINE))
+    assert reply.measurements == ()
+    assert [use.kernel for use in reply.uses] == ["step"]
+
+
+def test_a_config_is_pruned_only_when_far_behind_the_best(task: MakeTask, backend) -> None:
+    def outcome(best_us: float | None) -> tuple[Outcome, int]:
+        [measurement] = Worker().answer(task("measure", FINE, best_us=best_us)).measurements
+        assert measurement.median_us == pytest.approx(50.0, abs=0.1)
+        return measurement.outcome, measurement.samples
+
+    assert outcome(None) == outcome(60.0) == outcome(40.0) == (Outcome.OK, 10)
+    assert outcome(30.0) == (Outcome.PRUNED, 2)
+
+
+def test_a_comparison_gives_a_measurement_for_each_config(task: MakeTask, backend) -> None:
+    reply = Worker().answer(task("compare", SLOW, FINE))
+    assert [each.policy for each in reply.measurements] == ["final", "final"]
+    slow, fine = (each.median_us for each in reply.measurements)
+    assert slow == pytest.approx(1000.0)
+    assert fine == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(("place", "fatal"), [(WRONG, False), (ILLEGAL, True)])
+def test_a_comparison_fails_if_one_of_its_configs_does(
+    task: MakeTask, backend, place: tuple[int, int], fatal: bool
+) -> None:
+    reply = Worker().answer(task("compare", FINE, place))
+    assert [each.median_us for each in reply.measurements] == [None]
+    assert reply.fatal is fatal
+
+
+@pytest.mark.parametrize("kind", ["measure", "compare"])
+def test_source_that_comes_with_a_task_is_what_runs(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    loaded: list[object] = []
+    loader = backend.loader
+    monkeypatch.setattr(backend, "loader", lambda *args: loaded.append(args[-1]) or loader(*args))
+    Worker().answer(task(kind, FINE, sources=("the text",)))
+    Worker().answer(task(kind, FINE))
+    assert loaded == ["the text", None]
+
+
+def test_what_is_not_valid_is_told_from_what_does_not_compile(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([FlashtuneError("tile too wide"), RuntimeError("x" * 9000 + "\n")])
+
+    def fail(*_: object) -> None:
+        raise next(errors) from KeyError("the cause")
+
+    monkeypatch.setattr(backend, "compile", fail)
+    worker = Worker()
+    [invalid], [broken] = (
+        worker.answer(task(kind, FINE)).measurements for kind in ("compile", "measure")
+    )
+    assert invalid.outcome is Outcome.INVALID
+    assert invalid.error == "FlashtuneError: tile too wide ('the cause')"
+    assert broken.outcome is Outcome.COMPILE_ERROR
+    assert len(broken.error) == 500
+
+
+def test_inputs_are_made_once_for_a_problem_and_seed(task: MakeTask, backend) -> None:
+    worker, asked = Worker(), task("measure", FINE)
+    first = worker.workload(asked)
+    assert worker.workload(task("measure", SLOW)) is first
+    other = worker.workload(task("measure", FINE, seed=1))
+    assert other is not first
+    assert not other.states[0].equal(first.states[0])
+    larger = Problem(vocab_size=1024, hidden_size=64, n_clusters=32, n_probes=4)
+    assert worker.workload(task("measure", FINE, problem=larger)).problem == larger

@@ -1,0 +1,1 @@
+"""FlashHead models from any causal model, and how good their clusters are."""

@@ -1,0 +1,229 @@
+"""From any causal model's folder to a FlashHead model's: cluster, choose probes, write.
+
+Usage:
+    result = cluster_model(ClusterRequest(model="model", out=Path("model-flash")))
+
+Nothing of the source is changed, and the new folder gets its name only once it is whole. Ctrl-C
+leaves a checkpoint beside it, from which the same request goes on.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, write_clusters
+from flashtune.kernels.model_folder.folder import (
+    ASSETS_FOLDER,
+    ASSETS_KEY,
+    CLUSTERING_FILE,
+    CLUSTERS_A_PROBE,
+    CONFIG,
+    PROBES_KEY,
+    ModelFolder,
+)
+from flashtune.kernels.model_folder.tensor_file import open_tensors
+from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
+from flashtune.tuner.progress import StepProgress
+from flashtune.tuning_db.errors import FlashtuneError
+
+CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
+PREFIX = "FlashHead"  # of the architecture's name
+_METADATA = "flashtune"
+_LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
+
+ChooseProbes = Callable[[ModelFolder], int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterRequest:
+    """What to make of which folder.
+
+    n_clusters: a sixteenth of the vocabulary unless given; n_probes: a sixteenth of that. link:
+    hard links to the weight files instead of copies.
+    """
+
+    model: str
+    out: Path
+    n_clusters: int | None = None
+    n_probes: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+    iterations: int = ITERATIONS
+    link: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterResult:
+    """What was made; fit is the share of the rows' length along their centroids' directions."""
+
+    out: Path
+    vocab_size: int
+    hidden_size: int
+    n_clusters: int
+    n_probes: int
+    iterations: int
+    fit: float
+
+
+def cluster_model(
+    request: ClusterRequest, choose_probes: ChooseProbes | None = None
+) -> ClusterResult:
+    """Cluster a model's head and write the folder. Raises FlashtuneError.
+
+    choose_probes is asked for the number of probes once the clusters are there.
+    """
+    source = ModelFolder.open(request.model)
+    place = source.head_weight()
+    _check_output(request, source)
+    n_clusters = request.n_clusters or -(-place.shape[0] // CLUSTER_SIZE)
+    n_probes = request.n_probes or max(1, n_clusters // CLUSTERS_A_PROBE)
+    if n_probes > n_clusters:
+        raise FlashtuneError(f"{n_probes} probes of {n_clusters} clusters: take fewer")
+    kmeans = BalancedKMeans(place.read(request.device), n_clusters, request.seed)
+    try:
+        checkpoint = _cluster(kmeans, request)
+        n_probes = _write(kmeans, source, request, n_probes, choose_probes)
+        checkpoint.path.unlink()
+    except (OSError, shutil.Error) as error:
+        hint = ": leave --link off" if request.link else ""
+        raise FlashtuneError(f"{request.out}: cannot be written: {error}{hint}") from error
+    return ClusterResult(
+        out=request.out,
+        vocab_size=place.shape[0],
+        hidden_size=place.shape[1],
+        n_clusters=n_clusters,
+        n_probes=n_probes,
+        iterations=kmeans.iteration,
+        fit=kmeans.fit(),
+    )
+
+
+def _cluster(kmeans: BalancedKMeans, request: ClusterRequest) -> "Checkpoint":
+    """Iterate from the checkpoint on."""
+    checkpoint = Checkpoint(request.out, kmeans)
+    checkpoint.load()
+    title = f"{kmeans.origin.vocab_size}x{kmeans.origin.hidden_size} c{kmeans.n_clusters}"
+    with StepProgress(title, request.iterations) as progress:
+        while kmeans.iteration < request.iterations:
+            fit = kmeans.step()
+            checkpoint.save()
+            progress.show(kmeans.iteration, f"fit {fit:.4f}")
+    return checkpoint
+
+
+def _write(
+    kmeans: BalancedKMeans,
+    source: ModelFolder,
+    request: ClusterRequest,
+    n_probes: int,
+    choose_probes: ChooseProbes | None,
+) -> int:
+    """Write the folder under another name, and give it its own when it is whole."""
+    partial = _partial(request.out)
+    try:
+        _copy_model(source, partial, request.link)
+        _write_config(source, partial, n_probes)
+        (partial / ASSETS_FOLDER).mkdir()
+        write_clusters(partial / ASSETS_FOLDER / CLUSTERING_FILE, kmeans.clusters())
+        if choose_probes is not None:
+            n_probes = choose_probes(ModelFolder.open(partial))
+            _write_config(source, partial, n_probes)
+        partial.rename(request.out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return n_probes
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
+    """Nothing is overwritten, and the copy must fit on the disk."""
+    out = request.out
+    for path in (out, _partial(out)):  # a partial one is what a killed run leaves
+        if path.exists():
+            raise FlashtuneError(f"{path}: exists already: remove it, or give another --out")
+    if not out.parent.is_dir():
+        raise FlashtuneError(f"{out.parent}: no such folder: make it first")
+    if not request.link:
+        needed = sum(path.stat().st_size for path in source.path.rglob("*") if path.is_file())
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise FlashtuneError(
+                f"{out}: a copy of the model needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} "
+                "are free: make room, or give --link"
+            )
+
+
+def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
+    """Copy the files of a model without its clusters, following links."""
+
+    def copy(path: str, to: str) -> None:
+        if link and path.endswith(".safetensors"):
+            os.link(os.path.realpath(path), to)
+        else:
+            shutil.copyfile(path, to)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        old = {str(source.config.get(ASSETS_KEY, ASSETS_FOLDER)), *_LEFT_OUT}
+        return old & set(names) if Path(folder) == source.path else set()
+
+    shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)
+
+
+def _write_config(source: ModelFolder, target: Path, n_probes: int) -> None:
+    """The source's config with what makes it a FlashHead model's."""
+    names = source.config.get("architectures") or []
+    config: dict[str, Any] = {
+        **source.config,
+        "architectures": [PREFIX + str(name).removeprefix(PREFIX) for name in names],
+        ASSETS_KEY: ASSETS_FOLDER,
+        PROBES_KEY: n_probes,
+    }
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+class Checkpoint:
+    """How far a clustering is, in a file beside the folder to be made."""
+
+    def __init__(self, out: Path, kmeans: BalancedKMeans) -> None:
+        """Nothing is read or written yet."""
+        self.path = out.with_name(out.name + ".checkpoint")
+        self._kmeans = kmeans
+        self._run = {
+            "origin": asdict(kmeans.origin),
+            "n_clusters": kmeans.n_clusters,
+            "seed": kmeans.seed,
+        }
+
+    def load(self) -> None:
+        """Bring the clustering to where the file says it was, if there is a file."""
+        if not self.path.exists():
+            return
+        with open_tensors(self.path) as tensors:
+            metadata = json.loads((tensors.metadata() or {}).get(_METADATA, "{}"))
+            names = list(tensors.keys())
+            if names != [ASSIGNMENTS] or metadata.get("run") != self._run:
+                raise FlashtuneError(
+                    f"{self.path}: the checkpoint of another clustering (other weights, seed or "
+                    "number of clusters): give those again, or remove it"
+                )
+            assignments = tensors.get_tensor(ASSIGNMENTS)
+        self._kmeans.resume(assignments, int(metadata["iteration"]))
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        assert self._kmeans.assignments is not None
+        text = json.dumps({"run": self._run, "iteration": self._kmeans.iteration})
+        new = self.path.with_name(self.path.name + ".new")
+        tensors = {ASSIGNMENTS: self._kmeans.assignments.cpu()}
+        new.write_bytes(save(tensors, {_METADATA: text}))
+        new.replace(self.path)

@@ -1,0 +1,88 @@
+"""What a head takes a step on this machine, by number of probes, beside the dense head.
+
+Usage:
+    latency = HeadLatency(parts, states)
+    latency.dense(), latency.probing(256)      # Timing, in microseconds a call of one token
+
+As in a search, weights are cold: copies of the centroids rotate, together larger than the cache.
+What runs is what FlashHead chooses here.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import linear
+
+from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.measure.timing import GraphTimer, Timing, WallTimer
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.model_folder.folder import HeadParts
+from flashtune.kernels.runtime.binding import bind
+from flashtune.kernels.special_token import SpecialTokens
+from flashtune.kernels.weights import DTYPE_NAMES, Step, Weights, token_order
+from flashtune.tuning_db.problem import Problem
+
+_REPLAYS = 30
+
+
+class HeadLatency:
+    """Times the steps of one head on its weight's device."""
+
+    def __init__(self, parts: HeadParts, states: torch.Tensor) -> None:
+        """Lay the weights out as FlashHead does."""
+        weight, centroids = parts.weight, parts.clusters.centroids
+        order = token_order(parts.clusters.assignments, len(centroids)).to(weight.device)
+        self._weights = Weights(
+            weight=weight[order], centroids=centroids, ids=order.to(torch.int32)
+        )
+        self._dense_weight = weight
+        special = parts.special_token_ids
+        self._special = SpecialTokens.of(special, order) if special else None
+        self._problem = Problem(
+            vocab_size=len(order),
+            hidden_size=weight.shape[1],
+            n_clusters=len(centroids),
+            n_probes=parts.n_probes,
+            weight_dtype=DTYPE_NAMES[weight.dtype],
+            centroid_dtype=DTYPE_NAMES[centroids.dtype],
+        )
+        self._states = states.to(weight.device, weight.dtype)
+
+    def dense(self) -> Timing:
+        """The dense head: a product with all of the weight, then argmax."""
+
+        def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            torch.argmax(linear(hidden, self._dense_weight), dim=-1, out=out)
+
+        return self._time(self._problem, step)
+
+    def probing(self, n_probes: int) -> tuple[Timing, str]:
+        """FlashHead with that many probes, and the level of its choice: exact … torch."""
+        problem = replace(self._problem, n_probes=n_probes)
+        bound = bind(problem, self._weights)
+        step = bound.take_step()
+        special = self._special
+
+        def with_special(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            step(weights, hidden, out)
+            if special is not None:
+                out.copy_(special(weights, hidden, out))
+
+        return self._time(problem, with_special), bound.choice.level.value
+
+    def _time(self, problem: Problem, step: Step) -> Timing:
+        device = device_of(self._weights.weight.device)
+        cold_bytes = device.l2_bytes if device else 0
+        n_sets = max(2, -(-2 * cold_bytes // problem.minimum_bytes) + 1)
+        sets = tuple(
+            Weights(
+                weight=self._weights.weight,
+                centroids=self._weights.centroids.clone(),
+                ids=self._weights.ids,
+            )
+            for _ in range(n_sets)
+        )
+        states = tuple(self._states[index % len(self._states)][None] for index in range(n_sets))
+        workload = Workload(problem, sets, states, ())
+        timer = GraphTimer if self._weights.weight.is_cuda else WallTimer
+        return Timing.of(timer(step, workload).sample(_REPLAYS))

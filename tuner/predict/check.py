@@ -1,0 +1,224 @@
+"""How far the cost model can be trusted: on shapes it never saw, and on published figures.
+
+Usage:
+    report = check_model(fit, calibration, device)
+    report.splits[0].results[0].rank_correlation
+    report.data()      # for scripts
+
+Nothing is fitted here: the constants of the fits without the held-out shapes are in the model's
+file.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flashtune.tuner.predict.calibration import Calibration
+from flashtune.tuner.predict.cost_model import Array
+from flashtune.tuner.predict.fit import (
+    Fit,
+    Samples,
+    digest,
+    held_out_misses,
+    intervals,
+)
+from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+HEADLINE = ("gemma-3-270m", "qwen3-vl-2b")  # the smallest hidden size, and the published shape
+SHORTLIST = 8
+LEAST_CORRELATION = 0.8
+MOST_LOSS = 0.05
+MOST_ERROR = 0.35
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProblemResult:
+    """How a model did on one problem that it never saw.
+
+    loss: how much slower the best of its shortlist is than the best of all, as measured.
+    inside: the share of measurements inside the 80 % interval.
+    """
+
+    problem: Problem
+    shape: str
+    samples: int
+    rank_correlation: float
+    loss: float
+    inside: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitResult:
+    """A fit without some shapes, on those shapes."""
+
+    held_out: tuple[str, ...]
+    results: tuple[ProblemResult, ...]
+
+    @property
+    def rank_correlation(self) -> float:
+        """The mean over the problems."""
+        return float(np.mean([each.rank_correlation for each in self.results]))
+
+    @property
+    def loss(self) -> float:
+        """The worst of the problems."""
+        return max(each.loss for each in self.results)
+
+    @property
+    def inside(self) -> float:
+        """The share of all the split's measurements inside their intervals."""
+        counts = [each.samples for each in self.results]
+        return float(np.average([each.inside for each in self.results], weights=counts))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FigureResult:
+    """A published time, and the prediction at a number of probes."""
+
+    device: str
+    fused: bool
+    n_probes: int
+    published_us: float
+    predicted_us: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over published time, less 1."""
+        return self.predicted_us / self.published_us - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything that was checked."""
+
+    device: str
+    samples: int
+    splits: tuple[SplitResult, ...]
+    figures: tuple[FigureResult, ...]
+
+    @property
+    def headline(self) -> SplitResult:
+        """The split fixed beforehand; the first where its shapes are not on record."""
+        return next((each for each in self.splits if each.held_out == HEADLINE), self.splits[0])
+
+    def data(self) -> dict[str, Any]:
+        """The report as plain data, with what was asked of it and whether it holds."""
+        headline = self.headline
+        return {
+            "device": self.device,
+            "samples": self.samples,
+            "asked": {
+                "rank_correlation": LEAST_CORRELATION,
+                "loss": MOST_LOSS,
+                "error": MOST_ERROR,
+            },
+            "headline": list(headline.held_out),
+            "passed": {
+                "rank_correlation": headline.rank_correlation >= LEAST_CORRELATION,
+                "loss": headline.loss <= MOST_LOSS,
+                "error": {
+                    str(probes): all(
+                        abs(each.error) <= MOST_ERROR
+                        for each in self.figures
+                        if each.n_probes == probes
+                    )
+                    for probes in PROBES
+                },
+            },
+            "splits": [
+                {
+                    "held_out": list(split.held_out),
+                    "rank_correlation": split.rank_correlation,
+                    "loss": split.loss,
+                    "inside": split.inside,
+                    "problems": [asdict(each) for each in split.results],
+                }
+                for split in self.splits
+            ],
+            "figures": [{**asdict(each), "error": each.error} for each in self.figures],
+        }
+
+
+def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
+    """Check a fit against the calibration that it was made from.
+
+    Raises FlashtuneError when the model was fitted to another calibration.
+    """
+    if digest(calibration) != fit.calibration:
+        raise FlashtuneError(
+            "the cost model was fitted to another calibration: run `flashtune model fit`"
+        )
+    samples = Samples(calibration.samples, device)
+    singles = {shapes[0]: each for shapes, each in fit.held_out.items() if len(shapes) == 1}
+    misses = held_out_misses(samples, singles)
+    splits = [
+        _split(samples, misses, held, samples.log_predictions(constants))
+        for held, constants in fit.held_out.items()
+    ]
+    figures = [
+        FigureResult(
+            device=figure.device,
+            fused=figure.fused,
+            n_probes=probes,
+            published_us=figure.time_us,
+            predicted_us=published_prediction(fit.model, figure, probes).time_us,
+        )
+        for probes in PROBES
+        for figure in FIGURES
+    ]
+    return Report(
+        device=device.name,
+        samples=len(calibration.samples),
+        splits=tuple(splits),
+        figures=tuple(figures),
+    )
+
+
+def _split(
+    samples: Samples, misses: Array, held: tuple[str, ...], predictions: Array
+) -> SplitResult:
+    """A fit's results on the shapes that it never saw; intervals are those of the other shapes."""
+    others = set(samples.shapes) - set(held)
+    bounds = intervals(samples, misses, others)
+    widest = (min(low for low, _ in bounds.values()), max(high for _, high in bounds.values()))
+    factors = np.array([bounds.get(family, widest) for family in samples.families])
+    ratios = np.exp(samples.log_times - predictions)
+    inside = (factors[:, 0] <= ratios) & (ratios <= factors[:, 1])
+    problems = [sample.problem for sample in samples.samples]
+    results = []
+    for problem in sorted(set(problems)):
+        own = np.array([each == problem for each in problems])
+        shape = samples.shapes[int(np.argmax(own))]
+        if shape not in held:
+            continue
+        times, guesses = samples.log_times[own], predictions[own]
+        best = times[np.argsort(guesses, kind="stable")[:SHORTLIST]].min()
+        results.append(
+            ProblemResult(
+                problem=problem,
+                shape=shape,
+                samples=int(own.sum()),
+                rank_correlation=rank_correlation(times, guesses),
+                loss=math.expm1(float(best - times.min())),
+                inside=float(inside[own].mean()),
+            )
+        )
+    return SplitResult(held_out=held, results=tuple(results))
+
+
+def rank_correlation(one: Sequence[float] | Array, other: Sequence[float] | Array) -> float:
+    """Spearman's: the correlation of the ranks, ties at their mean rank."""
+    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
+
+
+def _ranks(values: Sequence[float] | Array) -> Array:
+    _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: Array = (ends - (counts - 1) / 2)[place]
+    return ranks

@@ -1,0 +1,197 @@
+"""How long a config should take on a device nobody has here, with an interval.
+
+Usage:
+    prediction = predict(problem, config, device, uses)
+    prediction.time_us, prediction.low_us, prediction.high_us
+
+Stages ask for counts (stage.py), constants turn counts into time; the constants are fitted to
+measured records (cost_fit.py) and read from a file. Equations and sources: docs/cost-model.md.
+What comes out ranks candidates: it is a prediction, and records say so.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.triton_config import StagedConfig
+from flashtune.tuner.predict.stages import Stage, stages_of
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+VERSION = "stages-1"
+MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
+
+Array = NDArray[np.float64]
+Columns = Mapping[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constants:
+    """What a count costs: microseconds at the reference clock, where nothing else is said."""
+
+    launch: float  # from one kernel of a graph to the next
+    overlapped: float  # the same by programmatic dependent launch
+    barrier: float
+    end: float  # the step's token: the last arrival, and what else every step has
+    arrival: float  # of a thousand programs at one address
+    sort: float  # a call of torch.topk
+    score: float  # of ten thousand scores, there
+    load: float  # a memory access that others wait for; half of it scales with the clock
+    loop: float  # steps of a loop until the compiler no longer has their loads overlap
+    ragged: float  # share of a load that a masked step of a loop waits for
+    turn: float  # from one tile of a loop over tiles to the next
+    crossing: float  # a sum across 16 warps
+    round: float  # a reduction of the search for the threshold
+    round_warps: float  # the same, for 16 warps
+    scan: float  # a score that a thread looks at
+    element: float  # of the matrix, for a thread
+    work: float  # thousand cycles of a multiprocessor's arithmetic
+    reach: float  # share of the published bandwidth that is reached
+    prefetched: float  # share of the wait for bytes that prefetching them saves
+    tail: float  # share of a wave that its missing programs cost
+    sharpness: float  # of the maximum of waiting, moving and working: 1 adds them up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Microseconds a call, and the interval that held 80 % of what was measured."""
+
+    time_us: float
+    low_us: float
+    high_us: float
+
+
+def columns_of(stages: Sequence[Stage]) -> Columns:
+    """Each field of the stages as an array, a value a stage."""
+    return {
+        each.name: np.array([getattr(stage, each.name) for stage in stages], dtype=np.float64)
+        for each in fields(Stage)
+    }
+
+
+def stage_us(counts: Columns, constants: Constants) -> Array:
+    """Microseconds of each stage."""
+    clock, c = counts["clock"], constants
+    latency = (1 + clock) / 2  # the way through the chip scales with the clock, memory does not
+    fixed = clock * (
+        c.launch * counts["launches"]
+        + c.overlapped * counts["overlapped"]
+        + c.barrier * counts["barriers"]
+        + c.end * counts["ends"]
+        + c.arrival * counts["arrivals"]
+        + c.sort * counts["sorts"]
+        + c.score * counts["scores"]
+    )
+    trips = counts["trips"]
+    serial = np.maximum(trips / (trips + c.loop), c.ragged * counts["ragged"])
+    loads = (counts["loads"] + serial * counts["repeats"]) * (
+        1 - c.prefetched * counts["prefetched"]
+    )
+    waiting = latency * (c.load * loads + c.turn * counts["turns"]) + clock * (
+        c.crossing * counts["crossings"]
+        + c.round * counts["rounds"]
+        + c.round_warps * counts["round_warps"]
+        + c.scan * counts["scans"]
+        + c.element * counts["elements"]
+    )
+    waiting = waiting * (counts["waves"] + c.tail * counts["tail"])
+    moving = 1e6 * counts["moved"] / (c.reach * counts["bandwidth"])
+    working = clock * c.work * counts["work"]
+    most = np.maximum(np.maximum(waiting, moving), working)
+    scale = np.where(most > 0, most, 1.0)
+    powers = sum((part / scale) ** c.sharpness for part in (waiting, moving, working))
+    return fixed + scale * powers ** (1 / c.sharpness)
+
+
+def family_of(config: Config) -> str:
+    """The name that a config's interval goes by: its plan, and how it selects."""
+    return f"{config.plan}/{config.selection}" if isinstance(config, StagedConfig) else config.plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """Fitted constants, and each family's interval as factors of the predicted time.
+
+    device: whose records they were fitted to. A family without records has the widest interval.
+    """
+
+    device: str
+    constants: Constants
+    intervals: Mapping[str, tuple[float, float]]
+
+    def predict(
+        self, problem: Problem, config: Config, device: Device, uses: Sequence[KernelUse]
+    ) -> Prediction:
+        """Predict a config; raises FlashtuneError for a plan that the model does not cover."""
+        return self.predict_stages(family_of(config), stages_of(problem, config, device, uses))
+
+    def predict_stages(self, family: str, stages: Sequence[Stage]) -> Prediction:
+        """Predict a step that is given as its stages."""
+        time_us = float(stage_us(columns_of(stages), self.constants).sum())
+        low, high = self.intervals.get(family) or self.widest()
+        return Prediction(time_us=time_us, low_us=low * time_us, high_us=high * time_us)
+
+    def widest(self) -> tuple[float, float]:
+        """The interval that holds every family's."""
+        lows, highs = zip(*self.intervals.values(), strict=True)
+        return min(lows), max(highs)
+
+    def data(self) -> dict[str, Any]:
+        """The model as plain data."""
+        return {
+            "device": self.device,
+            "constants": asdict(self.constants),
+            "intervals": {name: list(each) for name, each in self.intervals.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "CostModel":
+        """Read `data`'s result back; raises KeyError, TypeError or ValueError."""
+        return cls(
+            device=data["device"],
+            constants=Constants(**data["constants"]),
+            intervals={name: (low, high) for name, (low, high) in data["intervals"].items()},
+        )
+
+
+@functools.cache
+def shipped_model() -> CostModel:
+    """The model that ships; raises FlashtuneError when its file is not one of this version."""
+    data = read_model_file(MODEL_FILE)
+    return CostModel.from_json(data["model"])
+
+
+def read_model_file(path: Any) -> dict[str, Any]:
+    """The decoded file of a fit; raises FlashtuneError when it cannot be used."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if data["version"] != VERSION:
+            raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
+        CostModel.from_json(data["model"])
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FlashtuneError(f"cannot read the cost model {path}: {reason}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise FlashtuneError(
+            f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
+        ) from error
+    return data
+
+
+def predict(
+    problem: Problem, config: Config, device: Device, uses: Sequence[KernelUse]
+) -> Prediction:
+    """Predict with the model that ships. `uses` are the compiled kernels' needs.
+
+    Raises FlashtuneError for a plan that the model does not cover, as those of CPUs.
+    """
+    return shipped_model().predict(problem, config, device, uses)

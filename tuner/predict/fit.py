@@ -1,0 +1,256 @@
+"""Fitting the cost model's constants to a calibration, with shapes held out.
+
+Usage:
+    fitted = fit_model(calibration, device, on_fit=lambda done, total: …)
+    write_fit(path, fitted)
+
+Needs scipy (the extra `flashtune[gp]`); reading and using what was fitted needs none.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashtune.tuner.predict.calibration import Calibration, Sample, calibration_text
+from flashtune.tuner.predict.cost_model import (
+    VERSION,
+    Array,
+    Columns,
+    Constants,
+    CostModel,
+    columns_of,
+    family_of,
+    stage_us,
+)
+from flashtune.tuner.predict.stages import stages_of
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import PRESETS, Problem
+
+# Where a fit begins, and between what: (least, start, most). A constant that the samples say
+# nothing of stays where it begins.
+_BOUNDS: dict[str, tuple[float, float, float]] = {
+    "launch": (0.01, 1.0, 10.0),
+    "overlapped": (0.01, 0.6, 10.0),
+    "barrier": (0.01, 2.0, 20.0),
+    "end": (0.01, 3.0, 20.0),
+    "arrival": (0.001, 1.0, 20.0),
+    "sort": (0.1, 8.0, 60.0),
+    "score": (0.1, 30.0, 100.0),
+    "load": (0.05, 0.5, 3.0),
+    "loop": (0.1, 8.0, 1000.0),
+    "ragged": (0.01, 0.5, 1.0),
+    "turn": (0.001, 0.4, 5.0),
+    "crossing": (0.001, 0.2, 5.0),
+    "round": (0.001, 0.1, 5.0),
+    "round_warps": (0.001, 0.2, 5.0),
+    "scan": (0.0001, 0.004, 0.1),
+    "element": (0.0001, 0.003, 0.1),
+    "work": (0.01, 1.0, 20.0),
+    "reach": (0.5, 0.9, 0.96),  # the most that benchmarks/bandwidth.py read on an H200
+    "prefetched": (0.01, 0.1, 0.9),
+    "tail": (0.01, 0.3, 1.0),
+    "sharpness": (1.0, 2.0, 8.0),
+}
+_PULL = 0.3  # of the start on a constant, in samples that miss by as much
+_OUTLIER = 0.2  # of log time: samples that miss by more count less
+_FEWEST = 30  # held-out samples of a family that has an interval of its own
+QUANTILES = (0.1, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A model fitted to all shapes, and the constants of fits that never saw some of them.
+
+    calibration: the hash of what it was fitted to. held_out: by the shapes' names.
+    """
+
+    calibration: str
+    model: CostModel
+    held_out: dict[tuple[str, ...], Constants]
+
+    def data(self) -> dict[str, Any]:
+        """The fit as plain data."""
+        return {
+            "version": VERSION,
+            "calibration": self.calibration,
+            "model": self.model.data(),
+            "held_out": [
+                {"shapes": list(shapes), "constants": asdict(constants)}
+                for shapes, constants in self.held_out.items()
+            ],
+        }
+
+
+def shape_name(problem: Problem) -> str:
+    """A problem's shape without its probes: the preset's name, or its sizes."""
+    shape = (problem.vocab_size, problem.hidden_size, problem.n_clusters)
+    sizes = "{}x{} c{}".format(*shape)
+    return next((name for name, each in PRESETS.items() if each == shape), sizes)
+
+
+class Samples:
+    """Samples as the fit reads them: their stages' counts, and the logarithms of their times."""
+
+    def __init__(self, samples: Sequence[Sample], device: Device) -> None:
+        """Count the stages of each sample's config; `device` is the one that it was timed on."""
+        self.samples = samples
+        stages, owners = [], []
+        for number, sample in enumerate(samples):
+            own = stages_of(sample.problem, sample.config, device, sample.uses)
+            stages += own
+            owners += [number] * len(own)
+        self._columns: Columns = columns_of(stages)
+        self._owners = np.array(owners, dtype=np.intp)
+        self.shapes = [shape_name(sample.problem) for sample in samples]
+        self.families = [family_of(sample.config) for sample in samples]
+        self.log_times: Array = np.log([sample.time_us for sample in samples])
+
+    def log_predictions(self, constants: Constants) -> Array:
+        """The logarithm of each sample's predicted time in microseconds."""
+        times = stage_us(self._columns, constants)
+        totals: Array = np.log(np.bincount(self._owners, times, len(self.samples)))
+        return totals
+
+    def without(self, shapes: Collection[str], device: Device) -> "Samples":
+        """The samples of all other shapes."""
+        kept = [
+            sample
+            for sample, shape in zip(self.samples, self.shapes, strict=True)
+            if shape not in shapes
+        ]
+        return Samples(kept, device)
+
+
+def fit_constants(samples: Samples, start: Constants | None = None) -> Constants:
+    """The constants that predict the samples best, by robust least squares of log times."""
+    try:
+        from scipy.optimize import least_squares
+    except ImportError as error:
+        raise FlashtuneError("fitting needs scipy: install flashtune[gp]") from error
+    names = [each.name for each in fields(Constants)]
+    least, middle, most = np.log([_BOUNDS[name] for name in names]).T
+    begin = middle if start is None else np.log([getattr(start, name) for name in names])
+
+    def misses(logs: Array) -> Array:
+        predicted = samples.log_predictions(_constants(names, logs))
+        return np.concatenate([predicted - samples.log_times, _PULL * (logs - middle)])
+
+    slack = 1e-6  # the solver wants to begin inside
+    found = least_squares(
+        misses,
+        np.clip(begin, least + slack, most - slack),
+        bounds=(least, most),
+        loss="soft_l1",
+        f_scale=_OUTLIER,
+    )
+    return _constants(names, found.x)
+
+
+def _constants(names: Sequence[str], logs: Array) -> Constants:
+    return Constants(**dict(zip(names, np.exp(logs).tolist(), strict=True)))
+
+
+def splits(shapes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Which shapes to hold out: each one, then each pair."""
+    for size in (1, 2):
+        if len(shapes) > size:
+            yield from itertools.combinations(sorted(shapes), size)
+
+
+def fit_model(
+    calibration: Calibration,
+    device: Device,
+    on_fit: Callable[[int, int], None] = lambda done, total: None,
+) -> Fit:
+    """Fit to all shapes, and to all but each one and each pair.
+
+    The intervals come from the misses on single shapes by fits that never saw them. Raises
+    FlashtuneError without scipy, or with fewer than two shapes.
+    """
+    samples = Samples(calibration.samples, device)
+    shapes = sorted(set(samples.shapes))
+    if len(shapes) < 2:
+        raise FlashtuneError("a fit needs records of at least two shapes: one is held out")
+    wanted = list(splits(shapes))
+    everything = rounded(fit_constants(samples))
+    held_out = {}
+    for done, held in enumerate(wanted, start=1):
+        on_fit(done, len(wanted) + 1)
+        held_out[held] = rounded(fit_constants(samples.without(held, device), everything))
+    on_fit(len(wanted) + 1, len(wanted) + 1)
+    singles = {shapes[0]: each for shapes, each in held_out.items() if len(shapes) == 1}
+    model = CostModel(
+        device=device.name,
+        constants=everything,
+        intervals=intervals(samples, held_out_misses(samples, singles)),
+    )
+    return Fit(calibration=digest(calibration), model=model, held_out=held_out)
+
+
+def rounded(constants: Constants) -> Constants:
+    """The constants as the file has them: to four digits."""
+    return Constants(**{name: float(f"{each:.4g}") for name, each in asdict(constants).items()})
+
+
+def held_out_misses(samples: Samples, singles: dict[str, Constants]) -> Array:
+    """The logarithm of measured over predicted time, each by the fit without that shape."""
+    misses: Array = np.full(len(samples.samples), math.nan)
+    shapes = np.array(samples.shapes)
+    for shape, constants in singles.items():
+        own = shapes == shape
+        misses[own] = (samples.log_times - samples.log_predictions(constants))[own]
+    return misses
+
+
+def intervals(
+    samples: Samples, misses: Array, shapes: Collection[str] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Each family's interval, as factors of the predicted time that hold 80 % of the misses.
+
+    shapes: count only samples of these. Families with few samples have none of their own.
+    """
+    by_family: dict[str, list[float]] = defaultdict(list)
+    for family, shape, miss in zip(samples.families, samples.shapes, misses, strict=True):
+        if shapes is None or shape in shapes:
+            by_family[family].append(float(miss))
+    found = {}
+    for family, own in sorted(by_family.items()):
+        if len(own) >= _FEWEST:
+            low, high = np.exp(np.quantile(own, QUANTILES)).tolist()
+            found[family] = (round(low, 4), round(high, 4))
+    if not found:
+        raise FlashtuneError(f"no family of configs has {_FEWEST} records: measure more")
+    return found
+
+
+def digest(calibration: Calibration) -> str:
+    """A hash of a calibration's samples."""
+    return hashlib.sha256(calibration_text(calibration).encode()).hexdigest()[:16]
+
+
+def write_fit(path: Path, fit: Fit) -> None:
+    """Write the model's file; raises FlashtuneError."""
+    try:
+        path.write_text(json.dumps(fit.data(), indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise FlashtuneError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_fit(data: dict[str, Any]) -> Fit:
+    """The fit that a model's decoded file holds; raises KeyError, TypeError or ValueError."""
+    return Fit(
+        calibration=data["calibration"],
+        model=CostModel.from_json(data["model"]),
+        held_out={
+            tuple(each["shapes"]): Constants(**each["constants"]) for each in data["held_out"]
+        },
+    )

@@ -1,0 +1,1 @@
+"""Searches: what to try next, where it is evaluated, and what wins."""

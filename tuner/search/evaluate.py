@@ -1,0 +1,238 @@
+"""Where a candidate is evaluated: measured on this machine's device, or predicted.
+
+Usage:
+    with WorkerPool(8) as compilers, WorkerPool(1) as measurer:
+        evaluator = MeasuringEvaluator(problem, device, compilers, measurer, seed=0)
+        evaluator.submit(config)
+        for evaluation in evaluator.wait(1.0):
+            evaluation.config, evaluation.measurement
+
+Both keep compilers running ahead: `room` says how many more configs may be submitted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.plans.config import Config
+from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Provenance
+
+COMPILE_SECONDS = 120.0
+MEASURE_SECONDS = 60.0
+COMPARE_SECONDS = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What became of a config."""
+
+    config: Config
+    measurement: Measurement
+
+
+class Evaluator(Protocol):
+    """Takes configs, gives measurements, several under way at once."""
+
+    provenance: Provenance
+
+    @property
+    def room(self) -> int:
+        """How many more configs may be submitted now."""
+
+    @property
+    def pending(self) -> int:
+        """Configs submitted whose evaluation has not been given out."""
+
+    def submit(self, config: Config) -> None:
+        """Start on a config."""
+
+    def wait(self, seconds: float) -> list[Evaluation]:
+        """Evaluations that are complete, waiting for one for at most that long."""
+
+    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+        """Evaluate again, side by side; empty where that would say nothing new."""
+
+    def close(self) -> None:
+        """End what is under way."""
+
+
+class PredictingEvaluator:
+    """Cross-compiles for a device that is not here, and asks the cost model."""
+
+    provenance = Provenance.PREDICTED
+
+    def __init__(self, problem: Problem, device: Device, compilers: WorkerPool) -> None:
+        """The pool is the caller's, to be used for one problem after another."""
+        self._problem, self._device, self._pool = problem, device, compilers
+
+    @property
+    def room(self) -> int:
+        """Compilers without work, and one config in hand for each."""
+        return max(0, 2 * self._pool.size - self._pool.pending)
+
+    @property
+    def pending(self) -> int:
+        """Configs being compiled."""
+        return self._pool.pending
+
+    def submit(self, config: Config) -> None:
+        """Compile a config."""
+        task = Task(kind="compile", problem=self._problem, configs=(config,), device=self._device)
+        self._pool.submit(task, COMPILE_SECONDS)
+
+    def wait(self, seconds: float) -> list[Evaluation]:
+        """Predictions of what has been compiled."""
+        return [
+            Evaluation(task.configs[0], self._measurement(task.configs[0], reply))
+            for task, reply in self._pool.wait(seconds)
+        ]
+
+    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+        """Nothing: a prediction does not change by being made again."""
+        return []
+
+    def close(self) -> None:
+        """End what is under way."""
+        self._pool.cancel()
+
+    def _measurement(self, config: Config, reply: Reply) -> Measurement:
+        if reply.measurements:
+            return reply.measurements[0]
+        if any(use.spilled for use in reply.uses):
+            spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
+            return Measurement(
+                outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
+            )
+        try:
+            prediction = predict(self._problem, config, self._device, reply.uses)
+        except FlashtuneError as error:  # a plan that the cost model does not cover
+            return Measurement(outcome=Outcome.INVALID, error=str(error))
+        return Measurement(
+            outcome=Outcome.OK,
+            median_us=prediction.time_us,
+            spread_us=prediction.high_us - prediction.low_us,
+            policy=VERSION,
+        )
+
+
+class MeasuringEvaluator:
+    """Compiles in parallel, then verifies and times one config after another on the device.
+
+    Where compilers would disturb the timing, the two take turns. Where there are none, the
+    worker that measures compiles, too.
+    """
+
+    provenance = Provenance.MEASURED
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: Device,
+        compilers: WorkerPool | None,
+        measurer: WorkerPool,
+        *,
+        seed: int,
+        elsewhere: bool = False,
+    ) -> None:
+        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs.
+
+        elsewhere: the worker has neither templates nor the compilers' cache. It is given source.
+        """
+        self._problem, self._device, self._seed = problem, device, seed
+        self._compilers, self._measurer = compilers, measurer
+        self._elsewhere = elsewhere
+        self._best_us: float | None = None
+        self._in_turns = backend_of(device).times_alone
+        self._compiled: list[tuple[Config, ...]] = []
+
+    @property
+    def room(self) -> int:
+        """As many configs may be under way as compilers can keep ahead of the timing."""
+        if self._in_turns and (self._measurer.pending or self._compiled):
+            return 0
+        compiling = self._compilers.size if self._compilers else 0
+        return max(0, 2 * compiling + 2 - self.pending)
+
+    @property
+    def pending(self) -> int:
+        """Configs being compiled, measured, or waiting for either."""
+        return self._compiling + len(self._compiled) + self._measurer.pending
+
+    def submit(self, config: Config) -> None:
+        """Compile a config, then measure it."""
+        if self._compilers is None:
+            self._compiled.append((config,))
+        else:
+            self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
+
+    def wait(self, seconds: float) -> list[Evaluation]:
+        """Failures to compile, and measurements."""
+        evaluations = []
+        idle = self._measurer.pending == 0
+        compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
+        for task, reply in compiled:
+            if reply.measurements:
+                evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
+            else:
+                self._compiled.append(task.configs)
+        if not (self._in_turns and self._compiling):
+            for configs in self._compiled:
+                self._measure(configs)
+            self._compiled.clear()
+        for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
+            measurement = reply.measurements[0]
+            if measurement.outcome is Outcome.OK and measurement.median_us is not None:
+                self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
+            evaluations.append(Evaluation(task.configs[0], measurement))
+        return evaluations
+
+    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+        """Time several configs in turns, so that a drifting clock favours none.
+
+        What had not been measured yet is given up. Empty where any failed: which of them it was
+        is not known, and none has done worse than when it was measured.
+        """
+        self.close()
+        self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
+        answers: list[tuple[Task, Reply]] = []
+        while not answers:
+            answers = self._measurer.wait(1.0)
+        measurements = list(answers[0][1].measurements)
+        return measurements if all(each.outcome is Outcome.OK for each in measurements) else []
+
+    def close(self) -> None:
+        """End what is under way."""
+        if self._compilers is not None:
+            self._compilers.cancel()
+        self._compiled.clear()
+        self._measurer.cancel()
+
+    @property
+    def _compiling(self) -> int:
+        return self._compilers.pending if self._compilers else 0
+
+    def _measure(self, configs: tuple[Config, ...]) -> None:
+        seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
+        self._measurer.submit(self._task("measure", configs), seconds)
+
+    def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
+        return Task(
+            kind=kind,
+            problem=self._problem,
+            configs=configs,
+            device=self._device,
+            seed=self._seed,
+            best_us=self._best_us,
+            sources=self._sources(configs) if self._elsewhere and kind != "compile" else (),
+        )
+
+    def _sources(self, configs: tuple[Config, ...]) -> tuple[str, ...]:
+        backend = backend_of(self._device)
+        return tuple(backend.render(self._problem, config, self._device) for config in configs)

@@ -1,0 +1,208 @@
+"""What to evaluate next: defaults and known winners, then Optuna and the best configs' neighbours.
+
+Usage:
+    proposals = Proposals(space, sampler="tpe", seed=0, near=records)
+    proposals.recall(config, measurement)      # what earlier runs found out
+    for config in proposals:                   # never one that is known or under way
+        …
+        proposals.learn(config, measurement)
+"""
+
+import random
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+
+import optuna
+
+from flashtune.kernels.plans.config import (
+    Config,
+    baseline_config,
+    default_config,
+    parse_config,
+)
+from flashtune.kernels.runtime.choice import shape_distance
+from flashtune.tuner.search.space import Space
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.record import Measurement, Outcome, Record
+
+SAMPLERS = ("tpe", "gp", "random", "exhaustive")
+NEAR_WINNERS = 4
+BEST = 3  # configs of a family whose neighbours are tried
+FAIR = 25  # configs that a family may spend before it is judged by its best
+FAR = 1.5  # a family whose best is that much slower than the best of all is then left alone
+_STALE = 200  # proposals in a row that are known or not valid, before the source runs dry
+
+
+class Proposals:
+    """An iterator of fresh configs that learns from what became of the ones before."""
+
+    def __init__(self, space: Space, *, sampler: str, seed: int, near: Iterable[Record]) -> None:
+        """`near`: records of any problems or devices, whose configs are tried early.
+
+        Raises FlashtuneError when the sampler lacks what it needs.
+        """
+        self.space = space
+        self.known: dict[Config, Measurement] = {}
+        self._sampler = sampler
+        self._random = random.Random(seed)
+        self._trials: dict[Config, optuna.Trial] = {}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(sampler=_sampler(sampler, seed), direction="minimize")
+        self._first = deque([*references(space), *_winners(space, near), *space.starts()])
+        self._turn = 0
+        self._all = space.configs()
+
+    def __iter__(self) -> Iterator[Config]:
+        """The iterator itself."""
+        return self
+
+    def __next__(self) -> Config:
+        """A config that is neither known nor under way; StopIteration when there is none left."""
+        if self._sampler == "exhaustive":
+            fresh = next(each for each in self._all if self._is_new(each))
+            return self._claim(fresh, None)
+        for stale in range(_STALE):
+            config, trial = self._propose(stale)
+            if config is not None and self._is_new(config):
+                return self._claim(config, trial)
+        raise StopIteration
+
+    def recall(self, config: Config, measurement: Measurement) -> None:
+        """Take over what an earlier run found out; configs outside the space are passed over."""
+        parameters = self.space.parameters(config)
+        if parameters is None:
+            return
+        self.known[config] = measurement
+        state = optuna.trial.TrialState
+        time_us = measurement.median_us
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                params=parameters,
+                distributions=self.space.distributions(config),
+                value=time_us,
+                state=state.PRUNED if time_us is None else state.COMPLETE,
+            )
+        )
+
+    def learn(self, config: Config, measurement: Measurement) -> None:
+        """Tell what became of a config that was proposed; a failure is a pruned trial."""
+        self.known[config] = measurement
+        trial = self._trials.pop(config)
+        if measurement.median_us is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self._study.tell(trial, measurement.median_us)
+
+    def ranked(self) -> list[Config]:
+        """The configs that worked, fastest first."""
+        times = {
+            config: each.median_us
+            for config, each in self.known.items()
+            if each.outcome is Outcome.OK and each.median_us is not None
+        }
+        return sorted(times, key=lambda config: times[config])
+
+    def _propose(self, stale: int) -> tuple[Config | None, optuna.Trial | None]:
+        """The next idea, new or not, and its trial where Optuna had it.
+
+        A Gaussian process repeats itself where it expects the best, valid or not: after a few
+        `stale` ideas in a row a neighbour goes instead.
+        """
+        if self._first:
+            return self._first.popleft(), None
+        self._turn += 1
+        stuck = self._sampler == "gp" and stale % 4 == 3
+        if stuck or (self._sampler == "tpe" and self._turn % 2):
+            return self._neighbour(), None
+        return self._ask()
+
+    def _claim(self, config: Config, trial: optuna.Trial | None) -> Config:
+        """Mark a config as under way, with a trial of its own where Optuna did not propose it."""
+        if trial is None:
+            parameters = self.space.parameters(config)
+            assert parameters is not None
+            self._study.enqueue_trial(parameters)
+            trial = self._study.ask()
+            self.space.suggest(trial)
+        self._trials[config] = trial
+        return config
+
+    def _ask(self) -> tuple[Config | None, optuna.Trial | None]:
+        """What Optuna proposes; what is not valid or known is told at once."""
+        trial = self._study.ask()
+        config, reason = self.space.suggest(trial)
+        if reason is None and self._is_new(config):
+            return config, trial
+        time_us = self.known[config].median_us if config in self.known else None
+        if reason is None and time_us is not None:
+            self._study.tell(trial, time_us)
+        else:
+            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return None, None
+
+    def _neighbour(self) -> Config | None:
+        """A neighbour of one of a family's best configs.
+
+        A family that has spent little gets as many turns as the best; after that, the nearer its
+        best is to the best of all, the more.
+        """
+        families: dict[tuple[str, str | None], list[Config]] = {}
+        times = {config: each.median_us for config, each in self.known.items() if each.median_us}
+        for config in sorted(times, key=lambda config: times[config]):
+            families.setdefault(self.space.family(config), []).append(config)
+        if not families:
+            return None
+        spent = Counter(self.space.family(config) for config in [*self.known, *self._trials])
+        best_us = min(times.values())
+        weights = [
+            FAR - 1 if spent[family] < FAIR else max(0.0, FAR - times[configs[0]] / best_us)
+            for family, configs in families.items()
+        ]
+        family = self._random.choices(list(families), weights)[0]
+        config = self._random.choice(families[family][:BEST])
+        return self._random.choice(self.space.neighbours(config) or [config])
+
+    def _is_new(self, config: Config) -> bool:
+        return config not in self.known and config not in self._trials
+
+
+def references(space: Space) -> list[Config]:
+    """The default and the baseline, where they lie in the space."""
+    both = (
+        default_config(space.problem, space.device),
+        baseline_config(space.problem, space.device),
+    )
+    return [config for config in both if space.parameters(config) is not None]
+
+
+def _winners(space: Space, near: Iterable[Record]) -> list[Config]:
+    """Valid configs of the nearest records, this device's first."""
+    ranked = []
+    for number, record in enumerate(near):
+        distance = shape_distance(space.problem, record.problem)
+        if distance is not None and record.measurement.outcome is Outcome.OK:
+            ranked.append((record.device != space.device.name, distance, number, record))
+    found: dict[Config, None] = {}
+    for *_, record in sorted(ranked, key=lambda row: row[:3]):
+        if space.holds(record.config):
+            found[parse_config(record.config)] = None
+    return list(found)[:NEAR_WINNERS]
+
+
+def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler of that name; raises FlashtuneError when it lacks what it needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
+            )
+        if name == "gp":
+            try:
+                return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
+            except ImportError as error:
+                raise FlashtuneError(
+                    "--sampler gp needs scipy: install flashtune[gp], or use tpe"
+                ) from error
+        return optuna.samplers.RandomSampler(seed=seed)

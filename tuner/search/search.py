@@ -1,0 +1,228 @@
+"""The search for one problem on one device: propose, evaluate, learn, write everything down.
+
+Usage:
+    result = search(space, evaluator, store, Budget(trials=200), toolchain=toolchain)
+    result.winner           # the Record to use, None when nothing worked
+
+What has been found out already is read from the store first, so a search that was interrupted
+goes on where it was.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from flashtune.kernels.plans.config import (
+    Config,
+    baseline_config,
+    config_data,
+    default_config,
+    parse_config,
+)
+from flashtune.tuner.search.evaluate import Evaluator
+from flashtune.tuner.search.proposal import Proposals, references
+from flashtune.tuner.search.space import Space
+from flashtune.tuning_db.device import Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Record
+from flashtune.tuning_db.store import FINAL_POLICY, Store
+
+FINALISTS = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What a search may spend. `trials` counts evaluations, those of interrupted runs included."""
+
+    trials: int
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """How far a search is: one after each evaluation, and one before the finalists are timed."""
+
+    done: int
+    total: int
+    failed: int
+    best_us: float | None
+    best: Config | None
+    comparing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a search came to. Times are of the final comparison where there was one.
+
+    `default_kept`: nothing beat the default by more than the noise. A search that timed out or
+    was cancelled (Ctrl-C) has all that it measured in the store; only a cancelled one leaves the
+    finalists uncompared.
+    """
+
+    problem: Problem
+    winner: Record | None
+    default_us: float | None
+    baseline_us: float | None
+    evaluated: int
+    failed: int
+    default_kept: bool
+    timed_out: bool
+    cancelled: bool
+
+
+def search(
+    space: Space,
+    evaluator: Evaluator,
+    store: Store,
+    budget: Budget,
+    *,
+    toolchain: Toolchain,
+    sampler: str = "tpe",
+    seed: int = 0,
+    near: Iterable[Record] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Result:
+    """Search `space` within `budget`; every evaluation is in the store before the next one.
+
+    near: records of any problems or devices, whose configs are tried early. KeyboardInterrupt
+    ends the search early; the finalists are then not compared.
+    """
+    proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
+    run = _Run(proposals, evaluator, store, budget, toolchain)
+    run.recall()
+    timed_out = cancelled = False
+    try:
+        timed_out = run.evaluate(on_event)
+        on_event(run.event(comparing=True))
+        run.compare()
+    except KeyboardInterrupt:
+        cancelled = True
+    return run.result(timed_out, cancelled)
+
+
+@dataclass
+class _Run:
+    """One search's parts; `search` above is its story."""
+
+    proposals: Proposals
+    evaluator: Evaluator
+    store: Store
+    budget: Budget
+    toolchain: Toolchain
+
+    def __post_init__(self) -> None:
+        self.space = self.proposals.space
+        self.finals: dict[Config, Measurement] = {}
+        self.default = default_config(self.space.problem, self.space.device)
+
+    def recall(self) -> None:
+        """Learn from the store what earlier runs found out."""
+        for record in self.store.records(
+            device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
+        ):
+            if record.provenance is not self.evaluator.provenance:
+                continue
+            try:
+                config = parse_config(record.config)
+            except FlashtuneError:
+                continue  # of another version of its plan
+            self.proposals.recall(config, record.measurement)
+
+    def evaluate(self, on_event: Callable[[Event], None]) -> bool:
+        """Evaluate until the budget is spent; True when time ran out first."""
+        known = self.proposals.known
+        end = time.monotonic() + (self.budget.timeout_s or float("inf"))
+        dry = False
+        while True:
+            left = self.budget.trials - len(known) - self.evaluator.pending
+            for _ in range(0 if dry else min(self.evaluator.room, left)):
+                config = next(self.proposals, None)
+                if config is None:
+                    dry = True
+                    break
+                self.evaluator.submit(config)
+            if not self.evaluator.pending:
+                return False
+            for evaluation in self.evaluator.wait(0.5):
+                self._write(evaluation.config, evaluation.measurement)
+                self.proposals.learn(evaluation.config, evaluation.measurement)
+                on_event(self.event())
+            if time.monotonic() > end:
+                return True
+
+    def compare(self) -> None:
+        """Time the best configs and the default side by side, and write that down.
+
+        Where none beats the default by more than the noise, only the default's time is written,
+        which makes it the winner, and the times of those that an earlier run compared, so that
+        no lucky one of old stands.
+        """
+        ranked = self.proposals.ranked()
+        wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
+        configs = [config for config in wanted if config in ranked]
+        if len(configs) > 1:
+            measurements = self.evaluator.compare(configs)
+            self.finals = dict(zip(configs, measurements, strict=False))
+        compared = {
+            config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
+        }
+        for config, measurement in self.finals.items():
+            if not self._default_kept() or config in {self.default, *compared}:
+                self._write(config, measurement)
+
+    def event(self, comparing: bool = False) -> Event:
+        """How far the search is."""
+        known, ranked = self.proposals.known, self.proposals.ranked()
+        best = ranked[0] if ranked else None
+        return Event(
+            done=len(known),
+            total=self.budget.trials,
+            failed=sum(each.median_us is None for each in known.values()),
+            best_us=known[best].median_us if best else None,
+            best=best,
+            comparing=comparing,
+        )
+
+    def result(self, timed_out: bool, cancelled: bool) -> Result:
+        """What the search came to."""
+        problem, device = self.space.problem, self.space.device
+        event = self.event()
+        winner = self.store.best(device.name, problem, toolchain=self.toolchain)
+        default_won = winner is not None and winner.config == config_data(self.default)
+        return Result(
+            problem=problem,
+            winner=winner,
+            default_us=self._time_of(self.default),
+            baseline_us=self._time_of(baseline_config(problem, device)),
+            evaluated=event.done,
+            failed=event.failed,
+            default_kept=default_won and self._default_kept(),
+            timed_out=timed_out,
+            cancelled=cancelled,
+        )
+
+    def _write(self, config: Config, measurement: Measurement) -> None:
+        record = Record(
+            device=self.space.device.name,
+            toolchain=self.toolchain,
+            problem=self.space.problem,
+            config=config_data(config),
+            provenance=self.evaluator.provenance,
+            measurement=measurement,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
+        self.store.add(record)
+
+    def _default_kept(self) -> bool:
+        """Whether the finalists were compared and none beat the default by more than noise."""
+        default = self.finals.get(self.default)
+        times = [each.median_us for each in self.finals.values() if each.median_us is not None]
+        if default is None or default.median_us is None:
+            return False
+        return min(times) > default.median_us - default.noise_us
+
+    def _time_of(self, config: Config) -> float | None:
+        found = self.finals.get(config) or self.proposals.known.get(config)
+        return found.median_us if found else None

@@ -1,0 +1,214 @@
+"""A run of `flashtune search`: several problems on one device, within one budget.
+
+Usage:
+    session = Session(request, store)
+    results = session.run()      # progress on standard error
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.plans.config import plans_of, why_unavailable
+from flashtune.tuner.cli.report import SearchProgress, floor_us
+from flashtune.tuner.predict.stages import PLAN_STAGES
+from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.search.search import Budget, Result, search
+from flashtune.tuner.search.space import Space
+from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.remote import RemoteMachine
+from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance, Record
+from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all.
+
+    remote: the machine that has the device, if that is to be measured on over ssh.
+    """
+
+    device: Device
+    problems: Sequence[Problem]
+    trials: int
+    timeout_s: float | None = None
+    sampler: str = "tpe"
+    seed: int = 0
+    jobs: int = 1
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    remote: RemoteMachine | None = None
+
+
+def this_device() -> Device:
+    """This machine's GPU; its CPU where kernels can run on none."""
+    return _this_gpu() or this_cpu()
+
+
+def _this_gpu() -> Device | None:
+    return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+
+
+class Session:
+    """Runs the searches of a request one after another."""
+
+    def __init__(self, request: SearchRequest, store: Store) -> None:
+        """Measures where the device is this machine's or the remote one's, else predicts.
+
+        Raises FlashtuneError when what is fixed leaves no valid config for a problem.
+        """
+        self.request, self.store = request, store
+        self.cancelled = False
+        self.provenance, self.toolchain = _evaluated(request)
+        self._left_out = _left_out(request, self.provenance)
+        without = frozenset(self._left_out)
+        if request.fixed.get("plan") in without:
+            raise FlashtuneError(self._left_out[request.fixed["plan"]])
+        self._spaces = [
+            Space(problem, request.device, request.fixed, without=without)
+            for problem in request.problems
+        ]
+        for space in self._spaces:
+            if next(space.configs(), None) is None:
+                raise FlashtuneError(
+                    f"no valid config for {space.problem.describe()} on {request.device.name} "
+                    f"with {dict(request.fixed)}: fix less"
+                )
+
+    def run(self) -> list[Result]:
+        """The results so far; a search cut short by Ctrl-C is the last of them."""
+        request = self.request
+        end = time.monotonic() + (request.timeout_s or float("inf"))
+        results: list[Result] = []
+        transport = request.remote.transport if request.remote else None
+        with (
+            SearchProgress(request.device, self.provenance) as progress,
+            WorkerPool(request.jobs) as compilers,
+            WorkerPool(1, transport, progress.note) as measurer,
+        ):
+            for why in self._left_out.values():
+                progress.note(f"{why}; searching without it")
+            for number, space in enumerate(self._spaces):
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                share = left / (len(self._spaces) - number) if request.timeout_s else None
+                try:
+                    evaluator = self._evaluator(space.problem, compilers, measurer)
+                    results.append(self._search(space, share, evaluator, progress))
+                    self.cancelled = results[-1].cancelled
+                except KeyboardInterrupt:
+                    self.cancelled = True
+                if self.cancelled:
+                    break
+        return results
+
+    def _search(
+        self,
+        space: Space,
+        timeout_s: float | None,
+        evaluator: Evaluator,
+        progress: SearchProgress,
+    ) -> Result:
+        with closing(evaluator):
+            return search(
+                space,
+                evaluator,
+                self.store,
+                Budget(trials=self.request.trials, timeout_s=timeout_s),
+                toolchain=self.toolchain,
+                sampler=self.request.sampler,
+                seed=self.request.seed,
+                near=self._near(),
+                on_event=progress.start(space.problem, self.request.trials),
+            )
+
+    def _evaluator(
+        self, problem: Problem, compilers: WorkerPool, measurer: WorkerPool
+    ) -> Evaluator:
+        request = self.request
+        if self.provenance is Provenance.PREDICTED:
+            return PredictingEvaluator(problem, request.device, compilers)
+        remote = request.remote
+        return MeasuringEvaluator(
+            problem,
+            request.device,
+            compilers if remote is None or remote.compiles_as(toolchain(request.device)) else None,
+            measurer,
+            seed=request.seed,
+            elsewhere=remote is not None,
+        )
+
+    def _near(self) -> list[Record]:
+        """Winners on this device, the user's first, then the shipped: its own is the nearest.
+
+        A shipped one is not taken at its word: it may have been measured with other tools.
+        """
+        name = self.request.device.name
+        found = [self.store.best(name, other) for other in self.store.problems(name)]
+        table = prebuilt_table(name)
+        return [record for record in found if record] + list(table.records if table else ())
+
+
+def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
+    """Whether the request is measured or predicted, and with which tools."""
+    if request.remote is not None:
+        return Provenance.MEASURED, request.remote.toolchain
+    found = toolchain(request.device)
+    if request.device.vendor == "cpu" or request.device == _this_gpu():
+        return Provenance.MEASURED, found
+    return Provenance.PREDICTED, Toolchain(triton=found.triton)
+
+
+def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
+    """The plans that would run on the device but cannot be searched, each with why.
+
+    What the machine at the other end of ssh can build it says itself.
+    """
+    found: dict[str, str | None] = {}
+    for name, plan in plans_of(request.device).items():
+        if provenance is Provenance.PREDICTED and plan not in PLAN_STAGES:
+            found[name] = f"times of plan {name} are not predicted: search on the machine itself"
+        elif request.remote is None:
+            found[name] = why_unavailable(plan())
+    return {name: why for name, why in found.items() if why and _would_run(name, request)}
+
+
+def _would_run(plan: str, request: SearchRequest) -> bool:
+    """Whether a plan has a valid config for any of the problems."""
+    spaces = (Space(problem, request.device, {"plan": plan}) for problem in request.problems)
+    return any(next(space.configs(), None) for space in spaces)
+
+
+def result_data(
+    device: Device, provenance: Provenance, results: Sequence[Result]
+) -> dict[str, Any]:
+    """The results as plain data."""
+    return {
+        "device": device.name,
+        "provenance": provenance.value,
+        "results": [
+            {
+                "problem": asdict(result.problem),
+                "winner": result.winner.data() if result.winner else None,
+                "default_us": result.default_us,
+                "baseline_us": result.baseline_us,
+                "floor_us": floor_us(result.problem, device),
+                "evaluated": result.evaluated,
+                "failed": result.failed,
+                "default_kept": result.default_kept,
+                "timed_out": result.timed_out,
+                "cancelled": result.cancelled,
+            }
+            for result in results
+        ],
+    }

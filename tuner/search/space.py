@@ -1,0 +1,260 @@
+"""The configs a search chooses from: conditional by plan, narrowed by what the user fixes.
+
+Usage:
+    space = Space(problem, device, fixed={"plan": "staged"})
+    config, reason = space.suggest(trial)     # reason is None when the config is valid
+    for config in space.configs(): …          # every valid config
+
+A knob is called `plan.knob` in Optuna, because its choices may not change between trials; a knob
+that does not matter under the values before it is not suggested.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+import optuna
+
+from flashtune.kernels.plans.config import (
+    PLANS,
+    Config,
+    config_data,
+    known_good,
+    parse_config,
+    plans_of,
+    rules_of,
+    why_invalid,
+)
+from flashtune.kernels.plans.knob import Rule, enabled, knobs
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import ConfigData
+
+Choices = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Every valid config for a problem and device, with some knobs fixed to one value.
+
+    `known_good`: configs from which searches begin; None stands for those that are known for the
+    device. `without`: plans that are left out.
+
+    Raises FlashtuneError when `fixed` names an unknown knob or value.
+    """
+
+    problem: Problem
+    device: Device
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    known_good: Sequence[Config] | None = None
+    without: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check what is fixed."""
+        for name, value in self.fixed.items():
+            choices = list(plans_of(self.device)) if name == "plan" else _all_choices(name)
+            if not choices:
+                raise FlashtuneError(f"unknown knob {name!r}: use plan, {_known_knobs()}")
+            if value not in choices:
+                raise FlashtuneError(f"knob {name} must be one of {choices}, not {value!r}")
+
+    @property
+    def plans(self) -> list[str]:
+        """The plans to choose from: those that have every fixed value among their choices.
+
+        The plans left out are not among them.
+        """
+        return [
+            name
+            for name, plan in plans_of(self.device).items()
+            if name not in self.without
+            and all(
+                value == name if each == "plan" else value in _choices_of(plan, each)
+                for each, value in self.fixed.items()
+            )
+        ]
+
+    def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
+        """The config a trial asks for, and why it is not valid, if so."""
+        plan = PLANS[trial.suggest_categorical("plan", self.plans)]
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, values):
+                values[name] = trial.suggest_categorical(f"{plan.plan}.{name}", choices)
+            else:
+                values[name] = knobs(plan)[name]["default"]
+        config = plan(**values)
+        return config, why_invalid(config, self.problem, self.device)
+
+    def parameters(self, config: Config) -> dict[str, Any] | None:
+        """What a trial would have to be given for `suggest` to return this config.
+
+        None when the config is not in the space.
+        """
+        if config.plan not in self.plans:
+            return None
+        plan, data = PLANS[config.plan], config_data(config)
+        parameters: dict[str, Any] = {"plan": config.plan}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, data):
+                if data[name] not in choices:
+                    return None
+                parameters[f"{plan.plan}.{name}"] = data[name]
+        return parameters
+
+    def holds(self, data: ConfigData) -> bool:
+        """Whether a config on record is a valid one of this space."""
+        try:
+            config = parse_config(data)
+        except FlashtuneError:
+            return False
+        valid = why_invalid(config, self.problem, self.device) is None
+        return valid and self.parameters(config) is not None
+
+    def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distributions of `parameters(config)`."""
+        plan, data = PLANS[config.plan], config_data(config)
+        found: dict[str, optuna.distributions.BaseDistribution] = {
+            "plan": optuna.distributions.CategoricalDistribution(self.plans)
+        }
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, data):
+                distribution = optuna.distributions.CategoricalDistribution(choices)
+                found[f"{plan.plan}.{name}"] = distribution
+        return found
+
+    def configs(self) -> Iterator[Config]:
+        """Every valid config, in the order of the knobs' choices.
+
+        Rules are judged as soon as their knobs are set, and a family that one of them leaves
+        nothing of is passed over: there are too many configs to try each.
+        """
+        for plan in self.plans:
+            yield from self._complete(PLANS[plan], {})
+
+    def neighbours(self, config: Config) -> list[Config]:
+        """The valid configs that differ in one knob, and in those that it switches on or off."""
+        plan = PLANS[config.plan]
+        found = []
+        for name, choices in self._knobs(plan).items():
+            for choice in choices:
+                near = self._changed(config, name, choice)
+                if near != config and why_invalid(near, self.problem, self.device) is None:
+                    found.append(near)
+        return list(dict.fromkeys(found))
+
+    def family(self, config: Config) -> tuple[str, str | None]:
+        """The family that a config belongs to: its plan, and its first knob if that is a name."""
+        first = next(iter(asdict(config).values()))
+        return config.plan, first if isinstance(first, str) else None
+
+    def starts(self) -> list[Config]:
+        """The known good starting points that are valid here, with what is fixed as it must be."""
+        known = self.known_good
+        if known is None:
+            known = known_good(self.problem, self.device)
+        found = (self._within(config) for config in known if config.plan in self.plans)
+        valid = (
+            config for config in found if why_invalid(config, self.problem, self.device) is None
+        )
+        return list(dict.fromkeys(valid))
+
+    def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
+        """The choices of each knob that are left when what is fixed is fixed."""
+        return {
+            name: (self.fixed[name],) if name in self.fixed else knob["choices"]
+            for name, knob in knobs(plan).items()
+        }
+
+    def _changed(self, config: Config, name: str, value: Any) -> Config:
+        """The config with one knob changed and the fixed ones as they must be."""
+        plan = PLANS[config.plan]
+        data = {**config_data(config), name: value}
+        del data["plan"]
+        for each, knob in knobs(plan).items():
+            if not enabled(plan, each, data):
+                data[each] = knob["default"]
+            elif each in self.fixed:
+                data[each] = self.fixed[each]
+        return plan(**data)
+
+    def _within(self, config: Config) -> Config:
+        """The config with what is fixed as it must be."""
+        first = next(iter(knobs(PLANS[config.plan])))
+        return self._changed(config, first, getattr(config, first))
+
+    def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
+        """Every valid config of a plan whose first knobs have these values."""
+        names = list(knobs(plan))
+        if len(values) == len(names):
+            yield plan(**values)
+            return
+        if len(values) == 1 and not self._may_hold(plan, values):
+            return
+        name, later = names[len(values)], set(names[len(values) + 1 :])
+        rules = [
+            rule for rule in self._rules(plan) if name in rule.knobs and not rule.knobs & later
+        ]
+        for choice in self._choices(plan, name, values):
+            chosen = {**values, name: choice}
+            if self._keeps(plan, chosen, rules):
+                yield from self._complete(plan, chosen)
+
+    def _may_hold(self, plan: type[Config], values: dict[str, Any]) -> bool:
+        """Whether each rule by itself leaves any config of a plan with these first values."""
+        for rule in self._rules(plan):
+            names = [name for name in knobs(plan) if name in rule.knobs]
+            choices = product(*(self._choices(plan, name, values) for name in names))
+            picks = ({**values, **dict(zip(names, each, strict=True))} for each in choices)
+            if not any(self._keeps(plan, pick, [rule]) for pick in picks):
+                return False
+        return True
+
+    def _rules(self, plan: type[Config]) -> list[Rule]:
+        """The rules that are about a plan."""
+        return [rule for rule in rules_of(self.device) if not rule.plans or plan in rule.plans]
+
+    def _keeps(self, plan: type[Config], values: dict[str, Any], rules: Sequence[Rule]) -> bool:
+        config = plan(**values)
+        return not any(rule.why_broken(config, self.problem, self.device) for rule in rules)
+
+    def _choices(self, plan: type[Config], name: str, values: dict[str, Any]) -> Choices:
+        """What a knob may be once those with a say in whether it matters have their values."""
+        if name in values:
+            return (values[name],)
+        if not enabled(plan, name, values):
+            return (knobs(plan)[name]["default"],)
+        return self._knobs(plan)[name]
+
+
+def _known_knobs() -> str:
+    return ", ".join(dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan)))
+
+
+def _choices_of(plan: type[Config], name: str) -> Choices:
+    """The choices of a knob of a plan; none where the plan has no such knob."""
+    known = knobs(plan)
+    return known[name]["choices"] if name in known else ()
+
+
+def _all_choices(name: str) -> list[Any]:
+    """The choices of a knob over all plans that have it."""
+    found = [_choices_of(plan, name) for plan in PLANS.values()]
+    return list(dict.fromkeys(choice for choices in found for choice in choices))
+
+
+def parse_fixed(text: str) -> tuple[str, Any]:
+    """Read `--fix`: KNOB=VALUE, with the value as the knob's choices have it.
+
+    Raises FlashtuneError on a knob or value that does not exist.
+    """
+    name, _, value = text.partition("=")
+    choices = list(PLANS) if name == "plan" else _all_choices(name)
+    if not choices:
+        raise FlashtuneError(f"unknown knob {name!r}: use plan, {_known_knobs()}")
+    for choice in choices:
+        if str(choice).lower() == value.lower():
+            return name, choice
+    raise FlashtuneError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

@@ -1,0 +1,1 @@
+"""Processes that compile and measure, here or at the end of an ssh connection."""

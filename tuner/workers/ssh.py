@@ -1,0 +1,127 @@
+"""Workers on another machine, through OpenSSH's client, with our code sent along.
+
+Usage:
+    transport = SshTransport(destination="user@orin")
+    WorkerPool(1, transport)
+
+The user's own configuration and keys make the connection. Nothing else goes over it: no agent, no
+display, no forwarded port. The other machine keeps our code and the compilers' caches in
+flashtune's cache folder there, and needs none of our dependencies but torch and Triton.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import secrets
+import shlex
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from flashtune.tuner.workers.far_end import GREETING
+
+PYTHON = "python3"
+LEAST_PYTHON = (3, 10)
+LOST = 255  # ssh's exit code for every trouble of its own
+NOT_FOUND = 127  # a shell's
+OPTIONS = {
+    "BatchMode": "yes",  # a question would wait for ever
+    "ClearAllForwardings": "yes",
+    "RemoteCommand": "none",
+    "ConnectTimeout": "15",
+    "ServerAliveInterval": "10",  # with the next: a dead connection is noticed in 40 s
+    "ServerAliveCountMax": "3",
+}
+_DATA = ("devices.json",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SshTransport:
+    """Workers at the end of ssh connections, of which one of each `token` lives at a time.
+
+    destination: whatever ssh takes. python: the far Python, as its shell would find it. module:
+    what runs there.
+    """
+
+    destination: str
+    python: str = PYTHON
+    module: str = "flashtune.tuner.workers.worker"
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def greeting(self) -> str:
+        """What far_end.py says before the worker runs."""
+        return GREETING
+
+    @property
+    def command(self) -> Sequence[str]:
+        """ssh, and a line of Python that reads the rest."""
+        least = ".".join(map(str, LEAST_PYTHON))
+        bootstrap = (
+            f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
+            f"sys.version_info[:2]) if sys.version_info < {LEAST_PYTHON} else "
+            f"exec(sys.stdin.buffer.read({len(_far_end())}))"
+        )
+        options = [word for pair in OPTIONS.items() for word in ("-o", "=".join(pair))]
+        far = f'{_quoted(self.python)} -c "{bootstrap}"'
+        return ("ssh", "-T", "-a", "-x", *options, "--", self.destination, far)
+
+    @property
+    def preamble(self) -> bytes:
+        """far_end.py, its header, and our code."""
+        archive = code_archive()
+        header = {
+            "size": len(archive),
+            "digest": hashlib.sha256(archive).hexdigest(),
+            "module": self.module,
+            "token": self.token,
+        }
+        return _far_end() + json.dumps(header).encode() + b"\n" + archive
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        """ssh's own words, where it ended by itself."""
+        if code != LOST:
+            return None
+        lines = errors.strip().splitlines() or ["the connection was lost"]
+        said = " ".join(lines[-2:] if lines[-1].startswith("Host key") else lines[-1:])
+        said = " ".join(said.removeprefix("ssh: ").split()).rstrip(".")
+        return f"ssh {self.destination}: {said}"
+
+    def exit_code(self, code: int) -> int:
+        """far_end.py ends as a shell does: 128 and more for a signal."""
+        return 128 - code if code > 128 else code
+
+
+def _quoted(python: str) -> str:
+    """For the far shell, which replaces a tilde by the user's folder."""
+    home, slash, rest = python.partition("/")
+    if slash and home.startswith("~"):
+        return f"{home}/{shlex.quote(rest)}"
+    return shlex.quote(python)
+
+
+@functools.cache
+def _far_end() -> bytes:
+    return resources.files("flashtune.tuner.workers").joinpath("far_end.py").read_bytes()
+
+
+@functools.cache
+def code_archive() -> bytes:
+    """A zip of flashtune's own modules, the same for the same code. No templates."""
+    root = Path(str(resources.files("flashtune")))
+    paths = [
+        Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.endswith(".py") or name in _DATA
+    ]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(paths):
+            entry = zipfile.ZipInfo(str(Path("flashtune", path.relative_to(root))))
+            file.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return archive.getvalue()

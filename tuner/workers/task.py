@@ -1,0 +1,94 @@
+"""What is asked of a worker process and what it answers: one JSON line each.
+
+Usage:
+    line = Task(kind="measure", problem=problem, configs=(config,), device=device).to_json()
+    task = Task.from_json(line)
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.plans.config import Config, config_data, parse_config
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One request. `compile` and `measure` are about one config, `compare` about several.
+
+    seed: of the workload. best_us: the best time so far; a config far behind it is pruned.
+    sources: what each config renders to, for a worker that has no templates.
+    """
+
+    kind: str
+    problem: Problem
+    configs: tuple[Config, ...]
+    device: Device
+    seed: int = 0
+    best_us: float | None = None
+    sources: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        data = {
+            "kind": self.kind,
+            "problem": asdict(self.problem),
+            "configs": [config_data(config) for config in self.configs],
+            "device": asdict(self.device),
+            "seed": self.seed,
+            "best_us": self.best_us,
+            "sources": self.sources,
+        }
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Task":
+        """Read `to_json`'s line back; configs pass their own validation."""
+        data = json.loads(line)
+        return cls(
+            kind=data["kind"],
+            problem=Problem.from_json(data["problem"]),
+            configs=tuple(parse_config(config) for config in data["configs"]),
+            device=Device.from_json(data["device"]),
+            seed=data["seed"],
+            best_us=data["best_us"],
+            sources=tuple(data["sources"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """One answer: a measurement a config, and of a compilation what its kernels need.
+
+    A compilation that went well has the outcome OK and no measurement. `fatal` says that the
+    worker is not to be used any more.
+    """
+
+    measurements: tuple[Measurement, ...] = ()
+    uses: tuple[KernelUse, ...] = ()
+    fatal: bool = False
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> "Reply":
+        """Read `to_json`'s line back."""
+        data = json.loads(line)
+        return cls(
+            measurements=tuple(_measurement(each) for each in data["measurements"]),
+            uses=tuple(KernelUse(**each) for each in data["uses"]),
+            fatal=data["fatal"],
+        )
+
+
+def _measurement(data: Mapping[str, Any]) -> Measurement:
+    known = {field.name for field in fields(Measurement)}
+    values = {name: value for name, value in data.items() if name in known}
+    return Measurement(**{**values, "outcome": Outcome(values["outcome"])})

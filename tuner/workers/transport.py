@@ -1,0 +1,55 @@
+"""How a worker process is started, and what its end means.
+
+Usage:
+    WorkerPool(4, LocalTransport())     # workers on this machine; ssh.py has them on another
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Transport(Protocol):
+    """Starts workers in one place. All of them speak lines of JSON."""
+
+    @property
+    def command(self) -> Sequence[str]:
+        """What to run here."""
+
+    @property
+    def preamble(self) -> bytes:
+        """What goes to its standard input before the first line."""
+
+    @property
+    def greeting(self) -> str:
+        """The line that says a worker is there, to be waited for; empty where none comes."""
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        """Why the way to the worker is gone, None where it is the worker that ended.
+
+        code: how the command ended. errors: all that it said on standard error.
+        """
+
+    def exit_code(self, code: int) -> int:
+        """The worker's exit code, negative for a signal, from the command's."""
+
+
+class LocalTransport:
+    """Workers on this machine."""
+
+    preamble = b""
+    greeting = ""
+
+    def __init__(
+        self, command: Sequence[str] = (sys.executable, "-m", "flashtune.tuner.workers.worker")
+    ) -> None:
+        """By default this Python's and this flashtune's worker."""
+        self.command = tuple(command)
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        """Never: there is nothing between."""
+        return None
+
+    def exit_code(self, code: int) -> int:
+        """The same."""
+        return code
