@@ -22,7 +22,7 @@ VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("binding", "head"):
+    for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 

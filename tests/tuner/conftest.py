@@ -100,7 +100,7 @@ def recorded(problem: Problem, device: Device) -> Recorded:
 @pytest.fixture(scope="session")
 def faulty_script() -> Path:
     """A worker with a pretended backend, which misbehaves by config."""
-    return Path(__file__).with_name("faulty_worker.py")
+    return Path(__file__).parent / "workers" / "faulty_worker.py"
 
 
 @pytest.fixture(scope="session")
@@ -245,7 +245,7 @@ class Far:
         (self.folder / "sitecustomize.py").write_text(site)
         script = FAR_PYTHON.format(
             cache=cache or os.environ["FLASHTUNE_CACHE"],
-            path=f"{self.folder}:{Path(__file__).parent}",
+            path=f"{self.folder}:{Path(__file__).parent / 'workers'}",
             python=sys.executable,
         )
         return write_script(self.folder / "python", script)

@@ -196,7 +196,7 @@ def test_advice_changes_no_tensor() -> None:
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A database of its own, and this machine's CPU without its bandwidth."""
     monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
-    for module in ("binding", "head"):
+    for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: CPU)
     monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
     return tmp_path / "tuning.db"

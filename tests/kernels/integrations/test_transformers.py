@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("binding", "head"):
+    for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 

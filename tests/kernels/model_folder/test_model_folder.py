@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("binding", "head"):
+    for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 

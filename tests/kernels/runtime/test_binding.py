@@ -64,7 +64,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An H200 that isn't there, a database of its own, and no prebuilt tables."""
     path = tmp_path / "tuning.db"
     monkeypatch.setenv("FLASHTUNE_DB", str(path))
-    for module in ("binding", "head"):
+    for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: H200)
     monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
     monkeypatch.setattr(binding, "prebuilt_devices", lambda: ())
