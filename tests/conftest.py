@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.config import PLANS, Config, enabled, knobs
+from flashtune.kernels.plans.candidate import PLANS
+from flashtune.kernels.plans.config import Config, enabled, knobs
 from flashtune.tuning_db.problem import Problem
 
 RandomConfig = Callable[[random.Random], Config]
@@ -93,7 +94,7 @@ def random_config() -> RandomConfig:
     """Any config that parses, valid for a problem or not: `random_config(rng)`."""
 
     def draw(rng: random.Random) -> Config:
-        plan = rng.choice(list(PLANS.values()))
+        plan = rng.choice(list(PLANS.values())).config
         values = {}
         for name, known in knobs(plan).items():
             free = enabled(plan, name, values)

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.measure.judge import decode, decode_logits
-from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.runtime.choice import (
     PREBUILT,
     USER,
@@ -104,12 +104,14 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
     race = None
     try:
         device = device_of(weights.weight.device)
-        choice = best_choice(problem, device, toolchain(device), troubles)
+        tools = toolchain(device) if device else Toolchain()
+        choice = best_choice(problem, device, tools, troubles)
         if race_seconds is not None and device and choice.config and not choice.settled:
             choice, race = _race(problem, weights, device, choice, race_seconds, troubles)
         while device is not None and choice.config is not None:
             try:
-                new_step = compile_step(problem, choice.config, device, weights.weight.device)
+                candidate = Candidate(problem, choice.config, device)
+                new_step = compile_step(candidate, weights.weight.device)
                 steps = [new_step() for _ in range(N_SPARES + 1)]
                 _check(steps[0], problem, weights)
             except Exception as error:  # Triton and drivers raise whatever they like
@@ -231,14 +233,12 @@ def _torch_choice(why: str, skipped: tuple[str, ...]) -> Choice:
     return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
 
 
-def compile_step(
-    problem: Problem, config: Config, device: Device, torch_device: torch.device
-) -> Callable[[], Step]:
-    """Compile a config's kernels; each call of the result loads them with scratch of its own.
+def compile_step(candidate: Candidate, torch_device: torch.device) -> Callable[[], Step]:
+    """Compile a candidate's kernels; each call of the result loads them with their own scratch.
 
     Raises whatever the templates, Triton and the driver raise.
     """
-    load = backend_of(device).loader(problem, config, device, torch_device)
+    load = backend_of(candidate).loader(candidate, torch_device)
     return lambda: LockedStep(load())
 
 

@@ -19,15 +19,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
-from flashtune.kernels.plans.config import (
-    Config,
-    config_data,
-    default_config,
-    known_good,
-    parse_config,
-    why_invalid,
-    why_unavailable,
-)
+from flashtune.kernels.backends.target import default_config, known_good, target_of
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -179,7 +173,7 @@ def contenders(
         good = (
             config
             for config in known_good(problem, device)
-            if (why_invalid(config, problem, device) or why_unavailable(config)) is None
+            if _why_not_built(config, problem, device) is None
             and config_key(config_data(config)) not in failed
         )
         found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
@@ -264,17 +258,19 @@ def _usable(
         data = candidate.record.config
         try:
             config = parse_config(data)
-            reason = (
-                failed.get(config_key(data))
-                or why_invalid(config, problem, device)
-                or why_unavailable(config)
-            )
+            reason = failed.get(config_key(data)) or _why_not_built(config, problem, device)
         except FlashtuneError as error:
             reason = str(error)
         if reason is None:
             yield candidate, config
         else:
             skipped[f"{candidate.source}: {reason}"] += 1
+
+
+def _why_not_built(config: Config, problem: Problem, device: Device) -> str | None:
+    """Why a config is not valid here, or this machine cannot build it; None if it can."""
+    invalid = Candidate(problem, config, device).why_invalid()
+    return invalid or target_of(device).why_missing(PLANS[config.plan])
 
 
 def _registered(name: str) -> Device | None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.measure.memory import free_bytes
 from flashtune.kernels.measure.timing import Timer, Timing, timer_bytes
 from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, slack_of
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
@@ -119,9 +120,11 @@ def _compile(
 ) -> "dict[Config, Future[Load]]":
     """Compile in threads, so that none still does, if it can be helped, while others are timed."""
     start = time.monotonic()
-    load = backend_of(device).loader
     pool = ThreadPoolExecutor(min(COMPILERS, len(os.sched_getaffinity(0))))
-    futures = {config: pool.submit(load, problem, config, device, where) for config in configs}
+    futures = {}
+    for config in configs:
+        candidate = Candidate(problem, config, device)
+        futures[config] = pool.submit(backend_of(candidate).loader, candidate, where)
     wait(futures.values(), timeout=BEGIN_SHARE * seconds)
     pool.shutdown(wait=False, cancel_futures=True)
     left = start + COMPILE_SHARE * seconds - time.monotonic()
@@ -140,7 +143,7 @@ class _Heat:
         """Nothing runs yet."""
         self.entries: dict[Config, Entry] = {}
         self.lost = False
-        self._backend, self._workload = backend_of(device), workload
+        self._target, self._workload = target_of(device), workload
         self._steps: dict[Config, Step] = {}
         self._timers: dict[Config, Timer] = {}
         self._samples: dict[Config, list[float]] = {}
@@ -172,7 +175,7 @@ class _Heat:
             if wrong:
                 self._fail(config, Outcome.WRONG_RESULT, wrong)
                 return
-            timer = self._backend.timer(step, self._workload)
+            timer = self._target.timer(step, self._workload)
             self._samples[config] = timer.sample(FIRST_SAMPLES)
             self._timers[config] = timer
         except Exception as error:

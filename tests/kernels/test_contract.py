@@ -8,26 +8,23 @@ import pytest
 import torch
 import triton
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.kernels.backends.cuda.backend import CudaStep
 from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
-from flashtune.kernels.backends.triton.source import render_triton
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    TritonConfig,
-    knobs,
-    slack_of,
-    why_invalid,
-)
-from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, knobs, slack_of
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.cpp_staged import CppStagedConfig
+from flashtune.kernels.plans.dense import DenseConfig
+from flashtune.kernels.plans.parts.simd import simd_levels
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.plans.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
 from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem
@@ -98,13 +95,13 @@ class Runner:
 
     def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
-        if isinstance(config, StreamedConfig):
+        if PLANS[config.plan].builder == "cuda":
             if problem.n_tokens > 1 or self.device.capability < 90:
                 pytest.skip("streamed is for one token and sm_90")
             return self.step(problem, config, self.device)
-        if not isinstance(config, TritonConfig):
+        if PLANS[config.plan].builder == "cpp":
             return self.step(problem, _narrowed(config, problem), self.device)
-        block = self.block // 2 if isinstance(config, TENSOR_PLANS) else self.block
+        block = self.block // 2 if isinstance(config, BatchedConfig | DenseConfig) else self.block
         blocks = {f"{stage}_block": block for stage in ("score", "gather")}
         fitted = replace(
             config, **{name: blocks[name] for name in blocks if hasattr(config, name)}
@@ -118,13 +115,14 @@ class Runner:
 
 
 def _interpreted_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
-    module = load_source(render_triton(problem, config, device))
+    module = load_source(Candidate(problem, config, device).source)
     return DecodeStep(problem, module, {}, torch.device("cpu"))
 
 
 def _compiled_step(problem: Problem, config: Config, device: Device) -> Step:
-    backend = backend_of(device)
-    return backend.loader(problem, config, device, torch.device(backend.torch_device))()
+    candidate = Candidate(problem, config, device)
+    where = torch.device(target_of(device).torch_device)
+    return backend_of(candidate).loader(candidate, where)()
 
 
 def _narrowed(config: Config, problem: Problem) -> Config:
@@ -132,7 +130,7 @@ def _narrowed(config: Config, problem: Problem) -> Config:
     narrow = {
         f"{stage}_{knob}": 1 for stage in ("score", "gather") for knob in ("columns", "unroll")
     }
-    return replace(config, **narrow) if why_invalid(config, problem, CPU) else config
+    return replace(config, **narrow) if Candidate(problem, config, CPU).why_invalid() else config
 
 
 ON_CUDA = [
@@ -439,7 +437,7 @@ def test_any_valid_config_of_a_cpu_gives_right_tokens(
 ) -> None:
     rng = random.Random(seed)
     config, problem = random_config(rng), _small_problem(rng)
-    while why_invalid(config, problem, CPU):
+    while Candidate(problem, config, CPU).why_invalid():
         config, problem = random_config(rng), _small_problem(rng)
     step = _compiled_step(problem, config, CPU)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
@@ -460,7 +458,9 @@ def test_any_valid_config_gives_right_tokens(
                 config, programs_per_sm=1
             )  # or the interpreter never leaves a barrier
         loops = getattr(config, "score_programs_per_sm", 0) > 0
-        if why_invalid(config, problem, device) is None and not (loops and CANNOT_LOOP):
+        if Candidate(problem, config, device).why_invalid() is None and not (
+            loops and CANNOT_LOOP
+        ):
             break
     step = _interpreted_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
@@ -491,7 +491,7 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
             centroid_dtype=rng.choice(("bf16", "fp16")),
             epilogue=rng.choice(EPILOGUES),
         )
-        if why_invalid(config, problem, device) is None:
+        if Candidate(problem, config, device).why_invalid() is None:
             break
     step = _compiled_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=1, seed=seed)

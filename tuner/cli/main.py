@@ -13,11 +13,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from flashtune.kernels.backends.backend import backend_of
-from flashtune.kernels.backends.cpp.this_cpu import this_cpu
-from flashtune.kernels.backends.host import named_device
+from flashtune.kernels.backends.host import devices_here, named_device
+from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.model_folder.folder import read_model
-from flashtune.kernels.plans.config import default_config, parse_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner.cli.cost_model import model
 from flashtune.tuner.cli.models import cluster, quality
 from flashtune.tuner.cli.report import devices_table, records_table, results_table
@@ -217,7 +217,7 @@ def devices(as_json: bool) -> None:
     Example:
       flashtune devices
     """
-    here = {this_device(), this_cpu()}
+    here = set(devices_here())
     known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
     if as_json:
         rows = [
@@ -314,4 +314,4 @@ def render(
         config = default_config(problem, device)
     else:
         raise click.UsageError("give --record, or --device and --shape")
-    click.echo(backend_of(device).render(problem, config, device), nl=False)
+    click.echo(Candidate(problem, config, device).source, nl=False)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from rich.progress import TaskID
 from rich.table import Table
 
-from flashtune.kernels.plans.config import PLANS
+from flashtune.kernels.plans.candidate import PLANS
 from flashtune.kernels.plans.knob import knobs
 from flashtune.tuner.progress import ProgressBar
 from flashtune.tuner.search.search import Event, Result
@@ -28,7 +28,7 @@ def floor_us(problem: Problem, device: Device) -> float | None:
 
 def short_config(config: ConfigData) -> str:
     """The plan, and the knobs that differ from their defaults."""
-    plan = PLANS[str(config["plan"])]
+    plan = PLANS[str(config["plan"])].config
     changed = [
         f"{name}={config[name]}"
         for name, knob in knobs(plan).items()

@@ -9,9 +9,10 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import named_device
-from flashtune.kernels.plans.config import parse_config, why_invalid
+from flashtune.kernels.backends.target import backend_of
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import parse_config
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.merge import compare_tables, merge
 from flashtune.tuning_db.problem import Problem
@@ -211,10 +212,11 @@ def _checked(path: Path) -> TuningTable:
             config = parse_config(record.config)
         except FlashtuneError as error:
             raise FlashtuneError(f"{where}: {error}") from error
-        reason = why_invalid(config, record.problem, device)
+        candidate = Candidate(record.problem, config, device)
+        reason = candidate.why_invalid()
         if reason:
             raise FlashtuneError(f"{where}: {reason}")
-        backend_of(device).render(record.problem, config, device)
+        _ = candidate.source  # which must render
     return table
 
 
@@ -235,7 +237,8 @@ def _check_form(path: Path, table: TuningTable) -> None:
 def _compile(path: Path, record: Record) -> None:
     device = named_device(record.device)
     try:
-        backend_of(device).compile(record.problem, parse_config(record.config), device)
+        candidate = Candidate(record.problem, parse_config(record.config), device)
+        backend_of(candidate).compile(candidate)
     except Exception as error:
         raise FlashtuneError(
             f"{path}: {record.problem.describe()}: does not compile: {error}"

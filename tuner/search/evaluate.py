@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.pool import WorkerPool
@@ -84,13 +85,13 @@ class PredictingEvaluator:
 
     def submit(self, config: Config) -> None:
         """Compile a config."""
-        task = Task(kind="compile", problem=self._problem, configs=(config,), device=self._device)
-        self._pool.submit(task, COMPILE_SECONDS)
+        candidate = Candidate(self._problem, config, self._device)
+        self._pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
 
     def wait(self, seconds: float) -> list[Evaluation]:
         """Predictions of what has been compiled."""
         return [
-            Evaluation(task.configs[0], self._measurement(task.configs[0], reply))
+            Evaluation(task.candidates[0].config, self._measurement(task.candidates[0], reply))
             for task, reply in self._pool.wait(seconds)
         ]
 
@@ -102,7 +103,7 @@ class PredictingEvaluator:
         """End what is under way."""
         self._pool.cancel()
 
-    def _measurement(self, config: Config, reply: Reply) -> Measurement:
+    def _measurement(self, candidate: Candidate, reply: Reply) -> Measurement:
         if reply.measurements:
             return reply.measurements[0]
         if any(use.spilled for use in reply.uses):
@@ -111,7 +112,7 @@ class PredictingEvaluator:
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
         try:
-            prediction = predict(self._problem, config, self._device, reply.uses)
+            prediction = predict(candidate, reply.uses)
         except FlashtuneError as error:  # a plan that the cost model does not cover
             return Measurement(outcome=Outcome.INVALID, error=str(error))
         return Measurement(
@@ -149,8 +150,8 @@ class MeasuringEvaluator:
         self._compilers, self._measurer = compilers, measurer
         self._elsewhere = elsewhere
         self._best_us: float | None = None
-        self._in_turns = backend_of(device).times_alone
-        self._compiled: list[tuple[Config, ...]] = []
+        self._in_turns = target_of(device).times_alone
+        self._compiled: list[Config] = []
 
     @property
     def room(self) -> int:
@@ -168,7 +169,7 @@ class MeasuringEvaluator:
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
         if self._compilers is None:
-            self._compiled.append((config,))
+            self._compiled.append(config)
         else:
             self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
 
@@ -179,18 +180,18 @@ class MeasuringEvaluator:
         compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
         for task, reply in compiled:
             if reply.measurements:
-                evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
+                evaluations.append(Evaluation(task.candidates[0].config, reply.measurements[0]))
             else:
-                self._compiled.append(task.configs)
+                self._compiled.append(task.candidates[0].config)
         if not (self._in_turns and self._compiling):
-            for configs in self._compiled:
-                self._measure(configs)
+            for config in self._compiled:
+                self._measure(config)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
             measurement = reply.measurements[0]
             if measurement.outcome is Outcome.OK and measurement.median_us is not None:
                 self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
-            evaluations.append(Evaluation(task.configs[0], measurement))
+            evaluations.append(Evaluation(task.candidates[0].config, measurement))
         return evaluations
 
     def compare(self, configs: Sequence[Config]) -> list[Measurement]:
@@ -218,21 +219,17 @@ class MeasuringEvaluator:
     def _compiling(self) -> int:
         return self._compilers.pending if self._compilers else 0
 
-    def _measure(self, configs: tuple[Config, ...]) -> None:
+    def _measure(self, config: Config) -> None:
         seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
-        self._measurer.submit(self._task("measure", configs), seconds)
+        self._measurer.submit(self._task("measure", (config,)), seconds)
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
+        candidates = tuple(Candidate(self._problem, each, self._device) for each in configs)
+        sent = self._elsewhere and kind != "compile"
         return Task(
             kind=kind,
-            problem=self._problem,
-            configs=configs,
-            device=self._device,
+            candidates=candidates,
             seed=self._seed,
             best_us=self._best_us,
-            sources=self._sources(configs) if self._elsewhere and kind != "compile" else (),
+            sources=tuple(each.source for each in candidates) if sent else (),
         )
-
-    def _sources(self, configs: tuple[Config, ...]) -> tuple[str, ...]:
-        backend = backend_of(self._device)
-        return tuple(backend.render(self._problem, config, self._device) for config in configs)

@@ -15,12 +15,8 @@ from collections.abc import Iterable, Iterator
 
 import optuna
 
-from flashtune.kernels.plans.config import (
-    Config,
-    baseline_config,
-    default_config,
-    parse_config,
-)
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.errors import FlashtuneError
@@ -147,7 +143,7 @@ class Proposals:
         A family that has spent little gets as many turns as the best; after that, the nearer its
         best is to the best of all, the more.
         """
-        families: dict[tuple[str, str | None], list[Config]] = {}
+        families: dict[str, list[Config]] = {}
         times = {config: each.median_us for config, each in self.known.items() if each.median_us}
         for config in sorted(times, key=lambda config: times[config]):
             families.setdefault(self.space.family(config), []).append(config)

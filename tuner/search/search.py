@@ -13,13 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from flashtune.kernels.plans.config import (
-    Config,
-    baseline_config,
-    config_data,
-    default_config,
-    parse_config,
-)
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuner.search.evaluate import Evaluator
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space

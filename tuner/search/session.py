@@ -11,13 +11,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from flashtune.kernels.backends.cpp.this_cpu import this_cpu
-from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.plans.config import plans_of, why_unavailable
+from flashtune.kernels.backends.host import devices_here, toolchain
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.plans.candidate import plans_of
 from flashtune.tuner.cli.report import SearchProgress, floor_us
-from flashtune.tuner.predict.stages import PLAN_STAGES
+from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.search import Budget, Result, search
 from flashtune.tuner.search.space import Space
@@ -51,11 +49,7 @@ class SearchRequest:
 
 def this_device() -> Device:
     """This machine's GPU; its CPU where kernels can run on none."""
-    return _this_gpu() or this_cpu()
-
-
-def _this_gpu() -> Device | None:
-    return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    return devices_here()[0]
 
 
 class Session:
@@ -164,7 +158,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.remote is not None:
         return Provenance.MEASURED, request.remote.toolchain
     found = toolchain(request.device)
-    if request.device.vendor == "cpu" or request.device == _this_gpu():
+    if request.device in devices_here():
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
@@ -176,10 +170,10 @@ def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
     """
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():
-        if provenance is Provenance.PREDICTED and plan not in PLAN_STAGES:
+        if provenance is Provenance.PREDICTED and name not in PLAN_STAGES:
             found[name] = f"times of plan {name} are not predicted: search on the machine itself"
         elif request.remote is None:
-            found[name] = why_unavailable(plan())
+            found[name] = target_of(request.device).why_missing(plan)
     return {name: why for name, why in found.items() if why and _would_run(name, request)}
 
 

@@ -233,4 +233,4 @@ def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
 
 def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:
     measurement = Measurement(outcome=outcome, error=error[:500])
-    return Reply(measurements=(measurement,) * len(request.task.configs))
+    return Reply(measurements=(measurement,) * len(request.task.candidates))

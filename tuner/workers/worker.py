@@ -14,10 +14,11 @@ from typing import TextIO
 
 import torch
 
-from flashtune.kernels.backends.backend import DoesNotFitError, backend_of
+from flashtune.kernels.backends.backend import DoesNotFitError
+from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.measure.timing import Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, slack_of
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.weights import Step
 from flashtune.tuner.workers.task import Reply, Task
 from flashtune.tuning_db.errors import FlashtuneError
@@ -53,8 +54,8 @@ class Worker:
 
     def _compile(self, task: Task) -> Reply:
         try:
-            backend = backend_of(task.device)
-            uses = backend.compile(task.problem, task.configs[0], task.device)
+            candidate = task.candidates[0]
+            uses = backend_of(candidate).compile(candidate)
         except Exception as error:
             return _failed(error, Outcome.COMPILE_ERROR)
         return Reply(uses=tuple(uses))
@@ -65,7 +66,7 @@ class Worker:
             load = self._loader(task, 0)
             workload = self.workload(task)
             stage = Outcome.CRASH
-            timer = _verified_timer(task, task.configs[0], load, workload)
+            timer = _verified_timer(task.candidates[0], load, workload)
             measurement = _time(timer, task.best_us)
         except Exception as error:
             return _failed(error, stage)
@@ -76,8 +77,8 @@ class Worker:
         try:
             workload = self.workload(task)
             timers = [
-                _verified_timer(task, config, self._loader(task, number), workload)
-                for number, config in enumerate(task.configs)
+                _verified_timer(candidate, self._loader(task, number), workload)
+                for number, candidate in enumerate(task.candidates)
             ]
             samples = interleaved(timers, COMPARE_ROUNDS)
         except Exception as error:
@@ -88,7 +89,7 @@ class Worker:
         """The inputs for the task's problem and seed, made once."""
         if self._workload is None or self._made_for != (task.problem, task.seed):
             self._workload = None  # first, to have its memory back
-            device = torch.device(backend_of(task.device).torch_device)
+            device = torch.device(target_of(task.device).torch_device)
             self._workload = Workload.create(
                 task.problem, device, cold_bytes=task.device.l2_bytes, seed=task.seed
             )
@@ -96,20 +97,18 @@ class Worker:
         return self._workload
 
     def _loader(self, task: Task, number: int) -> Callable[[], Step]:
-        backend = backend_of(task.device)
-        where = torch.device(backend.torch_device)
+        candidate = task.candidates[number]
+        where = torch.device(target_of(task.device).torch_device)
         source = task.sources[number] if task.sources else None
-        return backend.loader(task.problem, task.configs[number], task.device, where, source)
+        return backend_of(candidate).loader(candidate, where, source)
 
 
-def _verified_timer(
-    task: Task, config: Config, load: Callable[[], Step], workload: Workload
-) -> Timer:
+def _verified_timer(candidate: Candidate, load: Callable[[], Step], workload: Workload) -> Timer:
     step = load()
-    reason = workload.why_wrong(step, slack_of(config))
+    reason = workload.why_wrong(step, candidate.slack)
     if reason:
         raise WrongResultError(reason)
-    return backend_of(task.device).timer(step, workload)
+    return target_of(candidate.device).timer(step, workload)
 
 
 def _time(timer: Timer, best_us: float | None) -> Measurement:

@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.judge import decode_logits
-from flashtune.kernels.plans.config import (
-    Config,
-    StagedConfig,
-    baseline_config,
-    config_data,
-    default_config,
-)
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.runtime import binding
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db import table
@@ -85,7 +82,8 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Steps in plain torch; `broken` says of which configs compiling fails."""
     fake: dict[str, Any] = {"broken": lambda config: False, "compiled": []}
 
-    def compile_step(problem: Problem, config: Config, *_: Any) -> Callable[[], binding.Step]:
+    def compile_step(candidate: Candidate, *_: Any) -> Callable[[], binding.Step]:
+        problem, config = candidate.problem, candidate.config
         fake["compiled"].append(config)
         if fake["broken"](config):
             raise RuntimeError("ptxas fell over\nat length")
@@ -209,7 +207,7 @@ def test_where_all_kernels_fail_plain_torch_answers_with_one_warning(
     assert "plain torch is used instead" in warnings_of(caplog)[0]
 
 
-@pytest.mark.parametrize("broken", ["render_triton", "triton", "device_of", "toolchain"])
+@pytest.mark.parametrize("broken", ["load_source", "triton", "device_of", "toolchain"])
 def test_nothing_that_is_broken_on_the_way_escapes(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,8 +218,8 @@ def test_nothing_that_is_broken_on_the_way_escapes(
         monkeypatch.setitem(
             __import__("sys").modules, "flashtune.kernels.backends.triton.backend", None
         )
-    elif broken == "render_triton":
-        monkeypatch.setattr("flashtune.kernels.backends.triton.backend.render_triton", fail)
+    elif broken == "load_source":
+        monkeypatch.setattr("flashtune.kernels.backends.triton.backend.load_source", fail)
     else:
         monkeypatch.setattr(binding, broken, fail)
     head = make_head()

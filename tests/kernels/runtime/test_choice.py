@@ -6,15 +6,11 @@ from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    config_data,
-    default_config,
-    known_good,
-    why_invalid,
-)
+from flashtune.kernels.backends.target import default_config, known_good
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.runtime.choice import (
     PREBUILT,
     USER,
@@ -152,7 +148,7 @@ def test_records_of_unknown_devices_dtypes_and_failures_never_count() -> None:
 
 def test_an_invalid_config_is_skipped_and_the_explanation_says_so() -> None:
     wide = staged(2, score_block=2048)
-    assert why_invalid(wide, SMALLER, H200)
+    assert Candidate(SMALLER, wide, H200).why_invalid()
     on_orin = record(staged(2, pdl=True), device=ORIN.name)
     choice = pick([record(wide, 1.0), record(staged(4), 2.0)], problem=SMALLER)
     assert choice.config == staged(4)

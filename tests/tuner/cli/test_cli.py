@@ -19,11 +19,12 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.model_folder.folder import read_model
-from flashtune.kernels.plans.config import Config, default_config, parse_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, parse_config
 from flashtune.tuner.cli.main import cli, tables
 from flashtune.tuner.search.session import this_device
 from flashtune.tuning_db.device import Device, all_devices
@@ -420,11 +421,9 @@ class TestAPredictedSearch:
         source = done("render", "--record", winner["key"][:10].upper(), "--db", database)
         ast.parse(source)
         config = parse_config(winner["config"])
-        assert source == backend_of(device).render(problem, config, device)
+        assert source == Candidate(problem, config, device).source
         default = done("render", "--device", "orin", "--shape", TINY)
-        assert default == backend_of(device).render(
-            problem, default_config(problem, device), device
-        )
+        assert default == Candidate(problem, default_config(problem, device), device).source
         assert "not a record's key" in refused("render", "--record", "xyz", "--db", database)
         assert "no record's key" in refused("render", "--record", "f" * 32, "--db", database)
 

@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-from flashtune.kernels.backends.backend import KernelUse
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import predict
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
@@ -63,7 +63,7 @@ def compiles(task: Task) -> Reply:
 
 
 def measures(task: Task) -> Reply:
-    return Reply(measurements=tuple(ok(10.0 + number) for number in range(len(task.configs))))
+    return Reply(measurements=tuple(ok(10.0 + number) for number in range(len(task.candidates))))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
     measurement = evaluation.measurement
     assert measurement.policy == "stages-1"
     assert measurement.samples == 0
-    found = predict(space.problem, evaluation.config, space.device, FITS)
+    found = predict(Candidate(space.problem, evaluation.config, space.device), FITS)
     assert measurement.median_us == found.time_us
     assert measurement.spread_us == found.high_us - found.low_us
 
@@ -142,7 +142,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
 def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
     space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.predict.stages.PLAN_STAGES", {})
+    monkeypatch.setattr("flashtune.tuner.predict.stages.registry.PLAN_STAGES", {})
     evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.wait(0)

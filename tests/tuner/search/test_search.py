@@ -7,7 +7,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from flashtune.kernels.plans.config import Config, baseline_config, config_data, default_config
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, config_data
 from flashtune.tuner.search.proposal import NEAR_WINNERS, Proposals
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.search import FINALISTS, Budget, Event, Result, search

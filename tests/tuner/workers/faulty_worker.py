@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.backends.backend import DoesNotFitError
 from flashtune.kernels.measure.judge import decode
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, StagedConfig
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.workers import worker
-from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
 
 FAULTS = {
     (2, 0): "compiler_dies",
@@ -96,35 +96,27 @@ class PretendedBackend:
     name = "pretended"
     torch_device = "cpu"
 
-    def render(self, problem: Problem, config: Config, device: Device) -> str:
-        return "def step(:" if fault(config) == "syntax" else "step = None"
-
-    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
-        if fault(config) == "compiler_dies":
+    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+        if fault(candidate.config) == "compiler_dies":
             os._exit(3)
-        if fault(config) == "does_not_fit":
+        if fault(candidate.config) == "does_not_fit":
             raise DoesNotFitError("300 KiB of shared memory, of 163")
-        compile(self.render(problem, config, device), "candidate.py", "exec")
-        return [
-            KernelUse(kernel="step", programs=1, warps=4, registers=32, shared_bytes=0, spilled=0)
-        ]
+        source = "def step(:" if fault(candidate.config) == "syntax" else "step = None"
+        compile(source, "candidate.py", "exec")
+        return [KernelUse(kernel="step", programs=1, warps=4, registers=32, shared_bytes=0)]
 
     def loader(
-        self,
-        problem: Problem,
-        config: Config,
-        device: Device,
-        torch_device: torch.device,
-        source: str | None,
+        self, candidate: Candidate, torch_device: torch.device, source: str | None
     ) -> Callable[[], PretendedStep]:
-        self.compile(problem, config, device)
-        return lambda: PretendedStep(config)
+        self.compile(candidate)
+        return lambda: PretendedStep(candidate.config)
 
     def timer(self, step: PretendedStep, workload: Workload) -> PretendedTimer:
         return PretendedTimer(time_of(step.config))
 
 
 if __name__ == "__main__":
-    worker.backend_of = lambda device: PretendedBackend()  # type: ignore[assignment]
+    worker.backend_of = lambda candidate: PretendedBackend()  # type: ignore[assignment]
+    worker.target_of = lambda device: PretendedBackend()  # type: ignore[assignment]
     torch.set_num_threads(1)
     worker.main(worker.Worker())

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.search import evaluate
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, search
@@ -48,7 +50,8 @@ def task(problem: Problem, device: Device) -> Callable[[int], Task]:
 
     def make(what: int) -> Task:
         config = default_config(problem, device)
-        return Task(kind="measure", problem=problem, configs=(config,), device=device, seed=what)
+        candidate = Candidate(problem, config, device)
+        return Task(kind="measure", candidates=(candidate,), seed=what)
 
     return make
 
@@ -299,7 +302,7 @@ def test_a_worker_answers_until_its_input_ends(
     def line(programs: int, slack: int) -> str:
         data = config_data(default_config(problem, device))
         config = parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
-        task = Task(kind="measure", problem=problem, configs=(config,), device=device)
+        task = Task(kind="measure", candidates=(Candidate(problem, config, device),))
         return task.to_json() + "\n"
 
     done = subprocess.run(

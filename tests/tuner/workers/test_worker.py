@@ -5,7 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
 from flashtune.tuner.workers.task import Reply, Task
 from flashtune.tuner.workers.worker import Worker
@@ -21,7 +23,8 @@ MakeTask = Callable[..., Task]
 @pytest.fixture
 def backend(faulty: ModuleType, monkeypatch: pytest.MonkeyPatch):
     backend = faulty.PretendedBackend()
-    monkeypatch.setattr(worker_module, "backend_of", lambda device: backend)
+    monkeypatch.setattr(worker_module, "backend_of", lambda candidate: backend)
+    monkeypatch.setattr(worker_module, "target_of", lambda device: backend)
     return backend
 
 
@@ -35,7 +38,8 @@ def task(problem: Problem, device: Device) -> MakeTask:
             parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
             for programs, slack in places
         )
-        return Task(kind=kind, problem=problem, configs=configs, device=device, **other)
+        candidates = tuple(Candidate(problem, config, device) for config in configs)
+        return Task(kind=kind, candidates=candidates, **other)
 
     return make
 
