@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import fill_values, shape_values
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -94,7 +94,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         "share": tile_share(candidate),
         "score_programs": score.programs,
         **lane_values(problem, config.slack, config.select_warps),
-        **fill_values(problem, score),
+        **epilogue_values(problem, score),
     }
 
 

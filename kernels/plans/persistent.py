@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import fill_values, shape_values
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     PREFETCH_MARGINS,
@@ -93,7 +93,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         **lane_values(problem, config.slack, config.warps),
         **prefetch_values(problem, config.slack, config.prefetch_margin),
         **share_values(problem, config.gather_rows, config.warps, parts),
-        **fill_values(problem, decode),
+        **epilogue_values(problem, decode),
     }
 
 

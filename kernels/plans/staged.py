@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import fill_values, next_power_of_2, shape_values
+from flashtune.kernels.plans.parts.size import epilogue_values, next_power_of_2, shape_values
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     MAX_TILE_PER_THREAD,
@@ -131,7 +131,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         "score_tiles": _score_tiles(candidate),
         "score_programs": score.programs,
         "parts": parts,
-        **fill_values(problem, score),
+        **epilogue_values(problem, score),
     }
     if warps:
         values |= lane_values(problem, config.slack, warps)

@@ -15,7 +15,7 @@ from flashtune.kernels.plans.parts.threshold import (
 from flashtune.kernels.plans.parts.tile import SLACKS
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import DTYPE_BYTES, Problem
+from flashtune.tuning_db.problem import FORMATS, Problem
 
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
@@ -65,11 +65,11 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         "gather": limits.shared_per_sm // 4 + limits.reserved_per_block,
     }
     listed = -(-problem.n_clusters // device.sm_count) + 2
-    state = problem.hidden_size * DTYPE_BYTES[problem.weight_dtype]
+    state = FORMATS[problem.weight_dtype].bytes_of(1, problem.hidden_size)
     launches = []
     for kernel in _STAGES:
         warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
-        row = problem.hidden_size * DTYPE_BYTES[_dtype(kernel, problem)]
+        row = FORMATS[_dtype(kernel, problem)].bytes_of(1, problem.hidden_size)
         # the hidden state, barriers, and what warps tell each other
         fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
         ring = -(-max(warps * stages * row, least[kernel] - fixed) // 128) * 128

@@ -7,6 +7,7 @@ that one as well.
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, Rule
 from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.plans.parts.size import shape_values
@@ -29,7 +30,6 @@ PARTS = (1, 2, 4, 8, 16, 32)
 SELECTIONS = ("threshold", "histogram", "nth_element")
 CPU_SLACKS = (0, 8, 16, 32, 64)
 SLACKING = {"selection": ("threshold", "histogram")}
-FORMATS = {"bf16": "BFloat16", "fp16": "Float16", "fp32": "Float32"}  # structs of the templates
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -54,8 +54,8 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "plan": config.plan,
         **shape_values(problem),
         "most": min(problem.n_probes + slack, problem.n_clusters),
-        "weight_format": FORMATS[problem.weight_dtype],
-        "centroid_format": FORMATS[problem.centroid_dtype],
+        "weight_format": format_of(problem.weight_dtype).cpp,
+        "centroid_format": format_of(problem.centroid_dtype).cpp,
         "lanes": LANES[config.simd],
         **asdict(config),
         **threshold_values(problem, slack),

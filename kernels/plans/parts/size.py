@@ -1,7 +1,7 @@
-"""The sizes that every template is filled in with, and who fills the output of `logits` in."""
+"""The sizes that every template is filled in with."""
 
+from flashtune.kernels.epilogues.epilogue import FILL, epilogue_of
 from flashtune.kernels.plans.candidate import KernelUse
-from flashtune.kernels.weights import FILL
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
@@ -25,10 +25,6 @@ def shape_values(problem: Problem) -> dict[str, Value]:
     }
 
 
-def fill_values(problem: Problem, first: KernelUse) -> dict[str, Value]:
-    """How the output is shared out to be filled in by the first launch: in lines of 128 bytes."""
-    if problem.epilogue != "logits":
-        return {}
-    elements = problem.n_tokens * problem.vocab_size
-    share = -(-elements // (64 * first.programs)) * 64
-    return {"fill_share": share, "fill_block": min(next_power_of_2(share), 256 * first.warps)}
+def epilogue_values(problem: Problem, first: KernelUse) -> dict[str, Value]:
+    """What the epilogue asks of the first launch."""
+    return {**epilogue_of(problem.epilogue).values(problem, first)}

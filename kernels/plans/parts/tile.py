@@ -6,7 +6,7 @@ from typing import Any
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.threshold import lanes
-from flashtune.tuning_db.problem import DTYPE_BYTES, Problem
+from flashtune.tuning_db.problem import FORMATS, Problem
 
 MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
@@ -41,7 +41,7 @@ def why_not_tiled(stage: str, warps: int, candidate: Candidate) -> str | None:
 def tile_bytes(stage: str, elements: int, problem: Problem) -> int:
     """Bytes of a tile of centroids in the score pass, of weight rows in the gather."""
     dtype = problem.centroid_dtype if stage == "score" else problem.weight_dtype
-    return elements * DTYPE_BYTES[dtype]
+    return FORMATS[dtype].bytes_of(1, elements)
 
 
 def expected_pass(
