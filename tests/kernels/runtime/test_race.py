@@ -8,12 +8,10 @@ import copy
 import importlib.util
 import json
 import logging
-import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +23,7 @@ from flashtune.kernels import head
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.runtime import heat, race
 from flashtune.tuning_db.device import Toolchain
@@ -374,47 +373,37 @@ def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
 
 @pytest.mark.parametrize("when", ["verified", "timed"])
 def test_only_the_config_that_lost_the_device_is_blamed(
-    when: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+    when: str, database: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An illegal access stays with the process: all that runs after it fails as well."""
-    configs = [pretended.config(parts) for parts in (16, 1, 2)]
-    lost = []
+    add(database, record(1, 5.0), record(2, 6.0))
+    lost, fail = [], Trial._fail
 
-    def fail(config: Any, now: str) -> None:
-        if config == configs[1] and now == when:
-            lost.append(config)
-        if lost:
-            raise RuntimeError("an illegal memory access was encountered")
-
-    class OnGpu:
-        sets = (SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),)
-
-        def why_wrong(self, step: Any, slack: int) -> None:
-            fail(step, "verified")
+    def lose(self: Any, entrant: Any, error: Exception) -> None:
+        fail(self, entrant, error)
+        self.lost = True
 
     def make_timer(step: Any, _: Any) -> Any:
+        guilty = backend._loaded[step] == 1
+
         def sample(replays: int) -> list[float]:
-            fail(step, "timed" if replays == 1 else "first")
+            if guilty and (when == "verified" or replays == 1):
+                lost.append(step)
+                raise RuntimeError("an illegal memory access was encountered")
             return [10.0] * replays
 
         return SimpleNamespace(sample=sample)
 
-    def synchronize() -> None:
-        fail(None, "")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(Trial, "_fail", lose)
     monkeypatch.setattr(backend, "timer", make_timer)
-    entrants = heat._Heat(pretended.CPU, OnGpu())  # type: ignore[arg-type]
-    for config in configs:
-        compiled: Future[Any] = Future()
-        compiled.set_result(lambda config=config: config)
-        entrants.load(config, compiled, until=math.inf)
-    for config in configs:
-        entrants.admit(config, until=math.inf)
-    entrants.take_turns(configs[0], until=math.inf)
-    assert entrants.lost
-    outcomes = [entrants.entries[each].measurement for each in configs]
-    assert [each and each.outcome for each in outcomes] == [None, Outcome.CRASH, None]
+    data = make_head().explain()
+    assert len(lost) == 1
+    outcomes = {parts: each["outcome"] for parts, each in timed(data).items()}
+    assert outcomes == {DEFAULT: None, 1: "crash", 2: None}
+    reasons = [timed(data)[parts]["dropped"] for parts in (DEFAULT, 2)]
+    early = "the device was lost before its turn came"
+    late = "the device was lost while it was timed"
+    assert reasons == [late, early if when == "verified" else late]
+    assert [each.config["parts"] for each in kept(database)] == [1]
 
 
 def test_all_races_of_a_head_share_its_time(
