@@ -20,7 +20,7 @@ from flashtune.kernels.plans.config import (
     config_data,
     default_config,
 )
-from flashtune.kernels.runtime import binding
+from flashtune.kernels.runtime import binding, records
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db import table
 from flashtune.tuning_db.device import Toolchain, find_device
@@ -67,7 +67,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: H200)
     monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: ())
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: ())
     yield path
 
 
@@ -164,9 +164,9 @@ def test_the_nearest_shape_serves_where_the_database_lacks_the_problem(
 def test_a_prebuilt_table_serves_after_the_users_database(
     database: Path, faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding,
+        records,
         "prebuilt_table",
         lambda name: table.TuningTable(device=name, records=(record(TUNED),)),
     )
@@ -247,9 +247,9 @@ def test_a_table_that_cannot_be_read_is_left_out(
     faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer = '{"schema_version": 99, "device": "nvidia-h200", "records": []}'
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
+        records, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
     )
     head = make_head()
     head(states(1))

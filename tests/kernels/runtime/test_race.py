@@ -286,10 +286,10 @@ def test_nothing_is_raced_while_a_graph_is_captured(
         weights=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),  # type: ignore[arg-type]
         device=pretended.CPU,
         toolchain=pretended.TOOLS,
-        look=lambda: pytest.fail("looked"),
         seconds=20.0,
         troubles=[],
     )
+    monkeypatch.setattr(race, "look", lambda *_: pytest.fail("looked"))
     choice: Any = object()
     found, held = race.hold(start, choice)
     assert found is choice
