@@ -11,7 +11,6 @@ here, with these tools, is raced for first, if there is time to.
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -70,20 +69,6 @@ class TorchStep:
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
         for states, part in parts:
             part.copy_(self._decode(weights, states, self._n_probes))
-
-
-class LockedStep:
-    """A kernel's step that threads may share: the launches of one call stay together."""
-
-    def __init__(self, step: Step) -> None:
-        """Guard `step`, and with it its scratch."""
-        self._step = step
-        self._lock = threading.Lock()
-
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch the step."""
-        with self._lock:
-            self._step(weights, hidden, out)
 
 
 def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
@@ -177,8 +162,7 @@ def compile_step(
 
     Raises whatever the templates, Triton and the driver raise.
     """
-    load = backend_of(device).loader(problem, config, device, torch_device)
-    return lambda: LockedStep(load())
+    return backend_of(device).loader(problem, config, device, torch_device)
 
 
 def _check(step: Step, problem: Problem, weights: Weights) -> None:

@@ -21,7 +21,7 @@ from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.kernels.runtime.binding import bind
 from flashtune.kernels.special_token import SpecialTokens
-from flashtune.kernels.weights import DTYPE_NAMES, Step, Weights, token_order
+from flashtune.kernels.weights import Step, Weights, problem_of, token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -41,14 +41,7 @@ class HeadLatency:
         self._dense_weight = weight
         special = parts.special_token_ids
         self._special = SpecialTokens.of(special, order) if special else None
-        self._problem = Problem(
-            vocab_size=len(order),
-            hidden_size=weight.shape[1],
-            n_clusters=len(centroids),
-            n_probes=parts.n_probes,
-            weight_dtype=DTYPE_NAMES[weight.dtype],
-            centroid_dtype=DTYPE_NAMES[centroids.dtype],
-        )
+        self._problem = problem_of(weight, centroids, parts.n_probes, n_tokens=1)
         self._states = states.to(weight.device, weight.dtype)
 
     def dense(self) -> Timing:

@@ -19,13 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels import head
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.plans.config import config_data
-from flashtune.kernels.runtime import heat, race
+from flashtune.kernels.runtime import decoder, heat, race
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.lock import hold
@@ -351,7 +350,7 @@ def test_a_winner_that_cannot_be_kept_serves_this_process_with_one_warning(
 def test_a_config_that_compiles_too_long_is_left_out(database: Path, backend: Any) -> None:
     backend.times = {1: "slow", 2: 8.0}
     configs = [pretended.DEFAULT, pretended.config(2), pretended.config(1)]
-    weights = make_head(tune="never")._weights
+    weights = make_head(tune="never").decoder.weights
     found = heat.compare(pretended.PROBLEM, weights, pretended.CPU, configs, seconds=1.0)
     assert [bool(each.measurement) for each in found.entries] == [True, True, False]
     assert found.entries[2].why == "it was not compiled in time"
@@ -361,7 +360,7 @@ def test_a_config_that_compiles_too_long_is_left_out(database: Path, backend: An
 def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
     database: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "MOST_SECONDS", 1.0)
+    monkeypatch.setattr(decoder, "MOST_SECONDS", 1.0)
     monkeypatch.setattr(race, "LEAST_SECONDS", 0.1)
     backend.times = {DEFAULT: "slow", 1: 8.0}
     add(database, record(1, 5.0))
@@ -503,7 +502,7 @@ def test_a_process_that_dies_in_a_race_is_followed_and_its_config_passed_over(
 @pytest.mark.skipif(not compiler_version(), reason="no C++ compiler")
 def test_cpp_kernels_race_on_this_cpu(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a table for this CPU were only predicted; others may use it at the same time."""
-    monkeypatch.setattr(head, "MOST_SECONDS", 120.0)
+    monkeypatch.setattr(decoder, "MOST_SECONDS", 120.0)
     cpu = this_cpu()
     own = pretended.default_config(pretended.PROBLEM, cpu)
     others = [pretended.replace(own, parts=parts, threads=1) for parts in (2, 4)]
