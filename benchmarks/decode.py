@@ -27,7 +27,7 @@ from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interlea
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
-from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device

@@ -17,8 +17,8 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.runtime.binding import read_sources
 from flashtune.kernels.runtime.choice import choose
+from flashtune.kernels.runtime.records import read_sources
 from flashtune.tuning_db.problem import parse_shape
 
 CALLS, ROUNDS = 50, 20

@@ -17,10 +17,6 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step
 
 
-class DoesNotFitError(Exception):
-    """A config's kernels need more than the device has: registers, shared memory, residency."""
-
-
 class Backend(Protocol):
     """Compiles and loads the candidates of some plans."""
 

@@ -36,7 +36,7 @@ class FirstLaunch(Protocol):
 class Epilogue:
     """What comes out of a step, for a problem.
 
-    shape, dtype: of the output, the dtype as torch spells it. poison: what no step may leave there.
+    shape, dtype: of the output, the dtype as torch names it. poison: what no step may leave there.
     written_bytes: how many bytes of it are written, at least.
     combine: writes the output of candidates, from ids and float32 logits `[n_tokens, rows]` each.
     tokens_of: each row's best token `[n_tokens]`, from the output.

@@ -17,7 +17,7 @@ _LINE = 64  # elements of 16 bits that a line of 128 bytes holds
 
 
 def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-    """The logits at their ids; a row with a NaN among them is NaN throughout, as a dense head's."""
+    """The logits at their ids; a row with a NaN among them is all NaN, as a dense head's is."""
     import torch
 
     fill = torch.where(logits.isnan().any(dim=1, keepdim=True), math.nan, FILL)

@@ -33,7 +33,7 @@ class Format:
     """A format. `bits` are those of one weight.
 
     torch_name: the dtype that the data is stored in, as torch spells it; stored_name: as
-    safetensors does. triton, cpp: what the data's type is called in the templates of that language,
+    safetensors does. triton, cpp: what the data's type is called in templates of that language,
     empty where these have no such format. group: how many weights of a row share a scale, 0 for
     all of it; scale_name: the scales' dtype, empty for plain numbers.
     pack: from float numbers `[rows, width]`; unpack: back to float32, from what `pack` gave, for

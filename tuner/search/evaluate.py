@@ -28,6 +28,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 COMPILE_SECONDS = 120.0
 MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
+_UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Evaluator(Protocol):
     def wait(self, seconds: float) -> list[Evaluation]:
         """Evaluations that are complete, waiting for one for at most that long."""
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Evaluate again, side by side; empty where that would say nothing new."""
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ class PredictingEvaluator:
             for task, reply in self._pool.wait(seconds)
         ]
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Nothing: a prediction does not change by being made again."""
         return []
 
@@ -104,8 +105,8 @@ class PredictingEvaluator:
         self._pool.cancel()
 
     def _measurement(self, candidate: Candidate, reply: Reply) -> Measurement:
-        if reply.measurements:
-            return reply.measurements[0]
+        if reply.measurement is not None:
+            return reply.measurement
         if any(use.spilled for use in reply.uses):
             spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
             return Measurement(
@@ -179,8 +180,8 @@ class MeasuringEvaluator:
         idle = self._measurer.pending == 0
         compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
         for task, reply in compiled:
-            if reply.measurements:
-                evaluations.append(Evaluation(task.candidates[0].config, reply.measurements[0]))
+            if reply.measurement is not None:
+                evaluations.append(Evaluation(task.candidates[0].config, reply.measurement))
             else:
                 self._compiled.append(task.candidates[0].config)
         if not (self._in_turns and self._compiling):
@@ -188,25 +189,20 @@ class MeasuringEvaluator:
                 self._measure(config)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
-            measurement = reply.measurements[0]
+            measurement = reply.measurement or _UNSAID
             if measurement.outcome is Outcome.OK and measurement.median_us is not None:
                 self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
             evaluations.append(Evaluation(task.candidates[0].config, measurement))
         return evaluations
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Time several configs in turns, so that a drifting clock favours none.
 
-        What had not been measured yet is given up. Empty where any failed: which of them it was
-        is not known, and none has done worse than when it was measured.
+        What had not been measured yet is given up. A config that fails now is a failure, and
+        does not keep the others from being timed.
         """
         self.close()
-        self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
-        answers: list[tuple[Task, Reply]] = []
-        while not answers:
-            answers = self._measurer.wait(1.0)
-        measurements = list(answers[0][1].measurements)
-        return measurements if all(each.outcome is Outcome.OK for each in measurements) else []
+        return [Evaluation(*each) for each in self._compared(tuple(configs)).items()]
 
     def close(self) -> None:
         """End what is under way."""
@@ -214,6 +210,33 @@ class MeasuringEvaluator:
             self._compilers.cancel()
         self._compiled.clear()
         self._measurer.cancel()
+
+    def _compared(self, configs: tuple[Config, ...]) -> dict[Config, Measurement]:
+        """A measurement of each config, timed with as many of the others as work.
+
+        Where one takes the worker along, those left are timed by a new one. If it is not known
+        which one did, each is tried alone first.
+        """
+        answers = self._ask(configs)
+        found = {config: each for config, each in zip(configs, answers, strict=False) if each}
+        missing = tuple(config for config in configs if config not in found)
+        if found or not missing:
+            return {**found, **(self._compared(missing) if missing else {})}
+        if len(configs) == 1:
+            return {configs[0]: _UNSAID}
+        for config in configs:
+            found |= self._compared((config,))
+        right = tuple(config for config in configs if found[config].outcome is Outcome.OK)
+        again = 1 < len(right) < len(configs)
+        return {**found, **(self._compared(right) if again else {})}
+
+    def _ask(self, configs: tuple[Config, ...]) -> tuple[Measurement | None, ...]:
+        """What a worker says of these configs, timed in turns."""
+        self._measurer.submit(self._task("compare", configs), COMPARE_SECONDS)
+        answers: list[tuple[Task, Reply]] = []
+        while not answers:
+            answers = self._measurer.wait(1.0)
+        return answers[0][1].measurements
 
     @property
     def _compiling(self) -> int:

@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashtune.kernels.backends.backend import DoesNotFitError
 from flashtune.kernels.backends.cubin import resource_usage
 from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.problem import Problem

@@ -9,7 +9,6 @@ import pytest
 import torch
 from triton.compiler.errors import CompilationError
 
-from flashtune.kernels.backends.backend import DoesNotFitError
 from flashtune.kernels.backends.triton import backend as triton_backend
 from flashtune.kernels.backends.triton.backend import (
     Scratch,
@@ -17,6 +16,7 @@ from flashtune.kernels.backends.triton.backend import (
     compile_module,
     load_source,
 )
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans import candidate as candidates
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config

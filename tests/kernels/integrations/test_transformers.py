@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 import flashtune
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.transformers import FlashLinear
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
 transformers = pytest.importorskip("transformers")

@@ -18,13 +18,7 @@ from flashtune.kernels.backends.cuda.nvrtc import compile_cuda
 from flashtune.kernels.backends.target import default_config, known_good, target_of
 from flashtune.kernels.plans import STAGED, STREAMED
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import (
-    Config,
-    config_data,
-    knobs,
-    parse_config,
-    slack_of,
-)
+from flashtune.kernels.plans.config import Config, config_data, knobs, parse_config, slack_of
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.kernels.runtime.choice import USER, Level, Source, choose, contenders
