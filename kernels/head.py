@@ -227,7 +227,7 @@ class FlashHead(nn.Module):
         device = device_of(where)
         return {
             "problem": asdict(bound.problem),
-            "device": device.name if device else str(where),
+            "device": device.name,
             **bound.choice.explain(),
             "race": bound.race.explain() if bound.race else None,
             "troubles": list(bound.troubles),

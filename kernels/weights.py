@@ -7,20 +7,15 @@ Usage:
     weight = in_order(weight, order, problem.n_clusters, in_place=False)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from flashtune.kernels.formats.format import dtype_name, format_named, plain_formats
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# Of every token that is no candidate. Finite: with -inf or a dtype's minimum, serving engines that
-# mask logits of their own end up with nothing but illegal tokens, and take token 0.
-FILL = -1e4
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
 
@@ -41,22 +36,7 @@ class Weights:
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 """A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
-which is as `new_out` makes it."""
-
-
-def new_out(problem: Problem, device: torch.device) -> torch.Tensor:
-    """Room for a step's output: token ids, int64 `[n_tokens]`, or with the epilogue `logits`
-    `[n_tokens, vocab]` in the weight's dtype, each token's logit at its id and `FILL` elsewhere.
-    """
-    if problem.epilogue == "argmax":
-        return torch.empty(problem.n_tokens, dtype=torch.int64, device=device)
-    shape, dtype = (problem.n_tokens, problem.vocab_size), TORCH_DTYPES[problem.weight_dtype]
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def poisoned_out(problem: Problem, device: torch.device) -> torch.Tensor:
-    """`new_out` full of what no step may leave there: -1, no token id, or NaN, no logit."""
-    return new_out(problem, device).fill_(-1 if problem.epilogue == "argmax" else math.nan)
+which is as `epilogue.new_out` makes it."""
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:
@@ -103,8 +83,9 @@ def problem_of(
 ) -> Problem:
     """The problem, its vocabulary rounded up to whole clusters."""
     for name, tensor in (("weight", weight), ("centroids", centroids)):
-        if tensor.dtype not in DTYPE_NAMES:
-            raise FlashtuneError(f"{name} must be bf16, fp16 or fp32, not {tensor.dtype}")
+        if format_named(tensor.dtype) is None:
+            known = ", ".join(each.name for each in plain_formats())
+            raise FlashtuneError(f"{name} must be one of {known}, not {tensor.dtype}")
     n_clusters = centroids.shape[0]
     return Problem(
         vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
@@ -112,8 +93,8 @@ def problem_of(
         n_clusters=n_clusters,
         n_probes=n_probes,
         n_tokens=n_tokens,
-        weight_dtype=DTYPE_NAMES[weight.dtype],
-        centroid_dtype=DTYPE_NAMES[centroids.dtype],
+        weight_dtype=dtype_name(weight),
+        centroid_dtype=dtype_name(centroids),
     )
 
 

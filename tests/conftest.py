@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.candidate import PLANS
+from flashtune.kernels.plans.candidate import PLANS, TARGETS
 from flashtune.kernels.plans.config import Config, enabled, knobs
 from flashtune.tuning_db.problem import Problem
 
@@ -43,6 +44,15 @@ def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
     if "racing" not in request.fixturenames:
         monkeypatch.setattr("flashtune.kernels.runtime.decoder.MOST_SECONDS", 0.0)
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """No device has kernels: heads run plain torch, and nothing is compiled."""
+    from flashtune.kernels.backends.torch import TORCH
+
+    with TARGETS.added(replace(TORCH, name="first")):  # it is asked before all others
+        yield
 
 
 @pytest.fixture

@@ -7,5 +7,6 @@ devices are published, and a row in `MEMBERS`. CONTRIBUTING.md has the whole lis
 
 from flashtune.kernels.backends.cpp.target import CPU
 from flashtune.kernels.backends.nvidia.target import NVIDIA
+from flashtune.kernels.backends.torch import TORCH
 
-MEMBERS = (NVIDIA, CPU)
+MEMBERS = (NVIDIA, CPU, TORCH)  # TORCH takes whatever is left

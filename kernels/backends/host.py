@@ -1,7 +1,7 @@
 """This machine's devices, and the toolchain of this process, as records name them.
 
 Usage:
-    device_of(weight.device)   # None for a device that has no kernels
+    device_of(weight.device)
     devices_here()             # the GPU first, if there is one
     toolchain(device)
 """
@@ -14,10 +14,10 @@ from flashtune.kernels.backends.target import all_targets, target_of
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 
 
-def device_of(device: torch.device) -> Device | None:
-    """The device under a torch device, as its target describes it; None without kernels."""
+def device_of(device: torch.device) -> Device:
+    """The device under a torch device, as its target describes it."""
     found = (target.describe(device) for target in all_targets())
-    return next((each for each in found if each is not None), None)
+    return next(each for each in found if each is not None)
 
 
 def devices_here() -> tuple[Device, ...]:

@@ -1,9 +1,8 @@
 """An epilogue: what becomes of the candidates' logits.
 
 Usage:
-    epilogue = epilogue_of(problem.epilogue)
-    out = epilogue.new_out(problem, device)
-    epilogue.tokens_of(out)              # each row's best token
+    out = new_out(problem, device)
+    epilogue_of(problem.epilogue).tokens_of(out)      # each row's best token
 """
 
 from collections.abc import Callable, Mapping
@@ -55,14 +54,21 @@ class Epilogue:
     why_wrong: Callable[[Any, "torch.Tensor", "torch.Tensor", Any], str | None]
     values: Callable[[Problem, FirstLaunch], Mapping[str, int]]
 
-    def new_out(self, problem: Problem, device: "torch.device") -> "torch.Tensor":
-        """Room for a step's output."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype(problem))
-        return torch.empty(self.shape(problem), dtype=dtype, device=device)
-
 
 def epilogue_of(name: str) -> Epilogue:
     """The epilogue of that name; raises FlashtuneError if there is none."""
     return cast(Epilogue, EPILOGUES[name])
+
+
+def new_out(problem: Problem, device: "torch.device") -> "torch.Tensor":
+    """Room for the output of a step: token ids, or logits."""
+    import torch
+
+    epilogue = epilogue_of(problem.epilogue)
+    dtype: torch.dtype = getattr(torch, epilogue.dtype(problem))
+    return torch.empty(epilogue.shape(problem), dtype=dtype, device=device)
+
+
+def poisoned_out(problem: Problem, device: "torch.device") -> "torch.Tensor":
+    """`new_out` full of what no step may leave there."""
+    return new_out(problem, device).fill_(epilogue_of(problem.epilogue).poison)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import FORMATS
 
 if TYPE_CHECKING:
@@ -83,6 +84,14 @@ def format_named(dtype: "torch.dtype") -> Format | None:
     """The format of plain numbers in a torch dtype."""
     known = (cast(Format, each) for each in FORMATS.values())
     return next((f for f in known if not f.quantised and f.torch_dtype is dtype), None)
+
+
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """What problems call a tensor's dtype; raises FlashtuneError if there is no such format."""
+    found = format_named(tensor.dtype)
+    if found is None:
+        raise FlashtuneError(f"there is no format for {tensor.dtype}")
+    return found.name
 
 
 def plain_formats() -> list[Format]:

@@ -2,7 +2,7 @@
 
 Usage:
     choice = choose(problem, device, toolchain, [Source(name=USER, records=…), …])
-    choice.config       # None where plain torch must do
+    choice.config
     choice.explain()    # plain data: what was chosen, and what differs from what was wanted
 
 Levels, best first: the same problem on the same device; the nearest shape on the same device;
@@ -20,6 +20,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from flashtune.kernels.backends.target import default_config, known_good, target_of
+from flashtune.kernels.plans import FALLBACK
 from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuning_db.device import Device, Toolchain, find_device
@@ -64,13 +65,13 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What to run and why. `config` is None at level `torch`, `record` at the last two levels.
+    """What to run and why. `record` is None at the last two levels.
 
     `skipped` says of each reason for which better placed records were passed over how many were,
     `outdated` names the tools that have changed since a record was measured.
     """
 
-    config: Config | None
+    config: Config
     level: Level
     why: str
     record: Record | None = None
@@ -97,7 +98,7 @@ class Choice:
         return {
             "level": self.level.value,
             "why": self.why,
-            "config": dict(config_data(self.config)) if self.config else None,
+            "config": dict(config_data(self.config)),
             "source": self.source,
             "provenance": record.provenance.value if record else None,
             "record": record.key if record else None,
@@ -134,16 +135,13 @@ def _octaves(one: float, other: float) -> float:
 
 
 def choose(
-    problem: Problem, device: Device | None, toolchain: Toolchain, sources: Iterable[Source]
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
 ) -> Choice:
-    """The config to run for `problem` on `device`; without a device with kernels, plain torch.
+    """The config to run for `problem` on `device`; where that has no kernels, plain torch.
 
     Every record's config is checked for this problem and device before it is chosen. Failed
     records are never chosen, nor is a config that failed here, on this problem and toolchain.
     """
-    if device is None:
-        why = "no kernels for this kind of device: plain torch runs instead"
-        return Choice(config=None, level=Level.TORCH, why=why)
     skipped: Counter[str] = Counter()
     for candidate, config in _usable(problem, device, toolchain, list(sources), skipped):
         return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
@@ -187,9 +185,17 @@ def default_choice(problem: Problem, device: Device, *, skipped: tuple[str, ...]
         config = default_config(problem, device)
     except FlashtuneError as error:
         why = f"no kernel for {problem.describe()} on {device.name}: {error}"
-        return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
+        return fallback_choice(why, skipped)
+    if config.plan == FALLBACK.name:
+        why = "no kernels for this kind of device: plain torch runs instead"
+        return fallback_choice(why, skipped)
     why = f"no usable record for {problem.describe()} on {device.name} or any other device"
     return Choice(config=config, level=Level.DEFAULT, why=why, skipped=skipped)
+
+
+def fallback_choice(why: str, skipped: tuple[str, ...] = ()) -> Choice:
+    """Plain torch, and why."""
+    return Choice(config=FALLBACK.config(), level=Level.TORCH, why=why, skipped=skipped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashtune.kernels.runtime.binding import LOG, Bound, TorchStep, bind, give_up
+from flashtune.kernels.backends.torch import TorchStep
+from flashtune.kernels.runtime.binding import LOG, Bound, bind, give_up
 from flashtune.kernels.runtime.choice import Level
 from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.special_token import SpecialTokens
@@ -218,12 +219,12 @@ class Decoder:
             raise error from None
         with self._allowance.lock:
             bound = self._bounds[epilogue, n_tokens]
-            give_up(bound, self.weights, error)
+            give_up(bound, error)
             self._allowance.warn(f"{bound.troubles[-1]} (plain torch is used instead)")
             self._steps[key] = bound.take_step()
 
     def _torch_step(self, epilogue: str, n_tokens: int) -> TorchStep:
-        return TorchStep(self._problem(epilogue, n_tokens), self.weights.centroids)
+        return TorchStep(self._problem(epilogue, n_tokens))
 
     def _problem(self, epilogue: str, n_tokens: int) -> Problem:
         weights = self.weights

@@ -16,12 +16,8 @@ from flashtune.tuning_db.store import default_path, open_existing
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 
-def best_choice(
-    problem: Problem, device: Device | None, tools: Toolchain, troubles: list[str]
-) -> Choice:
+def best_choice(problem: Problem, device: Device, tools: Toolchain, troubles: list[str]) -> Choice:
     """The choice for a problem, from all records there are."""
-    if device is None:
-        return choose(problem, device, tools, ())
     return look(problem, device, tools, troubles)[0]
 
 

@@ -13,6 +13,8 @@ from flashtune.kernels.backends.cuda.backend import CudaStep
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
+from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.batched import BatchedConfig
@@ -25,7 +27,7 @@ from flashtune.kernels.plans.parts.simd import simd_levels
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
@@ -271,7 +273,7 @@ def test_each_token_probes_clusters_of_its_own(
     probed = scores.topk(problem.n_probes, dim=1).indices.tolist()
     assert len({frozenset(clusters) for clusters in probed}) == 3
     tokens = run(step, problem, weights, hidden)
-    judge = Judge(weights, problem.n_probes)
+    judge = Judge(weights, problem)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
     assert len(set(tokens_of(tokens).tolist())) > 1
 
@@ -285,9 +287,7 @@ def test_negative_logits_are_compared_as_numbers(
     hidden = random_states(token_problem, runner, seed=2).abs()
     assert bool((weights.weight.float() @ hidden[0].float() < 0).all())
     tokens = run(step, token_problem, weights, hidden)
-    assert (
-        Judge(weights, token_problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
-    )
+    assert Judge(weights, token_problem).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
 def test_rows_that_pad_a_cluster_change_nothing(
@@ -307,7 +307,7 @@ def test_rows_that_pad_a_cluster_change_nothing(
         weights = replace(weights, weight=rows.flatten(0, 1), ids=ids.flatten())
         tokens = run(step, token_problem, weights, hidden)
         assert int(tokens) in ids[:, -1]
-        judge = Judge(weights, token_problem.n_probes)
+        judge = Judge(weights, token_problem)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
 
 
@@ -322,7 +322,7 @@ def test_the_smallest_of_tied_tokens_wins(
         if seed:
             rows[:, ::2] += 1  # half of each cluster's do, the others lie above or below
         hidden = torch.ones(1, token_problem.hidden_size).bfloat16().to(runner.torch_device)
-        judge = Judge(weights, token_problem.n_probes, exact=True)
+        judge = Judge(weights, token_problem, exact=True)
         out = run(step, token_problem, weights, hidden)
         assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -334,7 +334,7 @@ def test_whole_numbers_give_the_exact_token(
     for seed in range(2):
         weights = make_weights(problem, runner, seed, whole=True)
         hidden = random_states(problem, runner, seed).sign()
-        judge = Judge(weights, problem.n_probes, exact=True)
+        judge = Judge(weights, problem, exact=True)
         out = run(step, problem, weights, hidden)
         assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -354,11 +354,11 @@ def test_logits_are_rounded_to_nearest(runner: Runner, config: Config, dtype: st
     drawn = torch.randint(-60, 61, shape, generator=generator).to(runner.torch_device)
     weights = replace(
         weights,
-        weight=drawn.to(TORCH_DTYPES[dtype]),
-        centroids=weights.centroids.to(TORCH_DTYPES[dtype]),
+        weight=drawn.to(format_of(dtype).torch_dtype),
+        centroids=weights.centroids.to(format_of(dtype).torch_dtype),
     )
-    hidden = 32 * random_states(problem, runner, seed=2).sign().to(TORCH_DTYPES[dtype])
-    judge = Judge(weights, problem.n_probes, exact=True)
+    hidden = 32 * random_states(problem, runner, seed=2).sign().to(format_of(dtype).torch_dtype)
+    judge = Judge(weights, problem, exact=True)
     assert judge.why_wrong(run(step, problem, weights, hidden), hidden, slack_of(config)) is None
 
 
@@ -370,7 +370,7 @@ def test_a_state_of_zeros_ties_everything(
     weights = make_weights(problem, runner)
     hidden = torch.full((1, problem.hidden_size), zero).bfloat16().to(runner.torch_device)
     tokens = run(step, problem, weights, hidden)
-    judge = Judge(weights, problem.n_probes, exact=True)
+    judge = Judge(weights, problem, exact=True)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
     if isinstance(step, DecodeStep) and slack_of(config):  # others pick among clusters that tie
         assert tokens_of(tokens).tolist() == [0]
@@ -401,7 +401,7 @@ def test_a_state_that_is_not_finite_leaves_nothing_unwritten(
     assert not bool((out == -7).any())
     assert 0 <= tokens_of(out).item() < problem.vocab_size
     tokens = run(step, problem, weights, hidden)  # and the next call is right again
-    assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+    assert Judge(weights, problem).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
 def test_calls_leave_nothing_behind_for_the_next(
@@ -411,7 +411,7 @@ def test_calls_leave_nothing_behind_for_the_next(
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
     before = step.scratch.state.clone() if isinstance(step, DecodeStep | CudaStep) else None
-    judge = Judge(weights, problem.n_probes)
+    judge = Judge(weights, problem)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
         tokens = run(step, problem, weights, hidden)

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import flashtune
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.runtime import decoder
 from flashtune.kernels.runtime.binding import Bound
 from flashtune.kernels.runtime.decoder import MOST_TOKENS, step_sizes
-from flashtune.kernels.weights import TORCH_DTYPES, Weights, permute_rows_
+from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -25,10 +26,8 @@ VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -296,8 +295,8 @@ def _spoiled(index: int, value: float) -> torch.Tensor:
         ),
         ({"special_token_ids": [-1]}, "must be whole numbers from 0 to 95"),
         ({"special_token_ids": [True]}, "must be whole numbers from 0 to 95"),
-        ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be bf16"),
-        ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be bf16"),
+        ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be one of bf16"),
+        ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be one of bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH, device="meta")}, "centroids on meta"),
         ({"weight": _spoiled(0, float("nan"))}, "weight has a NaN"),
         ({"weight": _spoiled(0, float("inf"))}, "weight has a NaN or an infinity"),
@@ -388,10 +387,10 @@ def test_on_a_cpu_centroids_are_converted_once() -> None:
     weight, centroids, assignments = parts(dtype=torch.bfloat16)
     head = FlashHead(weight, centroids, assignments, n_probes=3)
     head(torch.zeros(1, WIDTH))
-    step = head.decoder._steps["argmax", 1, 0]
-    assert vars(step)["_centroids"].dtype is torch.float32
+    converted = vars(head.decoder._steps["argmax", 1, 0])["_scored"]
+    assert converted[1].dtype is torch.float32
     head(torch.zeros(1, WIDTH))
-    assert head.decoder._steps["argmax", 1, 0] is step
+    assert vars(head.decoder._steps["argmax", 1, 0])["_scored"] is converted
 
 
 @pytest.mark.parametrize(
@@ -463,7 +462,7 @@ def mixtures(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, ...]]:
 
     def checked(problem: Problem, weights: Weights, **options: Any) -> Bound:
         bound = bind(problem, weights, **options)
-        step, dtype = bound.take_step(), TORCH_DTYPES[problem.weight_dtype]
+        step, dtype = bound.take_step(), format_of(problem.weight_dtype).torch_dtype
 
         def call(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
             dtypes = (weights.weight.dtype, weights.centroids.dtype, hidden.dtype)

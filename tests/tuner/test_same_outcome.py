@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.backends.torch import decode
 from flashtune.kernels.measure.failure import DoesNotFitError
-from flashtune.kernels.measure.judge import decode
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate

@@ -15,7 +15,8 @@ import torch
 from torch.nn.functional import linear
 
 from flashtune.kernels.backends.host import device_of
-from flashtune.kernels.measure.timing import GraphTimer, Timing, WallTimer
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
@@ -72,7 +73,7 @@ class HeadLatency:
         is right. Raises FlashtuneError with the outcome where it fails.
         """
         device = device_of(self._weights.weight.device)
-        cold_bytes = device.l2_bytes if device else 0
+        cold_bytes = device.l2_bytes
         n_sets = max(2, -(-2 * cold_bytes // problem.minimum_bytes) + 1)
         sets = tuple(
             Weights(
@@ -84,8 +85,7 @@ class HeadLatency:
         )
         states = tuple(self._states[index % len(self._states)][None] for index in range(n_sets))
         workload = Workload(problem, sets, states, ())
-        timer = GraphTimer if self._weights.weight.is_cuda else WallTimer
-        trial: Trial[str] = Trial(workload, timer, policy="quality")
+        trial: Trial[str] = Trial(workload, target_of(device).timer, policy="quality")
         trial.load(what, lambda: step)
         trial.admit(what, slack=0)
         trial.take_turns(_REPLAYS)

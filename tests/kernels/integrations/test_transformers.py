@@ -47,10 +47,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 def make_model(family: str = "llama", **changes: Any) -> Any:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.backends.torch import TorchStep, decode
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.measure.judge import decode_logits
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.plans.staged import StagedConfig
@@ -87,11 +87,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         fake["compiled"].append(config)
         if fake["broken"](config):
             raise RuntimeError("ptxas fell over\nat length")
-        return lambda: (
-            lambda weights, hidden, out: binding.TorchStep(problem, weights.centroids)(
-                weights, hidden, out
-            )
-        )
+        return lambda: lambda weights, hidden, out: TorchStep(problem)(weights, hidden, out)
 
     monkeypatch.setattr(binding, "compile_step", compile_step)
     yield fake
@@ -116,9 +112,7 @@ def test_a_tuned_kernel_is_found_and_gives_the_right_tokens(
     assert warnings_of(caplog) == []
     logits = head.weight.double() @ states(n_tokens).double().T
     plain = torch.empty(n_tokens, dtype=torch.int64)
-    binding.TorchStep(replace(PROBLEM, n_tokens=n_tokens), head.centroids)(
-        head.decoder.weights, states(n_tokens), plain
-    )
+    TorchStep(replace(PROBLEM, n_tokens=n_tokens))(head.decoder.weights, states(n_tokens), plain)
     position = torch.argsort(head.ids)
     for row in range(n_tokens):  # more clusters may be probed, so that a logit may be better
         assert logits[position[tokens[row]], row] >= logits[position[plain[row]], row]
@@ -303,7 +297,7 @@ def test_a_step_whose_logits_are_wrong_is_not_used(
     broken: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        logits = decode_logits(weights, hidden, 4)
+        logits = decode(weights, hidden, 4, "logits")
         if broken == "unwritten":
             logits[0, 5] = out[0, 5]
         out.copy_(logits.roll(1, dims=1) if broken == "shifted" else logits)
@@ -350,7 +344,7 @@ def test_a_stream_that_is_captured_first_takes_a_spare_or_plain_torch(
     steps = [head.decoder._step("argmax", 1, stream) for stream in range(3)]
     assert len(faked["compiled"]) == compiled  # nothing compiles while a stream is captured
     assert len(set(map(id, steps))) == 3
-    assert [isinstance(step, binding.TorchStep) for step in steps] == [not prepared] * 3
+    assert [isinstance(step, TorchStep) for step in steps] == [not prepared] * 3
     assert len(warnings_of(caplog)) == (0 if prepared else 1)
     assert ("argmax", 1, 0) in head.decoder._steps or not prepared
 
@@ -369,14 +363,14 @@ def test_a_call_that_fails_is_answered_by_plain_torch_from_then_on(
     for _ in range(2):
         assert head(hidden).tolist() == expected
     data = head.explain(40)
-    assert (data["level"], data["config"]) == ("torch", None)
+    assert (data["level"], data["config"]) == ("torch", {"plan": "torch"})
     assert data["troubles"] == [
         "a call of the default config failed: RuntimeError: the driver has had enough"
     ]
     assert head.explain(8)["level"] == "default"  # which goes on as it did
     [warning] = warnings_of(caplog)
     assert "the driver has had enough (plain torch is used instead)" in warning
-    assert isinstance(head.decoder._step("argmax", 32, 7), binding.TorchStep)
+    assert isinstance(head.decoder._step("argmax", 32, 7), TorchStep)
 
 
 def test_what_torch_itself_raises_is_raised(
@@ -386,7 +380,7 @@ def test_what_torch_itself_raises_is_raised(
     head(states(1))
     head.decoder._steps["argmax", 1, 0] = _falls_over
     with monkeypatch.context() as patch:
-        patch.setattr(binding.TorchStep, "__call__", _falls_over)
+        patch.setattr(TorchStep, "__call__", _falls_over)
         with pytest.raises(RuntimeError, match="had enough"):
             head(states(1))
     data = head.explain()

@@ -196,7 +196,11 @@ def comparison(space: Space):
 
     def compare(reply: Callable[[list[int]], list[Measurement | None]]):
         def answer(task: Task) -> Reply:
-            return Reply(measurements=tuple(reply([configs.index(c) for c in task.configs])))
+            return Reply(
+                measurements=tuple(
+                    reply([configs.index(c) for c in [each.config for each in task.candidates]])
+                )
+            )
 
         measurer, compilers = InstantPool(1, answer), InstantPool(1, compiles)
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
@@ -204,7 +208,10 @@ def comparison(space: Space):
         found = {each.config: each.measurement for each in evaluator.compare(configs)}
         assert evaluator.pending == 0  # what was under way is given up
         assert {task.kind for task in measurer.asked} == {"compare"}
-        asked = [[configs.index(config) for config in task.configs] for task in measurer.asked]
+        asked = [
+            [configs.index(config) for config in [each.config for each in task.candidates]]
+            for task in measurer.asked
+        ]
         return [found[c].median_us or found[c].outcome.value for c in configs], asked
 
     return compare

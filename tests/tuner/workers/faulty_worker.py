@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from flashtune.kernels.backends.torch import decode
 from flashtune.kernels.measure.failure import DoesNotFitError
-from flashtune.kernels.measure.judge import decode
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
