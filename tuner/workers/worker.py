@@ -74,16 +74,18 @@ class Worker:
         )
 
     def _try(self, task: Task, policy: str, run: Callable[[Trial[int]], None]) -> Reply:
-        """Put a task's configs, by number, on trial. After a crash the worker is of no more use:
-        what it left on the device would be the next one's.
+        """Put a task's configs, by number, on trial.
+
+        A crash ends the worker: what it left behind on the device must not reach the next task.
         """
         numbers = range(len(task.configs))
         try:
             workload = self.workload(task)
         except Exception as error:  # no room, or a device that no longer answers
             failed = failure(error, Outcome.CRASH, policy)
+            known = failed if task.kind == "measure" else None  # those compared worked before
             fatal = failed.outcome is Outcome.CRASH
-            return Reply(measurements=(failed,) * len(numbers), fatal=fatal)
+            return Reply(measurements=(known,) * len(numbers), fatal=fatal)
         trial: Trial[int] = Trial(workload, backend_of(task.device).timer, policy)
         for number in numbers:
             trial.load(number, partial(self._load, task, number))
