@@ -103,8 +103,9 @@ class Trial(Generic[Entrant]):
     ) -> None:
         """Time those that are running in turns, so that a drifting clock favours none.
 
-        First samples do not count. Each round takes that many replays of each. After `least`
-        rounds none is begun later than `until`, on the clock of time.monotonic.
+        First samples do not count. Each round takes that many replays of each; it takes two for
+        a measurement. After `least` rounds none is begun later than `until`, on the clock of
+        time.monotonic.
         """
         for entrant in self._timers:
             self._samples[entrant] = []

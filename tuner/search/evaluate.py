@@ -59,7 +59,7 @@ class Evaluator(Protocol):
         """Evaluations that are complete, waiting for one for at most that long."""
 
     def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
-        """Evaluate again, side by side; empty where that would say nothing new."""
+        """Evaluate again, side by side; those of which that says nothing new are left out."""
 
     def close(self) -> None:
         """End what is under way."""
@@ -199,7 +199,7 @@ class MeasuringEvaluator:
         """Time several configs in turns, so that a drifting clock favours none.
 
         What had not been measured yet is given up. A config that fails now is a failure, and
-        does not keep the others from being timed.
+        does not keep the others from being timed. One that could not be timed is left out.
         """
         self.close()
         return [Evaluation(*each) for each in self._compared(tuple(configs)).items()]
@@ -212,10 +212,10 @@ class MeasuringEvaluator:
         self._measurer.cancel()
 
     def _compared(self, configs: tuple[Config, ...]) -> dict[Config, Measurement]:
-        """A measurement of each config, timed with as many of the others as work.
+        """Measurements of the configs, each timed with as many of the others as work.
 
         Where one takes the worker along, those left are timed by a new one. If it is not known
-        which one did, each is tried alone first.
+        which one did, each is tried alone first. One of which even that says nothing is left out.
         """
         answers = self._ask(configs)
         found = {config: each for config, each in zip(configs, answers, strict=False) if each}
@@ -223,10 +223,10 @@ class MeasuringEvaluator:
         if found or not missing:
             return {**found, **(self._compared(missing) if missing else {})}
         if len(configs) == 1:
-            return {configs[0]: _UNSAID}
+            return {}
         for config in configs:
             found |= self._compared((config,))
-        right = tuple(config for config in configs if found[config].outcome is Outcome.OK)
+        right = tuple(config for config, each in found.items() if each.outcome is Outcome.OK)
         again = 1 < len(right) < len(configs)
         return {**found, **(self._compared(right) if again else {})}
 

@@ -74,9 +74,9 @@ class Task:
 class Reply:
     """One answer: a measurement a config, and of a compilation what its kernels need.
 
-    A compilation that went well has no measurement. In the place of a config that could not be
-    timed, since another one took the worker or its device along, stands None. `fatal` says that
-    the worker is not to be used any more.
+    A compilation that went well has no measurement. None stands for a config that was not timed,
+    though that is not known to be its fault: another one took the worker or its device along.
+    `fatal` says that the worker is not to be used any more.
     """
 
     measurements: tuple[Measurement | None, ...] = ()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+import torch
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.measure import trial
@@ -105,6 +106,19 @@ def test_what_the_device_was_lost_to_is_known_and_the_others_are_not(
     assert [each and each.outcome for each in reply.measurements] == [None, Outcome.CRASH, None]
     assert reply.fatal
     assert Reply.from_json(reply.to_json()) == reply
+
+
+def test_finalists_are_not_blamed_where_the_inputs_cannot_be_made(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("others use the device")
+
+    monkeypatch.setattr(worker_module.Workload, "create", create)
+    reply = Worker().answer(task("compare", FINE, SLOW))
+    assert (reply.measurements, reply.fatal) == ((None, None), False)
+    reply = Worker().answer(task("measure", FINE))
+    assert reply.measurement.outcome is Outcome.OUT_OF_RESOURCES
 
 
 @pytest.mark.parametrize("kind", ["measure", "compare"])
