@@ -20,7 +20,12 @@ from flashtune.kernels.model_folder.folder import read_model
 from flashtune.kernels.plans.config import default_config, parse_config
 from flashtune.tuner.cli.cost_model import model
 from flashtune.tuner.cli.models import cluster, quality
-from flashtune.tuner.cli.report import devices_table, records_table, results_table
+from flashtune.tuner.cli.report import (
+    SearchProgress,
+    devices_table,
+    records_table,
+    results_table,
+)
 from flashtune.tuner.cli.tables import tables
 from flashtune.tuner.search.lookup import best_record
 from flashtune.tuner.search.proposal import SAMPLERS
@@ -189,7 +194,8 @@ def search(
                 "a cost model, none is measured.",
                 err=True,
             )
-        results = session.run()
+        with SearchProgress(request.device, session.provenance) as progress:
+            results = session.run(progress)
     if as_json:
         click.echo(json.dumps(result_data(request.device, session.provenance, results), indent=1))
     else:

@@ -12,18 +12,12 @@ from rich.table import Table
 
 from flashtune.kernels.plans.config import PLANS
 from flashtune.kernels.plans.knob import knobs
+from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.progress import ProgressBar
 from flashtune.tuner.search.search import Event, Result
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
-
-
-def floor_us(problem: Problem, device: Device) -> float | None:
-    """Microseconds that the fewest bytes take at the published bandwidth; None if not known."""
-    if not device.memory_bandwidth:
-        return None
-    return 1e6 * problem.minimum_bytes / device.memory_bandwidth
 
 
 def short_config(config: ConfigData) -> str:

@@ -2,24 +2,24 @@
 
 Usage:
     session = Session(request, store)
-    results = session.run()      # progress on standard error
+    results = session.run(display)      # which is told how it goes
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.plans.config import plans_of, why_unavailable
-from flashtune.tuner.cli.report import SearchProgress, floor_us
+from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.predict.stages import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
-from flashtune.tuner.search.search import Budget, Result, search
+from flashtune.tuner.search.search import Budget, Event, Result, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.remote import RemoteMachine
@@ -58,6 +58,16 @@ def _this_gpu() -> Device | None:
     return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
 
 
+class Display(Protocol):
+    """What shows a person how a session goes."""
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def start(self, problem: Problem, trials: int) -> Callable[[Event], None]:
+        """Begin to show a search; its events go to the result."""
+
+
 class Session:
     """Runs the searches of a request one after another."""
 
@@ -84,19 +94,18 @@ class Session:
                     f"with {dict(request.fixed)}: fix less"
                 )
 
-    def run(self) -> list[Result]:
+    def run(self, display: Display) -> list[Result]:
         """The results so far; a search cut short by Ctrl-C is the last of them."""
         request = self.request
         end = time.monotonic() + (request.timeout_s or float("inf"))
         results: list[Result] = []
         transport = request.remote.transport if request.remote else None
         with (
-            SearchProgress(request.device, self.provenance) as progress,
             WorkerPool(request.jobs) as compilers,
-            WorkerPool(1, transport, progress.note) as measurer,
+            WorkerPool(1, transport, display.note) as measurer,
         ):
             for why in self._left_out.values():
-                progress.note(f"{why}; searching without it")
+                display.note(f"{why}; searching without it")
             for number, space in enumerate(self._spaces):
                 left = end - time.monotonic()
                 if left <= 0:
@@ -104,7 +113,7 @@ class Session:
                 share = left / (len(self._spaces) - number) if request.timeout_s else None
                 try:
                     evaluator = self._evaluator(space.problem, compilers, measurer)
-                    results.append(self._search(space, share, evaluator, progress))
+                    results.append(self._search(space, share, evaluator, display))
                     self.cancelled = results[-1].cancelled
                 except KeyboardInterrupt:
                     self.cancelled = True
@@ -117,7 +126,7 @@ class Session:
         space: Space,
         timeout_s: float | None,
         evaluator: Evaluator,
-        progress: SearchProgress,
+        display: Display,
     ) -> Result:
         with closing(evaluator):
             return search(
@@ -129,7 +138,7 @@ class Session:
                 sampler=self.request.sampler,
                 seed=self.request.seed,
                 near=self._near(),
-                on_event=progress.start(space.problem, self.request.trials),
+                on_event=display.start(space.problem, self.request.trials),
             )
 
     def _evaluator(

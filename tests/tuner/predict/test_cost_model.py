@@ -18,7 +18,6 @@ from flashtune.kernels.plans.config import (
 )
 from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
-from flashtune.tuner.cli.report import floor_us
 from flashtune.tuner.predict import cost_model
 from flashtune.tuner.predict.cost_model import (
     Prediction,
@@ -26,6 +25,7 @@ from flashtune.tuner.predict.cost_model import (
     read_model_file,
     shipped_model,
 )
+from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.predict.stages import PLAN_STAGES
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
