@@ -19,7 +19,16 @@ MAY_IMPORT = {
 # From top to bottom: a room imports only from itself and from rooms below it. A room is a
 # sub-package, or a module that lies in the folder itself.
 ROOMS = {
-    "tuner": ("cli", "clustering", "search", "predict", "workers", "progress"),
+    "tuner": (
+        "cli",
+        "clustering",
+        "search",
+        "predict",
+        "workers",
+        "table_check",
+        "here",
+        "progress",
+    ),
     "kernels": (
         "integrations",
         "head",

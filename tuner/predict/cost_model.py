@@ -26,6 +26,7 @@ from flashtune.tuner.predict.stages import Stage, stages_of
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement
 
 VERSION = "stages-1"
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
@@ -185,6 +186,22 @@ def read_model_file(path: Any) -> dict[str, Any]:
             f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
         ) from error
     return data
+
+
+def interval_us(config: Config, measurement: Measurement) -> tuple[float, float] | None:
+    """The 80 % interval of a recorded prediction; None where the record has none.
+
+    A record holds the interval's width, which is divided as the family's interval is.
+    """
+    if measurement.median_us is None or not measurement.spread_us:
+        return None
+    model = shipped_model()
+    low, high = model.intervals.get(family_of(config)) or model.widest()
+    scale = measurement.spread_us / (high - low)
+    return (
+        measurement.median_us - (1 - low) * scale,
+        measurement.median_us + (high - 1) * scale,
+    )
 
 
 def predict(

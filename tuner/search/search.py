@@ -21,6 +21,7 @@ from flashtune.kernels.plans.config import (
     parse_config,
 )
 from flashtune.tuner.search.evaluate import Evaluator
+from flashtune.tuner.search.failure import known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
@@ -56,17 +57,20 @@ class Event:
 class Result:
     """What a search came to. Times are of the final comparison where there was one.
 
-    `default_kept`: nothing beat the default by more than the noise. A search that timed out or
-    was cancelled (Ctrl-C) has all that it measured in the store; only a cancelled one leaves the
-    finalists uncompared.
+    `searched_us` is the best time before that comparison, `failure` the most frequent reason of
+    failures, if any. `default_kept`: nothing beat the default by more than the noise. A search
+    that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
+    cancelled one leaves the finalists uncompared.
     """
 
     problem: Problem
     winner: Record | None
+    searched_us: float | None
     default_us: float | None
     baseline_us: float | None
     evaluated: int
     failed: int
+    failure: str
     default_kept: bool
     timed_out: bool
     cancelled: bool
@@ -82,16 +86,18 @@ def search(
     sampler: str = "tpe",
     seed: int = 0,
     near: Iterable[Record] = (),
+    retry_failed: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Result:
     """Search `space` within `budget`; every evaluation is in the store before the next one.
 
-    near: records of any problems or devices, whose configs are tried early. KeyboardInterrupt
-    ends the search early; the finalists are then not compared.
+    near: records of any problems or devices, whose configs are tried early. retry_failed:
+    evaluate first, and again, what failed in earlier runs. KeyboardInterrupt ends the search
+    early; the finalists are then not compared.
     """
     proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
     run = _Run(proposals, evaluator, store, budget, toolchain)
-    run.recall()
+    run.recall(retry_failed)
     timed_out = cancelled = False
     try:
         timed_out = run.evaluate(on_event)
@@ -117,8 +123,8 @@ class _Run:
         self.finals: dict[Config, Measurement] = {}
         self.default = default_config(self.space.problem, self.space.device)
 
-    def recall(self) -> None:
-        """Learn from the store what earlier runs found out."""
+    def recall(self, retry_failed: bool) -> None:
+        """Learn from the store what earlier runs found out, or propose it again if it failed."""
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
         ):
@@ -128,7 +134,10 @@ class _Run:
                 config = parse_config(record.config)
             except FlashtuneError:
                 continue  # of another version of its plan
-            self.proposals.recall(config, record.measurement)
+            if retry_failed and record.measurement.median_us is None:
+                self.proposals.retry(config)
+            else:
+                self.proposals.recall(config, record.measurement)
 
     def evaluate(self, on_event: Callable[[Event], None]) -> bool:
         """Evaluate until the budget is spent; True when time ran out first."""
@@ -189,15 +198,23 @@ class _Run:
         """What the search came to."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
-        winner = self.store.best(device.name, problem, toolchain=self.toolchain)
+        winner = self.store.best(
+            device.name, problem, toolchain=self.toolchain, accept=self.space.holds
+        )
+        failure = most_frequent(self.proposals.known.values())
+        if failure and event.best is None:
+            remedy = known_remedy(device, self.toolchain)
+            failure = f"{failure}; {remedy}" if remedy else failure
         default_won = winner is not None and winner.config == config_data(self.default)
         return Result(
             problem=problem,
             winner=winner,
+            searched_us=event.best_us,
             default_us=self._time_of(self.default),
             baseline_us=self._time_of(baseline_config(problem, device)),
             evaluated=event.done,
             failed=event.failed,
+            failure=failure,
             default_kept=default_won and self._default_kept(),
             timed_out=timed_out,
             cancelled=cancelled,

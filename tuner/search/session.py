@@ -2,20 +2,18 @@
 
 Usage:
     session = Session(request, store)
-    results = session.run(display)      # which is told how it goes
+    outcome = session.run(display)      # which is told how it goes
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
-from flashtune.kernels.backends.cpp.this_cpu import this_cpu
-from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.plans.config import plans_of, why_unavailable
+from flashtune.tuner.here import as_it_is_now, this_gpu
 from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.predict.stages import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
@@ -46,16 +44,22 @@ class SearchRequest:
     seed: int = 0
     jobs: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    retry_failed: bool = False
     remote: RemoteMachine | None = None
 
 
-def this_device() -> Device:
-    """This machine's GPU; its CPU where kernels can run on none."""
-    return _this_gpu() or this_cpu()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionResult:
+    """What became of a request; `results` lacks the problems that were not begun.
 
+    device: with the bandwidth that was measured in this run, where it is this machine's CPU.
+    """
 
-def _this_gpu() -> Device | None:
-    return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    device: Device
+    provenance: Provenance
+    problems: Sequence[Problem]
+    results: Sequence[Result]
+    cancelled: bool
 
 
 class Display(Protocol):
@@ -64,7 +68,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Show a line that stays."""
 
-    def start(self, problem: Problem, trials: int) -> Callable[[Event], None]:
+    def start(
+        self, problem: Problem, trials: int, floor_us: float | None
+    ) -> Callable[[Event], None]:
         """Begin to show a search; its events go to the result."""
 
 
@@ -78,6 +84,7 @@ class Session:
         """
         self.request, self.store = request, store
         self.cancelled = False
+        self._device = request.device
         self.provenance, self.toolchain = _evaluated(request)
         self._left_out = _left_out(request, self.provenance)
         without = frozenset(self._left_out)
@@ -94,8 +101,22 @@ class Session:
                     f"with {dict(request.fixed)}: fix less"
                 )
 
-    def run(self, display: Display) -> list[Result]:
-        """The results so far; a search cut short by Ctrl-C is the last of them."""
+    def run(self, display: Display) -> SessionResult:
+        """Search; of a session cut short by Ctrl-C the interrupted search is the last result."""
+        request = self.request
+        here = request.remote is None
+        self._device = as_it_is_now(request.device) if here else request.device
+        results = self._searches(display)
+        again = as_it_is_now(request.device) if here and not self.cancelled else self._device
+        return SessionResult(
+            device=max(self._device, again, key=lambda device: device.memory_bandwidth),
+            provenance=self.provenance,
+            problems=request.problems,
+            results=results,
+            cancelled=self.cancelled,
+        )
+
+    def _searches(self, display: Display) -> list[Result]:
         request = self.request
         end = time.monotonic() + (request.timeout_s or float("inf"))
         results: list[Result] = []
@@ -138,7 +159,10 @@ class Session:
                 sampler=self.request.sampler,
                 seed=self.request.seed,
                 near=self._near(),
-                on_event=display.start(space.problem, self.request.trials),
+                retry_failed=self.request.retry_failed,
+                on_event=display.start(
+                    space.problem, self.request.trials, floor_us(space.problem, self._device)
+                ),
             )
 
     def _evaluator(
@@ -173,7 +197,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.remote is not None:
         return Provenance.MEASURED, request.remote.toolchain
     found = toolchain(request.device)
-    if request.device.vendor == "cpu" or request.device == _this_gpu():
+    if request.device.vendor == "cpu" or request.device == this_gpu():
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
@@ -196,28 +220,3 @@ def _would_run(plan: str, request: SearchRequest) -> bool:
     """Whether a plan has a valid config for any of the problems."""
     spaces = (Space(problem, request.device, {"plan": plan}) for problem in request.problems)
     return any(next(space.configs(), None) for space in spaces)
-
-
-def result_data(
-    device: Device, provenance: Provenance, results: Sequence[Result]
-) -> dict[str, Any]:
-    """The results as plain data."""
-    return {
-        "device": device.name,
-        "provenance": provenance.value,
-        "results": [
-            {
-                "problem": asdict(result.problem),
-                "winner": result.winner.data() if result.winner else None,
-                "default_us": result.default_us,
-                "baseline_us": result.baseline_us,
-                "floor_us": floor_us(result.problem, device),
-                "evaluated": result.evaluated,
-                "failed": result.failed,
-                "default_kept": result.default_kept,
-                "timed_out": result.timed_out,
-                "cancelled": result.cancelled,
-            }
-            for result in results
-        ],
-    }

@@ -24,8 +24,9 @@ from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.model_folder.folder import read_model
 from flashtune.kernels.plans.config import Config, default_config, parse_config
-from flashtune.tuner.cli.main import cli, tables
-from flashtune.tuner.search.session import this_device
+from flashtune.tuner import table_check
+from flashtune.tuner.cli.main import cli
+from flashtune.tuner.here import this_device
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -65,6 +66,7 @@ def refused(*args: object) -> str:
     lines = result.stderr.splitlines()
     [error] = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
     assert error == len(lines) - 1, "the error is one line, and the last"
+    assert not any(line.startswith(("Usage:", "Try ")) for line in lines)
     return lines[error]
 
 
@@ -122,14 +124,14 @@ class TestWhatIsRefused:
             (("render",), ["--record", "--device", "--shape"]),
             (("render", "--device", "h200"), ["--record", "--device", "--shape"]),
             (("tables", "export", "--device", "gtx", "--output", "x.json"), ["gtx"]),
-            (("tables", "export", "--device", "h200"), ["'--output'"]),
+            (("tables", "export", "--device", "h200"), ["'--out'"]),
             (
                 ("tables", "export", "--device", "h200", "--output", "x", "--shortlist", "0"),
                 ["'--shortlist'"],
             ),
             (("tables", "import"), ["FILES"]),
             (("tables", "merge", "a.json", "-o", "x.json"), ["two tables"]),
-            (("tables", "merge", "a.json", "b.json"), ["'--output'"]),
+            (("tables", "merge", "a.json", "b.json"), ["'--out'"]),
             (("tables", "diff", "a.json"), ["'B'"]),
             (("tables", "check", "not-there.json"), ["not-there.json"]),
             (("nonsense",), ["nonsense"]),
@@ -252,7 +254,7 @@ class TestTables:
             def render(self, problem: Problem, config: Config, device: Device) -> None:
                 rendered.append(device.name)
 
-        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
         files = [table, bad] if command == "import" else [bad]
         error = refused("tables", command, *files)
         assert len(rendered) == len(files) - 1  # the good one alone
@@ -308,7 +310,10 @@ class TestTables:
         assert conflict["left"]["measurement"]["median_us"] == 12.0
         assert out.read_text() == mine.read_text()
         text = done("tables", "diff", table, mine)
-        assert "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)\n0 shapes are the same" in text
+        assert text.splitlines() == [
+            f"1 shapes changed, 0 only in {table}, 0 only in {mine}, 0 the same",
+            "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)",
+        ]
         assert json.loads(done("tables", "diff", mine, out, "--json"))["same"] == 1
 
     def test_merging_leaves_the_output_alone_when_a_table_is_bad(
@@ -336,7 +341,7 @@ class TestTables:
             def compile(self, *_: object) -> None:
                 raise RuntimeError("ptxas fell over")
 
-        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
         error = refused("tables", "check", "--compile", table)
         assert "512x64 c32 p4: does not compile: ptxas fell over" in error
 
@@ -404,10 +409,11 @@ class TestAPredictedSearch:
         assert json.loads(done("best", *where, "--json")) == winner
         rows = json.loads(done("show", *where, "--json", "--limit", 2))
         assert len(rows) == 2
-        assert rows[0] == winner
+        assert rows[0] == {**winner, "shipped": False}
         assert winner["key"][:12] in done("best", *where)
         assert "2 of 3 records" in done("show", *where, "--limit", 2)
-        assert json.loads(done("show", "--device", "h200", "--db", database, "--json")) == []
+        shipped = json.loads(done("show", "--device", "h200", "--db", database, "--json"))
+        assert shipped and all(row["shipped"] for row in shipped)
         missing = refused("best", "--device", "a40", "--shape", TINY, "--db", database)
         assert "512x64 c32 p4" in missing
         assert "flashtune search" in missing
@@ -438,7 +444,9 @@ class TestAPredictedSearch:
         [winner] = [data["results"][0]["winner"]]
         back = json.loads(done("show", "--db", other, "--json"))
         assert len(back) == 2
-        assert {**back[0], "measurement": None} == {**winner, "measurement": None}
+        assert {**back[0], "measurement": None} == {
+            **winner, "measurement": None, "shipped": False
+        }  # fmt: skip
         assert back[0]["measurement"]["median_us"] == pytest.approx(
             winner["measurement"]["median_us"], abs=1e-3
         )

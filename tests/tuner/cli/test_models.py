@@ -34,7 +34,9 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def states(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Decode steps without a model that is run."""
     monkeypatch.setattr(quality_report, "require_transformers", lambda: None)
-    monkeypatch.setattr("flashtune.tuner.cli.models.require_transformers", lambda: None)
+    monkeypatch.setattr(
+        "flashtune.tuner.clustering.decode_state.require_transformers", lambda: None
+    )
     monkeypatch.setattr(quality_report, "decode_states", lambda *_: STATES)
     return STATES
 

@@ -299,7 +299,7 @@ class Told:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def start(self, problem: Problem, trials: int) -> Callable[[Event], None]:
+    def start(self, problem: Problem, trials: int, floor_us: object) -> Callable[[Event], None]:
         return lambda event: None
 
 
@@ -328,7 +328,7 @@ def test_a_session_says_which_plan_it_cannot_search(
 def test_a_session_that_measures_searches_what_can_be_built(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.search.session._this_gpu", lambda: H200)
+    monkeypatch.setattr("flashtune.tuner.search.session.this_gpu", lambda: H200)
     request = SearchRequest(device=H200, problems=[QWEN], trials=1, fixed={"plan": "streamed"})
     Session(request, store)
     why = "plan streamed needs what is not here"
