@@ -60,17 +60,21 @@ def print_records(known: Sequence[KnownRecord]) -> None:
                 record.device,
                 record.problem.describe(),
                 time_of(record),
-                measurement.outcome.value,
-                f"{record.provenance.value}, shipped" if each.shipped else record.provenance.value,
+                (measurement.outcome.value if failed else record.provenance.value)
+                + ("*" if each.shipped else ""),
                 " ".join(measurement.error.split()) if failed else known_config(record.config),
             )
         )
-    predicted = any(each.record.provenance is Provenance.PREDICTED for each in known)
+    notes = []
+    if any(each.record.provenance is Provenance.PREDICTED for each in known):
+        notes.append(PREDICTED_NOTE)
+    if any(each.shipped for each in known):
+        notes.append("* of a shipped table, not of the database")
     print_rows(
         "",
-        ("record", "device", "problem", ">us", "outcome", "provenance", "config"),
+        ("record", "device", "problem", ">us", "outcome", "config"),
         rows,
-        notes=[PREDICTED_NOTE] if predicted else [],
+        notes=notes,
     )
 
 
@@ -82,17 +86,16 @@ def print_devices(devices: Iterable[Device], here: Collection[Device]) -> None:
     rows = [
         (
             device.name,
-            device.title,
             device.arch,
             str(device.sm_count),
             f"{device.memory_bandwidth / 1e9:.0f}",
             f"{device.l2_bytes / 2**20:.0f}",
             ", ".join(device.aliases),
-            "this machine" if device in here else "",
+            f"{device.title} (this machine)" if device in here else device.title,
         )
         for device in devices
     ]
-    print_rows("", ("device", "title", "arch", ">SMs", ">GB/s", ">L2 MiB", "aliases", ""), rows)
+    print_rows("", ("device", "arch", ">SMs", ">GB/s", ">L2 MiB", "aliases", "title"), rows)
 
 
 def device_data(device: Device, here: bool) -> dict[str, Any]:

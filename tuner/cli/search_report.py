@@ -96,7 +96,7 @@ def print_results(outcome: SessionResult) -> None:
                 time_of(winner) if winner else "none",
                 number(floor),
                 f"{time_us / floor:.2f}" if time_us and floor else "",
-                short_config(winner.config) if winner else f"nothing worked: {result.failure}",
+                short_config(winner.config) if winner else _why_none(result),
             )
         )
     print_rows(
@@ -105,6 +105,12 @@ def print_results(outcome: SessionResult) -> None:
         rows,
         notes=list(_notes(outcome)),
     )
+
+
+def _why_none(result: Result) -> str:
+    if result.failure is None:
+        return "nothing was evaluated"
+    return f"nothing worked: {result.failure.describe()}"
 
 
 def _notes(outcome: SessionResult) -> Iterator[str]:
@@ -138,7 +144,12 @@ def _notes_of(result: Result, device: Device) -> Iterator[str]:
     if winner is None:
         return
     if result.failed:
-        yield f"{name}: {result.failed} of {result.evaluated} failed: {result.failure}"
+        assert result.failure is not None
+        count = "all" if result.failure.count == result.failed else str(result.failure.count)
+        yield (
+            f"{name}: {result.failed} of {result.evaluated} failed, {count} of them so: "
+            f"{result.failure.describe()}"
+        )
     found, final = result.searched_us, winner.measurement.median_us
     if result.default_kept:
         yield (
@@ -196,7 +207,7 @@ def _result_data(result: Result, device: Device) -> dict[str, Any]:
         "floor_us": floor_us(result.problem, device),
         "evaluated": result.evaluated,
         "failed": result.failed,
-        "failure": result.failure,
+        "failure": asdict(result.failure) if result.failure else None,
         "default_kept": result.default_kept,
         "timed_out": result.timed_out,
         "cancelled": result.cancelled,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SPELLED = {"…": "...", "µ": "u", "→": "->", "≥": ">="}
 _ENCODING_ERRORS = "flashtune-spelled"
+_WHOLE = ("device", "record", "outcome")  # columns that are never wrapped
 _UNLIMITED = 100_000  # columns, where no terminal limits them
 
 
@@ -75,9 +76,12 @@ def print_rows(
     Where the terminal is too narrow for it, it follows the table, a line for each row, which
     begins with the row's first column. Headings that start with `>` are of columns of numbers.
     """
+    from rich.measure import Measurement
+
     console = output()
     table = _table(title, headings, rows)
-    if console.measure(table).maximum > console.width:
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    if Measurement.get(console, unlimited, table).maximum > console.width:
         console.print(_table(title, headings[:-1], [row[:-1] for row in rows]))
         for row in rows:
             if row[-1]:
@@ -89,18 +93,22 @@ def print_rows(
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title and Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.padding = (0, 1, 0, 0)
+    table = Table(
+        title=title and Text(title),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
     for heading in headings:
         number = heading.startswith(">")
         table.add_column(
             heading.removeprefix(">"),
             justify="right" if number else "left",
-            no_wrap=heading.removeprefix(">") in ("device", "record") or number,
+            no_wrap=heading.removeprefix(">") in _WHOLE or number,
             overflow="fold",
         )
     for row in rows:

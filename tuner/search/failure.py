@@ -1,12 +1,13 @@
 """Why evaluations failed, in a line for a person.
 
 Usage:
-    most_frequent(measurements)         # "crash: illegal access (12 of 15 failures)"
+    most_frequent(measurements)         # "crash: illegal access" and how often, or None
     known_remedy(device, toolchain)     # what is known to help, or ""
 """
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.record import Measurement
@@ -15,14 +16,30 @@ _FIRST_TRITON = {"sm_110": (3, 7)}  # of architectures that Triton 3.6 cannot co
 _LONGEST = 200
 
 
-def most_frequent(measurements: Iterable[Measurement]) -> str:
-    """The most frequent reason of those that have no time, and how often; empty without any."""
-    failed = [each for each in measurements if each.median_us is None]
-    if not failed:
-        return ""
-    reasons = Counter(f"{each.outcome.value}: {_line(each.error)}" for each in failed)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A reason that `count` evaluations have in common; `remedy` is what helps, if it is known."""
+
+    reason: str
+    count: int
+    remedy: str = ""
+
+    def describe(self) -> str:
+        """The reason and the remedy, in a line."""
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
+
+
+def most_frequent(measurements: Iterable[Measurement]) -> Failure | None:
+    """The most frequent reason of the evaluations that have no time; None where all have one."""
+    reasons = Counter(
+        f"{each.outcome.value}: {_line(each.error)}"
+        for each in measurements
+        if each.median_us is None
+    )
+    if not reasons:
+        return None
     reason, count = reasons.most_common(1)[0]
-    return f"{reason} ({count} of {len(failed)} failures)"
+    return Failure(reason=reason, count=count)
 
 
 def known_remedy(device: Device, toolchain: Toolchain) -> str:

@@ -10,7 +10,7 @@ goes on where it was.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from flashtune.kernels.plans.config import (
@@ -21,7 +21,7 @@ from flashtune.kernels.plans.config import (
     parse_config,
 )
 from flashtune.tuner.search.evaluate import Evaluator
-from flashtune.tuner.search.failure import known_remedy, most_frequent
+from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
@@ -70,7 +70,7 @@ class Result:
     baseline_us: float | None
     evaluated: int
     failed: int
-    failure: str
+    failure: Failure | None
     default_kept: bool
     timed_out: bool
     cancelled: bool
@@ -203,8 +203,7 @@ class _Run:
         )
         failure = most_frequent(self.proposals.known.values())
         if failure and event.best is None:
-            remedy = known_remedy(device, self.toolchain)
-            failure = f"{failure}; {remedy}" if remedy else failure
+            failure = replace(failure, remedy=known_remedy(device, self.toolchain))
         default_won = winner is not None and winner.config == config_data(self.default)
         return Result(
             problem=problem,
