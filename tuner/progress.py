@@ -7,6 +7,7 @@ Usage:
 Another display of the kind is a subclass of `ProgressBar`.
 """
 
+import math
 import sys
 import time
 from collections import deque
@@ -48,16 +49,19 @@ class TimeLeft:
         if not self._steps or done > self._steps[-1][1]:
             self._steps.append((time.monotonic(), done))
 
-    def ends(self, total: int) -> float | None:
-        """When, by the monotonic clock, all will be done; None where that is not known yet."""
+    def ends(self, total: int, stops: float = math.inf) -> float | None:
+        """When, by the monotonic clock, all will be done; None where that is not known yet.
+
+        stops: when work ends at the latest.
+        """
         if len(self._steps) < 2:
             return None
         (since, before), (now, done) = self._steps[0], self._steps[-1]
-        return now + max(0, total - done) * (now - since) / (done - before)
+        return min(stops, now + max(0, total - done) * (now - since) / (done - before))
 
-    def describe(self, total: int) -> str:
+    def describe(self, total: int, stops: float = math.inf) -> str:
         """The time left, in words."""
-        ends = self.ends(total)
+        ends = self.ends(total, stops)
         if ends is None:
             return "time left not known yet"
         return f"about {max(0.0, ends - time.monotonic()):.0f} s left"

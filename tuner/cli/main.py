@@ -61,7 +61,7 @@ class Commands(click.Group):
 
 def _end(text: str, code: int) -> NoReturn:
     """Say in one line what is wrong, and exit."""
-    click.echo(f"Error: {' '.join(text.split())}", err=True)
+    print(f"Error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -44,11 +44,11 @@ class SearchProgress(ProgressBar):
     ) -> None:
         """Show how far one search is."""
         best = self.describe_best(event, floor_us)
-        self._show(task, event.done, event.total, best, left.ends(event.total))
+        self._show(task, event.done, event.total, best, left.ends(event.total, event.stops))
         if self._line_due(anyway=event.comparing):
             print(
                 f"{problem.describe()}: {event.done}/{event.total} trials, {best}, "
-                f"{left.describe(event.total)}",
+                f"{left.describe(event.total, event.stops)}",
                 file=sys.stderr,
             )
 

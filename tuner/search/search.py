@@ -8,6 +8,7 @@ What has been found out already is read from the store first, so a search that w
 goes on where it was.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -43,7 +44,11 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """How far a search is: one after each evaluation, and one before the finalists are timed."""
+    """How far a search is: one after each evaluation, and one before the finalists are timed.
+
+    total: the budget's trials, or as many as there turn out to be configs. stops: when, by the
+    monotonic clock, time runs out.
+    """
 
     done: int
     total: int
@@ -51,6 +56,7 @@ class Event:
     best_us: float | None
     best: Config | None
     comparing: bool = False
+    stops: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +128,8 @@ class _Run:
         self.space = self.proposals.space
         self.finals: dict[Config, Measurement] = {}
         self.default = default_config(self.space.problem, self.space.device)
+        self.stops = time.monotonic() + (self.budget.timeout_s or math.inf)
+        self.dry = False  # no config is left to propose
 
     def recall(self, retry_failed: bool) -> None:
         """Learn from the store what earlier runs found out, or propose it again if it failed."""
@@ -142,14 +150,12 @@ class _Run:
     def evaluate(self, on_event: Callable[[Event], None]) -> bool:
         """Evaluate until the budget is spent; True when time ran out first."""
         known = self.proposals.known
-        end = time.monotonic() + (self.budget.timeout_s or float("inf"))
-        dry = False
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
-            for _ in range(0 if dry else min(self.evaluator.room, left)):
+            for _ in range(0 if self.dry else min(self.evaluator.room, left)):
                 config = next(self.proposals, None)
                 if config is None:
-                    dry = True
+                    self.dry = True
                     break
                 self.evaluator.submit(config)
             if not self.evaluator.pending:
@@ -158,7 +164,7 @@ class _Run:
                 self._write(evaluation.config, evaluation.measurement)
                 self.proposals.learn(evaluation.config, evaluation.measurement)
                 on_event(self.event())
-            if time.monotonic() > end:
+            if time.monotonic() > self.stops:
                 return True
 
     def compare(self) -> None:
@@ -187,11 +193,12 @@ class _Run:
         best = ranked[0] if ranked else None
         return Event(
             done=len(known),
-            total=self.budget.trials,
+            total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
             failed=sum(each.median_us is None for each in known.values()),
             best_us=known[best].median_us if best else None,
             best=best,
             comparing=comparing,
+            stops=self.stops,
         )
 
     def result(self, timed_out: bool, cancelled: bool) -> Result:
