@@ -3,10 +3,12 @@ VENV ?= .venv
 CPU_ARGS ?= --shape qwen3-0.6b --trials 40
 SEARCH_ARGS ?= --shape qwen3-vl-2b
 PYTEST_ARGS ?= -n 2
+QUICK := tests/templates tests/test_architecture.py tests/test_docs.py tests/tuning_db tests/tuner/search \
+	tests/kernels/plans
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test format golden clean
+.PHONY: help setup search test quick format golden clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +24,9 @@ test: $(READY) ## lint, check types, and run the tests
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+quick: $(READY) ## the tests of generated source, architecture, docs, database, search and configs: under a minute
+	$(VENV)/bin/pytest $(PYTEST_ARGS) $(QUICK)
 
 format: $(READY) ## format, and fix what ruff can
 	$(VENV)/bin/ruff format

@@ -22,6 +22,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_WITHOUT_GPU = pytest.StashKey[int]()  # how many tests are left out for that
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none: hundreds of skips would hide the others."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needing)
+        config.stash[_WITHOUT_GPU] = len(needing)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One process of several tells the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        count = session.config.stash.get(_WITHOUT_GPU, 0)
+        session.config.workeroutput["without_gpu"] = count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what it tells; all collect the same tests."""
+    count = getattr(node, "workeroutput", {}).get("without_gpu", 0)
+    if count:
+        node.config.stash[_WITHOUT_GPU] = count
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many in one line."""
+    count = config.stash.get(_WITHOUT_GPU, 0)
+    if count:
+        terminalreporter.write_line(f"{count} tests need a GPU, and there is none: left out")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Libraries are built in a folder of the tests' own, which their processes share."""

@@ -1,6 +1,8 @@
-"""The arrows between the folders, held by walking every module's imports."""
+"""The arrows between folders and between their rooms, held by walking every module's imports."""
 
 import ast
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,34 @@ MAY_IMPORT = {
     "templates": {"templates"},
     "tuning_db": {"tuning_db"},
 }
+# From top to bottom: a room imports only from itself and from rooms below it. A room is a
+# sub-package, or a module that lies in the folder itself.
+ROOMS = {
+    "tuner": (
+        "cli",
+        "clustering",
+        "search",
+        "predict",
+        "workers",
+        "table_check",
+        "here",
+        "progress",
+    ),
+    "kernels": (
+        "integrations",
+        "head",
+        "model_folder",
+        "runtime",
+        "backends",
+        "measure",
+        "plans",
+        "epilogues",
+        "formats",
+        "special_token",
+        "weights",
+    ),
+}
+MOST_FILES = 12  # of a folder, beside its __init__
 
 
 def imports(source: str) -> set[str]:
@@ -50,9 +80,92 @@ def test_modules_import_only_along_the_arrows(folder: str) -> None:
     assert not wrong
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, without `flashtune.`."""
+    found = {}
+    for folder in MAY_IMPORT:
+        for path in (ROOT / folder).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def arrows(sources: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Which module imports which, of modules by name; imports inside functions count too."""
+    found = set()
+    for module, source in sources.items():
+        for name in imports(source):
+            parts = name.removeprefix("flashtune.").split(".")
+            starts = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            target = next((start for start in starts if start in sources), module)
+            if target != module:
+                found.add((module, target))
+    return found
+
+
+def upward(folder: str, found: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The arrows inside a folder that lead to a room above."""
+    floor = {room: number for number, room in enumerate(ROOMS[folder])}
+    inside = (
+        (one, other) for one, other in found if one.startswith(f"{folder}.")
+        and other.startswith(f"{folder}.")
+    )  # fmt: skip
+    return sorted(
+        (one, other)
+        for one, other in inside
+        if floor[one.split(".")[1]] > floor[other.split(".")[1]]
+    )
+
+
+def circle(found: set[tuple[str, str]]) -> list[str]:
+    """The modules of one circle of imports; empty where there is none."""
+    graph: dict[str, set[str]] = {}
+    for one, other in found:
+        graph.setdefault(one, set()).add(other)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.fixture(scope="module")
+def found() -> set[tuple[str, str]]:
+    """Every arrow of the package."""
+    return arrows({name: path.read_text("utf-8") for name, path in modules().items()})
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_every_module_is_in_a_room(folder: str) -> None:
+    names = {name.split(".")[1] for name in modules() if name.startswith(f"{folder}.")}
+    assert names <= set(ROOMS[folder]), "a new room gets its place in ROOMS"
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_arrows_inside_a_folder_lead_downwards(folder: str, found: set[tuple[str, str]]) -> None:
+    assert upward(folder, found) == []
+
+
+def test_no_modules_import_one_another_in_a_circle(found: set[tuple[str, str]]) -> None:
+    assert circle(found) == []
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
-def test_the_folders_are_no_packages_of_their_own(folder: str) -> None:
-    assert not list((ROOT / folder).rglob("__init__.py"))
+def test_a_folder_is_not_a_package_of_its_own(folder: str) -> None:
+    """It is imported as a part of flashtune only."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_every_room_says_what_it_is_and_is_not_crowded(folder: str) -> None:
+    folders = {path.parent for path in (ROOT / folder).rglob("*.py")}
+    for each in sorted(folders):
+        files = [path for path in each.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MOST_FILES, each
+        if each != ROOT / folder:
+            assert (each / "__init__.py").exists(), each
+            tree = ast.parse((each / "__init__.py").read_text("utf-8"))
+            assert ast.get_docstring(tree), each
 
 
 def test_the_rule_sees_every_way_to_import() -> None:
@@ -63,3 +176,18 @@ def test_the_rule_sees_every_way_to_import() -> None:
     assert wrong_imports("kernels", "from .config import knob") != []
     assert wrong_imports("kernels", "import kernels.config") != []
     assert wrong_imports("kernels", "import torch\nfrom flashtune.tuning_db import store") == []
+
+
+def test_the_rules_for_rooms_see_what_breaks_them() -> None:
+    up = arrows(
+        {"tuner.search.session": "import flashtune.tuner.cli.report", "tuner.cli.report": ""}
+    )
+    assert upward("tuner", up) == [("tuner.search.session", "tuner.cli.report")]
+    assert upward("tuner", {(other, one) for one, other in up}) == []
+    sources = {
+        "kernels.a": "from flashtune.kernels import b",
+        "kernels.b": "from flashtune.kernels.c import thing",
+        "kernels.c": "def late():\n    from flashtune.kernels.a import thing",
+    }
+    assert set(circle(arrows(sources))) == set(sources)
+    assert circle(arrows({**sources, "kernels.c": ""})) == []

@@ -1,4 +1,4 @@
-"""Progress of work that goes in steps: a bar on a terminal, a line now and then elsewhere.
+"""Progress of work that goes in steps: a live line on a terminal, a line now and then elsewhere.
 
 Usage:
     with StepProgress("clustering", total=15) as progress:
@@ -7,8 +7,10 @@ Usage:
 Another display of the kind is a subclass of `ProgressBar`.
 """
 
+import math
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import TypeVar
 
@@ -17,28 +19,97 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
+WIDE = 110  # columns of a terminal that has room for a bar and the time gone by
+PACE = 20  # the last steps, whose pace is taken for that of the steps to come
 Bar = TypeVar("Bar", bound="ProgressBar")
 
 
+class TimeLeft:
+    """When work will be done, by the pace of its last steps.
+
+    What comes before the first step is done, as starting processes, says nothing of the others.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known before two steps are done."""
+        self._steps: deque[tuple[float, int]] = deque(maxlen=PACE + 1)
+
+    def step(self, done: int) -> None:
+        """Note that so many steps are done now."""
+        if not self._steps or done > self._steps[-1][1]:
+            self._steps.append((time.monotonic(), done))
+
+    def ends(self, total: int, stops: float = math.inf) -> float | None:
+        """When, by the monotonic clock, all will be done; None where that is not known yet.
+
+        stops: when work ends at the latest.
+        """
+        if len(self._steps) < 2:
+            return None
+        (since, before), (now, done) = self._steps[0], self._steps[-1]
+        return min(stops, now + max(0, total - done) * (now - since) / (done - before))
+
+    def describe(self, total: int, stops: float = math.inf) -> str:
+        """The time left, in words."""
+        ends = self.ends(total, stops)
+        if ends is None:
+            return "time left not known yet"
+        return f"about {max(0.0, ends - time.monotonic()):.0f} s left"
+
+
+class _LeftColumn(ProgressColumn):
+    """The time left of a task, which counts down between its steps."""
+
+    def render(self, task: Task) -> Text:
+        """Minutes and seconds."""
+        ends = task.fields["ends"]
+        if task.finished or ends is None:
+            return Text("" if task.finished else "-:-- left", no_wrap=True)
+        seconds = round(max(0.0, ends - time.monotonic()))
+        return Text(f"{seconds // 60}:{seconds % 60:02} left", no_wrap=True)
+
+
+class _NoteColumn(ProgressColumn):
+    """A task's note, cut where the line ends."""
+
+    def render(self, task: Task) -> Text:
+        """The note."""
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What a terminal so wide has room for; count and time left always."""
+    fixed = Column(no_wrap=True)
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=fixed),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _LeftColumn(table_column=Column(no_wrap=True)),
+        _NoteColumn(),
+    ]
+    if width >= WIDE:
+        columns[1:1] = [BarColumn(bar_width=20)]
+        columns.append(TimeElapsedColumn())
+    return columns
+
+
 class ProgressBar:
-    """A bar on standard error, whose tasks have a field `note`; or lines, where no terminal is."""
+    """Tasks with a note on standard error: live on a terminal, as lines elsewhere."""
 
     def __init__(self) -> None:
         """Nothing is shown before it is entered."""
         self._console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *_columns(self._console.width),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -58,6 +129,12 @@ class ProgressBar:
         """End the display."""
         self._bar.stop()
 
+    def _add(self, title: str, total: int) -> TaskID:
+        return self._bar.add_task(title, total=total, note="", ends=None)
+
+    def _show(self, task: TaskID, done: int, total: int, note: str, ends: float | None) -> None:
+        self._bar.update(task, completed=done, total=total, note=note, ends=ends)
+
     def _line_due(self, anyway: bool = False) -> bool:
         """Whether to print a line now: where no bar is shown, `anyway` or now and then."""
         now = time.monotonic()
@@ -70,16 +147,23 @@ class ProgressBar:
 class StepProgress(ProgressBar):
     """Shows how many steps are done."""
 
-    def __init__(self, title: str, total: int) -> None:
-        """The first line comes after a while, not at once."""
+    def __init__(self, title: str, total: int = 0) -> None:
+        """The first line comes after a while, not at once. total: as far as it is known yet."""
         super().__init__()
         self._title, self._total = title, total
-        self._task = self._bar.add_task(title, total=total, note="")
+        self._task = self._add(title, total)
+        self._left = TimeLeft()
         self._last_line = time.monotonic()
 
     def show(self, done: int, note: str = "") -> None:
         """Show that `done` steps of the total are done."""
-        self._bar.update(self._task, completed=done, note=note)
+        self._left.step(done)
+        self._show(self._task, done, self._total, note, self._left.ends(self._total))
         if self._line_due():
             told = f", {note}" if note else ""
             print(f"{self._title}: {done}/{self._total}{told}", file=sys.stderr)
+
+    def show_of(self, done: int, total: int) -> None:
+        """Show that `done` steps of so many are done."""
+        self._total = total
+        self.show(done)

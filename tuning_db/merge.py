@@ -12,6 +12,7 @@ the slower, and where neither is, the table named first keeps its records. Predi
 cost model make a new shortlist together; of two, the one used last counts.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -128,9 +129,9 @@ def _settle_predictions(one: _Side, other: _Side) -> tuple[_Side, str]:
 def compare_tables(a: TuningTable, b: TuningTable) -> dict[str, Any]:
     """What tells b from a, as plain data; each value is a pair, a's and b's.
 
-    `changed` are problems whose records differ: of the best ones the time with its ratio, the
-    provenance, the toolchain and the knobs that differ; of all the number. Raises FlashtuneError
-    when the tables are of different devices.
+    `changed` are problems whose records differ, the largest change of time first: of the best
+    ones the time with its ratio, the provenance, the toolchain and the knobs that differ; of all
+    the number. Raises FlashtuneError when the tables are of different devices.
     """
     device = _same_device([("", a), ("", b)])
     ours, theirs = _by_problem(a), _by_problem(b)
@@ -141,8 +142,17 @@ def compare_tables(a: TuningTable, b: TuningTable) -> dict[str, Any]:
         "same": len(both) - len(changed),
         "only_a": [asdict(problem) for problem in sorted(set(ours) - set(theirs))],
         "only_b": [asdict(problem) for problem in sorted(set(theirs) - set(ours))],
-        "changed": [_change(problem, ours[problem], theirs[problem]) for problem in changed],
+        "changed": sorted(
+            (_change(problem, ours[problem], theirs[problem]) for problem in changed),
+            key=_size_of_change,
+            reverse=True,
+        ),
     }
+
+
+def _size_of_change(change: dict[str, Any]) -> float:
+    """How far a time went, up or down alike."""
+    return abs(math.log(change["ratio"])) if change["ratio"] else math.inf
 
 
 def _change(

@@ -16,6 +16,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.registry import Registry
 
 DEFAULT_PROBES = 256
+MOST_TOKENS = 32  # of one step: heads decode more one part after the other
 
 
 class NumberFormat(Protocol):
@@ -204,6 +205,11 @@ def parse_shape(text: str) -> Problem:
             values[_SHAPE_KEYS[name]] = int(value)
         else:
             raise FlashtuneError(f"{name} in shape {text!r} must be a whole number, not {value!r}")
+    if values.get("n_tokens", 1) > MOST_TOKENS:
+        raise FlashtuneError(
+            f"tokens={values['n_tokens']} in shape {text!r} is more than {MOST_TOKENS}: a head "
+            f"decodes more tokens in parts of {MOST_TOKENS}"
+        )
     missing = [key for key in ("vocab", "hidden", "clusters") if _SHAPE_KEYS[key] not in values]
     if missing:
         raise FlashtuneError(f"shape {text!r} lacks {', '.join(missing)}")

@@ -17,7 +17,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +28,14 @@ from flashtune.tuning_db import environment
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record, config_key
+from flashtune.tuning_db.record import (
+    ConfigData,
+    Measurement,
+    Outcome,
+    Provenance,
+    Record,
+    config_key,
+)
 from flashtune.tuning_db.schema import APPLICATION_ID, SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -119,6 +126,13 @@ class Store:
             measured = {name: row[name] for name in _HISTORY_COLUMNS}
             database.table("measurements").insert({"record": record.key, **measured})
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove records by their whole keys, with all their measurements, in one transaction."""
+        with self._transaction():
+            for key in keys:
+                self._connection.execute("DELETE FROM measurements WHERE record = ?", (key,))
+                self._connection.execute("DELETE FROM records WHERE key = ?", (key,))
+
     def records(
         self,
         *,
@@ -142,9 +156,14 @@ class Store:
         return [self._record(row) for row in rows]
 
     def best(
-        self, device: str, problem: Problem, *, toolchain: Toolchain | None = None
+        self,
+        device: str,
+        problem: Problem,
+        *,
+        toolchain: Toolchain | None = None,
+        accept: Callable[[ConfigData], bool] = lambda config: True,
     ) -> Record | None:
-        """The record to run, or None.
+        """The record to run, or None; accept: whether a config may be.
 
         A measured one goes before a predicted, `final` before other policies, then the fastest.
         """
@@ -156,10 +175,10 @@ class Store:
         }
         order = (
             f"provenance = '{Provenance.MEASURED.value}' DESC, policy = '{FINAL_POLICY}' DESC, "
-            "median_us, config, toolchain LIMIT 1"
+            "median_us, config, toolchain"
         )
-        rows = self._matching(wanted, order)
-        return self._record(rows[0]) if rows else None
+        records = map(self._record, self._matching(wanted, order))
+        return next((record for record in records if accept(record.config)), None)
 
     def get(self, key_prefix: str) -> Record:
         """The one record whose key starts so; raises FlashtuneError for none or several."""

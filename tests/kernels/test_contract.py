@@ -135,10 +135,7 @@ def _narrowed(config: Config, problem: Problem) -> Config:
     return replace(config, **narrow) if Candidate(problem, config, CPU).why_invalid() else config
 
 
-ON_CUDA = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
-]
+ON_CUDA = pytest.mark.gpu
 CASES = [pytest.param(("interpreter", name), id=f"interpreter-{name}") for name in CONFIGS]
 CASES += [
     pytest.param(("cuda", name), id=f"cuda-{name}", marks=ON_CUDA)
@@ -468,7 +465,6 @@ def test_any_valid_config_gives_right_tokens(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize("seed", range(12))
 def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
     rng = random.Random(seed)

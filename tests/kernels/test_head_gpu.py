@@ -12,10 +12,7 @@ from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.plans.config import parse_config, slack_of
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def make_head(seed: int = 0, n_probes: int = 64, tune: str = "never") -> FlashHead:

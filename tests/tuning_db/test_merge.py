@@ -147,3 +147,15 @@ def test_a_comparison_tells_what_differs_and_nothing_else(
     assert change["toolchain"] == {"triton": ["3.9.0", "3.10.0"]}
     assert change["config"] == {"x": [1, 2]}
     assert change["records"] == [1, 1]
+
+
+def test_a_comparison_begins_with_the_largest_change(
+    make_record: MakeRecord, problem: Problem
+) -> None:
+    problems = [replace(problem, n_tokens=n) for n in (2, 3, 4)]
+    after = zip(problems, (9.0, 2.0, 30.0), strict=True)
+    found = compare_tables(
+        table(*(make_record(10.0, problem=each) for each in problems)),
+        table(*(make_record(time_us, problem=each) for each, time_us in after)),
+    )
+    assert [change["ratio"] for change in found["changed"]] == [0.2, 3.0, 0.9]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
+from flashtune.tuning_db.problem import MOST_TOKENS, PRESETS, Problem, parse_shape
 
 
 def test_key_is_canonical_json(problem: Problem) -> None:
@@ -133,3 +133,9 @@ def test_bad_shapes_name_the_bad_part(text: str, message: str) -> None:
 def test_numbers_that_are_no_shape(digit: str) -> None:
     with pytest.raises(FlashtuneError, match=r"hidden in shape .* must be a whole number"):
         parse_shape(f"vocab=1024,hidden={digit},clusters=7")
+
+
+def test_a_shape_has_as_many_tokens_as_a_head_decodes_at_once() -> None:
+    assert parse_shape(f"qwen3-0.6b,tokens={MOST_TOKENS}").n_tokens == MOST_TOKENS == 32
+    with pytest.raises(FlashtuneError, match=r"tokens=33 .* is more than 32"):
+        parse_shape("qwen3-0.6b,tokens=33")

@@ -4,71 +4,37 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
 
-from flashtune.kernels.model_folder.folder import ModelFolder
-from flashtune.tuner.clustering.clustered_folder import ClusterRequest, cluster_model
-from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
-from flashtune.tuner.clustering.kmeans import ITERATIONS
-from flashtune.tuner.clustering.quality_report import (
-    QualityRequest,
-    plot,
-    quality_data,
-    quality_table,
-    require_matplotlib,
-    study_model,
-)
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuner.cli import options
 
-RECALL = click.FloatRange(0, 1, min_open=True)
-_device = click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Where to do it; else on a GPU where torch has one.",
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-_prompts = click.option(
-    "--prompts",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Text to continue, a prompt a line; else a few dozen that are shipped.",
-)
-_tokens = click.option(
-    "--tokens",
-    "n_tokens",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="Tokens to continue each prompt by.",
-)
+if TYPE_CHECKING:
+    from flashtune.kernels.model_folder.folder import ModelFolder
 
-
-def _chosen(device: str | None) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise FlashtuneError("torch finds no GPU here: give --device cpu")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+INTERRUPTED = 130
 
 
 @click.command()
-@click.option("--model", required=True, help="The model's folder, or its name in the cache.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new folder.")
+@options.model
+@options.out("The new folder.", file=False)
 @click.option(
     "--clusters", "n_clusters", type=click.IntRange(1), help="Else a sixteenth of the vocabulary."
 )
 @click.option(
     "--probes", "n_probes", type=click.IntRange(1), help="Else a sixteenth of the clusters."
 )
-@click.option("--recall", type=RECALL, help="Choose the probes so that this share agrees.")
-@_prompts
-@_tokens
-@_device
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--iterations", type=click.IntRange(1), default=ITERATIONS, show_default=True)
+@click.option("--recall", type=options.SHARE, help="Choose the probes so that this share agrees.")
+@options.prompts
+@options.tokens
+@options.run_device
+@options.seed
+@click.option(
+    "--iterations", type=click.IntRange(1), default=15, show_default=True, help="Of k-means."
+)
 @click.option("--link", is_flag=True, help="Hard links to the weight files, not copies.")
-@_json
+@options.as_json
 def cluster(
     model: str,
     out: Path,
@@ -93,23 +59,32 @@ def cluster(
       flashtune cluster --model ./smollm2 --out ./smollm2-flash
       flashtune cluster --model ./smollm2 --out ./smollm2-flash --clusters 3072 --recall 0.99
     """
+    from flashtune.tuner.clustering.clustered_folder import ClusterRequest, cluster_model
+    from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
+    from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
+    from flashtune.tuner.here import torch_device_named
+
     if n_probes and recall:
         raise click.UsageError("give one of --probes and --recall")
+    where = device or torch_device_named(None)
     choose: Callable[[ModelFolder], int] | None = None
     if recall is not None:
         require_transformers()
-        texts, where, share = read_prompts(prompts), _chosen(device), recall
+        texts, share = read_prompts(prompts), recall
 
-        def choose(folder: ModelFolder) -> int:
+        def choose(folder: "ModelFolder") -> int:
             request = QualityRequest(prompts=texts, n_tokens=n_tokens, device=where, timed=False)
-            return study_model(folder, request).study.least_probes(share)
+            report = study_model(folder, request)
+            if report.interrupted:
+                raise KeyboardInterrupt
+            return report.study.least_probes(share)
 
     request = ClusterRequest(
         model=model,
         out=out,
         n_clusters=n_clusters,
         n_probes=n_probes,
-        device=_chosen(device),
+        device=where,
         seed=seed,
         iterations=iterations,
         link=link,
@@ -118,7 +93,7 @@ def cluster(
         result = cluster_model(request, choose)
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on from here", err=True)
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(INTERRUPTED) from None
     if as_json:
         click.echo(json.dumps({**asdict(result), "out": str(out)}, indent=1))
         return
@@ -129,9 +104,9 @@ def cluster(
 
 
 @click.command()
-@click.option("--model", required=True, help="A FlashHead model's folder, or its name.")
-@_prompts
-@_tokens
+@options.model
+@options.prompts
+@options.tokens
 @click.option(
     "--probes",
     "n_probes",
@@ -139,10 +114,10 @@ def cluster(
     multiple=True,
     help="Numbers of probes to report; else powers of two, and the model's own.",
 )
-@click.option("--recall", type=RECALL, help="Find the fewest probes for this share.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it to a file.")
-@_device
-@_json
+@click.option("--recall", type=options.SHARE, help="Find the fewest probes for this share.")
+@click.option("--plot", "picture", type=options.FILE, help="Draw it to a file.")
+@options.run_device
+@options.as_json
 def quality(
     model: str,
     prompts: Path | None,
@@ -157,7 +132,7 @@ def quality(
 
     Runs the model on text, and reports for numbers of probes how often the top token and the
     five best agree, how much of the probability is among the candidates, and how long the head
-    takes here.
+    takes here. Ctrl-C ends it early, and shows what was counted until then.
 
     \b
     Examples:
@@ -165,12 +140,25 @@ def quality(
       flashtune quality --model ./smollm2-flash --recall 0.99 --json
       flashtune quality --model ./smollm2-flash --probes 128 --probes 256 --plot quality.png
     """
+    from flashtune.kernels.model_folder.folder import ModelFolder
+    from flashtune.tuner.cli.terminal import print_table
+    from flashtune.tuner.clustering.decode_state import read_prompts
+    from flashtune.tuner.clustering.quality_report import (
+        QualityRequest,
+        check_picture,
+        plot,
+        quality_data,
+        quality_table,
+        study_model,
+    )
+    from flashtune.tuner.here import torch_device_named
+
     if picture is not None:
-        require_matplotlib()
+        check_picture(picture)
     request = QualityRequest(
         prompts=read_prompts(prompts),
         n_tokens=n_tokens,
-        device=_chosen(device),
+        device=device or torch_device_named(None),
         n_probes=n_probes,
         recall=recall,
     )
@@ -180,7 +168,10 @@ def quality(
     if as_json:
         data: dict[str, Any] = {"model": model, **quality_data(report)}
         click.echo(json.dumps(data, indent=1))
-        return
-    Console().print(quality_table(report))
-    if recall is not None:
-        click.echo(f"{report.recall_probes} probes are the fewest that agree in {recall:.2%}")
+    else:
+        print_table(quality_table(report))
+        if recall is not None:
+            click.echo(f"{report.recall_probes} probes are the fewest that agree in {recall:.2%}")
+    if report.interrupted:
+        click.echo("interrupted: this is what was counted until then", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)

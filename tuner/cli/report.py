@@ -1,29 +1,16 @@
-"""What a person sees: progress while a search runs, tables of results and records.
+"""Devices and records as a person sees them."""
 
-Progress goes to standard error: a live bar on a terminal, a line now and then elsewhere.
-"""
-
-import sys
-import time
 from collections.abc import Collection, Iterable, Sequence
-
-from rich.progress import TaskID
-from rich.table import Table
+from typing import Any
 
 from flashtune.kernels.plans.candidate import PLANS
+from flashtune.kernels.plans.config import parse_config
 from flashtune.kernels.plans.knob import knobs
-from flashtune.tuner.progress import ProgressBar
-from flashtune.tuner.search.search import Event, Result
+from flashtune.tuner.cli.terminal import print_rows
+from flashtune.tuner.search.lookup import KnownRecord
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
-
-
-def floor_us(problem: Problem, device: Device) -> float | None:
-    """Microseconds that the fewest bytes take at the published bandwidth; None if not known."""
-    if not device.memory_bandwidth:
-        return None
-    return 1e6 * problem.minimum_bytes / device.memory_bandwidth
 
 
 def short_config(config: ConfigData) -> str:
@@ -37,123 +24,91 @@ def short_config(config: ConfigData) -> str:
     return " ".join([plan.plan, *changed])
 
 
-class SearchProgress(ProgressBar):
-    """Shows how the searches of a run go: trials, best so far, ratio to the floor, time left."""
-
-    def __init__(self, device: Device, provenance: Provenance) -> None:
-        """Nothing is shown before the first search."""
-        super().__init__()
-        self._device, self._provenance = device, provenance
-
-    def start(self, problem: Problem, trials: int) -> "ProblemProgress":
-        """Begin a search; the result is its `on_event`."""
-        task = self._bar.add_task(problem.describe(), total=trials, note="")
-        return ProblemProgress(self, problem, task)
-
-    def note(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, problem: Problem, task: TaskID, event: Event, since: float) -> None:
-        """Show how far one search is."""
-        best = self.describe_best(problem, event)
-        self._bar.update(task, completed=event.done, total=event.total, note=best)
-        if self._line_due(anyway=event.comparing):
-            rate = (time.monotonic() - since) / max(1, event.done)
-            left = rate * max(0, event.total - event.done)
-            print(
-                f"{problem.describe()}: {event.done}/{event.total} trials, {best}, "
-                f"about {left:.0f} s left",
-                file=sys.stderr,
-            )
-
-    def describe_best(self, problem: Problem, event: Event) -> str:
-        """The best time so far and its ratio to the byte floor."""
-        if event.best_us is None:
-            return f"nothing works yet, {event.failed} failed"
-        floor = floor_us(problem, self._device)
-        ratio = f" = {event.best_us / floor:.2f} x floor" if floor else ""
-        timing = event.comparing and self._provenance is Provenance.MEASURED
-        doing = ", timing the best side by side" if timing else ""
-        return (
-            f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
-            f"{event.failed} failed{doing}"
-        )
+def known_config(config: ConfigData) -> str:
+    """As `short_config`, also for a plan that this version does not know."""
+    plan = config.get("plan")
+    return short_config(config) if plan in PLANS else f"{plan}, which is not known here"
 
 
-class ProblemProgress:
-    """The progress of one problem's search."""
-
-    def __init__(self, progress: SearchProgress, problem: Problem, task: TaskID) -> None:
-        """Counted from now."""
-        self._progress, self._problem, self._task = progress, problem, task
-        self._since = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        """Show an event."""
-        self._progress.show(self._problem, self._task, event, self._since)
+def number(time_us: float | None) -> str:
+    """Microseconds; empty where there is no time."""
+    return "" if time_us is None else f"{time_us:.1f}"
 
 
-def results_table(results: Sequence[Result], device: Device, provenance: Provenance) -> Table:
-    """Baseline, default and winner of each problem."""
-    table = Table(title=f"{device.title}: times in microseconds, {provenance.value}")
-    for heading in ("problem", "baseline", "default", "winner", "floor", "ratio", "config"):
-        table.add_column(heading, justify="left" if heading in ("problem", "config") else "right")
-    for result in results:
-        floor = floor_us(result.problem, device)
-        time_us = result.winner.measurement.median_us if result.winner else None
-        table.add_row(
-            result.problem.describe(),
-            _number(result.baseline_us),
-            _number(result.default_us),
-            _number(time_us),
-            _number(floor),
-            f"{time_us / floor:.2f}" if time_us and floor else "",
-            short_config(result.winner.config) if result.winner else "nothing worked",
-        )
-    return table
+def time_of(record: Record) -> str:
+    """The time of a record, with the 80 % interval where it was predicted."""
+    from flashtune.tuner.predict.cost_model import interval_us
+
+    text = number(record.measurement.median_us)
+    if record.provenance is not Provenance.PREDICTED:
+        return text
+    try:
+        interval = interval_us(parse_config(record.config), record.measurement)
+    except FlashtuneError:  # of another version of its plan
+        return text
+    return text if interval is None else f"{text} ({interval[0]:.1f}-{interval[1]:.1f})"
 
 
-def records_table(records: Iterable[Record]) -> Table:
-    """Records, a line each."""
-    table = Table()
-    for heading in ("record", "device", "problem", "time us", "outcome", "provenance", "config"):
-        table.add_column(heading, justify="right" if heading == "time us" else "left")
-    for record in records:
-        measurement = record.measurement
+def print_records(known: Sequence[KnownRecord]) -> None:
+    """Print records, a line each, with configs whole."""
+    rows = []
+    for each in known:
+        record, measurement = each.record, each.record.measurement
         failed = measurement.outcome not in (Outcome.OK, Outcome.PRUNED)
-        table.add_row(
-            record.key[:12],
-            record.device,
-            record.problem.describe(),
-            _number(measurement.median_us),
-            measurement.outcome.value,
-            record.provenance.value,
-            measurement.error if failed else short_config(record.config),
+        rows.append(
+            (
+                record.key[:12],
+                record.device,
+                record.problem.describe(),
+                time_of(record),
+                (measurement.outcome.value if failed else record.provenance.value)
+                + ("*" if each.shipped else ""),
+                " ".join(measurement.error.split()) if failed else known_config(record.config),
+            )
         )
-    return table
+    notes = []
+    if any(each.record.provenance is Provenance.PREDICTED for each in known):
+        notes.append(PREDICTED_NOTE)
+    if any(each.shipped for each in known):
+        notes.append("* of a shipped table, not of the database")
+    print_rows(
+        "",
+        ("record", "device", "problem", ">us", "outcome", "config"),
+        rows,
+        notes=notes,
+    )
 
 
-def devices_table(devices: Iterable[Device], here: Collection[Device]) -> Table:
-    """Devices, with those of this machine marked."""
-    table = Table()
-    for heading in ("device", "title", "arch", "SMs", "GB/s", "L2 MiB", "aliases", ""):
-        table.add_column(
-            heading, justify="right" if heading in ("SMs", "GB/s", "L2 MiB") else "left"
-        )
-    for device in devices:
-        table.add_row(
+PREDICTED_NOTE = "predicted times: in brackets the interval that held 80 % of what was measured"
+
+
+def print_devices(devices: Iterable[Device], here: Collection[Device]) -> None:
+    """Print devices, with those of this machine marked."""
+    rows = [
+        (
             device.name,
-            device.title,
             device.arch,
             str(device.sm_count),
             f"{device.memory_bandwidth / 1e9:.0f}",
             f"{device.l2_bytes / 2**20:.0f}",
             ", ".join(device.aliases),
-            "this machine" if device in here else "",
+            f"{device.title} (this machine)" if device in here else device.title,
         )
-    return table
+        for device in devices
+    ]
+    print_rows("", ("device", "arch", ">SMs", ">GB/s", ">L2 MiB", "aliases", "title"), rows)
 
 
-def _number(time_us: float | None) -> str:
-    return "" if time_us is None else f"{time_us:.1f}"
+def device_data(device: Device, here: bool) -> dict[str, Any]:
+    """A device as plain data."""
+    return {
+        "name": device.name,
+        "title": device.title,
+        "arch": device.arch,
+        "sm_count": device.sm_count,
+        "memory_bandwidth": device.memory_bandwidth,
+        "l2_bytes": device.l2_bytes,
+        "aliases": device.aliases,
+        "source": device.source,
+        "here": here,
+    }

@@ -6,31 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import track
 
-from flashtune.kernels.backends.host import named_device
-from flashtune.kernels.backends.target import backend_of
-from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import parse_config
+from flashtune.tuner.cli import options
+from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.merge import compare_tables, merge
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Outcome, Record
 from flashtune.tuning_db.shortlist import MOST
 from flashtune.tuning_db.store import Store, default_path
 from flashtune.tuning_db.table import (
-    TuningTable,
-    dumps_table,
     prebuilt_paths,
     read_table,
     table_from_store,
     write_table,
 )
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_database = click.option("--db", "database", type=_FILE, help="The database; else the usual one.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 @click.group()
@@ -39,8 +28,8 @@ def tables() -> None:
 
 
 @tables.command()
-@click.option("--device", "name", required=True, help="The device whose records to export.")
-@click.option("--output", type=_FILE, required=True, help="The file to write.")
+@options.device("The device whose records to export.", required=True)
+@options.out("The file to write.")
 @click.option(
     "--keep",
     type=click.IntRange(1),
@@ -55,8 +44,8 @@ def tables() -> None:
     show_default=True,
     help="Predicted configs to keep for each shape that nobody has measured.",
 )
-@_database
-def export(name: str, output: Path, keep: int, shortlist: int, database: Path | None) -> None:
+@options.read_database
+def export(device: Device, out: Path, keep: int, shortlist: int, database: Path | None) -> None:
     """Write a device's best records to a table.
 
     Of shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel,
@@ -64,21 +53,20 @@ def export(name: str, output: Path, keep: int, shortlist: int, database: Path | 
 
     \b
     Example:
-      flashtune tables export --device h200 --output nvidia-h200.json
+      flashtune tables export --device h200 --out nvidia-h200.json
     """
-    device = named_device(name)
     with Store(database or default_path(), read_only=True) as store:
         table = table_from_store(store, device.name, measured=keep, predicted=shortlist)
     if not table.records:
         raise FlashtuneError(f"no record of {device.name} that worked: run `flashtune search`")
-    write_table(output, table)
+    write_table(out, table)
     problems = len({record.problem for record in table.records})
-    click.echo(f"{output}: {len(table.records)} records of {device.name}, {problems} shapes")
+    click.echo(f"{out}: {len(table.records)} records of {device.name}, {problems} shapes")
 
 
 @tables.command("import")
-@click.argument("files", type=_FILE, nargs=-1, required=True)
-@_database
+@click.argument("files", type=options.FILE, nargs=-1, required=True)
+@options.database
 def import_(files: tuple[Path, ...], database: Path | None) -> None:
     """Add tables' records to the database, once all of them are checked.
 
@@ -86,7 +74,9 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
     Example:
       flashtune tables import nvidia-h200.json
     """
-    checked = [(path, _checked(path)) for path in files]
+    from flashtune.tuner.table_check import checked_table
+
+    checked = [(path, checked_table(path)) for path in files]
     with Store(database or default_path()) as store:
         for path, table in checked:
             for record in table.records:
@@ -95,9 +85,9 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
 
 
 @tables.command()
-@click.argument("files", type=_FILE, nargs=-1)
+@click.argument("files", type=options.FILE, nargs=-1)
 @click.option("--compile", "compiles", is_flag=True, help="Cross-compile every config too.")
-@_json
+@options.as_json
 def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
     """Check tables, else those that ship: schema, every config valid, renders, and compiles.
 
@@ -108,14 +98,18 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
       flashtune tables check
       flashtune tables check --compile nvidia-h200.json
     """
-    checked = {path: _checked(path) for path in files or prebuilt_paths()}
+    from flashtune.tuner.progress import StepProgress
+    from flashtune.tuner.table_check import check_form, checked_table, compile_record
+
+    checked = {path: checked_table(path) for path in files or prebuilt_paths()}
     for path, table in checked.items():
-        _check_form(path, table)
+        check_form(path, table)
     if compiles:
         pairs = [(path, record) for path, table in checked.items() for record in table.records]
-        console = Console(stderr=True)
-        for path, record in track(pairs, "compiling", console=console, transient=True):
-            _compile(path, record)
+        with StepProgress("compiling", len(pairs)) as progress:
+            for done, (path, record) in enumerate(pairs, start=1):
+                compile_record(path, record)
+                progress.show(done)
     rows = [
         {"file": str(path), "device": table.device, "records": len(table.records)}
         for path, table in checked.items()
@@ -128,10 +122,10 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
 
 
 @tables.command("merge")
-@click.argument("files", type=_FILE, nargs=-1, required=True)
-@click.option("--output", "-o", type=_FILE, required=True, help="The file to write.")
-@_json
-def merge_(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+@click.argument("files", type=options.FILE, nargs=-1, required=True)
+@options.out("The file to write.", "-o")
+@options.as_json
+def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Make one table of a device's several, and list where they disagree.
 
     Of each shape the records of one table are taken: measured before predicted, then the newer
@@ -142,10 +136,12 @@ def merge_(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
     Example:
       flashtune tables merge nvidia-h200.json mine.json -o nvidia-h200.json
     """
+    from flashtune.tuner.table_check import checked_table
+
     if len(files) < 2:
         raise click.UsageError("give at least two tables to merge")
-    merged = merge([(str(path), _checked(path)) for path in files])
-    write_table(output, merged.table)
+    merged = merge([(str(path), checked_table(path)) for path in files])
+    write_table(out, merged.table)
     count = len(merged.table.records)
     if as_json:
         conflicts = [
@@ -158,20 +154,22 @@ def merge_(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
             }
             for conflict in merged.conflicts
         ]
-        data = {"output": str(output), "records": count, "conflicts": conflicts}
+        data = {"out": str(out), "records": count, "conflicts": conflicts}
         click.echo(json.dumps(data, indent=1))
         return
     for conflict in merged.conflicts:
         click.echo(f"{conflict.problem.describe()}: {conflict.taken_from}: {conflict.why}")
-    click.echo(f"{output}: {count} records of {merged.table.device}")
+    click.echo(f"{out}: {count} records of {merged.table.device}")
 
 
 @tables.command()
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
-@_json
+@click.argument("a", type=options.FILE)
+@click.argument("b", type=options.FILE)
+@options.as_json
 def diff(a: Path, b: Path, as_json: bool) -> None:
-    """Show what tells table B from table A: shapes, times, configs, tools.
+    """Show what tells table B from table A: times, configs, tools, then shapes only one has.
+
+    Of what changed, the largest change of time comes first.
 
     \b
     Example:
@@ -181,12 +179,15 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
+    click.echo(
+        f"{len(found['changed'])} shapes changed, {len(found['only_a'])} only in {a}, "
+        f"{len(found['only_b'])} only in {b}, {found['same']} the same"
+    )
+    for change in found["changed"]:
+        click.echo(f"{Problem(**change['problem']).describe()}: {_changed_line(change)}")
     for name, path in (("only_a", a), ("only_b", b)):
         for problem in found[name]:
             click.echo(f"{Problem(**problem).describe()}: only in {path}")
-    for change in found["changed"]:
-        click.echo(f"{Problem(**change['problem']).describe()}: {_changed_line(change)}")
-    click.echo(f"{found['same']} shapes are the same")
 
 
 def _changed_line(change: dict[str, Any]) -> str:
@@ -200,46 +201,3 @@ def _changed_line(change: dict[str, Any]) -> str:
             pairs[name] = change[name]
     parts += [f"{name} {one} -> {other}" for name, (one, other) in pairs.items()]
     return ", ".join(parts)
-
-
-def _checked(path: Path) -> TuningTable:
-    """The table, each of whose configs is valid and renders; FlashtuneError names what is not."""
-    table = read_table(path)
-    device = named_device(table.device)
-    for record in table.records:
-        where = f"{path}: {record.problem.describe()}"
-        try:
-            config = parse_config(record.config)
-        except FlashtuneError as error:
-            raise FlashtuneError(f"{where}: {error}") from error
-        candidate = Candidate(record.problem, config, device)
-        reason = candidate.why_invalid()
-        if reason:
-            raise FlashtuneError(f"{where}: {reason}")
-        _ = candidate.source  # which must render
-    return table
-
-
-def _check_form(path: Path, table: TuningTable) -> None:
-    """What a table that ships must be, beyond being usable."""
-    for record in table.records:
-        if record.measurement.outcome is not Outcome.OK:
-            raise FlashtuneError(
-                f"{path}: {record.problem.describe()}: a record whose outcome is "
-                f"{record.measurement.outcome.value}: failures stay in databases, remove it"
-            )
-    if path.read_text("utf-8") != dumps_table(table):
-        raise FlashtuneError(
-            f"{path} is not written as `tables export` writes: import it and export it again"
-        )
-
-
-def _compile(path: Path, record: Record) -> None:
-    device = named_device(record.device)
-    try:
-        candidate = Candidate(record.problem, parse_config(record.config), device)
-        backend_of(candidate).compile(candidate)
-    except Exception as error:
-        raise FlashtuneError(
-            f"{path}: {record.problem.describe()}: does not compile: {error}"
-        ) from error

@@ -44,6 +44,15 @@ def require_transformers() -> Any:
     return transformers
 
 
+class PartlyDecoded(KeyboardInterrupt):
+    """Ctrl-C after some prompts: `states` are those of the prompts that were done."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        """Float32 `[states, hidden]`."""
+        super().__init__()
+        self.states = states
+
+
 def decode_states(
     folder: ModelFolder, prompts: Sequence[str], n_tokens: int, device: str
 ) -> torch.Tensor:
@@ -51,14 +60,20 @@ def decode_states(
 
     Each prompt is continued greedily, by the dense head, for up to n_tokens tokens; what comes
     after a model's end token does not count. Raises FlashtuneError where transformers is not
-    installed or cannot load the model.
+    installed or cannot load the model, PartlyDecoded on Ctrl-C.
     """
     model, tokenizer = _load(folder, device)
     states: list[torch.Tensor] = []
     with StepProgress("decoding prompts", len(prompts)) as progress:
-        for start in range(0, len(prompts), _BATCH):
-            states.extend(_continue(model, tokenizer, prompts[start : start + _BATCH], n_tokens))
-            progress.show(min(start + _BATCH, len(prompts)))
+        try:
+            for start in range(0, len(prompts), _BATCH):
+                some = prompts[start : start + _BATCH]
+                states.extend(_continue(model, tokenizer, some, n_tokens))
+                progress.show(min(start + _BATCH, len(prompts)))
+        except KeyboardInterrupt:
+            if not states:
+                raise
+            raise PartlyDecoded(torch.cat(states).float()) from None
     return torch.cat(states).float()
 
 

@@ -5,8 +5,9 @@ Usage:
     Console().print(quality_table(report))
 """
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from rich.table import Table
 
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.folder import ModelFolder
-from flashtune.tuner.clustering.decode_state import decode_states, require_transformers
+from flashtune.tuner.clustering.decode_state import (
+    PartlyDecoded,
+    decode_states,
+    require_transformers,
+)
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import QualityRow, Study, usual_probes
 from flashtune.tuner.progress import StepProgress
@@ -35,16 +40,22 @@ class QualityRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRow:
-    """Quality with a number of probes, and what a step takes; level says what ran."""
+    """Quality with a number of probes, and what a step takes; level says what ran.
+
+    What was not timed has neither.
+    """
 
     quality: QualityRow
-    timing: Timing
-    level: str
+    timing: Timing | None = None
+    level: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityReport:
-    """What was found. `own_probes` are the model's; recall_probes the fewest for the recall."""
+    """What was found. `own_probes` are the model's; recall_probes the fewest for the recall.
+
+    interrupted: by Ctrl-C, so that there are fewer states, or some rows are not timed.
+    """
 
     study: Study
     device: str
@@ -55,6 +66,7 @@ class QualityReport:
     dense: Timing | None = None
     recall: float | None = None
     recall_probes: int | None = None
+    interrupted: bool = False
 
 
 def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
@@ -65,20 +77,20 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     for number in request.n_probes:
         if number > n_clusters:
             raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
-    states = decode_states(folder, request.prompts, request.n_tokens, request.device)
+    interrupted = False
+    try:
+        states = decode_states(folder, request.prompts, request.n_tokens, request.device)
+    except PartlyDecoded as partly:
+        states, interrupted = partly.states, True
     study = Study.of(parts, states, folder.text.get("final_logit_softcapping"))
     found = None if request.recall is None else study.least_probes(request.recall)
     rows, dense = [], None
     if request.timed:
         more = [parts.n_probes] if found is None else [parts.n_probes, found]
         numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
-        latency = HeadLatency(parts, states)
-        dense = latency.dense()
-        with StepProgress("timing the head", len(numbers)) as progress:
-            for number in numbers:
-                timing, level = latency.probing(number)
-                rows.append(TimedRow(quality=study.row(number), timing=timing, level=level))
-                progress.show(len(rows))
+        rows = [TimedRow(quality=study.row(number)) for number in numbers]
+        if not interrupted:
+            dense, interrupted = _time(HeadLatency(parts, states), rows)
     return QualityReport(
         study=study,
         device=request.device,
@@ -89,7 +101,23 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
         dense=dense,
         recall=request.recall,
         recall_probes=found,
+        interrupted=interrupted,
     )
+
+
+def _time(latency: HeadLatency, rows: list[TimedRow]) -> tuple[Timing | None, bool]:
+    """Time the dense head and then each row, in place; and whether Ctrl-C ended that."""
+    dense = None
+    try:
+        dense = latency.dense()
+        with StepProgress("timing the head", len(rows)) as progress:
+            for at, row in enumerate(rows):
+                timing, level = latency.probing(row.quality.n_probes)
+                rows[at] = replace(row, timing=timing, level=level)
+                progress.show(at + 1)
+    except KeyboardInterrupt:
+        return dense, True
+    return dense, False
 
 
 def quality_table(report: QualityReport) -> Table:
@@ -105,14 +133,19 @@ def quality_table(report: QualityReport) -> Table:
         quality = row.quality
         own = "*" if quality.n_probes == report.own_probes else ""
         shares = (f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass))
-        times = (f"{row.timing.median_us:.1f}", f"{row.timing.spread_us:.1f}")
+        times = _times(row.timing)
         table.add_row(f"{quality.n_probes}{own}", *shares, *times, row.level)
     if report.dense is not None:
         dense = report.dense
-        times = (f"{dense.median_us:.1f}", f"{dense.spread_us:.1f}")
-        table.add_row("dense", "1", "1", "1", *times, "torch")
+        table.add_row("dense", "1", "1", "1", *_times(dense), "torch")
     table.caption = "* the model's own number of probes"
     return table
+
+
+def _times(timing: Timing | None) -> tuple[str, str]:
+    if timing is None:
+        return "not timed", ""
+    return f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
 
 
 def quality_data(report: QualityReport) -> dict[str, Any]:
@@ -127,10 +160,15 @@ def quality_data(report: QualityReport) -> dict[str, Any]:
         "n_probes": report.own_probes,
         "dense": asdict(report.dense) if report.dense else None,
         "rows": [
-            {**asdict(row.quality), **asdict(row.timing), "level": row.level}
+            {
+                **asdict(row.quality),
+                **(asdict(row.timing) if row.timing else {}),
+                "level": row.level,
+            }
             for row in report.rows
         ],
         "recall": recall,
+        "interrupted": report.interrupted,
     }
 
 
@@ -141,6 +179,20 @@ def require_matplotlib() -> Any:
     except ImportError as error:
         raise FlashtuneError("--plot needs matplotlib: pip install 'flashtune[plot]'") from error
     return Figure
+
+
+def check_picture(path: Path) -> None:
+    """Raise FlashtuneError where `plot` could not write a picture of this name."""
+    kinds = require_matplotlib()().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise FlashtuneError(
+            f"{path}: cannot be written: the name must end in one of {', '.join(sorted(kinds))}"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FlashtuneError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def plot(report: QualityReport, path: Path) -> None:
@@ -155,8 +207,8 @@ def plot(report: QualityReport, path: Path) -> None:
     axes.set_ylim(0.5 / report.n_states, 1)  # below one of the steps there is nothing to see
     times = axes.twinx()
     times.plot(
-        [row.quality.n_probes for row in report.rows],
-        [row.timing.median_us for row in report.rows],
+        [row.quality.n_probes for row in report.rows if row.timing],
+        [row.timing.median_us for row in report.rows if row.timing],
         "k.--",
         label="time",
     )

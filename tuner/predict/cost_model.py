@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.config import Config, config_data
 from flashtune.tuner.predict.stages.registry import stages_of
 from flashtune.tuner.predict.stages.stage import Stage
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.record import family
+from flashtune.tuning_db.record import Measurement, family
 
 VERSION = "stages-1"
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
@@ -178,6 +178,22 @@ def read_model_file(path: Any) -> dict[str, Any]:
             f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
         ) from error
     return data
+
+
+def interval_us(config: Config, measurement: Measurement) -> tuple[float, float] | None:
+    """The 80 % interval of a recorded prediction; None where the record has none.
+
+    A record holds the interval's width, which is divided as the family's interval is.
+    """
+    if measurement.median_us is None or not measurement.spread_us:
+        return None
+    model = shipped_model()
+    low, high = model.intervals.get(family(config_data(config))) or model.widest()
+    scale = measurement.spread_us / (high - low)
+    return (
+        measurement.median_us - (1 - low) * scale,
+        measurement.median_us + (high - 1) * scale,
+    )
 
 
 def predict(candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:

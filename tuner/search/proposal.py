@@ -9,20 +9,18 @@ Usage:
 """
 
 import random
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 import optuna
 
 from flashtune.kernels.backends.target import baseline_config, default_config
-from flashtune.kernels.plans.config import Config, parse_config
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
+from flashtune.tuner.search.sampler import make_sampler
 from flashtune.tuner.search.space import Space
-from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome, Record
 
-SAMPLERS = ("tpe", "gp", "random", "exhaustive")
 NEAR_WINNERS = 4
 BEST = 3  # configs of a family whose neighbours are tried
 FAIR = 25  # configs that a family may spend before it is judged by its best
@@ -44,7 +42,9 @@ class Proposals:
         self._random = random.Random(seed)
         self._trials: dict[Config, optuna.Trial] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(sampler=_sampler(sampler, seed), direction="minimize")
+        self._study = optuna.create_study(
+            sampler=make_sampler(sampler, seed), direction="minimize"
+        )
         self._first = deque([*references(space), *_winners(space, near), *space.starts()])
         self._turn = 0
         self._all = space.configs()
@@ -80,6 +80,11 @@ class Proposals:
                 state=state.PRUNED if time_us is None else state.COMPLETE,
             )
         )
+
+    def retry(self, config: Config) -> None:
+        """Propose a config before all others; one outside the space is passed over."""
+        if self.space.holds(config_data(config)):
+            self._first.appendleft(config)
 
     def learn(self, config: Config, measurement: Measurement) -> None:
         """Tell what became of a config that was proposed; a failure is a pruned trial."""
@@ -188,21 +193,3 @@ def _winners(space: Space, near: Iterable[Record]) -> list[Config]:
         if space.holds(record.config):
             found[parse_config(record.config)] = None
     return list(found)[:NEAR_WINNERS]
-
-
-def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of that name; raises FlashtuneError when it lacks what it needs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
-            )
-        if name == "gp":
-            try:
-                return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
-            except ImportError as error:
-                raise FlashtuneError(
-                    "--sampler gp needs scipy: install flashtune[gp], or use tpe"
-                ) from error
-        return optuna.samplers.RandomSampler(seed=seed)

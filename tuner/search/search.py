@@ -8,14 +8,16 @@ What has been found out already is read from the store first, so a search that w
 goes on where it was.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuner.search.evaluate import Evaluator
+from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
@@ -38,7 +40,11 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """How far a search is: one after each evaluation, and one before the finalists are timed."""
+    """How far a search is: one after each evaluation, and one before the finalists are timed.
+
+    total: the budget's trials, or as many as there turn out to be configs. stops: when, by the
+    monotonic clock, time runs out.
+    """
 
     done: int
     total: int
@@ -46,23 +52,27 @@ class Event:
     best_us: float | None
     best: Config | None
     comparing: bool = False
+    stops: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """What a search came to. Times are of the final comparison where there was one.
 
-    `default_kept`: nothing beat the default by more than the noise. A search that timed out or
-    was cancelled (Ctrl-C) has all that it measured in the store; only a cancelled one leaves the
-    finalists uncompared.
+    `searched_us` is the best time before that comparison, `failure` the most frequent reason of
+    failures, if any. `default_kept`: nothing beat the default by more than the noise. A search
+    that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
+    cancelled one leaves the finalists uncompared.
     """
 
     problem: Problem
     winner: Record | None
+    searched_us: float | None
     default_us: float | None
     baseline_us: float | None
     evaluated: int
     failed: int
+    failure: Failure | None
     default_kept: bool
     timed_out: bool
     cancelled: bool
@@ -78,16 +88,18 @@ def search(
     sampler: str = "tpe",
     seed: int = 0,
     near: Iterable[Record] = (),
+    retry_failed: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Result:
     """Search `space` within `budget`; every evaluation is in the store before the next one.
 
-    near: records of any problems or devices, whose configs are tried early. KeyboardInterrupt
-    ends the search early; the finalists are then not compared.
+    near: records of any problems or devices, whose configs are tried early. retry_failed:
+    evaluate first, and again, what failed in earlier runs. KeyboardInterrupt ends the search
+    early; the finalists are then not compared.
     """
     proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
     run = _Run(proposals, evaluator, store, budget, toolchain)
-    run.recall()
+    run.recall(retry_failed)
     timed_out = cancelled = False
     try:
         timed_out = run.evaluate(on_event)
@@ -112,9 +124,11 @@ class _Run:
         self.space = self.proposals.space
         self.finals: dict[Config, Measurement] = {}
         self.default = default_config(self.space.problem, self.space.device)
+        self.stops = time.monotonic() + (self.budget.timeout_s or math.inf)
+        self.dry = False  # no config is left to propose
 
-    def recall(self) -> None:
-        """Learn from the store what earlier runs found out."""
+    def recall(self, retry_failed: bool) -> None:
+        """Learn from the store what earlier runs found out, or propose it again if it failed."""
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
         ):
@@ -124,19 +138,20 @@ class _Run:
                 config = parse_config(record.config)
             except FlashtuneError:
                 continue  # of another version of its plan
-            self.proposals.recall(config, record.measurement)
+            if retry_failed and record.measurement.median_us is None:
+                self.proposals.retry(config)
+            else:
+                self.proposals.recall(config, record.measurement)
 
     def evaluate(self, on_event: Callable[[Event], None]) -> bool:
         """Evaluate until the budget is spent; True when time ran out first."""
         known = self.proposals.known
-        end = time.monotonic() + (self.budget.timeout_s or float("inf"))
-        dry = False
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
-            for _ in range(0 if dry else min(self.evaluator.room, left)):
+            for _ in range(0 if self.dry else min(self.evaluator.room, left)):
                 config = next(self.proposals, None)
                 if config is None:
-                    dry = True
+                    self.dry = True
                     break
                 self.evaluator.submit(config)
             if not self.evaluator.pending:
@@ -145,7 +160,7 @@ class _Run:
                 self._write(evaluation.config, evaluation.measurement)
                 self.proposals.learn(evaluation.config, evaluation.measurement)
                 on_event(self.event())
-            if time.monotonic() > end:
+            if time.monotonic() > self.stops:
                 return True
 
     def compare(self) -> None:
@@ -193,26 +208,34 @@ class _Run:
         best = ranked[0] if ranked else None
         return Event(
             done=len(known),
-            total=self.budget.trials,
+            total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
             failed=sum(each.median_us is None for each in known.values()),
             best_us=known[best].median_us if best else None,
             best=best,
             comparing=comparing,
+            stops=self.stops,
         )
 
     def result(self, timed_out: bool, cancelled: bool) -> Result:
         """What the search came to."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
-        winner = self.store.best(device.name, problem, toolchain=self.toolchain)
+        winner = self.store.best(
+            device.name, problem, toolchain=self.toolchain, accept=self.space.holds
+        )
+        failure = most_frequent(self.proposals.known.values())
+        if failure and event.best is None:
+            failure = replace(failure, remedy=known_remedy(device, self.toolchain))
         default_won = winner is not None and winner.config == config_data(self.default)
         return Result(
             problem=problem,
             winner=winner,
+            searched_us=event.best_us,
             default_us=self._time_of(self.default),
             baseline_us=self._time_of(baseline_config(problem, device)),
             evaluated=event.done,
             failed=event.failed,
+            failure=failure,
             default_kept=default_won and self._default_kept(),
             timed_out=timed_out,
             cancelled=cancelled,

@@ -2,22 +2,23 @@
 
 Usage:
     session = Session(request, store)
-    results = session.run()      # progress on standard error
+    outcome = session.run(display)      # which is told how it goes
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from flashtune.kernels.backends.host import devices_here, toolchain
 from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.plans.candidate import plans_of
-from flashtune.tuner.cli.report import SearchProgress, floor_us
+from flashtune.tuner.here import as_it_is_now
+from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
-from flashtune.tuner.search.search import Budget, Result, search
+from flashtune.tuner.search.search import Budget, Event, Result, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.remote import RemoteMachine
@@ -44,12 +45,34 @@ class SearchRequest:
     seed: int = 0
     jobs: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    retry_failed: bool = False
     remote: RemoteMachine | None = None
 
 
-def this_device() -> Device:
-    """This machine's GPU; its CPU where kernels can run on none."""
-    return devices_here()[0]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionResult:
+    """What became of a request; `results` lacks the problems that were not begun.
+
+    device: with the bandwidth that was measured in this run, where it is this machine's CPU.
+    """
+
+    device: Device
+    provenance: Provenance
+    problems: Sequence[Problem]
+    results: Sequence[Result]
+    cancelled: bool
+
+
+class Display(Protocol):
+    """What shows a person how a session goes."""
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def start(
+        self, problem: Problem, trials: int, floor_us: float | None
+    ) -> Callable[[Event], None]:
+        """Begin to show a search; its events go to the result."""
 
 
 class Session:
@@ -62,6 +85,7 @@ class Session:
         """
         self.request, self.store = request, store
         self.cancelled = False
+        self._device = request.device
         self.provenance, self.toolchain = _evaluated(request)
         self._left_out = _left_out(request, self.provenance)
         without = frozenset(self._left_out)
@@ -78,19 +102,32 @@ class Session:
                     f"with {dict(request.fixed)}: fix less"
                 )
 
-    def run(self) -> list[Result]:
-        """The results so far; a search cut short by Ctrl-C is the last of them."""
+    def run(self, display: Display) -> SessionResult:
+        """Search; of a session cut short by Ctrl-C the interrupted search is the last result."""
+        request = self.request
+        here = request.remote is None
+        self._device = as_it_is_now(request.device) if here else request.device
+        results = self._searches(display)
+        again = as_it_is_now(request.device) if here and not self.cancelled else self._device
+        return SessionResult(
+            device=max(self._device, again, key=lambda device: device.memory_bandwidth),
+            provenance=self.provenance,
+            problems=request.problems,
+            results=results,
+            cancelled=self.cancelled,
+        )
+
+    def _searches(self, display: Display) -> list[Result]:
         request = self.request
         end = time.monotonic() + (request.timeout_s or float("inf"))
         results: list[Result] = []
         transport = request.remote.transport if request.remote else None
         with (
-            SearchProgress(request.device, self.provenance) as progress,
             WorkerPool(request.jobs) as compilers,
-            WorkerPool(1, transport, progress.note) as measurer,
+            WorkerPool(1, transport, display.note) as measurer,
         ):
             for why in self._left_out.values():
-                progress.note(f"{why}; searching without it")
+                display.note(f"{why}; searching without it")
             for number, space in enumerate(self._spaces):
                 left = end - time.monotonic()
                 if left <= 0:
@@ -98,7 +135,7 @@ class Session:
                 share = left / (len(self._spaces) - number) if request.timeout_s else None
                 try:
                     evaluator = self._evaluator(space.problem, compilers, measurer)
-                    results.append(self._search(space, share, evaluator, progress))
+                    results.append(self._search(space, share, evaluator, display))
                     self.cancelled = results[-1].cancelled
                 except KeyboardInterrupt:
                     self.cancelled = True
@@ -111,7 +148,7 @@ class Session:
         space: Space,
         timeout_s: float | None,
         evaluator: Evaluator,
-        progress: SearchProgress,
+        display: Display,
     ) -> Result:
         with closing(evaluator):
             return search(
@@ -123,7 +160,10 @@ class Session:
                 sampler=self.request.sampler,
                 seed=self.request.seed,
                 near=self._near(),
-                on_event=progress.start(space.problem, self.request.trials),
+                retry_failed=self.request.retry_failed,
+                on_event=display.start(
+                    space.problem, self.request.trials, floor_us(space.problem, self._device)
+                ),
             )
 
     def _evaluator(
@@ -158,7 +198,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.remote is not None:
         return Provenance.MEASURED, request.remote.toolchain
     found = toolchain(request.device)
-    if request.device in devices_here():
+    if request.device.name in {each.name for each in devices_here()}:
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
@@ -181,28 +221,3 @@ def _would_run(plan: str, request: SearchRequest) -> bool:
     """Whether a plan has a valid config for any of the problems."""
     spaces = (Space(problem, request.device, {"plan": plan}) for problem in request.problems)
     return any(next(space.configs(), None) for space in spaces)
-
-
-def result_data(
-    device: Device, provenance: Provenance, results: Sequence[Result]
-) -> dict[str, Any]:
-    """The results as plain data."""
-    return {
-        "device": device.name,
-        "provenance": provenance.value,
-        "results": [
-            {
-                "problem": asdict(result.problem),
-                "winner": result.winner.data() if result.winner else None,
-                "default_us": result.default_us,
-                "baseline_us": result.baseline_us,
-                "floor_us": floor_us(result.problem, device),
-                "evaluated": result.evaluated,
-                "failed": result.failed,
-                "default_kept": result.default_kept,
-                "timed_out": result.timed_out,
-                "cancelled": result.cancelled,
-            }
-            for result in results
-        ],
-    }

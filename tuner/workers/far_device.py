@@ -23,9 +23,9 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what is imported may print
         print(json.dumps(report()), file=answers, flush=True)
         for line in sys.stdin:
-            from flashtune.kernels.backends.cpp.this_cpu import describe_cpu, known_bandwidth
+            from flashtune.kernels.backends.cpp.this_cpu import describe_cpu, fresh_bandwidth
 
-            bandwidth = known_bandwidth(describe_cpu(), json.loads(line))
+            bandwidth = fresh_bandwidth(describe_cpu(), json.loads(line))
             print(bandwidth, file=answers, flush=True)
 
 

@@ -141,13 +141,22 @@ def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
 
     sources: as `measure_bandwidth` has them.
     """
-    path = cache_dir() / "cpp" / f"bandwidth-{device.name}-{platform.node()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads(path.read_text("utf-8"))["read_bytes_per_s"])
+        return float(json.loads(_bandwidth_file(device).read_text("utf-8"))["read_bytes_per_s"])
+    return fresh_bandwidth(device, sources)
+
+
+def fresh_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
+    """Bytes/s measured now, and kept in the cache folder; 0 where that fails."""
     try:
         bandwidth = measure_bandwidth(device, sources)
     except (FlashtuneError, RuntimeError, MemoryError):
         return 0.0
     with suppress(OSError):
-        path.write_text(json.dumps({"read_bytes_per_s": bandwidth}) + "\n", "utf-8")
+        text = json.dumps({"read_bytes_per_s": bandwidth}) + "\n"
+        _bandwidth_file(device).write_text(text, "utf-8")
     return bandwidth
+
+
+def _bandwidth_file(device: Device) -> Path:
+    return cache_dir() / "cpp" / f"bandwidth-{device.name}-{platform.node()}.json"

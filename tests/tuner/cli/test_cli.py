@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from flashtune.kernels import head
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.model_folder.folder import read_model
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, parse_config
-from flashtune.tuner.cli.main import cli, tables
-from flashtune.tuner.search.session import this_device
+from flashtune.tuner import table_check
+from flashtune.tuner.cli.main import cli
+from flashtune.tuner.here import this_device
+from flashtune.tuning_db import problem as problem_module
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Record
+from flashtune.tuning_db.record import Outcome, Record
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import TuningTable, write_table
 
@@ -66,6 +70,7 @@ def refused(*args: object) -> str:
     lines = result.stderr.splitlines()
     [error] = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
     assert error == len(lines) - 1, "the error is one line, and the last"
+    assert not any(line.startswith(("Usage:", "Try ")) for line in lines)
     return lines[error]
 
 
@@ -109,6 +114,20 @@ class TestWhatIsRefused:
             ((*SEARCH, "--trials", "many"), ["'--trials'"]),
             ((*SEARCH, "--timeout", "0"), ["'--timeout'"]),
             ((*SEARCH, "--timeout", "-1"), ["'--timeout'"]),
+            ((*SEARCH, "--timeout", "nan"), ["'--timeout'", "nan"]),
+            ((*SEARCH, "--timeout", "inf"), ["'--timeout'", "inf"]),
+            ((*SEARCH, "--timeout", "soon"), ["'--timeout'", "soon"]),
+            ((*SEARCH, "--seed", "-1"), ["'--seed'", "-1"]),
+            ((*SEARCH, "--seed", str(10**30)), ["'--seed'"]),
+            (("search", "--shape", f"{TINY},tokens=1000"), ["'--shape'", "more than 32"]),
+            (("show", "--db", "absent.db"), ["'--db'", "absent.db"]),
+            (("show",), ["no records", "--device"]),
+            (("forget",), ["--record", "--failed"]),
+            (("search", "--device", "gpu"), ["'--device'", "finds no GPU"]),
+            (
+                ("quality", "--model", "m", "--device", "h200"),
+                ["'--device'", "H200", "cpu or gpu"],
+            ),
             ((*SEARCH, "--jobs", "0"), ["'--jobs'"]),
             ((*SEARCH, "--sampler", "anneal"), ["'--sampler'", "anneal", "tpe"]),
             ((*SEARCH, "--fix", "nonsense=1"), ["'--fix'", "nonsense", "selection"]),
@@ -123,14 +142,14 @@ class TestWhatIsRefused:
             (("render",), ["--record", "--device", "--shape"]),
             (("render", "--device", "h200"), ["--record", "--device", "--shape"]),
             (("tables", "export", "--device", "gtx", "--output", "x.json"), ["gtx"]),
-            (("tables", "export", "--device", "h200"), ["'--output'"]),
+            (("tables", "export", "--device", "h200"), ["'--out'"]),
             (
                 ("tables", "export", "--device", "h200", "--output", "x", "--shortlist", "0"),
                 ["'--shortlist'"],
             ),
             (("tables", "import"), ["FILES"]),
             (("tables", "merge", "a.json", "-o", "x.json"), ["two tables"]),
-            (("tables", "merge", "a.json", "b.json"), ["'--output'"]),
+            (("tables", "merge", "a.json", "b.json"), ["'--out'"]),
             (("tables", "diff", "a.json"), ["'B'"]),
             (("tables", "check", "not-there.json"), ["not-there.json"]),
             (("nonsense",), ["nonsense"]),
@@ -138,8 +157,9 @@ class TestWhatIsRefused:
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
     def test_a_bad_option_is_one_line_that_names_it(
-        self, args: tuple[str, ...], said: Sequence[str]
+        self, args: tuple[str, ...], said: Sequence[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         error = refused(*args)
         assert all(word in error for word in said), error
 
@@ -253,7 +273,7 @@ class TestTables:
             def render(self, problem: Problem, config: Config, device: Device) -> None:
                 rendered.append(device.name)
 
-        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
         files = [table, bad] if command == "import" else [bad]
         error = refused("tables", command, *files)
         assert len(rendered) == len(files) - 1  # the good one alone
@@ -309,7 +329,10 @@ class TestTables:
         assert conflict["left"]["measurement"]["median_us"] == 12.0
         assert out.read_text() == mine.read_text()
         text = done("tables", "diff", table, mine)
-        assert "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)\n0 shapes are the same" in text
+        assert text.splitlines() == [
+            f"1 shapes changed, 0 only in {table}, 0 only in {mine}, 0 the same",
+            "512x64 c32 p4: 12.000 -> 6.000 us (x 0.500)",
+        ]
         assert json.loads(done("tables", "diff", mine, out, "--json"))["same"] == 1
 
     def test_merging_leaves_the_output_alone_when_a_table_is_bad(
@@ -337,7 +360,7 @@ class TestTables:
             def compile(self, *_: object) -> None:
                 raise RuntimeError("ptxas fell over")
 
-        monkeypatch.setattr(tables, "backend_of", lambda device: Backend())
+        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
         error = refused("tables", "check", "--compile", table)
         assert "512x64 c32 p4: does not compile: ptxas fell over" in error
 
@@ -405,10 +428,11 @@ class TestAPredictedSearch:
         assert json.loads(done("best", *where, "--json")) == winner
         rows = json.loads(done("show", *where, "--json", "--limit", 2))
         assert len(rows) == 2
-        assert rows[0] == winner
+        assert rows[0] == {**winner, "shipped": False}
         assert winner["key"][:12] in done("best", *where)
         assert "2 of 3 records" in done("show", *where, "--limit", 2)
-        assert json.loads(done("show", "--device", "h200", "--db", database, "--json")) == []
+        shipped = json.loads(done("show", "--device", "h200", "--db", database, "--json"))
+        assert shipped and all(row["shipped"] for row in shipped)
         missing = refused("best", "--device", "a40", "--shape", TINY, "--db", database)
         assert "512x64 c32 p4" in missing
         assert "flashtune search" in missing
@@ -437,13 +461,122 @@ class TestAPredictedSearch:
         [winner] = [data["results"][0]["winner"]]
         back = json.loads(done("show", "--db", other, "--json"))
         assert len(back) == 2
-        assert {**back[0], "measurement": None} == {**winner, "measurement": None}
+        assert {**back[0], "measurement": None} == {
+            **winner, "measurement": None, "shipped": False
+        }  # fmt: skip
         assert back[0]["measurement"]["median_us"] == pytest.approx(
             winner["measurement"]["median_us"], abs=1e-3
         )
         again = tmp_path / "again.json"
         done("tables", "export", "--device", "orin", "--output", again, "--db", other)
         assert again.read_text() == path.read_text()
+
+
+class TestOptions:
+    def test_a_shape_has_as_many_tokens_as_a_head_takes_at_once(self) -> None:
+        assert problem_module.MOST_TOKENS == head.MOST_TOKENS
+
+    def test_earlier_spellings_are_read_and_not_shown(self, table: Path, tmp_path: Path) -> None:
+        for name in ("--out", "--output", "-o"):
+            done("tables", "merge", table, table, name, tmp_path / f"made{name}.json")
+            assert (tmp_path / f"made{name}.json").exists()
+        for words in (("tables", "merge"), ("cluster",), ("model", "fit"), ("model", "check")):
+            assert "--output" not in done(*words, "--help")
+        assert "--model " not in done("model", "check", "--help")
+
+    def test_an_option_means_the_same_in_every_command(self) -> None:
+        """Of one name there is one kind of value; but a device may have to be this machine's."""
+        kinds: dict[str, set[str]] = {}
+        for words, command in commands():
+            for option in command.params:
+                if isinstance(option, click.Option) and words != ("search",):
+                    kinds.setdefault(option.opts[0], set()).add(option.type.name)
+        assert {name for name, found in kinds.items() if len(found) > 1} == {"--out"}
+        assert kinds["--out"] == {"file", "path"}
+
+    def test_search_help_lists_presets_and_knobs(self) -> None:
+        text = " ".join(done("search", "--help").split())
+        assert "Presets: qwen3-vl-2b, qwen3-0.6b" in text
+        assert "Knobs of plan=staged: selection, score_rows" in text
+        assert "Knobs of plan=cpp_fused: " in text
+
+    def test_gp_without_scipy_is_said_before_the_first_trial(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "scipy", None)
+        error = refused(*SEARCH, "--sampler", "gp", "--db", tmp_path / "a.db")
+        assert "install flashtune[gp]" in error
+        assert kept(tmp_path / "a.db") == []
+
+
+@pytest.fixture
+def database(tmp_path: Path, recorded, problem: Problem, device: Device) -> Path:
+    """Records of three configs: one that is measured, and two that failed."""
+    path = tmp_path / "three.db"
+    default = default_config(problem, device)
+    with Store(path) as store:
+        store.add(recorded(default, 12.0))
+        store.add(recorded(replace(default, slack=8), None))
+        store.add(recorded(default, None, device="nvidia-h200"))
+    return path
+
+
+class TestForget:
+    def test_it_shows_what_it_removes_and_wants_a_yes(self, database: Path) -> None:
+        result = run("forget", "--failed", "--device", "orin", "--db", database)
+        assert result.exit_code == 2 and "give --yes" in result.stderr
+        assert "illegal access" in result.stdout
+        assert len(kept(database)) == 3
+        text = done("forget", "--failed", "--device", "orin", "--yes", "--db", database)
+        assert "illegal access" in text and "1 records removed" in text
+        left = {(record.device, record.measurement.outcome) for record in kept(database)}
+        assert left == {("orin-nano-super", Outcome.OK), ("nvidia-h200", Outcome.CRASH)}
+
+    def test_measurements_go_with_their_record(self, database: Path) -> None:
+        [measured] = [each for each in kept(database) if each.measurement.median_us]
+        done("forget", "--record", measured.key[:8], "--yes", "--db", database)
+        with Store(database, read_only=True) as store:
+            assert store.measurements(measured.key) == []
+            assert len(store.records()) == 2
+        text = done("forget", "--shape", "qwen3-0.6b", "--yes", "--db", database)
+        assert "no such record" in text
+        assert len(kept(database)) == 2
+
+
+def test_nothing_that_works_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each config fails here as one does that the model does not cover; then it is tried again."""
+
+    def fails(*_: Any) -> None:
+        raise FlashtuneError("no luck today")
+
+    where = (*SEARCH, "--trials", 2, "--db", tmp_path / "a.db")
+    with monkeypatch.context() as patch:
+        patch.setattr("flashtune.tuner.search.evaluate.predict", fails)
+        result = run(*where)
+    assert result.exit_code == 1, result.output
+    assert "nothing worked: invalid: no luck today" in " ".join(result.stdout.split())
+    result = run(*where, "--json")
+    assert result.exit_code == 1, "failures are not tried again unasked"
+    [found] = json.loads(result.stdout)["results"]
+    assert found["failure"] == {"reason": "invalid: no luck today", "count": 2, "remedy": ""}
+    [found] = json.loads(done(*where, "--retry-failed", "--json"))["results"]
+    assert (found["evaluated"], found["failed"]) == (2, 0)
+    assert found["winner"]["provenance"] == "predicted"
+
+
+def test_a_winner_keeps_what_is_fixed(predicted: Predicted, tmp_path: Path) -> None:
+    """Another plan's record, however fast, is not the result of a search that leaves it out."""
+    [found] = predicted[1]["results"]
+    database = shutil.copy(predicted[0], tmp_path / "copy.db")
+    [fixed] = json.loads(
+        done(*SEARCH, "--trials", 1, "--fix", "plan=persistent", "--json", "--db", database)
+    )["results"]
+    assert found["winner"]["config"]["plan"] != "persistent"
+    assert fixed["winner"]["config"]["plan"] == "persistent"
+    slower = fixed["winner"]["measurement"]["median_us"]
+    assert slower > found["winner"]["measurement"]["median_us"]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -15,6 +15,8 @@ from flashtune.kernels.model_folder.clusters import read_clusters
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.clustering import clustered_folder, quality_report
+from flashtune.tuner.clustering.decode_state import PartlyDecoded
+from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.kmeans import BalancedKMeans
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -32,7 +34,9 @@ def plain_torch(without_kernels: None) -> None:
 def states(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Decode steps without a model that is run."""
     monkeypatch.setattr(quality_report, "require_transformers", lambda: None)
-    monkeypatch.setattr("flashtune.tuner.cli.models.require_transformers", lambda: None)
+    monkeypatch.setattr(
+        "flashtune.tuner.clustering.decode_state.require_transformers", lambda: None
+    )
     monkeypatch.setattr(quality_report, "decode_states", lambda *_: STATES)
     return STATES
 
@@ -336,6 +340,65 @@ class TestQuality:
         error = refused("quality", "--model", flash, "--plot", tmp_path / "quality.odd")
         assert "quality.odd: cannot be written" in error
 
+    def test_a_picture_that_cannot_be_written_is_told_before_the_work(
+        self, flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        monkeypatch.setattr(quality_report, "study_model", None)
+        for name in ("quality.odd", "quality", "absent/quality.png"):
+            error = refused("quality", "--model", flash, "--plot", tmp_path / name)
+            assert f"{name}: cannot be written" in error
+
+    def test_ctrl_c_while_timing_keeps_what_was_counted(
+        self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = self.report(flash)
+        probing, timed = HeadLatency.probing, []
+
+        def stopped(self: HeadLatency, n_probes: int) -> Any:
+            timed.append(n_probes)
+            if len(timed) == 2:
+                raise KeyboardInterrupt
+            return probing(self, n_probes)
+
+        monkeypatch.setattr(HeadLatency, "probing", stopped)
+        result = run("quality", "--model", flash, "--device", "cpu", "--json")
+        assert result.exit_code == 130
+        assert "this is what was counted" in result.stderr
+        data = json.loads(result.stdout)
+        assert data["interrupted"] and not whole["interrupted"]
+        shares = ("n_probes", "top1", "top5", "mass")
+        assert [[row[name] for name in shares] for row in data["rows"]] == [
+            [row[name] for name in shares] for row in whole["rows"]
+        ]
+        assert ["median_us" in row for row in data["rows"]] == [True] + [False] * (
+            len(data["rows"]) - 1
+        )
+        timed.clear()
+        assert "not timed" in run("quality", "--model", flash, "--device", "cpu").stdout
+
+    def test_ctrl_c_while_decoding_keeps_what_was_counted(
+        self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stopped(*_: Any) -> None:
+            raise PartlyDecoded(STATES[:10])
+
+        monkeypatch.setattr(quality_report, "decode_states", stopped)
+        result = run("quality", "--model", flash, "--device", "cpu", "--json")
+        assert result.exit_code == 130
+        assert json.loads(result.stdout)["states"] == 10
+
+    def test_a_number_of_probes_is_not_chosen_from_a_part(
+        self, model: Path, out: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stopped(*_: Any) -> None:
+            raise PartlyDecoded(STATES[:10])
+
+        monkeypatch.setattr(quality_report, "decode_states", stopped)
+        result = run("cluster", "--model", model, "--out", out, "--recall", 0.9)
+        assert result.exit_code == 130
+        assert not out.exists()
+
     def test_what_is_not_installed_is_named(
         self, flash: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
@@ -406,6 +469,24 @@ class TestDecodeStates:
             written = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
             expected += written[0, inputs["input_ids"].shape[1] :].tolist()
         assert tokens == expected
+
+    def test_ctrl_c_keeps_the_prompts_that_are_done(
+        self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from flashtune.tuner.clustering import decode_state
+
+        proceed, batches = decode_state._continue, []
+
+        def stopped(*arguments: Any) -> Any:
+            batches.append(arguments)
+            if len(batches) == 2:
+                raise KeyboardInterrupt
+            return proceed(*arguments)
+
+        monkeypatch.setattr(decode_state, "_continue", stopped)
+        with pytest.raises(PartlyDecoded) as caught:
+            decode_state.decode_states(folder, ["a b"] * 17, 2, "cpu")
+        assert 16 <= len(caught.value.states) <= 32
 
     def test_a_folder_that_transformers_cannot_load(self, folder: ModelFolder) -> None:
         from flashtune.tuner.clustering.decode_state import decode_states

@@ -127,7 +127,6 @@ class TestKMeans:
             BalancedKMeans(weight, n_clusters)
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
     def test_a_gpu_gives_equal_clusters_and_the_same_again(self) -> None:
         found = []
         for _ in range(2):

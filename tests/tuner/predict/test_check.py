@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -85,22 +86,33 @@ def test_published_times_are_met_at_a_model_folders_probes() -> None:
 
 def test_json_is_the_report(report: Report) -> None:
     result = CliRunner().invoke(cli, ["model", "check", "--json"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, "one of the checks fails"
     assert json.loads(result.stdout) == json.loads(json.dumps(report.data()))
 
 
 def test_people_are_told_what_passed(report: Report) -> None:
     result = CliRunner().invoke(cli, ["model", "check"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, "one of the checks fails"
     passed = report.data()["passed"]
     verdicts = [
         line for line in result.stdout.splitlines() if line.startswith(("passed: ", "FAIL"))
     ]
     asked = [passed["rank_correlation"], passed["loss"], *passed["error"].values()]
     assert [line.startswith("passed") for line in verdicts] == asked
+    assert not all(asked)
 
 
-@pytest.mark.parametrize("option", ["--model", "--calibration"])
+def test_where_every_check_passes_the_exit_code_is_0(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passing = SimpleNamespace(
+        data=lambda: {"passed": {"rank_correlation": True, "loss": True, "error": {}}}
+    )
+    monkeypatch.setattr("flashtune.tuner.predict.check.check_model", lambda *_: passing)
+    assert CliRunner().invoke(cli, ["model", "check", "--json"]).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--cost-model", "--model", "--calibration"])
 def test_a_file_that_is_not_there_is_one_line(option: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["model", "check", option, str(tmp_path / "none")])
     assert result.exit_code == 2

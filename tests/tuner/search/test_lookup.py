@@ -3,34 +3,53 @@
 from dataclasses import replace
 from pathlib import Path
 
-from flashtune.tuner.search.lookup import best_record
+from flashtune.tuner.search.lookup import KnownRecord, best_record, known_records
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.problem import parse_shape
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.store import Store
-from flashtune.tuning_db.table import prebuilt_table
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 H200 = find_device("h200")
 QWEN = parse_shape("qwen3-vl-2b")
 
 
 def test_without_a_database_the_shipped_record_is_found(tmp_path: Path) -> None:
-    record = best_record(H200, QWEN, tmp_path / "none.db")
+    found = best_record(H200, QWEN, tmp_path / "none.db")
     table = prebuilt_table(H200.name)
-    assert table is not None and record in table.records
-    assert record is not None and record.problem == QWEN
+    assert found is not None and found.shipped
+    assert table is not None and found.record in table.records
+    assert found.record.problem == QWEN
     assert best_record(H200, replace(QWEN, n_probes=300), tmp_path / "none.db") is None
 
 
 def test_a_measured_record_goes_before_a_predicted_one_and_the_users_before_a_shipped_one(
     tmp_path: Path,
 ) -> None:
-    shipped = best_record(H200, QWEN, tmp_path / "none.db")
-    assert shipped is not None
+    known = best_record(H200, QWEN, tmp_path / "none.db")
+    assert known is not None
+    shipped = known.record
     slow = replace(shipped.measurement, median_us=99.0)
     measured = replace(shipped, measurement=slow)
     predicted = replace(measured, provenance=Provenance.PREDICTED)
     for name, own, expected in (("p", predicted, shipped), ("m", measured, measured)):
         with Store(tmp_path / name) as store:
             store.add(own)
-        assert best_record(H200, QWEN, tmp_path / name) == expected
+        assert best_record(H200, QWEN, tmp_path / name) == KnownRecord(
+            expected, shipped=expected is shipped
+        )
+
+
+def test_what_ships_is_shown_after_the_users_own_records_once(tmp_path: Path) -> None:
+    [first, *others] = known_records(H200, QWEN, tmp_path / "none.db")
+    assert first.shipped and all(each.shipped for each in others)
+    slow = replace(first.record, measurement=replace(first.record.measurement, median_us=99.0))
+    with Store(tmp_path / "own.db") as store:
+        store.add(slow)
+    assert known_records(H200, QWEN, tmp_path / "own.db") == [
+        KnownRecord(slow, shipped=False),
+        *others,
+    ]
+    everywhere = known_records(None, QWEN, tmp_path / "none.db")
+    assert {each.record.device for each in everywhere} == {*prebuilt_devices()}
+    assert known_records(None, None, tmp_path / "none.db") == []

@@ -1,6 +1,7 @@
 """Searches over recorded times: no config twice, none lost, and the best of them found."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -311,7 +312,9 @@ def test_a_gaussian_process_that_repeats_itself_does_not_end_the_search(
         def sample_independent(self, study, trial, name, distribution) -> object:
             return distribution.choices[0]
 
-    monkeypatch.setattr("flashtune.tuner.search.proposal._sampler", lambda name, seed: Stubborn())
+    monkeypatch.setattr(
+        "flashtune.tuner.search.proposal.make_sampler", lambda name, seed: Stubborn()
+    )
     evaluator = replay()
     assert run(evaluator, 30, sampler="gp").evaluated == 30
     assert len(set(evaluator.submitted)) == 30
@@ -478,11 +481,6 @@ def test_tpe_finds_the_valley_with_few_evaluations(
 
 
 def test_gp_without_scipy_is_one_clear_line(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    import optuna
-
-    def lacks(**_: object) -> None:
-        raise ImportError("No module named 'scipy'")
-
-    monkeypatch.setattr(optuna.samplers, "GPSampler", lacks)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(FlashtuneError, match=r"^--sampler gp needs scipy: install flashtune\[gp]"):
         Proposals(space, sampler="gp", seed=0, near=())

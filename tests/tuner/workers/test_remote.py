@@ -524,7 +524,6 @@ def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Devic
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_a_gpu_is_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a stand-in for ssh, which runs here what would run on another machine."""
     stand_in = tmp_path / "ssh"

@@ -1,0 +1,106 @@
+"""A check of the cost model as a person sees it."""
+
+from typing import Any
+
+import click
+from rich.table import Table
+
+from flashtune.tuner.cli.terminal import print_table
+from flashtune.tuner.predict.check import (
+    LEAST_CORRELATION,
+    MOST_ERROR,
+    MOST_LOSS,
+    SHORTLIST,
+    Report,
+)
+
+
+def print_report(report: Report) -> None:
+    """Print every table, and a line for each thing that was asked of the model."""
+    for table in (splits_table(report), problems_table(report), figures_table(report)):
+        print_table(table)
+    for what, holds in verdicts(report):
+        click.echo(f"{'passed' if holds else 'FAILED'}: {what}")
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right" if table.columns else "left")
+    return table
+
+
+def splits_table(report: Report) -> Table:
+    """A line for each set of shapes held out."""
+    table = _table(
+        f"{report.device}: {report.samples} measured configs, shapes held out of the fit",
+        "held out",
+        "rank correlation",
+        f"best of {SHORTLIST}",
+        "in the 80 % interval",
+    )
+    for split in report.splits:
+        table.add_row(
+            " + ".join(split.held_out) + (" *" if split is report.headline else ""),
+            f"{split.rank_correlation:.2f}",
+            f"+{split.loss:.1%}",
+            f"{split.inside:.0%}",
+        )
+    return table
+
+
+def problems_table(report: Report) -> Table:
+    """A line for each problem of the split that was fixed beforehand."""
+    table = _table(
+        "* fixed beforehand",
+        "problem",
+        "configs",
+        "rank correlation",
+        f"best of {SHORTLIST}",
+        "in the interval",
+    )
+    for each in report.headline.results:
+        table.add_row(
+            each.problem.describe(),
+            str(each.samples),
+            f"{each.rank_correlation:.2f}",
+            f"+{each.loss:.1%}",
+            f"{each.inside:.0%}",
+        )
+    return table
+
+
+def figures_table(report: Report) -> Table:
+    """A line for each published time and number of probes."""
+    table = _table(
+        "published times of other devices, microseconds",
+        "device",
+        "step",
+        "probes",
+        "published",
+        "predicted",
+        "error",
+    )
+    for each in report.figures:
+        table.add_row(
+            each.device,
+            "fused gather" if each.fused else "framework",
+            str(each.n_probes),
+            f"{each.published_us:.0f}",
+            f"{each.predicted_us:.0f}",
+            f"{each.error:+.0%}",
+        )
+    return table
+
+
+def verdicts(report: Report) -> list[tuple[str, bool]]:
+    """What was asked of the model, and whether it holds."""
+    passed: dict[str, Any] = report.data()["passed"]
+    return [
+        (f"rank correlation of at least {LEAST_CORRELATION}", passed["rank_correlation"]),
+        (f"best of {SHORTLIST} within {MOST_LOSS:.0%}", passed["loss"]),
+        *(
+            (f"published times within {MOST_ERROR:.0%} at {probes} probes", holds)
+            for probes, holds in passed["error"].items()
+        ),
+    ]

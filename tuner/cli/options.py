@@ -1,0 +1,227 @@
+"""The options that commands share, each declared once: a name means the same everywhere.
+
+`--device` is a device by name or alias, `--model` a model's folder or its name in Hugging Face's
+cache, `--out` what is written, `--db` the database, `--seed` a start for random numbers.
+
+Nothing here loads torch: values are read by what a command needs anyway, once it is called.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from flashtune.tuning_db.device import all_devices
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+MOST_SEED = 2**32 - 1  # of NumPy's generators
+FILE: click.ParamType[Path] = click.Path(dir_okay=False, path_type=Path)
+PATH: click.ParamType[Path] = click.Path(path_type=Path)
+SHARE = click.FloatRange(0, 1, min_open=True)
+
+
+class Parsed(click.ParamType[Any]):
+    """An option read by a function whose FlashtuneError becomes the option's error."""
+
+    def __init__(
+        self,
+        name: str,
+        parse: Callable[[str], Any],
+        known: Callable[[], Iterable[str]] = lambda: (),
+    ) -> None:
+        """known: what a shell may complete."""
+        self.name = name
+        self._parse, self._known = parse, known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The parsed value; what was parsed before is left alone."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except FlashtuneError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The known values that begin so."""
+        return [CompletionItem(each) for each in self._known() if each.startswith(incomplete)]
+
+
+class Option(click.Option):
+    """An option that is still read under the names that it had before; help does not show them."""
+
+    def __init__(self, *args: Any, old: tuple[str, ...] = (), **settings: Any) -> None:
+        """old: those names, with their dashes."""
+        super().__init__(*args, **settings)
+        self._old = old
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Have the parser know all names."""
+        shown = self.opts
+        self.opts = [*shown, *self._old]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+
+def _device_names() -> list[str]:
+    names = [name for each in all_devices() for name in (each.name, *each.aliases)]
+    return ["cpu", "gpu", *names]
+
+
+def _device(name: str) -> Any:
+    from flashtune.tuner.here import device_named
+
+    return device_named(name)
+
+
+def _torch_device(name: str) -> str:
+    from flashtune.tuner.here import torch_device_named
+
+    return torch_device_named(name)
+
+
+def _model_problem(source: str) -> Problem:
+    from flashtune.kernels.model_folder.folder import read_model
+
+    return read_model(source)
+
+
+def _fixed(text: str) -> tuple[str, Any]:
+    from flashtune.tuner.search.space import parse_fixed
+
+    return parse_fixed(text)
+
+
+def _known_fixings() -> list[str]:
+    from flashtune.kernels.plans.candidate import PLANS
+    from flashtune.kernels.plans.knob import knobs
+
+    found = {f"plan={name}": None for name in PLANS}
+    for plan in PLANS.values():
+        for name, knob in knobs(plan.config).items():
+            found |= {f"{name}={choice}": None for choice in knob["choices"]}
+    return list(found)
+
+
+def _seconds(text: str) -> float:
+    """A finite number of seconds that is more than 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise FlashtuneError(f"{text!r} is not a number of seconds that is more than 0")
+    return value
+
+
+DEVICE = Parsed("device", _device, _device_names)
+SHAPE = Parsed("shape", parse_shape, lambda: PRESETS)
+FIX = Parsed("knob=value", _fixed, _known_fixings)
+SECONDS = Parsed("seconds", _seconds)
+SHAPE_HELP = "A preset, or vocab=…,hidden=…,clusters=… pairs."
+SHAPE_EPILOG = f"Presets: {', '.join(PRESETS)}; pairs may follow one, as qwen3-0.6b,probes=512."
+
+database: Decorator[Any] = click.option(
+    "--db",
+    "database",
+    type=FILE,
+    help="The database; else $FLASHTUNE_DB, else the user's data folder.",
+)
+read_database: Decorator[Any] = click.option(
+    "--db",
+    "database",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The database; else $FLASHTUNE_DB, else the user's data folder.",
+)
+databases: Decorator[Any] = click.option(
+    "--db",
+    "databases",
+    type=FILE,
+    multiple=True,
+    required=True,
+    help="A database; may be given several times. Of one config's records the first counts.",
+)
+as_json: Decorator[Any] = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, for scripts."
+)
+yes: Decorator[Any] = click.option("--yes", is_flag=True, help="Do it without asking.")
+seed: Decorator[Any] = click.option(
+    "--seed",
+    type=click.IntRange(0, MOST_SEED),
+    default=0,
+    show_default=True,
+    help="Where random numbers start.",
+)
+jobs: Decorator[Any] = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=len(os.sched_getaffinity(0)),
+    show_default="one a processor",
+    help="Compilers at a time.",
+)
+model: Decorator[Any] = click.option(
+    "--model", required=True, help="The model's folder, or its name in Hugging Face's cache."
+)
+models: Decorator[Any] = click.option(
+    "--model",
+    "models",
+    type=Parsed("folder", _model_problem),
+    multiple=True,
+    help="A FlashHead model's folder, or its name in Hugging Face's cache: its shape.",
+)
+shapes: Decorator[Any] = click.option(
+    "--shape", "shapes", type=SHAPE, multiple=True, help=SHAPE_HELP
+)
+run_device: Decorator[Any] = click.option(
+    "--device",
+    type=Parsed("device", _torch_device, lambda: ["cpu", "gpu"]),
+    help="This machine's cpu or gpu; else a GPU where torch has one.",
+)
+prompts: Decorator[Any] = click.option(
+    "--prompts",
+    type=FILE,
+    help="Text to continue, a prompt a line; else a few dozen that are shipped.",
+)
+tokens: Decorator[Any] = click.option(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens to continue each prompt by.",
+)
+
+
+def device(text: str, *, required: bool = False) -> Decorator[Any]:
+    """`--device`: any device, by a name or alias that `flashtune devices` lists."""
+    return click.option("--device", type=DEVICE, required=required, help=text)
+
+
+def shape(text: str = SHAPE_HELP, *, required: bool = False) -> Decorator[Any]:
+    """`--shape`, once."""
+    return click.option("--shape", "problem", type=SHAPE, required=required, help=text)
+
+
+def out(text: str, *names: str, file: bool = True) -> Decorator[Any]:
+    """`--out`: the file or folder to write."""
+    return click.option(
+        "--out",
+        *names,
+        cls=Option,
+        old=("--output",),
+        type=FILE if file else PATH,
+        required=True,
+        help=text,
+    )

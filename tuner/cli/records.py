@@ -1,0 +1,182 @@
+"""What is known: `flashtune devices`, `show`, `best`, `render` and `forget`."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from flashtune.tuner.cli import options
+from flashtune.tuning_db.device import Device, all_devices
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Outcome
+from flashtune.tuning_db.store import Store, default_path
+
+_record = click.option("--record", "key", help="The beginning of a record's key.")
+
+
+@click.command()
+@options.as_json
+def devices(as_json: bool) -> None:
+    """List the known devices, and say which is this machine's.
+
+    \b
+    Example:
+      flashtune devices
+    """
+    from flashtune.kernels.backends.host import devices_here
+    from flashtune.tuner.cli.report import device_data, print_devices
+
+    here = set(devices_here())
+    known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
+    if as_json:
+        click.echo(json.dumps([device_data(each, each in here) for each in known], indent=1))
+    else:
+        print_devices(known, here)
+
+
+@click.command()
+@options.device("Only this device's records.")
+@options.shape("Only this shape's records.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@options.read_database
+@options.as_json
+def show(
+    device: Device | None,
+    problem: Problem | None,
+    limit: int,
+    database: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the database's records, the fastest of each device and shape first.
+
+    With --device or --shape, what ships of it follows.
+
+    \b
+    Example:
+      flashtune show --device h200 --shape qwen3-vl-2b --limit 5
+    """
+    from flashtune.tuner.cli.report import print_records
+    from flashtune.tuner.search.lookup import known_records
+
+    known = known_records(device, problem, database)
+    if not known:
+        raise FlashtuneError(
+            "no records: run `flashtune search`, or name a --device to see what ships for it"
+        )
+    shown = known[:limit]
+    if as_json:
+        rows = [{**each.record.data(), "shipped": each.shipped} for each in shown]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    print_records(shown)
+    click.echo(f"{len(shown)} of {len(known)} records")
+
+
+@click.command()
+@options.device("The device.", required=True)
+@options.shape(required=True)
+@options.read_database
+@options.as_json
+def best(device: Device, problem: Problem, database: Path | None, as_json: bool) -> None:
+    """Show the best record of a shape on a device, of the database or a shipped table.
+
+    \b
+    Example:
+      flashtune best --device h200 --shape qwen3-vl-2b --json
+    """
+    from flashtune.tuner.cli.report import print_records
+    from flashtune.tuner.search.lookup import best_record
+
+    found = best_record(device, problem, database)
+    if found is None:
+        raise FlashtuneError(
+            f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
+        )
+    if as_json:
+        click.echo(json.dumps(found.record.data(), indent=1))
+    else:
+        print_records([found])
+
+
+@click.command()
+@_record
+@options.device("With --shape: render the default config.")
+@options.shape("With --device: render the default config.")
+@options.read_database
+def render(
+    key: str | None, device: Device | None, problem: Problem | None, database: Path | None
+) -> None:
+    """Print the generated source of a record, or of the default config.
+
+    \b
+    Examples:
+      flashtune render --record 3f2a
+      flashtune render --device h200 --shape qwen3-vl-2b
+    """
+    from flashtune.kernels.backends.target import default_config
+    from flashtune.kernels.plans.candidate import Candidate
+    from flashtune.kernels.plans.config import parse_config
+    from flashtune.tuner.here import device_named
+
+    if key is not None:
+        with Store(database or default_path(), read_only=True) as store:
+            record = store.get(key)
+        device, problem = device_named(record.device), record.problem
+        config = parse_config(record.config)
+    elif device is not None and problem is not None:
+        config = default_config(problem, device)
+    else:
+        raise click.UsageError("give --record, or --device and --shape")
+    click.echo(Candidate(problem, config, device).source, nl=False)
+
+
+@click.command()
+@_record
+@options.device("Only this device's records.")
+@options.shape("Only this shape's records.")
+@click.option("--failed", is_flag=True, help="Only records of configs that failed.")
+@options.yes
+@options.read_database
+def forget(
+    key: str | None,
+    device: Device | None,
+    problem: Problem | None,
+    failed: bool,
+    yes: bool,
+    database: Path | None,
+) -> None:
+    """Remove records from the database, with their measurements; shows them first, and asks.
+
+    \b
+    Examples:
+      flashtune forget --device orin --failed
+      flashtune forget --record 3f2a --yes
+    """
+    from flashtune.tuner.cli.report import print_records
+    from flashtune.tuner.search.lookup import KnownRecord
+
+    if key is None and device is None and problem is None and not failed:
+        raise click.UsageError("say which: give --record, --device, --shape or --failed")
+    path = database or default_path()
+    with Store(path, read_only=True) as store:
+        found = [store.get(key)] if key is not None else store.records()
+    found = [
+        record
+        for record in found
+        if (device is None or record.device == device.name)
+        and (problem is None or record.problem == problem)
+        and not (failed and record.measurement.outcome in (Outcome.OK, Outcome.PRUNED))
+    ]
+    if not found:
+        click.echo(f"no such record in {path}")
+        return
+    print_records([KnownRecord(record, shipped=False) for record in found])
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError(f"to remove {len(found)} records, give --yes")
+        click.confirm(f"remove these {len(found)} records from {path}?", abort=True, err=True)
+    with Store(path) as store:
+        store.remove([record.key for record in found])
+    click.echo(f"{path}: {len(found)} records removed")

@@ -1,0 +1,214 @@
+"""A search as a person sees it: progress while it runs, and what came of it.
+
+Progress goes to standard error: a live line on a terminal, a line now and then elsewhere.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.progress import TaskID
+
+from flashtune.tuner.cli.report import PREDICTED_NOTE, number, short_config, time_of
+from flashtune.tuner.cli.terminal import print_rows
+from flashtune.tuner.predict.floor import floor_us
+from flashtune.tuner.progress import ProgressBar, TimeLeft
+from flashtune.tuner.search.lookup import best_shipped
+from flashtune.tuner.search.search import Event, Result
+from flashtune.tuner.search.session import SessionResult
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance, Record
+
+
+class SearchProgress(ProgressBar):
+    """Shows how the searches of a run go: trials, best so far, ratio to the floor, time left."""
+
+    def __init__(self, provenance: Provenance) -> None:
+        """Nothing is shown before the first search."""
+        super().__init__()
+        self._provenance = provenance
+
+    def start(self, problem: Problem, trials: int, floor_us: float | None) -> "ProblemProgress":
+        """Begin a search; the result is its `on_event`."""
+        task = self._add(problem.describe(), trials)
+        return ProblemProgress(self, problem, task, floor_us)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(
+        self, problem: Problem, task: TaskID, event: Event, floor_us: float | None, left: TimeLeft
+    ) -> None:
+        """Show how far one search is."""
+        best = self.describe_best(event, floor_us)
+        self._show(task, event.done, event.total, best, left.ends(event.total, event.stops))
+        if self._line_due(anyway=event.comparing):
+            print(
+                f"{problem.describe()}: {event.done}/{event.total} trials, {best}, "
+                f"{left.describe(event.total, event.stops)}",
+                file=sys.stderr,
+            )
+
+    def describe_best(self, event: Event, floor_us: float | None) -> str:
+        """The best time so far and its ratio to the byte floor."""
+        if event.best_us is None:
+            return f"nothing works yet, {event.failed} failed"
+        ratio = f" = {event.best_us / floor_us:.2f} x floor" if floor_us else ""
+        timing = event.comparing and self._provenance is Provenance.MEASURED
+        doing = ", timing the best side by side" if timing else ""
+        return (
+            f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
+            f"{event.failed} failed{doing}"
+        )
+
+
+class ProblemProgress:
+    """The progress of one problem's search."""
+
+    def __init__(
+        self, progress: SearchProgress, problem: Problem, task: TaskID, floor_us: float | None
+    ) -> None:
+        """Counted from now."""
+        self._progress, self._problem, self._task = progress, problem, task
+        self._floor_us, self._left = floor_us, TimeLeft()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        self._left.step(event.done)
+        self._progress.show(self._problem, self._task, event, self._floor_us, self._left)
+
+
+def print_results(outcome: SessionResult) -> None:
+    """Print baseline, default and winner of each problem, and what a reader must know of them."""
+    rows = []
+    for result in outcome.results:
+        floor = floor_us(result.problem, outcome.device)
+        winner = result.winner
+        time_us = winner.measurement.median_us if winner else None
+        rows.append(
+            (
+                result.problem.describe(),
+                number(result.baseline_us),
+                number(result.default_us),
+                time_of(winner) if winner else "none",
+                number(floor),
+                f"{time_us / floor:.2f}" if time_us and floor else "",
+                short_config(winner.config) if winner else _why_none(result),
+            )
+        )
+    print_rows(
+        f"{outcome.device.title}: times in microseconds, {outcome.provenance.value}",
+        ("problem", ">baseline", ">default", ">winner", ">floor", ">ratio", "config"),
+        rows,
+        notes=list(_notes(outcome)),
+    )
+
+
+def _why_none(result: Result) -> str:
+    if result.failure is None:
+        return "nothing was evaluated"
+    return f"nothing worked: {result.failure.describe()}"
+
+
+def _notes(outcome: SessionResult) -> Iterator[str]:
+    """What stands below the table."""
+    if outcome.cancelled:
+        begun = len(outcome.results)
+        yield (
+            f"INTERRUPTED: {begun} of {len(outcome.problems)} shapes begun, the last one not "
+            "finished; the same command goes on from here"
+        )
+    elif len(outcome.results) < len(outcome.problems) or any(
+        result.timed_out for result in outcome.results
+    ):
+        yield (
+            f"out of time: {len(outcome.results)} of {len(outcome.problems)} shapes begun; the "
+            "same command goes on from here"
+        )
+    rate = outcome.device.memory_bandwidth
+    if rate:
+        yield f"floor: the fewest bytes at {rate / 1e9:.1f} GB/s; ratio: winner to floor"
+    predicted = outcome.provenance is Provenance.PREDICTED
+    if predicted and any(result.winner for result in outcome.results):
+        yield PREDICTED_NOTE
+    for result in outcome.results:
+        yield from _notes_of(result, outcome.device)
+
+
+def _notes_of(result: Result, device: Device) -> Iterator[str]:
+    """What is to be said of one problem."""
+    name, winner = result.problem.describe(), result.winner
+    if winner is None:
+        return
+    if result.failed:
+        assert result.failure is not None
+        count = "all" if result.failure.count == result.failed else str(result.failure.count)
+        yield (
+            f"{name}: {result.failed} of {result.evaluated} failed, {count} of them so: "
+            f"{result.failure.describe()}"
+        )
+    found, final = result.searched_us, winner.measurement.median_us
+    if result.default_kept:
+        yield (
+            f"{name}: the default is kept: side by side none was faster by more than the noise "
+            f"(best in the search {number(found)})"
+        )
+    elif found is not None and final is not None and number(found) != number(final):
+        yield (
+            f"{name}: best in the search {number(found)}, the winner timed again side by side "
+            f"{number(final)}"
+        )
+    shipped = better_shipped(result, device)
+    if shipped is not None:
+        yield (
+            f"{name}: shipped and {shipped.provenance.value}: {time_of(shipped)}, "
+            f"{short_config(shipped.config)}"
+        )
+
+
+def better_shipped(result: Result, device: Device) -> Record | None:
+    """The shipped record that is better than a winner that was only predicted, if there is one.
+
+    Measured is better than predicted.
+    """
+    winner = result.winner
+    if winner is None or winner.provenance is not Provenance.PREDICTED:
+        return None
+    shipped = best_shipped(device, result.problem)
+    if shipped is None or shipped.provenance is Provenance.MEASURED:
+        return shipped
+    times = [record.measurement.median_us or 0.0 for record in (shipped, winner)]
+    return shipped if times[0] < times[1] else None
+
+
+def result_data(outcome: SessionResult) -> dict[str, Any]:
+    """The results as plain data."""
+    return {
+        "device": outcome.device.name,
+        "provenance": outcome.provenance.value,
+        "memory_bandwidth": outcome.device.memory_bandwidth,
+        "cancelled": outcome.cancelled,
+        "results": [_result_data(result, outcome.device) for result in outcome.results],
+    }
+
+
+def _result_data(result: Result, device: Device) -> dict[str, Any]:
+    shipped = better_shipped(result, device)
+    return {
+        "problem": asdict(result.problem),
+        "winner": result.winner.data() if result.winner else None,
+        "shipped": shipped.data() if shipped else None,
+        "searched_us": result.searched_us,
+        "default_us": result.default_us,
+        "baseline_us": result.baseline_us,
+        "floor_us": floor_us(result.problem, device),
+        "evaluated": result.evaluated,
+        "failed": result.failed,
+        "failure": asdict(result.failure) if result.failure else None,
+        "default_kept": result.default_kept,
+        "timed_out": result.timed_out,
+        "cancelled": result.cancelled,
+    }

@@ -1,0 +1,116 @@
+"""Where output goes: terminals of any width and encoding, pipes, files, and ends that are closed.
+
+Usage:
+    with output() as console: console.print(table)
+    print_rows(headings, rows, whole="config")
+"""
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_SPELLED = {"…": "...", "µ": "u", "→": "->", "≥": ">="}
+_ENCODING_ERRORS = "flashtune-spelled"
+_WHOLE = ("device", "record", "outcome")  # columns that are never wrapped
+_UNLIMITED = 100_000  # columns, where no terminal limits them
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """What an encoding lacks, in ASCII."""
+    assert isinstance(error, UnicodeEncodeError)
+    missing = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(each, "?") for each in missing), error.end
+
+
+def printable(*streams: IO[str] | None) -> None:
+    """Let the streams spell what their encoding lacks; a closed one swallows what is written."""
+    codecs.register_error(_ENCODING_ERRORS, _spell)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ENCODING_ERRORS)
+
+
+def quiet(stream: IO[str]) -> None:
+    """Send what a stream still holds nowhere, so that exiting does not fail on it."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # not a file
+        return
+
+
+def output() -> "Console":
+    """A console on standard output, as wide as the terminal; a pipe or a file is never cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=_UNLIMITED)
+    return console
+
+
+def print_table(table: "Table") -> None:
+    """Print a table on standard output."""
+    output().print(table)
+
+
+def print_rows(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    notes: Sequence[str] = (),
+) -> None:
+    """Print a table whose last column is always shown whole.
+
+    Where the terminal is too narrow for it, it follows the table, a line for each row, which
+    begins with the row's first column. Headings that start with `>` are of columns of numbers.
+    """
+    from rich.measure import Measurement
+
+    console = output()
+    table = _table(title, headings, rows)
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    if Measurement.get(console, unlimited, table).maximum > console.width:
+        console.print(_table(title, headings[:-1], [row[:-1] for row in rows]))
+        for row in rows:
+            if row[-1]:
+                console.print(f"{row[0]}: {row[-1]}", markup=False, soft_wrap=True)
+    else:
+        console.print(table)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title and Text(title),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    for heading in headings:
+        number = heading.startswith(">")
+        table.add_column(
+            heading.removeprefix(">"),
+            justify="right" if number else "left",
+            no_wrap=heading.removeprefix(">") in _WHOLE or number,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -1,0 +1,15 @@
+"""The least time that a step could take: its fewest bytes at the memory's full speed.
+
+Usage:
+    floor_us(problem, device)     # microseconds, None where the bandwidth is not known
+"""
+
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+
+def floor_us(problem: Problem, device: Device) -> float | None:
+    """Microseconds that the fewest bytes take at the device's bandwidth; None if not known."""
+    if not device.memory_bandwidth:
+        return None
+    return 1e6 * problem.minimum_bytes / device.memory_bandwidth

@@ -1,0 +1,33 @@
+"""Optuna's samplers, by the names that `--sampler` has for them. Listing them loads nothing."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+if TYPE_CHECKING:
+    import optuna
+
+SAMPLERS = ("tpe", "gp", "random", "exhaustive")
+
+
+def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":
+    """Optuna's sampler of that name; raises FlashtuneError when it lacks what it needs."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
+            )
+        if name == "gp":
+            try:
+                import scipy  # noqa: F401 (Optuna itself asks for it only after some trials)
+
+                return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
+            except ImportError as error:
+                raise FlashtuneError(
+                    "--sampler gp needs scipy: install flashtune[gp], or use tpe"
+                ) from error
+        return optuna.samplers.RandomSampler(seed=seed)
