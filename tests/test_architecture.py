@@ -37,10 +37,10 @@ ROOMS = {
         "backends",
         "measure",
         "plans",
-        "epilogues",
-        "formats",
         "special_token",
         "weights",
+        "epilogues",
+        "formats",
     ),
 }
 MOST_FILES = 12  # of a folder, beside its __init__

@@ -26,7 +26,7 @@ from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.model_folder.folder import read_model
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config, parse_config
+from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner import table_check
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.here import this_device
@@ -269,11 +269,11 @@ class TestTables:
         bad.write_text(json.dumps(data))
         rendered: list[str] = []
 
-        class Backend:
-            def render(self, problem: Problem, config: Config, device: Device) -> None:
-                rendered.append(device.name)
+        def render(template: str, values: object) -> str:
+            rendered.append(template)
+            return ""
 
-        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
+        monkeypatch.setattr("flashtune.kernels.plans.candidate.render", render)
         files = [table, bad] if command == "import" else [bad]
         error = refused("tables", command, *files)
         assert len(rendered) == len(files) - 1  # the good one alone
@@ -354,9 +354,6 @@ class TestTables:
         self, table: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         class Backend:
-            def render(self, *_: object) -> str:
-                return ""
-
             def compile(self, *_: object) -> None:
                 raise RuntimeError("ptxas fell over")
 
