@@ -41,7 +41,7 @@ PLANS = 2  # configs of a shape
 
 def part_of(step: LaunchedStep, kernels: Sequence[str]) -> Step:
     """A step that launches only these kernels."""
-    launches = [launch for launch in step.launches if launch[0] in kernels]
+    launches = [launch for launch in step.launches if launch.kernel in kernels]
 
     def run(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         step.launch(launches, weights, hidden, out)
@@ -86,7 +86,7 @@ def measure(
         candidate = Candidate(problem, config, device)
         step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
         assert isinstance(step, LaunchedStep)
-        names = [name for name, _ in step.launches]
+        names = [launch.kernel for launch in step.launches]
         parts = {"whole": step, "after torch's": after_torch(step)}
         if names[0] == "score" and "torch_topk" not in names:
             parts["score"] = part_of(step, names[:1])

@@ -14,7 +14,6 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +225,7 @@ class FlashHead(nn.Module):
         where = decoder.weights.weight.device
         device = device_of(where)
         return {
-            "problem": asdict(bound.problem),
+            "problem": bound.problem.data(),
             "device": device.name,
             **bound.choice.explain(),
             "race": bound.race.explain() if bound.race else None,

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.formats.format import dtype_name, format_named, plain_formats
+from flashtune.kernels.formats.format import (
+    Stored,
+    dtype_name,
+    format_named,
+    format_of,
+    plain_formats,
+)
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
+_PACKED_ROWS = 2**14  # at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +34,66 @@ class Weights:
     Shapes: weight `[rows, hidden]`, centroids `[n_clusters, hidden]`, ids int32 `[rows]`,
     the token id of each row of weight, ascending inside a cluster. rows is n_clusters times
     cluster_size: more than the vocabulary where that does not divide (see `token_order`).
+    Of a quantised format both are its data, with its scales beside them. model_weight
+    `[vocab, hidden]`, in the order of token ids, is what candidates are decided by, if any are.
     """
 
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
+    weight_scales: torch.Tensor | None = None
+    centroid_scales: torch.Tensor | None = None
+    model_weight: torch.Tensor | None = None
+
+    def rows(
+        self, problem: Problem, which: torch.Tensor | slice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The numbers that some rows of the weight stand for, computed in a dtype."""
+        scales = None if self.weight_scales is None else self.weight_scales[which]
+        stored = Stored(self.weight[which], scales)
+        return format_of(problem.weight_dtype).unpack(stored, problem.hidden_size, dtype)
+
+    def centroid_rows(
+        self, problem: Problem, which: torch.Tensor | slice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The numbers that some centroids stand for, computed in a dtype."""
+        scales = None if self.centroid_scales is None else self.centroid_scales[which]
+        stored = Stored(self.centroids[which], scales)
+        return format_of(problem.centroid_dtype).unpack(stored, problem.hidden_size, dtype)
+
+    def put(self, problem: Problem, row: int, values: torch.Tensor) -> None:
+        """Store a row `[hidden]` in place of another, here and in the model's own weight."""
+        stored = format_of(problem.weight_dtype).pack(values[None])
+        self.weight[row] = stored.data[0]
+        if self.weight_scales is not None and stored.scales is not None:
+            self.weight_scales[row] = stored.scales[0]
+        if self.model_weight is not None:
+            self.model_weight[self.ids[row]] = values.to(self.model_weight.dtype)
+
+
+def stored_weights(
+    problem: Problem, model: torch.Tensor, centroids: Stored, order: torch.Tensor
+) -> Weights:
+    """A head's tensors in the problem's formats.
+
+    model: the weight `[vocab, hidden]` by token ids, kept where candidates are decided by it.
+    order: the token of each row, in the order of clusters.
+    """
+    packed = format_of(problem.weight_dtype)
+    if packed.quantised:  # a few rows at a time: packing works in float32
+        parts = [packed.pack(model[part]) for part in torch.split(order, _PACKED_ROWS)]
+        scales = [part.scales for part in parts if part.scales is not None]
+        stored = Stored(torch.cat([part.data for part in parts]), torch.cat(scales))
+    else:
+        stored = packed.pack(model[order])
+    return Weights(
+        weight=stored.data,
+        centroids=centroids.data,
+        ids=order.to(torch.int32),
+        weight_scales=stored.scales,
+        centroid_scales=centroids.scales,
+        model_weight=model if problem.n_rescored else None,
+    )
 
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]

@@ -140,8 +140,8 @@ def compare_tables(a: TuningTable, b: TuningTable) -> dict[str, Any]:
     return {
         "device": device,
         "same": len(both) - len(changed),
-        "only_a": [asdict(problem) for problem in sorted(set(ours) - set(theirs))],
-        "only_b": [asdict(problem) for problem in sorted(set(theirs) - set(ours))],
+        "only_a": [problem.data() for problem in sorted(set(ours) - set(theirs))],
+        "only_b": [problem.data() for problem in sorted(set(theirs) - set(ours))],
         "changed": sorted(
             (_change(problem, ours[problem], theirs[problem]) for problem in changed),
             key=_size_of_change,
@@ -165,7 +165,7 @@ def _change(
     configs = [one.config, other.config]
     knobs = sorted({*one.config, *other.config})
     return {
-        "problem": asdict(problem),
+        "problem": problem.data(),
         "median_us": times,
         "ratio": times[1] / times[0] if times[0] else None,
         "provenance": [one.provenance.value, other.provenance.value],

@@ -16,6 +16,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.registry import Registry
 
 DEFAULT_PROBES = 256
+_YOUNGER = frozenset(["model_dtype", "n_rescored", "n_pinned"])
 MOST_TOKENS = 32  # of one step: heads decode more one part after the other
 
 
@@ -25,6 +26,10 @@ class NumberFormat(Protocol):
     @property
     def name(self) -> str:
         """What problems call it."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it has scales."""
 
     def bytes_of(self, rows: int, width: int) -> int:
         """Bytes of a matrix `[rows, width]`."""
@@ -54,6 +59,10 @@ class Problem:
     cluster contiguous), hidden states `[n_tokens, hidden_size]`. The epilogue says what comes
     out: `argmax` the best token `[n_tokens]`, `logits` `[n_tokens, vocab_size]` in the weight's
     dtype, filled in where no cluster was probed.
+    Weights and centroids are stored in number formats. Where the weight's is quantised,
+    model_dtype is that of the model itself: of its hidden states, its logits, and of the rows
+    that the best n_rescored candidates are decided by. The first n_pinned clusters are probed in
+    any case, whether or not they are among the n_probes best.
     Raises FlashtuneError when the shape is not one that FlashHead can solve.
     """
 
@@ -65,6 +74,9 @@ class Problem:
     weight_dtype: str = "bf16"
     centroid_dtype: str = "bf16"
     epilogue: str = "argmax"
+    model_dtype: str = ""
+    n_rescored: int = 0
+    n_pinned: int = 0
 
     def __post_init__(self) -> None:
         """Reject what cannot be solved, with one line that says why."""
@@ -86,10 +98,36 @@ class Problem:
                 raise FlashtuneError(
                     f"{name} must be one of {', '.join(FORMATS)}, not {getattr(self, name)!r}"
                 )
+        self._check_model_dtype()
+        for name, most in (("n_rescored", self.vocab_size), ("n_pinned", self.n_clusters)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= most:
+                raise FlashtuneError(
+                    f"{name} must be a whole number from 0 to {most}, not {value!r}"
+                )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
                 f"epilogue must be one of {', '.join(EPILOGUES)}, not {self.epilogue!r}"
             )
+
+    def _check_model_dtype(self) -> None:
+        plain = [name for name, each in FORMATS.items() if not each.quantised]
+        if FORMATS[self.weight_dtype].quantised:
+            if self.model_dtype not in plain:
+                raise FlashtuneError(
+                    f"model_dtype must be one of {', '.join(plain)} where the weight is "
+                    f"{self.weight_dtype}, not {self.model_dtype!r}"
+                )
+        elif self.model_dtype or self.n_rescored:
+            raise FlashtuneError(
+                f"model_dtype and n_rescored are for quantised weights: with {self.weight_dtype} "
+                "leave them out"
+            )
+
+    @property
+    def state_dtype(self) -> str:
+        """The dtype of hidden states and logits."""
+        return self.model_dtype or self.weight_dtype
 
     @property
     def cluster_size(self) -> int:
@@ -114,8 +152,13 @@ class Problem:
 
     @property
     def read_bytes(self) -> int:
-        """The fewest bytes a step must read: all centroids and every probed cluster, once each."""
-        return self.centroid_bytes + round(self.distinct_clusters * self.cluster_bytes)
+        """The fewest bytes a step must read: all centroids and every probed cluster, once each.
+
+        And the rows of the model that candidates are decided by.
+        """
+        again = FORMATS[self.state_dtype].bytes_of(self.n_rescored, self.hidden_size)
+        clusters = min(self.n_clusters, self.distinct_clusters + self.n_pinned)
+        return self.centroid_bytes + round(clusters * self.cluster_bytes) + self.n_tokens * again
 
     @property
     def written_bytes(self) -> int:
@@ -130,14 +173,24 @@ class Problem:
     @property
     def key(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.data(), sort_keys=True, separators=(",", ":"))
+
+    def data(self) -> dict[str, Any]:
+        """The problem as plain data. A field that is younger than the others is left out at its
+        default, so that older records keep their keys.
+        """
+        data = asdict(self)
+        return {name: each for name, each in data.items() if data[name] or name not in _YOUNGER}
 
     @classmethod
     def from_json(cls, data: Any) -> "Problem":
         """Build from a decoded JSON object; raises FlashtuneError on any other or missing key."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            raise FlashtuneError(f"a problem must have just the keys {sorted(names)}")
+        if not isinstance(data, dict) or not names - _YOUNGER <= set(data) <= names:
+            needed = sorted(names - _YOUNGER)
+            raise FlashtuneError(
+                f"a problem must have the keys {needed}, may have {sorted(_YOUNGER)}, and no other"
+            )
         return cls(**data)
 
     def describe(self) -> str:
@@ -149,6 +202,12 @@ class Problem:
             text += f" {self.weight_dtype}"
         if self.centroid_dtype != self.weight_dtype:
             text += f" centroids {self.centroid_dtype}"
+        if self.model_dtype not in ("", "bf16"):
+            text += f" of {self.model_dtype}"
+        if self.n_rescored:
+            text += f" r{self.n_rescored}"
+        if self.n_pinned:
+            text += f" pinned {self.n_pinned}"
         if self.epilogue != "argmax":
             text += f" {self.epilogue}"
         return text
@@ -168,9 +227,10 @@ _SHAPE_KEYS = {
     "clusters": "n_clusters",
     "probes": "n_probes",
     "tokens": "n_tokens",
-    "dtype": "weight_dtype",
-    "epilogue": "epilogue",
+    "rescored": "n_rescored",
+    "pinned": "n_pinned",
 }
+_NAME_KEYS = ("dtype", "weight", "centroids", "epilogue")
 _MOST_DIGITS = 18  # int() refuses thousands of digits with an error of its own
 
 
@@ -181,6 +241,7 @@ def parse_shape(text: str) -> Problem:
     """
     first, *rest = (part.strip() for part in text.split(","))
     values: dict[str, Any] = {"n_probes": DEFAULT_PROBES}
+    names: dict[str, str] = {"dtype": "bf16", "epilogue": "argmax"}
     if "=" in first:
         rest = [first, *rest]
     elif first.lower() in PRESETS:
@@ -189,18 +250,16 @@ def parse_shape(text: str) -> Problem:
     else:
         raise FlashtuneError(
             f"unknown shape {first!r}: give a preset ({', '.join(PRESETS)}) "
-            "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…,epilogue=…]"
+            "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…,weight=…,centroids=…,"
+            "rescored=…,epilogue=…]"
         )
     for pair in rest:
         name, _, value = pair.partition("=")
-        if name not in _SHAPE_KEYS:
-            raise FlashtuneError(
-                f"unknown key {name!r} in shape {text!r}: use {', '.join(_SHAPE_KEYS)}"
-            )
-        if name == "dtype":
-            values["weight_dtype"] = values["centroid_dtype"] = value
-        elif name == "epilogue":
-            values["epilogue"] = value
+        if name not in _SHAPE_KEYS and name not in _NAME_KEYS:
+            known = ", ".join((*_SHAPE_KEYS, *_NAME_KEYS))
+            raise FlashtuneError(f"unknown key {name!r} in shape {text!r}: use {known}")
+        if name in _NAME_KEYS:
+            names[name] = value
         elif value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
             values[_SHAPE_KEYS[name]] = int(value)
         else:
@@ -213,4 +272,12 @@ def parse_shape(text: str) -> Problem:
     missing = [key for key in ("vocab", "hidden", "clusters") if _SHAPE_KEYS[key] not in values]
     if missing:
         raise FlashtuneError(f"shape {text!r} lacks {', '.join(missing)}")
+    weight = names.get("weight", names["dtype"])
+    values |= {
+        "weight_dtype": weight,
+        "centroid_dtype": names.get("centroids", weight),
+        "epilogue": names["epilogue"],
+    }
+    if weight in FORMATS and FORMATS[weight].quantised:
+        values["model_dtype"] = names["dtype"]
     return Problem(**values)

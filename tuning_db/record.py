@@ -103,7 +103,7 @@ class Record:
             "key": self.key,
             "device": self.device,
             "toolchain": asdict(self.toolchain),
-            "problem": asdict(self.problem),
+            "problem": self.problem.data(),
             "config": dict(self.config),
             "provenance": self.provenance.value,
             "measurement": {

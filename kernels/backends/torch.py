@@ -31,7 +31,8 @@ class TorchStep:
         """Nothing is computed yet."""
         self._problem = problem
         self._epilogue = epilogue_of(problem.epilogue)
-        row_bytes = 4 * problem.n_probes * problem.cluster_size * problem.hidden_size
+        probed = min(problem.n_probes + problem.n_pinned, problem.n_clusters)
+        row_bytes = 4 * probed * problem.cluster_size * problem.hidden_size
         self._tokens_at_once = max(1, _ROWS_BYTES // row_bytes)
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -40,17 +41,58 @@ class TorchStep:
         centroids, at_once = self._centroids(weights), self._tokens_at_once
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
         for states, part in parts:
-            ids, logits = _candidates(weights, centroids, states, self._problem.n_probes)
-            self._epilogue.combine(ids, logits, part)
+            clusters = self._clusters(states.float() @ centroids.T)
+            ids, logits = self._candidates(weights, clusters, states)
+            self._epilogue.combine(*self._decided(weights, ids, logits, states), part)
 
     def _centroids(self, weights: Weights) -> torch.Tensor:
         """The centroids as float32; on a CPU they are converted once, not at each call."""
-        if weights.centroids.device.type != "cpu":
-            return weights.centroids.float()
         scored = self._scored
-        if scored is None or scored[0] is not weights.centroids:
-            scored = self._scored = (weights.centroids, weights.centroids.float())
-        return scored[1]
+        if scored is not None and scored[0] is weights.centroids:
+            return scored[1]
+        found = weights.centroid_rows(self._problem, slice(None), torch.float32)
+        if weights.centroids.device.type == "cpu":
+            self._scored = (weights.centroids, found)
+        return found
+
+    def _clusters(self, scores: torch.Tensor) -> torch.Tensor:
+        """The probed clusters of each token; some may be there twice, which changes nothing."""
+        n_pinned = self._problem.n_pinned
+        best = torch.topk(scores, self._problem.n_probes, dim=1, sorted=False).indices
+        if not n_pinned:
+            return best
+        pinned = torch.arange(n_pinned, device=scores.device).expand(len(scores), -1)
+        return torch.cat([best, pinned], dim=1)
+
+    def _candidates(
+        self, weights: Weights, clusters: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and float32 logits of the probed clusters' rows, `[n_tokens, rows]` each."""
+        size = self._problem.cluster_size
+        places = torch.arange(size, device=clusters.device)
+        which = (clusters[:, :, None] * size + places).flatten(1)
+        rows = weights.rows(self._problem, which.flatten(), torch.float32)
+        logits = torch.einsum("trh,th->tr", rows.view(*which.shape, -1), hidden.float())
+        return weights.ids[which], logits
+
+    def _decided(
+        self, weights: Weights, ids: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and logits, those of the best replaced by what the model's own rows give.
+
+        For a token only the best can win: the epilogue is given no others.
+        """
+        n_rescored = min(self._problem.n_rescored, logits.shape[1])
+        if not n_rescored:
+            return ids, logits
+        assert weights.model_weight is not None
+        best = torch.topk(logits, n_rescored, dim=1, sorted=False).indices
+        tokens = ids.gather(1, best)
+        rows = weights.model_weight[tokens.long()].float()
+        own = torch.einsum("trh,th->tr", rows, hidden.float())
+        if self._epilogue.best_only:
+            return tokens, own
+        return ids, logits.scatter(1, best, own)
 
 
 def decode(
@@ -73,18 +115,6 @@ def decode(
     out = new_out(problem, hidden.device)
     TorchStep(problem)(weights, hidden, out)
     return out
-
-
-def _candidates(
-    weights: Weights, centroids: torch.Tensor, hidden: torch.Tensor, n_probes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and float32 logits of the probed clusters' rows, `[n_tokens, rows]` each."""
-    n_clusters, width = centroids.shape
-    state = hidden.float()
-    clusters = torch.topk(state @ centroids.T, n_probes, dim=1, sorted=False).indices
-    rows = weights.weight.view(n_clusters, -1, width)[clusters].flatten(1, 2)
-    ids = weights.ids.view(n_clusters, -1)[clusters].flatten(1)
-    return ids, torch.einsum("trh,th->tr", rows.float(), state)
 
 
 class TorchBackend:

@@ -21,10 +21,14 @@ def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -
 def _why_wrong(
     judge: Any, found: "torch.Tensor", state: "torch.Tensor", clusters: Any
 ) -> str | None:
-    """A token must be the best of its own cluster and of those that must be probed."""
+    """A token must be the best of its own cluster and of those that must be probed.
+
+    Where candidates are decided by the model's own rows, it must have the best of their logits
+    among those that must be decided; deciding more is allowed.
+    """
     token, weights = int(found), judge.weights
     ids, must = weights.ids, clusters.must.clone()
-    n_clusters, width = weights.centroids.shape
+    n_clusters = judge.problem.n_clusters
     if not 0 <= token < ids.numel():
         return f"token {token} is not in the vocabulary"
     position = int((ids == token).nonzero()[0])
@@ -33,15 +37,10 @@ def _why_wrong(
         rank = clusters.rank(cluster)
         return f"token {token} is of the cluster ranked {rank}, of {judge.n_probes} probes"
     must[cluster] = True
-    rows = weights.weight.view(n_clusters, -1, width)[must].flatten(0, 1)
-    logits, bounds = (each[:, 0] for each in judge.products(rows, state[None]))
-    own = weights.weight[position].double() @ state
+    own, own_bound, logits, bounds, candidates = judge.contest(position, must, clusters, state)
     best = int(logits.argmax())
-    own_bound = judge.products(weights.weight[position : position + 1], state[None])[1]
-    slip = own_bound[0, 0] + bounds[best]
-    if own < logits[best] - slip:
+    if own < logits[best] - own_bound - bounds[best]:
         return f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
-    candidates = ids.view(n_clusters, -1)[must].flatten()
     tied = candidates[logits == own]
     if tied.numel() and int(tied.min()) < token:
         return f"token {token} ties with the smaller id {int(tied.min())}"
@@ -55,6 +54,7 @@ ARGMAX = Epilogue(
     poison=-1,
     written_bytes=lambda problem: 0,  # a token's id counts nothing
     combine=_combine,
+    best_only=True,
     tokens_of=lambda out: out,
     why_wrong=_why_wrong,
     values=lambda problem, first: {},

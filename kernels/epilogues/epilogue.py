@@ -38,6 +38,7 @@ class Epilogue:
     shape, dtype: of the output, the dtype as torch names it. poison: what no step may leave there.
     written_bytes: how many bytes of it are written, at least.
     combine: writes the output of candidates, from ids and float32 logits `[n_tokens, rows]` each.
+    best_only: whether nothing but the best candidate shows in the output.
     tokens_of: each row's best token `[n_tokens]`, from the output.
     why_wrong: None if one token's output is right, else why not; `judge` and `clusters` are those
     of measure/judge.py.
@@ -50,6 +51,7 @@ class Epilogue:
     poison: float
     written_bytes: Callable[[Problem], int]
     combine: Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+    best_only: bool
     tokens_of: Callable[["torch.Tensor"], "torch.Tensor"]
     why_wrong: Callable[[Any, "torch.Tensor", "torch.Tensor", Any], str | None]
     values: Callable[[Problem, FirstLaunch], Mapping[str, int]]

@@ -1,6 +1,6 @@
 """The epilogue `logits`: each candidate's logit at its id, and `FILL` for all other tokens.
 
-The output is `[n_tokens, vocab]` in the weight's dtype.
+The output is `[n_tokens, vocab]` in the dtype of the model.
 """
 
 import math
@@ -42,11 +42,17 @@ def _why_wrong(
             f"token {int(ids[cluster, member])} of the cluster ranked "
             f"{clusters.rank(cluster)}, of {judge.n_probes} probes, is not filled in"
         )
-    rows = weights.weight.view(*ids.shape, -1)[possible].flatten(0, 1)
-    own, bound = (each[:, 0] for each in judge.products(rows, state[None]))
+    own, bound, sure = judge.screened(possible, must, state)
     least, most = (own - bound).to(found.dtype), (own + bound).to(found.dtype)
     candidates = found[ids[possible]].flatten()
     right = (least <= candidates) & (candidates <= most)
+    if judge.problem.n_rescored:
+        exact, slip = judge.decided(ids[possible].flatten(), state)
+        again = ((exact - slip).to(found.dtype) <= candidates) & (
+            candidates <= (exact + slip).to(found.dtype)
+        )
+        own = torch.where(sure, exact, own)
+        right = again | (right & ~sure)
     whole = right.view(-1, ids.shape[1]).all(dim=1)
     unprobed = filled[possible].all(dim=1) & ~must[possible]
     if not bool((whole | unprobed).all()):
@@ -63,7 +69,7 @@ def _why_wrong(
 
 
 def _written_bytes(problem: Problem) -> int:
-    size = format_of(problem.weight_dtype).bytes_of(problem.n_tokens, problem.vocab_size)
+    size = format_of(problem.state_dtype).bytes_of(problem.n_tokens, problem.vocab_size)
     return size
 
 
@@ -78,10 +84,11 @@ def _values(problem: Problem, first: FirstLaunch) -> dict[str, int]:
 LOGITS = Epilogue(
     name="logits",
     shape=lambda problem: (problem.n_tokens, problem.vocab_size),
-    dtype=lambda problem: format_of(problem.weight_dtype).torch_name,
+    dtype=lambda problem: format_of(problem.state_dtype).torch_name,
     poison=math.nan,
     written_bytes=_written_bytes,
     combine=_combine,
+    best_only=False,
     tokens_of=lambda out: out.argmax(dim=1),
     why_wrong=_why_wrong,
     values=_values,

@@ -8,5 +8,7 @@ check their formats' names, and they are read without it.
 from flashtune.kernels.formats.bf16 import BF16
 from flashtune.kernels.formats.fp16 import FP16
 from flashtune.kernels.formats.fp32 import FP32
+from flashtune.kernels.formats.int4 import INT4
+from flashtune.kernels.formats.int8 import INT8
 
-MEMBERS = (BF16, FP16, FP32)
+MEMBERS = (BF16, FP16, FP32, INT8, INT4)

@@ -37,8 +37,8 @@ class Format:
     safetensors does. triton, cpp: what the data's type is called in templates of that language,
     empty where these have no such format. group: how many weights of a row share a scale, 0 for
     all of it; scale_name: the scales' dtype, empty for plain numbers.
-    pack: from float numbers `[rows, width]`; unpack: back to float32, from what `pack` gave, for
-    that width.
+    pack: from float numbers `[rows, width]`; unpack: the numbers that what `pack` gave stands
+    for, for that width, computed in a dtype.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Format:
     triton: str
     cpp: str
     pack: Callable[["torch.Tensor"], Stored]
-    unpack: Callable[[Stored, int], "torch.Tensor"]
+    unpack: Callable[[Stored, int, "torch.dtype"], "torch.Tensor"]
     group: int = 0
     scale_name: str = ""
 
@@ -113,7 +113,7 @@ def plain(name: str, bits: int, torch_name: str, stored_name: str, cpp: str) -> 
         triton=name,
         cpp=cpp,
         pack=pack,
-        unpack=lambda stored, width: stored.data.float(),
+        unpack=lambda stored, width, dtype: stored.data.to(dtype),
     )
 
 

@@ -43,6 +43,12 @@ class Judge:
     Numerical Algorithms, section 4.2). With `exact`, for inputs of small whole numbers, whose
     sums float32 holds exactly, the bound is zero. Logits are rounded once more, to the dtype they
     come in: since rounding keeps the order, they must lie between the bound's ends, rounded.
+
+    Of quantised weights the truth is what their numbers stand for, whole numbers times scales. A
+    kernel multiplies by a scale after it has added up, and rounds once more for it, which the
+    bound's 16 further steps cover. Where the best R candidates are decided by the model's own rows
+    (`n_rescored`), those must be decided of which fewer than R can be better once each logit is
+    moved by its bound; any more may be, since the model's rows only make an answer better.
     """
 
     weights: Weights
@@ -61,7 +67,12 @@ class Judge:
         """
         epilogue = epilogue_of(self.problem.epilogue)
         states = hidden.double()
-        scores, bounds = (each.T for each in self.products(self.weights.centroids, states))
+        problem = self.problem
+        parts = [
+            self.products(self.weights.centroid_rows(problem, part, torch.float64), states)
+            for part in _parts(problem.n_clusters)
+        ]
+        scores, bounds = (torch.cat(each).T for each in zip(*parts, strict=True))
         for index, (found, state) in enumerate(zip(out, states, strict=True)):
             clusters = self._clusters(scores[index], bounds[index], slack)
             reason = epilogue.why_wrong(self, found, state, clusters)
@@ -70,25 +81,85 @@ class Judge:
         return None
 
     def products(
-        self, matrix: torch.Tensor, states: torch.Tensor
+        self, rows: torch.Tensor, states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`matrix @ states.T` in float64 and its error bounds, a few rows of it at a time.
+        """`rows @ states.T` in float64, and the error bounds."""
+        depth = 0 if self.exact else rows.shape[1] / 32 + 16
+        rows = rows.double()
+        return rows @ states.T, depth * 2.0**-24 * (rows.abs() @ states.abs().T)
 
-        The whole matrix in float64 would be four times as large as the weights themselves.
+    def logits(
+        self, positions: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of rows of the weight as it is stored, and their bounds: `[positions]` each."""
+        found = [
+            self.products(self.weights.rows(self.problem, part, torch.float64), state[None])
+            for part in torch.split(positions, _ROWS_AT_ONCE)
+        ]
+        sums, bounds = (torch.cat(each)[:, 0] for each in zip(*found, strict=True))
+        return sums, bounds
+
+    def decided(self, ids: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of tokens by the model's own rows, and their bounds."""
+        assert self.weights.model_weight is not None
+        rows = self.weights.model_weight[ids.long()]
+        sums, bounds = self.products(rows, state[None])
+        return sums[:, 0], bounds[:, 0]
+
+    def screened(
+        self, possible: torch.Tensor, must: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the rows of the clusters that may be probed: logits, bounds, which must be decided.
+
+        must: the clusters that are probed in any case.
         """
-        depth = 0 if self.exact else matrix.shape[1] / 32 + 16
-        sums, bounds = [], []
-        for part in torch.split(matrix, _ROWS_AT_ONCE):
-            rows = part.double()
-            sums.append(rows @ states.T)
-            bounds.append(rows.abs() @ states.abs().T)
-        return torch.cat(sums), depth * 2.0**-24 * torch.cat(bounds)
+        size = self.problem.cluster_size
+        own, bounds = self.logits(_positions(possible, size), state)
+        n_rescored = self.problem.n_rescored
+        most = torch.sort(own + bounds, descending=True).values
+        sure = must[possible].repeat_interleave(size)
+        if n_rescored < len(own):
+            sure &= own - bounds > most[n_rescored]  # fewer than so many others can be better
+        return own, bounds, sure
+
+    def contest(
+        self, position: int, must: torch.Tensor, clusters: "_Clusters", state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A row's logit and bound; and logits, bounds and ids of the rows it must hold against.
+
+        must: the clusters that are probed in any case, those of the row counted in.
+        """
+        ids, size = self.weights.ids, self.problem.cluster_size
+        own_id = ids[position : position + 1]
+        if not self.problem.n_rescored:
+            rivals = _positions(must, size)
+            logits, bounds = self.logits(rivals, state)
+            here = int((rivals == position).nonzero()[0])
+            return logits[here], bounds[here], logits, bounds, ids[rivals]
+        _, _, sure = self.screened(clusters.possible, must, state)
+        rivals = torch.cat([ids[_positions(clusters.possible, size)[sure]], own_id])
+        logits, bounds = self.decided(rivals, state)
+        return logits[-1], bounds[-1], logits, bounds, rivals
 
     def _clusters(self, scores: torch.Tensor, bound: torch.Tensor, slack: int) -> "_Clusters":
-        """What one token's scores, to within `bound`, leave open."""
+        """What one token's scores, to within `bound`, leave open; pinned ones are in any case."""
+        pinned = torch.arange(len(scores), device=scores.device) < self.problem.n_pinned
         ranked = torch.sort(scores, descending=True).values
         must = torch.ones_like(scores, dtype=torch.bool)
         if self.n_probes < len(scores):
             must = scores - bound > ranked[self.n_probes] + bound.max()
         last = min(self.n_probes + slack, len(scores)) - 1
-        return _Clusters(scores, must, scores + bound >= ranked[last] - bound.max())
+        possible = scores + bound >= ranked[last] - bound.max()
+        return _Clusters(scores, must | pinned, possible | pinned)
+
+
+def _parts(rows: int) -> list[slice]:
+    """So many rows, a few at a time: in float64 all would take four times what is stored."""
+    starts = range(0, rows, _ROWS_AT_ONCE)
+    return [slice(start, min(start + _ROWS_AT_ONCE, rows)) for start in starts]
+
+
+def _positions(clusters: torch.Tensor, size: int) -> torch.Tensor:
+    """The rows of the clusters that are set, in order."""
+    first = clusters.nonzero()[:, 0] * size
+    return (first[:, None] + torch.arange(size, device=clusters.device)).flatten()

@@ -13,11 +13,12 @@ import torch
 from flashtune.kernels.epilogues.epilogue import poisoned_out
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Step, Weights, stored_weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 N_CHECKS = 4
+_ROWS_AT_ONCE = 2**14  # that are made at a time
 _JUDGED_ROWS = 4096  # that the judge has in float64 at a time, at least
 
 
@@ -51,23 +52,19 @@ class Workload:
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=device)
 
-        weight = torch.empty(
-            shape, dtype=format_of(problem.weight_dtype).torch_dtype, device=device
-        )
-        for rows in torch.split(weight, 2**14):
+        dtype = format_of(problem.state_dtype).torch_dtype
+        model = torch.empty(shape, dtype=dtype, device=device)
+        for rows in torch.split(model, _ROWS_AT_ONCE):
             rows.copy_(normal(*rows.shape))
         centroids = torch.nn.functional.normalize(normal(problem.n_clusters, shape[1]), dim=1)
-        centroids = centroids.to(format_of(problem.centroid_dtype).torch_dtype)
+        scored = format_of(problem.centroid_dtype).pack(centroids)
         order = torch.randperm(problem.vocab_size, generator=generator, device=device)
-        ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten().to(torch.int32)
+        ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten()
+        weights = stored_weights(problem, model, scored, ids)
 
         n_sets = _sets_for(problem, cold_bytes)
-        sets = tuple(
-            Weights(weight=weight, centroids=centroids.clone(), ids=ids) for _ in range(n_sets)
-        )
-        states = [
-            normal(problem.n_tokens, shape[1]).to(weight.dtype) for _ in range(n_sets + N_CHECKS)
-        ]
+        sets = tuple(replace(weights, centroids=weights.centroids.clone()) for _ in range(n_sets))
+        states = [normal(problem.n_tokens, shape[1]).to(dtype) for _ in range(n_sets + N_CHECKS)]
         workload = cls(problem, sets, tuple(states[:n_sets]), tuple(states[n_sets:]))
         workload._plant(workload.checks[1], problem.n_probes - 1)
         workload._plant(workload.checks[2], problem.n_clusters - 1)
@@ -111,8 +108,9 @@ class Workload:
             for _ in range(n_sets + 2)
         ]
         near = torch.randint(problem.n_clusters, shape[:1], generator=generator, device=where)
-        states[-1] = weights.centroids[near].float() + states[-1] / 2
-        typed = tuple(each.to(weights.weight.dtype) for each in states)
+        states[-1] = weights.centroid_rows(problem, near, torch.float32) + states[-1] / 2
+        dtype = format_of(problem.state_dtype).torch_dtype
+        typed = tuple(each.to(dtype) for each in states)
         return cls(problem, (weights, *copies), typed[:n_sets], typed[n_sets:])
 
     @property
@@ -122,13 +120,13 @@ class Workload:
 
     def _plant(self, states: torch.Tensor, rank: int) -> None:
         """Make the best token of each row stand in its cluster of that rank, counted from 0."""
-        weights = self.sets[0]
+        weights, problem = self.sets[0], self.problem
+        centroids = weights.centroid_rows(problem, slice(None), torch.float32)
         for state in states.float():
-            scores = weights.centroids.float() @ state
-            cluster = int(scores.argsort(descending=True)[rank])
-            row = cluster * self.problem.cluster_size
+            cluster = int((centroids @ state).argsort(descending=True)[rank])
+            row = cluster * problem.cluster_size
             scale = 12 / float(state.norm())  # logits have the deviation |state|: 12 of them
-            weights.weight[row] = (state * scale).to(weights.weight.dtype)
+            weights.put(problem, row, state * scale)
 
     def why_wrong(self, step: Step, slack: int) -> str | None:
         """None when what the step writes is right for every check, twice each, else why not.

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values
+from flashtune.kernels.plans.parts.size import PLAIN, epilogue_values, shape_values
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -137,6 +137,7 @@ BATCHED = Plan(
         ),
         Rule(_why_not_whole, frozenset(["gather_rows"])),
         Rule(_why_not_multiplied, frozenset(["slack"])),
+        PLAIN,
     ),
     launches=_launches,
     values=_values,

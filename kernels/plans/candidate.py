@@ -29,7 +29,8 @@ class KernelUse:
     """One launch of a candidate and what its kernel needs: an estimate until it is compiled.
 
     registers and spilled (bytes) are of a thread, shared_bytes of a program; dynamic_bytes is
-    the part of these that is asked for at the launch.
+    the part of these that is asked for at the launch. arguments: by name, as backends/gpu.py has
+    them, where the source does not say so itself.
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class KernelUse:
     shared_bytes: int
     spilled: int = 0
     dynamic_bytes: int = 0
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

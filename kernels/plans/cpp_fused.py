@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flashtune.kernels.plans.candidate import Candidate, Plan
+from flashtune.kernels.plans.candidate import Candidate, Plan, why_broken
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.simd import (
     ALL_LEVELS,
@@ -22,6 +22,7 @@ from flashtune.kernels.plans.parts.simd import (
 )
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 
@@ -53,8 +54,15 @@ class CppFusedConfig(Config):
 
 
 def default(problem: Problem, device: Device) -> CppFusedConfig:
-    """A config that is valid for every problem."""
-    return fitted(CppFusedConfig(), problem, device)
+    """A config that is valid for every problem that the templates can read.
+
+    Raises FlashtuneError for others.
+    """
+    config = fitted(CppFusedConfig(), problem, device)
+    reason = why_broken(CPP_RULES, Candidate(problem, config, device))
+    if reason:
+        raise FlashtuneError(f"no default kernel for {problem.describe()}: {reason}")
+    return config
 
 
 def _starts(problem: Problem, device: Device) -> Sequence[CppFusedConfig]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.size import PLAIN, shape_values
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -75,6 +75,7 @@ DENSE = Plan(
             lambda each: why_not_tensor_tiled("gather", each),
             frozenset(f"gather_{each}" for each in TENSOR_TILE),
         ),
+        PLAIN,
     ),
     launches=_launches,
     values=_values,

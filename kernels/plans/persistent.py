@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values
+from flashtune.kernels.plans.parts.size import PLAIN, epilogue_values, shape_values
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     PREFETCH_MARGINS,
@@ -127,6 +127,7 @@ PERSISTENT = Plan(
         Rule(lambda each: why_not_selected(each.problem, each.config.warps), frozenset(["warps"])),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
         Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),
+        PLAIN,
     ),
     launches=_launches,
     values=_values,

@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import epilogue_values, next_power_of_2, shape_values
+from flashtune.kernels.plans.parts.size import (
+    PLAIN,
+    epilogue_values,
+    next_power_of_2,
+    shape_values,
+)
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     MAX_TILE_PER_THREAD,
@@ -163,6 +168,7 @@ STAGED = Plan(
             frozenset(["selection", "select_warps", "gather_warps"]),
         ),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
+        PLAIN,
     ),
     launches=_launches,
     values=_values,

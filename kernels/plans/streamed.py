@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.size import PLAIN, shape_values
 from flashtune.kernels.plans.parts.threshold import (
     prefetch_spread,
     prefetch_values,
@@ -20,6 +20,7 @@ from flashtune.tuning_db.problem import FORMATS, Problem
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
 _STAGES = ("score", "gather")
+_ARGUMENTS = ("hidden", "centroids", "weight", "ids", "out", "scores", "moments", "state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
                 registers=BASE_REGISTERS + _held_registers(problem),
                 shared_bytes=ring + fixed,
                 dynamic_bytes=ring,
+                arguments=_ARGUMENTS,
             )
         )
     return launches
@@ -170,6 +172,7 @@ STREAMED = Plan(
             _why_not_beside,
             frozenset(["score_warps", "score_stages", "gather_warps", "gather_stages"]),
         ),
+        PLAIN,
     ),
     launches=_launches,
     values=_values,

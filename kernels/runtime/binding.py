@@ -20,6 +20,7 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.epilogues.epilogue import epilogue_of, new_out, poisoned_out
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans import FALLBACK
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.runtime.choice import Choice, Level, default_choice, fallback_choice
@@ -148,15 +149,16 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
     Of logits, the best one's token is what is looked at, and that each was written.
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
-    hidden = weights.centroids[rows].to(weights.weight.dtype)
+    dtype = format_of(problem.state_dtype).torch_dtype
+    hidden = weights.centroid_rows(problem, rows, torch.float32).to(dtype)
     epilogue = epilogue_of(problem.epilogue)
     out = new_out(problem, hidden.device)
     TorchStep(problem)(weights, hidden, out)
     expected = epilogue.tokens_of(out)
-    least, size = _logits(weights, hidden, expected)
+    least, size = _logits(problem, weights, hidden, expected)
     slip = _SLIP * size
     if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
-        slip += torch.finfo(weights.weight.dtype).eps * least.abs()
+        slip += torch.finfo(dtype).eps * least.abs()
     for _ in range(2):
         out = poisoned_out(problem, hidden.device)
         step(weights, hidden, out)
@@ -165,15 +167,19 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
         tokens = epilogue.tokens_of(out)
         if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
             raise FlashtuneError("its tokens are not in the vocabulary")
-        logits, _ = _logits(weights, hidden, tokens)
+        logits, _ = _logits(problem, weights, hidden, tokens)
         if bool((logits < least - slip).any()):
             raise FlashtuneError("its tokens are not the best ones")
 
 
 def _logits(
-    weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor
+    problem: Problem, weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logit of each token for its hidden state, and the sum of its terms' magnitudes."""
-    rows = torch.stack([(weights.ids == token).nonzero()[0, 0] for token in tokens])
-    terms = weights.weight[rows].float() * hidden.float()
+    """The logit that decides for each token, and the sum of its terms' magnitudes."""
+    if problem.n_rescored and weights.model_weight is not None:
+        rows = weights.model_weight[tokens].float()
+    else:
+        which = torch.stack([(weights.ids == token).nonzero()[0, 0] for token in tokens])
+        rows = weights.rows(problem, which, torch.float32)
+    terms = rows * hidden.float()
     return terms.sum(dim=1), terms.abs().sum(dim=1)

@@ -53,7 +53,11 @@ def test_sizes_in_bytes(problem: Problem) -> None:
         ({"n_clusters": 63}, "not a multiple"),
         ({"n_probes": 65}, "more than n_clusters"),
         ({"weight_dtype": []}, "weight_dtype must be one of"),
-        ({"weight_dtype": "int4"}, "weight_dtype must be one of"),
+        ({"weight_dtype": "int3"}, "weight_dtype must be one of"),
+        ({"weight_dtype": "int4"}, "model_dtype must be one of bf16, fp16, fp32 where"),
+        ({"model_dtype": "bf16"}, "are for quantised weights"),
+        ({"n_rescored": 8}, "are for quantised weights"),
+        ({"n_pinned": -1}, "n_pinned must be a whole number from 0 to 64"),
         ({"centroid_dtype": "BF16"}, "centroid_dtype must be one of"),
         ({"epilogue": "beam"}, "epilogue must be one of"),
     ],
@@ -67,9 +71,9 @@ def test_rejects_what_cannot_be_solved(
 
 @pytest.mark.parametrize("data", [None, [], {}, {"vocab_size": 16}])
 def test_from_json_wants_just_its_keys(data: Any, problem: Problem) -> None:
-    with pytest.raises(FlashtuneError, match="just the keys"):
+    with pytest.raises(FlashtuneError, match="must have the keys"):
         Problem.from_json(data)
-    with pytest.raises(FlashtuneError, match="just the keys"):
+    with pytest.raises(FlashtuneError, match="must have the keys"):
         Problem.from_json({**dataclasses.asdict(problem), "extra": 1})
 
 
@@ -105,6 +109,9 @@ def test_shapes_from_pairs() -> None:
     )
     assert parse_shape("qwen3-0.6b, probes=512").n_probes == 512
     assert parse_shape("qwen3-0.6b,epilogue=logits").epilogue == "logits"
+    screened = parse_shape("qwen3-0.6b,weight=int4,centroids=int8,rescored=32,pinned=1,dtype=fp16")
+    assert (screened.weight_dtype, screened.centroid_dtype) == ("int4", "int8")
+    assert (screened.model_dtype, screened.n_rescored, screened.n_pinned) == ("fp16", 32, 1)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,7 @@ def test_shapes_from_pairs() -> None:
         ("qwen3-0.6b,probes", "must be a whole number"),
         ("qwen3-0.6b,probes=-1", "must be a whole number, not '-1'"),
         ("qwen3-0.6b,probes=0", "n_probes must be a positive"),
-        ("qwen3-0.6b,dtype=int8", "weight_dtype must be one of"),
+        ("qwen3-0.6b,dtype=int8", "model_dtype must be one of .* not 'int8'"),
         ("qwen3-0.6b,epilogue=beam", "epilogue must be one of argmax, logits, not 'beam'"),
         ("qwen3-0.6b,", "unknown key ''"),
         ("hidden=64", "lacks vocab, clusters"),
@@ -139,3 +146,14 @@ def test_a_shape_has_as_many_tokens_as_a_head_decodes_at_once() -> None:
     assert parse_shape(f"qwen3-0.6b,tokens={MOST_TOKENS}").n_tokens == MOST_TOKENS == 32
     with pytest.raises(FlashtuneError, match=r"tokens=33 .* is more than 32"):
         parse_shape("qwen3-0.6b,tokens=33")
+
+
+def test_younger_fields_leave_older_keys_as_they_were(problem: Problem) -> None:
+    """Records of databases and tables that were written before must still be found."""
+    assert "n_rescored" not in problem.key and "model_dtype" not in problem.data()
+    assert Problem.from_json(problem.data()) == problem
+    screened = dataclasses.replace(
+        problem, weight_dtype="int8", model_dtype="bf16", n_rescored=8, n_pinned=2
+    )
+    assert Problem.from_json(screened.data()) == screened
+    assert screened.key != dataclasses.replace(screened, n_rescored=4).key

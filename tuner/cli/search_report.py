@@ -198,7 +198,7 @@ def result_data(outcome: SessionResult) -> dict[str, Any]:
 def _result_data(result: Result, device: Device) -> dict[str, Any]:
     shipped = better_shipped(result, device)
     return {
-        "problem": asdict(result.problem),
+        "problem": result.problem.data(),
         "winner": result.winner.data() if result.winner else None,
         "shipped": shipped.data() if shipped else None,
         "searched_us": result.searched_us,

@@ -1,7 +1,6 @@
 """`flashtune tables`: from the database to a reviewed file and back."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         conflicts = [
             {
-                "problem": asdict(conflict.problem),
+                "problem": conflict.problem.data(),
                 "taken_from": conflict.taken_from,
                 "why": conflict.why,
                 "taken": conflict.taken.data(),

@@ -135,7 +135,7 @@ def calibration_text(calibration: Calibration) -> str:
         "version": VERSION,
         "device": calibration.device,
         "toolchain": asdict(calibration.toolchain),
-        "problems": [asdict(problem) for problem in problems],
+        "problems": [problem.data() for problem in problems],
         "samples": [
             {
                 "problem": problems.index(sample.problem),

@@ -46,7 +46,7 @@ class Task:
         """One line, without its end."""
         data = {
             "kind": self.kind,
-            "problem": asdict(self.problem),
+            "problem": self.problem.data(),
             "configs": [config_data(each.config) for each in self.candidates],
             "device": asdict(self.device),
             "seed": self.seed,

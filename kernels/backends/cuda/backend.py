@@ -16,14 +16,13 @@ import torch
 
 from flashtune.kernels.backends.cubin import resource_usage
 from flashtune.kernels.backends.cuda.nvrtc import compile_cuda, taken
-from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.backends.gpu import Launch, LaunchedStep
 from flashtune.kernels.backends.triton.backend import EMPTY_BEST
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.problem import Problem
 
 _taken = functools.partial(taken, library="the CUDA driver")
-_POINTERS = (ctypes.c_void_p,) * 8  # what both kernels are given
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,7 @@ class CudaStep(LaunchedStep):
         launches = candidate.launches
         self.scratch = CudaScratch.create(candidate.problem, launches[0].programs, device)
         self._module = _taken(driver.cuModuleLoadData(binary))
-        self.launches = [
-            (launch.kernel, self._bind(launch, candidate.lanes)) for launch in launches
-        ]
+        self.launches = [self._bind(launch, candidate.lanes) for launch in launches]
 
     def _enter(self) -> None:
         """Give the calling thread the context if it has none: torch does so only when it must."""
@@ -77,7 +74,7 @@ class CudaStep(LaunchedStep):
         if not int(_taken(driver.cuCtxGetCurrent())):
             _taken(driver.cuCtxSetCurrent(self._context))
 
-    def _bind(self, launch: KernelUse, lanes: int) -> Callable[..., None]:
+    def _bind(self, launch: KernelUse, lanes: int) -> Launch:
         driver, index = self._driver, self._index
         function = _taken(driver.cuModuleGetFunction(self._module, launch.kernel.encode()))
         attributes = driver.CUfunction_attribute
@@ -99,17 +96,18 @@ class CudaStep(LaunchedStep):
         overlap.value = allowed
         config.attrs, config.numAttrs = [overlap], 1
 
+        types = (ctypes.c_void_p,) * len(launch.arguments)
+
         def run(*pointers: int) -> None:
+            self._enter()
             config.hStream = torch._C._cuda_getCurrentRawStream(index)
-            _taken(driver.cuLaunchKernelEx(config, function, (pointers, _POINTERS), 0))
+            _taken(driver.cuLaunchKernelEx(config, function, (pointers, types), 0))
 
-        return run
+        return Launch(launch.kernel, run, launch.arguments)
 
-    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
-        self._enter()
-        scratch = self.scratch
-        all_tensors = (*tensors, scratch.scores, scratch.moments, scratch.state)
-        return tuple(tensor.data_ptr() for tensor in all_tensors)
+    def _value(self, tensor: torch.Tensor) -> int:
+        """A pointer."""
+        return tensor.data_ptr()
 
 
 class CudaBackend:

@@ -12,7 +12,7 @@ import linecache
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashtune.kernels.backends.cubin import resource_usage
-from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.backends.gpu import Launch, LaunchedStep
+from flashtune.kernels.epilogues.epilogue import new_out
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
 from flashtune.kernels.weights import Step
@@ -28,6 +30,7 @@ from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
 EMPTY_BEST = -(2**63)
+META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,26 @@ def load_source(source: str) -> ModuleType:
 
 
 def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str]:
-    weight, centroid = f"*{problem.weight_dtype}", f"*{problem.centroid_dtype}"
+    """The types of a kernel's arguments, in Triton's words."""
+    state = f"*{format_of(problem.state_dtype).triton}"
     types = {
-        "hidden_ptr": weight,
-        "centroids_ptr": centroid,
-        "weight_ptr": weight,
+        "hidden_ptr": state,
+        "centroids_ptr": f"*{format_of(problem.centroid_dtype).triton}",
+        "weight_ptr": f"*{format_of(problem.weight_dtype).triton}",
+        "centroid_scales_ptr": f"*{_scale_type(problem.centroid_dtype)}",
+        "weight_scales_ptr": f"*{_scale_type(problem.weight_dtype)}",
+        "model_weight_ptr": state,
         "ids_ptr": "*i32",
-        "out_ptr": "*i64" if problem.epilogue == "argmax" else weight,
+        "out_ptr": state if new_out(problem, META).is_floating_point() else "*i64",
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
     }
     return {argument: types[argument] for argument in getattr(module, name).arg_names}
+
+
+def _scale_type(name: str) -> str:
+    return {"float32": "fp32", "float16": "fp16", "": ""}[format_of(name).scale_name]
 
 
 def _uses_topk(module: ModuleType) -> bool:
@@ -120,30 +131,24 @@ class DecodeStep(LaunchedStep):
     ) -> None:
         """Bind kernels to fresh scratch on `device`, and load their binaries there."""
         self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
-        self.launches = [
-            (launch["kernel"], self._bind(launch, module, kernels)) for launch in module.LAUNCHES
-        ]
+        self.launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
 
-    def _bind(
-        self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]
-    ) -> Callable[..., None]:
+    def _bind(self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]) -> Launch:
         name, scratch = launch["kernel"], self.scratch
         if name == "torch_topk":
             values = torch.empty_like(scratch.selected, dtype=torch.float32)
 
-            def topk(*_: torch.Tensor) -> None:
+            def topk() -> None:
                 torch.topk(
                     scratch.scores, values.shape[1], sorted=False, out=(values, scratch.selected)
                 )
 
-            return topk
+            return Launch(name, topk, ())
         grid = (launch["programs"], 1, 1)
+        arguments = [each.removesuffix("_ptr") for each in getattr(module, name).arg_names]
         # Triton's interpreter compiles nothing: the jit function itself is launched
         launched = kernels[name] if name in kernels else getattr(module, name)
-        return cast("Callable[..., None]", launched[grid])
-
-    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (*tensors, self.scratch.scores, self.scratch.selected, self.scratch.state)
+        return Launch(name, launched[grid], tuple(arguments))
 
 
 class TritonBackend:

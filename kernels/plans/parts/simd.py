@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, Rule
 from flashtune.kernels.plans.knob import Config
-from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.size import PLAIN, shape_values
 from flashtune.kernels.plans.parts.threshold import threshold_values
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
@@ -108,6 +108,7 @@ CPP_RULES = (
     Rule(_why_not_shared, frozenset(["threads"])),
     Rule(_why_not_scored, frozenset(["simd", *(f"score_{each}" for each in _TILE)])),
     Rule(_why_not_gathered, frozenset(["simd", *(f"gather_{each}" for each in _TILE)])),
+    PLAIN,
 )
 
 

@@ -1,7 +1,8 @@
 """The sizes that every template is filled in with."""
 
 from flashtune.kernels.epilogues.epilogue import FILL, epilogue_of
-from flashtune.kernels.plans.candidate import KernelUse
+from flashtune.kernels.formats.format import format_of
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, Rule
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
@@ -23,6 +24,18 @@ def shape_values(problem: Problem) -> dict[str, Value]:
         "epilogue": problem.epilogue,
         "fill": FILL,
     }
+
+
+def why_not_plain(candidate: Candidate) -> str | None:
+    """For plans whose templates read plain numbers, and probe what scores best alone."""
+    problem, plan = candidate.problem, candidate.config.plan
+    for name in (problem.weight_dtype, problem.centroid_dtype):
+        if format_of(name).quantised:
+            return f"plan {plan} does not read {name}"
+    return f"plan {plan} pins no clusters" if problem.n_pinned else None
+
+
+PLAIN = Rule(why_not_plain)
 
 
 def epilogue_values(problem: Problem, first: KernelUse) -> dict[str, Value]:
