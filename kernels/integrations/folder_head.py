@@ -7,7 +7,7 @@ Usage:
 import torch
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.model_folder.clusters import Origin, read_clusters
+from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -21,7 +21,7 @@ def flash_head_of(
     folder has no clusters, or they were made for another weight.
     """
     problem, path = folder.problem(), folder.clustering_file
-    clusters = read_clusters(path)
+    clusters = folder.read_clusters()
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(

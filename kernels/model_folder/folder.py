@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from flashtune.kernels.model_folder.clusters import (
     ASSIGNMENTS,
@@ -36,6 +37,7 @@ from flashtune.tuning_db.problem import Problem
 CONFIG = "config.json"
 ASSETS_KEY, PROBES_KEY = "flash_head_cache_dir", "n_probes"
 SPECIAL_KEY = "flash_head_special_token_ids"
+CENTROIDS_KEY, MEAN_ROWS = "flash_head_centroids", "mean_rows"
 ASSETS_FOLDER = "flash_head_assets"
 CLUSTERING_FILE = "clustering_cache.safetensors"
 CLUSTERS_A_PROBE = 16  # where the config does not say
@@ -135,6 +137,22 @@ class ModelFolder:
             )
         return place
 
+    def read_clusters(self, device: str = "cpu") -> Clusters:
+        """The clusters, with centroids as they are to be scored, in any dtype.
+
+        The method divides each centroid by its length. Folders of our own are scored by mean rows,
+        as they are in the file: their config says so, or the metadata of the clustering file.
+        """
+        clusters = read_clusters(self.clustering_file, device)
+        kind = self.config.get(CENTROIDS_KEY, None if clusters.origin is None else MEAN_ROWS)
+        if kind == MEAN_ROWS:
+            return clusters
+        if kind is not None:
+            raise FlashtuneError(
+                f"{self.path / CONFIG}: {CENTROIDS_KEY} must be {MEAN_ROWS} or absent, not {kind!r}"
+            )
+        return replace(clusters, centroids=functional.normalize(clusters.centroids.float(), dim=1))
+
     def read_head(self, device: str = "cpu") -> HeadParts:
         """All of a FlashHead, read onto `device` and checked to belong together.
 
@@ -142,7 +160,7 @@ class ModelFolder:
         """
         problem, place = self.problem(), self.head_weight()
         path = self.clustering_file
-        clusters = read_clusters(path, device)
+        clusters = self.read_clusters(device)
         vocab_size = clusters.assignments.numel()
         if vocab_size != place.shape[0]:
             raise FlashtuneError(
@@ -165,11 +183,7 @@ class ModelFolder:
         dtype = TORCH_DTYPES[self.dtype]
         return HeadParts(
             weight=weight.to(dtype),
-            clusters=Clusters(
-                centroids=clusters.centroids.to(dtype),
-                assignments=clusters.assignments,
-                origin=clusters.origin,
-            ),
+            clusters=replace(clusters, centroids=clusters.centroids.to(dtype)),
             n_probes=problem.n_probes,
             special_token_ids=special,
         )

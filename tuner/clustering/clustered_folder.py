@@ -21,9 +21,11 @@ from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, write_clusters
 from flashtune.kernels.model_folder.folder import (
     ASSETS_FOLDER,
     ASSETS_KEY,
+    CENTROIDS_KEY,
     CLUSTERING_FILE,
     CLUSTERS_A_PROBE,
     CONFIG,
+    MEAN_ROWS,
     PROBES_KEY,
     ModelFolder,
 )
@@ -186,6 +188,7 @@ def _write_config(source: ModelFolder, target: Path, n_probes: int) -> None:
         **source.config,
         "architectures": [PREFIX + str(name).removeprefix(PREFIX) for name in names],
         ASSETS_KEY: ASSETS_FOLDER,
+        CENTROIDS_KEY: MEAN_ROWS,
         PROBES_KEY: n_probes,
     }
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

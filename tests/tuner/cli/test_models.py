@@ -111,6 +111,7 @@ class TestCluster:
             **json.loads(before["config.json"]),
             "architectures": ["FlashHeadLlamaForCausalLM"],
             "flash_head_cache_dir": "flash_head_assets",
+            "flash_head_centroids": "mean_rows",
             "n_probes": 1,
         }
         data = json.loads(told)
