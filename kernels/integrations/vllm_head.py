@@ -25,7 +25,6 @@ from flashtune.kernels.model_folder.folder import ASSETS_KEY, ModelFolder
 from flashtune.kernels.weights import FILL
 from flashtune.tuning_db.errors import FlashtuneError
 
-PREFIX = "FlashHead"  # of architectures' names
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
 

@@ -87,8 +87,10 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """The model's dtype, as problems name it; bf16 where the config does not say."""
-        name = str(self.text.get("dtype") or self.text.get("torch_dtype") or "bfloat16")
+        """The model's dtype, as problems name it; the stored one where the config does not say."""
+        name = self.text.get("dtype") or self.text.get("torch_dtype")
+        if name is None:
+            return self.head_weight().dtype
         if name not in _DTYPES:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(_DTYPES)}")
         return _DTYPES[name]
@@ -110,11 +112,8 @@ class ModelFolder:
         """
         path = self._existing_clusters()
         vocab_size, hidden, n_clusters = read_shapes(path)
-        if hidden != self.text.get("hidden_size"):
-            raise FlashtuneError(
-                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size "
-                f"{self.text.get('hidden_size')}: the assets are of another model"
-            )
+        if hidden != self.text.get("hidden_size"):  # which not all models call their head's width
+            self._check_width(hidden, self.head_weight())
         named = self.config.get(PROBES_KEY)
         with _blaming(f"{self.path / CONFIG} with {path.name}"):
             return Problem(
@@ -127,15 +126,9 @@ class ModelFolder:
             )
 
     def head_weight(self) -> HeadWeight:
-        """Where the head's weight is. Its width is checked against the config."""
+        """Where the head's weight is, and its shape and dtype, from headers alone."""
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        place = find_head_weight(self.path, tied=tied is not False)
-        if place.shape[1] != self.text.get("hidden_size"):
-            raise FlashtuneError(
-                f"{place.path}: {place.name} has shape {list(place.shape)}, but {CONFIG} says "
-                f"hidden_size {self.text.get('hidden_size')}"
-            )
-        return place
+        return find_head_weight(self.path, tied=tied is not False)
 
     def read_clusters(self, device: str = "cpu") -> Clusters:
         """The clusters, with centroids as they are to be scored, in any dtype.
@@ -149,7 +142,8 @@ class ModelFolder:
             return clusters
         if kind is not None:
             raise FlashtuneError(
-                f"{self.path / CONFIG}: {CENTROIDS_KEY} must be {MEAN_ROWS} or absent, not {kind!r}"
+                f"{self.path / CONFIG}: {CENTROIDS_KEY} must be {MEAN_ROWS} or absent, "
+                f"not {kind!r}"
             )
         return replace(clusters, centroids=functional.normalize(clusters.centroids.float(), dim=1))
 
@@ -159,6 +153,7 @@ class ModelFolder:
         Weight and centroids are given the config's dtype, whatever they are stored in.
         """
         problem, place = self.problem(), self.head_weight()
+        self._check_width(problem.hidden_size, place)
         path = self.clustering_file
         clusters = self.read_clusters(device)
         vocab_size = clusters.assignments.numel()
@@ -187,6 +182,13 @@ class ModelFolder:
             n_probes=problem.n_probes,
             special_token_ids=special,
         )
+
+    def _check_width(self, hidden: int, place: HeadWeight) -> None:
+        if hidden != place.shape[1]:
+            raise FlashtuneError(
+                f"{self.clustering_file}: {CENTROIDS} are {hidden} wide, but {place.name} in "
+                f"{place.path.name} has shape {list(place.shape)}: the assets are of another model"
+            )
 
     def _existing_clusters(self) -> Path:
         path = self.clustering_file

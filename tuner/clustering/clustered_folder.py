@@ -29,13 +29,13 @@ from flashtune.kernels.model_folder.folder import (
     PROBES_KEY,
     ModelFolder,
 )
+from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.model_folder.tensor_file import open_tensors
 from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
 CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
-PREFIX = "FlashHead"  # of the architecture's name
 _METADATA = "flashtune"
 _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
 

@@ -1,6 +1,8 @@
 """FlashHead model folders: what is read from where, and what is said of those that are broken."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +111,40 @@ class TestReading:
     @pytest.mark.parametrize("shards", [1, 2])
     @pytest.mark.parametrize("name", [*HEADS, *EMBEDDINGS])
     def test_the_head_is_found_under_its_names(self, write: Write, name: str, shards: int) -> None:
-        folder = write(tensors={name: weight()}, shards=shards)
+        folder = write({"tie_word_embeddings": True}, tensors={name: weight()}, shards=shards)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_head_is_found_without_transformers(
+        self, write: Write, monkeypatch: pytest.MonkeyPatch, known: bool
+    ) -> None:
+        config = {"tie_word_embeddings": True, "model_type": "llama" if known else "nobody-s"}
+        folder = write(config, tensors={"wte.weight": weight()})
+        if known:
+            monkeypatch.setitem(sys.modules, "transformers", None)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+
+    def test_the_width_is_the_tensors(self, write: Write) -> None:
+        """Not `hidden_size`, which models call otherwise, or which means another width."""
+        for wrong in (None, 99):
+            folder = write({"hidden_size": wrong})
+            assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+            assert ModelFolder.open(folder).problem().hidden_size == WIDTH
+            shutil.rmtree(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_a_dtype_that_the_config_lacks_is_the_stored_one(
+        self, write: Write, dtype: torch.dtype
+    ) -> None:
+        folder = write({"dtype": None}, tensors={"lm_head.weight": weight(dtype=dtype)})
+        head = FlashHead.from_pretrained(folder)
+        assert head.weight.dtype is head.centroids.dtype is dtype
+
+    def test_a_single_file_goes_before_an_index(self, write: Write) -> None:
+        """As in transformers: an index may be left of the shards that there were before."""
+        folder = write()
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
         assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
 
     def test_no_file_is_written_to(self, write: Write) -> None:
@@ -282,8 +317,8 @@ class TestRefusals:
             ({"lm_head.weight": torch.ones(VOCAB)}, "model.safetensors", "shape [60], not [vocab"),
             (
                 {"lm_head.weight": torch.ones(VOCAB, 4)},
-                "model.safetensors",
-                "lm_head.weight has shape [60, 4], but config.json says hidden_size 8",
+                "",
+                "are 8 wide, but lm_head.weight in model.safetensors has shape [60, 4]",
             ),
             (
                 {"lm_head.weight": torch.ones(VOCAB, WIDTH).to(torch.float8_e4m3fn)},
