@@ -6,8 +6,8 @@ Usage:
     weight = place.read()           # [vocab, hidden]
 
 The model's own class says what the weight is called and whether it is tied to the embedding
-(`own_class`). Where that can't be asked, names that models use are looked for: the head's own, else
-the embedding's, also where the text model is nested in a multimodal one.
+(`own_class`). Where that can't be asked, names that models use are looked for: the head's own,
+else the embedding's, also where the text model is nested in a multimodal one.
 """
 
 import json

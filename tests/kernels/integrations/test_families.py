@@ -1,4 +1,4 @@
-"""Tiny models of many families: the dense head's tokens with all clusters probed, or a clear line."""
+"""Tiny models of many families: the dense head's tokens, all clusters probed, or a clear line."""
 
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def test_a_model_generates_the_dense_heads_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_models_folder_is_clustered(family: str, tmp_path: Path) -> None:
-    """Whatever the width, the head's weight and its layer are called, and whatever it is tied to."""
+    """Whatever the width and the weight are called, and whatever it is tied to."""
     model, source, out = family_model(*FAMILIES[family]), tmp_path / "model", tmp_path / "flash"
     model.save_pretrained(source)
     result = cluster_model(ClusterRequest(model=str(source), out=out, iterations=1))
