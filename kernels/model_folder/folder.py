@@ -105,6 +105,18 @@ class ModelFolder:
             raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
         return ids
 
+    def probes(self, n_clusters: int) -> int:
+        """The number of clusters to probe of so many."""
+        named = self.config.get(PROBES_KEY)
+        if named is None:
+            return max(1, n_clusters // CLUSTERS_A_PROBE)
+        if type(named) is not int or named < 1:
+            raise FlashtuneError(
+                f"{self.path / CONFIG}: {PROBES_KEY} must be a positive whole number, "
+                f"not {named!r}"
+            )
+        return named
+
     def problem(self) -> Problem:
         """The problem of one token with this model's head; reads no tensor's data.
 
@@ -114,13 +126,12 @@ class ModelFolder:
         vocab_size, hidden, n_clusters = read_shapes(path)
         if hidden != self.text.get("hidden_size"):  # which not all models call their head's width
             self._check_width(hidden, self.head_weight())
-        named = self.config.get(PROBES_KEY)
         with _blaming(f"{self.path / CONFIG} with {path.name}"):
             return Problem(
                 vocab_size=-(-vocab_size // max(1, n_clusters)) * n_clusters,
                 hidden_size=hidden,
                 n_clusters=n_clusters,
-                n_probes=max(1, n_clusters // CLUSTERS_A_PROBE) if named is None else named,
+                n_probes=self.probes(n_clusters),
                 weight_dtype=self.dtype,
                 centroid_dtype=self.dtype,
             )
@@ -136,7 +147,7 @@ class ModelFolder:
         The method divides each centroid by its length. Folders of our own are scored by mean rows,
         as they are in the file: their config says so, or the metadata of the clustering file.
         """
-        clusters = read_clusters(self.clustering_file, device)
+        clusters = read_clusters(self._existing_clusters(), device)
         kind = self.config.get(CENTROIDS_KEY, None if clusters.origin is None else MEAN_ROWS)
         if kind == MEAN_ROWS:
             return clusters
