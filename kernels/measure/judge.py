@@ -16,23 +16,28 @@ _ROWS_AT_ONCE = 4096  # that are judged in float64
 def decode(weights: Weights, hidden: torch.Tensor, n_probes: int) -> torch.Tensor:
     """Best token among the rows of the `n_probes` best clusters: int64 `[n_tokens]`.
 
-    hidden `[n_tokens, hidden]`. Products are accumulated in float32; ties give the smallest id.
+    hidden `[n_tokens, hidden]`. Products are accumulated in float32; ties give the smallest id. A
+    NaN counts as the best logit, and a hidden state with a NaN gives token 0, as `torch.argmax`
+    does of a dense head's logits.
     """
     ids, logits = _candidates(weights, hidden, n_probes)
     best = logits.max(dim=1, keepdim=True).values
-    return torch.where(logits == best, ids, ids.numel() + ids.max()).min(dim=1).values.long()
+    among = torch.where(best.isnan(), logits.isnan(), logits == best)
+    tokens = torch.where(among, ids, ids.numel() + ids.max()).min(dim=1).values.long()
+    return tokens.masked_fill(hidden.isnan().any(dim=1), 0)
 
 
 def decode_logits(weights: Weights, hidden: torch.Tensor, n_probes: int) -> torch.Tensor:
     """Logits of the rows of the `n_probes` best clusters, `FILL` elsewhere: `[n_tokens, vocab]`.
 
     hidden `[n_tokens, hidden]`. Products are accumulated in float32, then rounded to the weight's
-    dtype.
+    dtype. A hidden state with a NaN gives a row of NaN, as a dense head does.
     """
     ids, logits = _candidates(weights, hidden, n_probes)
     dtype = weights.weight.dtype
     out = torch.full((len(hidden), weights.ids.numel()), FILL, dtype=dtype, device=hidden.device)
-    return out.scatter_(1, ids.long(), logits.to(dtype))
+    out.scatter_(1, ids.long(), logits.to(dtype))
+    return out.masked_fill_(hidden.isnan().any(dim=1, keepdim=True), torch.nan)
 
 
 def _candidates(
