@@ -29,14 +29,16 @@ class ModelLogits:
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """The logits `[rows, vocab]` that the model returns where its head gives `raw`.
 
-        Raises whatever the model raises; FlashtuneError where it returns no such logits.
+        In the dtype of `raw`, unless the model converts them. Raises whatever the model raises;
+        FlashtuneError where it returns no such logits.
         """
         model, head = self._model, self._head
         weight = self._weight
         given = []
 
         def replaced(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-            given.append(raw.to(output).view(len(raw), *[1] * (output.dim() - 2), -1))
+            rows = raw.to(output.device)
+            given.append(rows.view(len(raw), *[1] * (output.dim() - 2), -1))
             return given[-1].expand_as(output)
 
         token = torch.zeros((len(raw), 1), dtype=torch.int64, device=weight.device)
@@ -66,7 +68,7 @@ class ModelLogits:
 
         Raises as a call does.
         """
-        raw = torch.full((1, len(self._weight)), FILL)
+        raw = torch.full((1, len(self._weight)), FILL, dtype=self._weight.dtype)
         raw[0, 0] = 0.0
         returned = self(raw)[0, 1:].float()
         if not len(returned):

@@ -173,6 +173,7 @@ def quality(
         device=_chosen(device),
         n_probes=n_probes,
         recall=recall,
+        keep_interrupted=True,
     )
     report = study_model(ModelFolder.open(model), request)
     if picture is not None:
@@ -180,7 +181,10 @@ def quality(
     if as_json:
         data: dict[str, Any] = {"model": model, **quality_data(report)}
         click.echo(json.dumps(data, indent=1))
-        return
-    Console().print(quality_table(report))
-    if recall is not None:
-        click.echo(f"{report.recall_probes} probes are the fewest that agree in {recall:.2%}")
+    else:
+        Console().print(quality_table(report))
+        if recall is not None:
+            click.echo(f"{report.recall_probes} probes are the fewest that agree in {recall:.2%}")
+    if report.interrupted:
+        click.echo("interrupted: what is shown was counted until then", err=True)
+        raise click.exceptions.Exit(130)

@@ -6,7 +6,7 @@ Usage:
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.folder import ModelFolder
-from flashtune.tuner.clustering.decode_state import decode_states, require_transformers
+from flashtune.tuner.clustering.decode_state import RunningModel, require_transformers
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import QualityRow, Study, usual_probes
 from flashtune.tuner.progress import StepProgress
@@ -23,7 +23,10 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRequest:
-    """What to find out: on which text, for how many probes, on which device, timed or not."""
+    """What to find out: on which text, for how many probes, on which device, timed or not.
+
+    keep_interrupted: after Ctrl-C, report what was counted until then.
+    """
 
     prompts: Sequence[str]
     n_tokens: int = 32
@@ -31,15 +34,19 @@ class QualityRequest:
     n_probes: Sequence[int] = ()
     recall: float | None = None
     timed: bool = True
+    keep_interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRow:
-    """Quality with a number of probes, and what a step takes; level says what ran."""
+    """Quality with a number of probes, and what a step takes; level says what ran.
+
+    Not timed: None, and no level.
+    """
 
     quality: QualityRow
-    timing: Timing
-    level: str
+    timing: Timing | None = None
+    level: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +62,7 @@ class QualityReport:
     dense: Timing | None = None
     recall: float | None = None
     recall_probes: int | None = None
+    interrupted: bool = False
 
 
 def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
@@ -65,20 +73,21 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     for number in request.n_probes:
         if number > n_clusters:
             raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
-    states = decode_states(folder, request.prompts, request.n_tokens, request.device)
-    study = Study.of(parts, states, folder.text.get("final_logit_softcapping"))
+    model = RunningModel.load(folder, request.device)
+    states = model.states(request.prompts, request.n_tokens, request.keep_interrupted)
+    study = Study.of(parts, states, model.logits)
     found = None if request.recall is None else study.least_probes(request.recall)
-    rows, dense = [], None
-    if request.timed:
-        more = [parts.n_probes] if found is None else [parts.n_probes, found]
-        numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
-        latency = HeadLatency(parts, states)
-        dense = latency.dense()
-        with StepProgress("timing the head", len(numbers)) as progress:
-            for number in numbers:
-                timing, level = latency.probing(number)
-                rows.append(TimedRow(quality=study.row(number), timing=timing, level=level))
-                progress.show(len(rows))
+    more = [parts.n_probes] if found is None else [parts.n_probes, found]
+    numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
+    rows = [TimedRow(quality=study.row(number)) for number in numbers]
+    dense, interrupted = None, model.interrupted
+    if request.timed and not interrupted:
+        try:
+            dense = _time(rows, HeadLatency(parts, states))
+        except KeyboardInterrupt:
+            if not request.keep_interrupted:
+                raise
+            interrupted = True
     return QualityReport(
         study=study,
         device=request.device,
@@ -89,7 +98,19 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
         dense=dense,
         recall=request.recall,
         recall_probes=found,
+        interrupted=interrupted,
     )
+
+
+def _time(rows: list[TimedRow], latency: HeadLatency) -> Timing:
+    """Time the rows one after the other, in place, and the dense head."""
+    dense = latency.dense()
+    with StepProgress("timing the head", len(rows)) as progress:
+        for number, row in enumerate(rows):
+            timing, level = latency.probing(row.quality.n_probes)
+            rows[number] = replace(row, timing=timing, level=level)
+            progress.show(number + 1)
+    return dense
 
 
 def quality_table(report: QualityReport) -> Table:
@@ -105,7 +126,8 @@ def quality_table(report: QualityReport) -> Table:
         quality = row.quality
         own = "*" if quality.n_probes == report.own_probes else ""
         shares = (f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass))
-        times = (f"{row.timing.median_us:.1f}", f"{row.timing.spread_us:.1f}")
+        timing = row.timing
+        times = (f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}") if timing else ("", "")
         table.add_row(f"{quality.n_probes}{own}", *shares, *times, row.level)
     if report.dense is not None:
         dense = report.dense
@@ -127,10 +149,15 @@ def quality_data(report: QualityReport) -> dict[str, Any]:
         "n_probes": report.own_probes,
         "dense": asdict(report.dense) if report.dense else None,
         "rows": [
-            {**asdict(row.quality), **asdict(row.timing), "level": row.level}
+            {
+                **asdict(row.quality),
+                **(asdict(row.timing) if row.timing else {}),
+                "level": row.level,
+            }
             for row in report.rows
         ],
         "recall": recall,
+        "interrupted": report.interrupted,
     }
 
 
@@ -155,8 +182,8 @@ def plot(report: QualityReport, path: Path) -> None:
     axes.set_ylim(0.5 / report.n_states, 1)  # below one of the steps there is nothing to see
     times = axes.twinx()
     times.plot(
-        [row.quality.n_probes for row in report.rows],
-        [row.timing.median_us for row in report.rows],
+        [row.quality.n_probes for row in report.rows if row.timing],
+        [row.timing.median_us for row in report.rows if row.timing],
         "k.--",
         label="time",
     )
