@@ -36,7 +36,7 @@ from flashtune.kernels.plans.config import (
     default_config,
     slack_of,
 )
-from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device

@@ -21,7 +21,7 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import Config, baseline_config, default_config, slack_of
-from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device

@@ -29,12 +29,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import flashtune
 from flashtune import FlashHead, Problem
 from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.head import MOST_TOKENS
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, WallTimer, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import Config, baseline_config, parse_config, slack_of
 from flashtune.kernels.runtime.binding import compile_step
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.kernels.weights import Step, Weights, new_out
 from flashtune.tuning_db.problem import EPILOGUES
 

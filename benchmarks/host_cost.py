@@ -16,8 +16,8 @@ from flashtune import FlashHead
 from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.runtime.binding import read_sources
 from flashtune.kernels.runtime.choice import choose
+from flashtune.kernels.runtime.records import read_sources
 from flashtune.tuning_db.problem import parse_shape
 
 CALLS, ROUNDS = 50, 20

@@ -27,7 +27,7 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.measure.timing import GraphTimer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import Config, parse_config
-from flashtune.kernels.runtime.binding import read_sources
+from flashtune.kernels.runtime.records import read_sources
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape

@@ -41,7 +41,7 @@ def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
 def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
     if "racing" not in request.fixturenames:
-        monkeypatch.setattr("flashtune.kernels.head.MOST_SECONDS", 0.0)
+        monkeypatch.setattr("flashtune.kernels.runtime.decoder.MOST_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -23,10 +23,6 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 
-class DoesNotFitError(Exception):
-    """A config's kernels need more than the device has: registers, shared memory, residency."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelUse:
     """What one launch of a compiled candidate needs. `spilled` is bytes a thread."""

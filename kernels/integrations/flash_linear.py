@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
 _ROWS_AT_ONCE = 8192  # that are compared

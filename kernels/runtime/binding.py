@@ -11,7 +11,6 @@ here, with these tools, is raced for first, if there is time to.
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,22 +20,14 @@ from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.measure.judge import decode, decode_logits
 from flashtune.kernels.plans.config import Config
-from flashtune.kernels.runtime.choice import (
-    PREBUILT,
-    USER,
-    Choice,
-    Level,
-    Source,
-    choose,
-    default_choice,
-)
+from flashtune.kernels.runtime.choice import Choice, Level, default_choice
 from flashtune.kernels.runtime.race import Race, Start, hold
+from flashtune.kernels.runtime.records import best_choice
+from flashtune.kernels.runtime.trouble import note, one_line
 from flashtune.kernels.weights import Step, Weights, new_out, poisoned_out
-from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.store import default_path, open_existing
-from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 LOG = logging.getLogger("flashtune")
 N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
@@ -80,20 +71,6 @@ class TorchStep:
             part.copy_(self._decode(weights, states, self._n_probes))
 
 
-class LockedStep:
-    """A kernel's step that threads may share: the launches of one call stay together."""
-
-    def __init__(self, step: Step) -> None:
-        """Guard `step`, and with it its scratch."""
-        self._step = step
-        self._lock = threading.Lock()
-
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch the step."""
-        with self._lock:
-            self._step(weights, hidden, out)
-
-
 def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
     """The best that runs here, compiled, loaded and checked, with spare steps.
 
@@ -113,7 +90,7 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                 steps = [new_step() for _ in range(N_SPARES + 1)]
                 _check(steps[0], problem, weights)
             except Exception as error:  # Triton and drivers raise whatever they like
-                troubles.append(f"the {choice.level.value} config failed: {_one_line(error)}")
+                troubles.append(f"the {choice.level.value} config failed: {one_line(error)}")
                 choice = _next_choice(problem, choice, device, troubles[-1])
             else:
                 return Bound(
@@ -125,9 +102,9 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                     race=race,
                 )
         if device is not None:
-            _note(troubles, choice.why)
+            note(troubles, choice.why)
     except Exception as error:  # the driver, or a table of ours that is beyond use
-        troubles.append(_one_line(error))
+        troubles.append(one_line(error))
         choice = _torch_choice(troubles[-1], ())
     return Bound(
         problem=problem,
@@ -140,8 +117,8 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
 
 def give_up(bound: Bound, weights: Weights, error: Exception) -> None:
     """Have a bound problem run plain torch: a call of what it ran has failed."""
-    trouble = f"a call of the {bound.choice.level.value} config failed: {_one_line(error)}"
-    _note(bound.troubles, trouble)
+    trouble = f"a call of the {bound.choice.level.value} config failed: {one_line(error)}"
+    note(bound.troubles, trouble)
     bound.choice = _torch_choice(trouble, bound.choice.skipped)
     bound.new_step = lambda: TorchStep(bound.problem, weights.centroids)
     bound.spares.clear()
@@ -155,68 +132,15 @@ def _race(
     seconds: float,
     troubles: list[str],
 ) -> tuple[Choice, Race]:
-    tools = toolchain(device)
     start = Start(
         problem=problem,
         weights=weights,
         device=device,
-        toolchain=tools,
-        look=lambda: _look(problem, device, tools, troubles),
+        toolchain=toolchain(device),
         seconds=seconds,
         troubles=troubles,
     )
     return hold(start, choice)
-
-
-def best_choice(
-    problem: Problem, device: Device | None, tools: Toolchain, troubles: list[str]
-) -> Choice:
-    """Look for this problem first; read all there is only where that finds nothing."""
-    if device is None:
-        return choose(problem, device, tools, ())
-    return _look(problem, device, tools, troubles)[0]
-
-
-def _look(
-    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
-) -> tuple[Choice, list[Source]]:
-    """The choice, and the records that it was made from."""
-    sources = read_sources(device, problem, troubles)
-    choice = choose(problem, device, tools, sources)
-    if choice.level is not Level.EXACT:
-        sources = read_sources(device, None, troubles)
-        choice = choose(problem, device, tools, sources)
-    return choice, sources
-
-
-def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
-    """The records of one problem on this device, or of all problems and devices.
-
-    What cannot be read is left out, and `troubles` says so once.
-    """
-    sources = []
-    try:
-        store = open_existing(default_path())
-        if store is not None:
-            with store:
-                name = device.name if problem else None
-                records = store.records(device=name, problem=problem)
-                sources.append(Source(name=USER, records=records))
-    except Exception as error:
-        _note(troubles, f"the tuning database is not used: {_one_line(error)}")
-    for name in [device.name] if problem else prebuilt_devices():
-        try:
-            table = prebuilt_table(name)
-        except Exception as error:
-            _note(troubles, f"a prebuilt table is not used: {_one_line(error)}")
-        else:
-            sources.append(Source(name=PREBUILT, records=table.records if table else ()))
-    return sources
-
-
-def _note(troubles: list[str], trouble: str) -> None:
-    if trouble not in troubles:
-        troubles.append(trouble)
 
 
 def _next_choice(problem: Problem, failed: Choice, device: Device, trouble: str) -> Choice:
@@ -238,8 +162,7 @@ def compile_step(
 
     Raises whatever the templates, Triton and the driver raise.
     """
-    load = backend_of(device).loader(problem, config, device, torch_device)
-    return lambda: LockedStep(load())
+    return backend_of(device).loader(problem, config, device, torch_device)
 
 
 def _check(step: Step, problem: Problem, weights: Weights) -> None:
@@ -277,9 +200,3 @@ def _logits(
     rows = torch.stack([(weights.ids == token).nonzero()[0, 0] for token in tokens])
     terms = weights.weight[rows].float() * hidden.float()
     return terms.sum(dim=1), terms.abs().sum(dim=1)
-
-
-def _one_line(error: Exception) -> str:
-    """The error's first line, with its kind where it isn't one of ours."""
-    first = next(iter(str(error).splitlines()), "")
-    return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"

@@ -34,7 +34,7 @@ def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
 def why_wrong(head: FlashHead, out: torch.Tensor, hidden: torch.Tensor) -> str | None:
     config = head.explain(len(hidden))["config"]
     slack = slack_of(parse_config(config)) if config else 0
-    return Judge(head._weights, head.n_probes).why_wrong(out, hidden, slack)
+    return Judge(head.decoder.weights, head.n_probes).why_wrong(out, hidden, slack)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])

@@ -27,6 +27,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 COMPILE_SECONDS = 120.0
 MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
+_UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class Evaluator(Protocol):
     def wait(self, seconds: float) -> list[Evaluation]:
         """Evaluations that are complete, waiting for one for at most that long."""
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
-        """Evaluate again, side by side; empty where that would say nothing new."""
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+        """Evaluate again, side by side; those of which that says nothing new are left out."""
 
     def close(self) -> None:
         """End what is under way."""
@@ -94,7 +95,7 @@ class PredictingEvaluator:
             for task, reply in self._pool.wait(seconds)
         ]
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Nothing: a prediction does not change by being made again."""
         return []
 
@@ -103,8 +104,8 @@ class PredictingEvaluator:
         self._pool.cancel()
 
     def _measurement(self, config: Config, reply: Reply) -> Measurement:
-        if reply.measurements:
-            return reply.measurements[0]
+        if reply.measurement is not None:
+            return reply.measurement
         if any(use.spilled for use in reply.uses):
             spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
             return Measurement(
@@ -178,8 +179,8 @@ class MeasuringEvaluator:
         idle = self._measurer.pending == 0
         compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
         for task, reply in compiled:
-            if reply.measurements:
-                evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
+            if reply.measurement is not None:
+                evaluations.append(Evaluation(task.configs[0], reply.measurement))
             else:
                 self._compiled.append(task.configs)
         if not (self._in_turns and self._compiling):
@@ -187,25 +188,20 @@ class MeasuringEvaluator:
                 self._measure(configs)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
-            measurement = reply.measurements[0]
+            measurement = reply.measurement or _UNSAID
             if measurement.outcome is Outcome.OK and measurement.median_us is not None:
                 self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
             evaluations.append(Evaluation(task.configs[0], measurement))
         return evaluations
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Time several configs in turns, so that a drifting clock favours none.
 
-        What had not been measured yet is given up. Empty where any failed: which of them it was
-        is not known, and none has done worse than when it was measured.
+        What had not been measured yet is given up. A config that fails now is a failure, and
+        does not keep the others from being timed. One that could not be timed is left out.
         """
         self.close()
-        self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
-        answers: list[tuple[Task, Reply]] = []
-        while not answers:
-            answers = self._measurer.wait(1.0)
-        measurements = list(answers[0][1].measurements)
-        return measurements if all(each.outcome is Outcome.OK for each in measurements) else []
+        return [Evaluation(*each) for each in self._compared(tuple(configs)).items()]
 
     def close(self) -> None:
         """End what is under way."""
@@ -213,6 +209,33 @@ class MeasuringEvaluator:
             self._compilers.cancel()
         self._compiled.clear()
         self._measurer.cancel()
+
+    def _compared(self, configs: tuple[Config, ...]) -> dict[Config, Measurement]:
+        """Measurements of the configs, each timed with as many of the others as work.
+
+        Where one takes the worker along, those left are timed by a new one. If it is not known
+        which one did, each is tried alone first. One of which even that says nothing is left out.
+        """
+        answers = self._ask(configs)
+        found = {config: each for config, each in zip(configs, answers, strict=False) if each}
+        missing = tuple(config for config in configs if config not in found)
+        if found or not missing:
+            return {**found, **(self._compared(missing) if missing else {})}
+        if len(configs) == 1:
+            return {}
+        for config in configs:
+            found |= self._compared((config,))
+        right = tuple(config for config, each in found.items() if each.outcome is Outcome.OK)
+        again = 1 < len(right) < len(configs)
+        return {**found, **(self._compared(right) if again else {})}
+
+    def _ask(self, configs: tuple[Config, ...]) -> tuple[Measurement | None, ...]:
+        """What a worker says of these configs, timed in turns."""
+        self._measurer.submit(self._task("compare", configs), COMPARE_SECONDS)
+        answers: list[tuple[Task, Reply]] = []
+        while not answers:
+            answers = self._measurer.wait(1.0)
+        return answers[0][1].measurements
 
     @property
     def _compiling(self) -> int:

@@ -94,6 +94,10 @@ class Proposals:
         else:
             self._study.tell(trial, measurement.median_us)
 
+    def correct(self, config: Config, measurement: Measurement) -> None:
+        """Replace what is known of a config: evaluated again, it came out otherwise."""
+        self.known[config] = measurement
+
     def ranked(self) -> list[Config]:
         """The configs that worked, fastest first."""
         times = {

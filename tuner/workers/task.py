@@ -65,13 +65,19 @@ class Task:
 class Reply:
     """One answer: a measurement a config, and of a compilation what its kernels need.
 
-    A compilation that went well has the outcome OK and no measurement. `fatal` says that the
-    worker is not to be used any more.
+    A compilation that went well has no measurement. None stands for a config that was not timed,
+    though that is not known to be its fault: another one took the worker or its device along.
+    `fatal` says that the worker is not to be used any more.
     """
 
-    measurements: tuple[Measurement, ...] = ()
+    measurements: tuple[Measurement | None, ...] = ()
     uses: tuple[KernelUse, ...] = ()
     fatal: bool = False
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What became of a task's only config; None of a compilation that went well."""
+        return self.measurements[0] if self.measurements else None
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -82,7 +88,7 @@ class Reply:
         """Read `to_json`'s line back."""
         data = json.loads(line)
         return cls(
-            measurements=tuple(_measurement(each) for each in data["measurements"]),
+            measurements=tuple(each and _measurement(each) for each in data["measurements"]),
             uses=tuple(KernelUse(**each) for each in data["uses"]),
             fatal=data["fatal"],
         )

@@ -19,10 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse, resident_programs
+from flashtune.kernels.backends.backend import KernelUse, resident_programs
 from flashtune.kernels.backends.cubin import resource_usage
 from flashtune.kernels.backends.gpu import GraphTimedBackend, LaunchedStep
 from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans.config import Config
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Device

@@ -226,7 +226,7 @@ def test_a_head_on_a_cpu_runs_the_winner(database: Path) -> None:
     head, workload = make_head(), make_workload()
     data = head.explain()
     assert (data["level"], data["config"]) == ("exact", dict(config_data(winner)))
-    step = head._bound("argmax", 1).take_step()
+    step = head.decoder.bound("argmax", 1).take_step()
     assert workload.why_wrong(step, slack=0) is None
 
 

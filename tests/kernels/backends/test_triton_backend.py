@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.compiler.errors import CompilationError
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.backends.backend import KernelUse
 from flashtune.kernels.backends.triton import backend as triton_backend
 from flashtune.kernels.backends.triton.backend import (
     Scratch,
@@ -18,6 +18,7 @@ from flashtune.kernels.backends.triton.backend import (
     load_source,
 )
 from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans.config import Config, PersistentConfig, StagedConfig
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem

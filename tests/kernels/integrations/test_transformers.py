@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import flashtune
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.flash_linear import FlashLinear
 from flashtune.kernels.integrations.generation import needs_every_token
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from flashtune.kernels.plans.config import (
     config_data,
     default_config,
 )
-from flashtune.kernels.runtime import binding
+from flashtune.kernels.runtime import binding, records
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db import table
 from flashtune.tuning_db.device import Toolchain, find_device
@@ -67,7 +67,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: H200)
     monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: ())
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: ())
     yield path
 
 
@@ -119,7 +119,7 @@ def test_a_tuned_kernel_is_found_and_gives_the_right_tokens(
     logits = head.weight.double() @ states(n_tokens).double().T
     plain = torch.empty(n_tokens, dtype=torch.int64)
     binding.TorchStep(replace(PROBLEM, n_tokens=n_tokens), head.centroids)(
-        head._weights, states(n_tokens), plain
+        head.decoder.weights, states(n_tokens), plain
     )
     position = torch.argsort(head.ids)
     for row in range(n_tokens):  # more clusters may be probed, so that a logit may be better
@@ -164,9 +164,9 @@ def test_the_nearest_shape_serves_where_the_database_lacks_the_problem(
 def test_a_prebuilt_table_serves_after_the_users_database(
     database: Path, faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding,
+        records,
         "prebuilt_table",
         lambda name: table.TuningTable(device=name, records=(record(TUNED),)),
     )
@@ -247,9 +247,9 @@ def test_a_table_that_cannot_be_read_is_left_out(
     faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer = '{"schema_version": 99, "device": "nvidia-h200", "records": []}'
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
+        records, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
     )
     head = make_head()
     head(states(1))
@@ -346,15 +346,15 @@ def test_a_stream_that_is_captured_first_takes_a_spare_or_plain_torch(
     head = make_head()
     if prepared:
         head.prepare(1, 2)
-    monkeypatch.setattr(head, "_index", 0)
+    monkeypatch.setattr(head.decoder, "_index", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     compiled = len(faked["compiled"])
-    steps = [head._step("argmax", 1, stream) for stream in range(3)]
+    steps = [head.decoder._step("argmax", 1, stream) for stream in range(3)]
     assert len(faked["compiled"]) == compiled  # nothing compiles while a stream is captured
     assert len(set(map(id, steps))) == 3
     assert [isinstance(step, binding.TorchStep) for step in steps] == [not prepared] * 3
     assert len(warnings_of(caplog)) == (0 if prepared else 1)
-    assert ("argmax", 1, 0) in head._steps or not prepared
+    assert ("argmax", 1, 0) in head.decoder._steps or not prepared
 
 
 def _falls_over(*_: Any) -> None:
@@ -367,7 +367,7 @@ def test_a_call_that_fails_is_answered_by_plain_torch_from_then_on(
     head, hidden = make_head(), states(40)  # a part of 32 tokens, then one of 8
     expected = head(hidden).tolist()
     assert head.explain(40)["level"] == "default"
-    head._steps["argmax", 32, 0] = _falls_over
+    head.decoder._steps["argmax", 32, 0] = _falls_over
     for _ in range(2):
         assert head(hidden).tolist() == expected
     data = head.explain(40)
@@ -378,7 +378,7 @@ def test_a_call_that_fails_is_answered_by_plain_torch_from_then_on(
     assert head.explain(8)["level"] == "default"  # which goes on as it did
     [warning] = warnings_of(caplog)
     assert "the driver has had enough (plain torch is used instead)" in warning
-    assert isinstance(head._step("argmax", 32, 7), binding.TorchStep)
+    assert isinstance(head.decoder._step("argmax", 32, 7), binding.TorchStep)
 
 
 def test_what_torch_itself_raises_is_raised(
@@ -386,7 +386,7 @@ def test_what_torch_itself_raises_is_raised(
 ) -> None:
     head = make_head()
     head(states(1))
-    head._steps["argmax", 1, 0] = _falls_over
+    head.decoder._steps["argmax", 1, 0] = _falls_over
     with monkeypatch.context() as patch:
         patch.setattr(binding.TorchStep, "__call__", _falls_over)
         with pytest.raises(RuntimeError, match="had enough"):
@@ -400,21 +400,21 @@ def test_compiled_code_has_what_lasts_made_in_another_thread(
 ) -> None:
     """Its CUDA graphs have a pool of memory of their own, for the thread that captures."""
     head, threads = make_head(), []
-    monkeypatch.setattr(head, "_index", 0)
-    monkeypatch.setattr(head, "_decode", lambda hidden, epilogue: hidden)
+    monkeypatch.setattr(head.decoder, "_index", 0)
+    monkeypatch.setattr(head.decoder, "decode", lambda hidden, epilogue: hidden)
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    prepare = head.prepare
+    prepare = head.decoder.prepare
 
-    def noted(*sizes: int, **options: Any) -> None:
+    def noted(*arguments: Any) -> None:
         threads.append(threading.get_ident())
-        prepare(*sizes, **options)
+        prepare(*arguments)
 
-    monkeypatch.setattr(head, "prepare", noted)
-    head._decode_compiled(states(40), "logits")
+    monkeypatch.setattr(head.decoder, "prepare", noted)
+    head.decoder.decode_compiled(states(40), "logits")
     assert not threads  # nothing compiles while a stream is captured
     capturing = False
     for _ in range(2):
-        head._decode_compiled(states(40), "logits")
+        head.decoder.decode_compiled(states(40), "logits")
     assert len(threads) == 1 and threads[0] != threading.get_ident()
-    assert set(head._bounds) == {("logits", 32), ("logits", 8)}
+    assert set(head.decoder._bounds) == {("logits", 32), ("logits", 8)}

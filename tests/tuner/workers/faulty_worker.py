@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
+from flashtune.kernels.backends.backend import KernelUse
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.measure.judge import decode
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import Config, StagedConfig
@@ -32,6 +34,7 @@ FAULTS = {
     (8, 0): "illegal_access",
     (8, 8): "cooperative",
     (8, 32): "slow",
+    (16, 32): "flaky",
 }
 FASTEST = (16, 64)
 
@@ -56,8 +59,8 @@ def time_of(config: Config) -> float:
 class PretendedStep:
     """Plain torch, or what its config does instead."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, times_loaded: int) -> None:
+        self.config, self._again = config, times_loaded > 1
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         wrong = fault(self.config)
@@ -76,7 +79,7 @@ class PretendedStep:
             print('{"measurements": [], "uses": [], "fatal": true}', flush=True)
             os.write(1, b"noise of a compiled library\n")
         out.copy_(decode(weights, hidden, 4))
-        if wrong == "wrong":
+        if wrong == "wrong" or (wrong == "flaky" and self._again):
             out.add_(1).remainder_(512)
 
 
@@ -95,6 +98,13 @@ class PretendedBackend:
 
     name = "pretended"
     torch_device = "cpu"
+
+    def __init__(self) -> None:
+        self._loaded: Counter[Config] = Counter()
+
+    def _load(self, config: Config) -> PretendedStep:
+        self._loaded[config] += 1
+        return PretendedStep(config, self._loaded[config])
 
     def render(self, problem: Problem, config: Config, device: Device) -> str:
         return "def step(:" if fault(config) == "syntax" else "step = None"
@@ -118,13 +128,14 @@ class PretendedBackend:
         source: str | None,
     ) -> Callable[[], PretendedStep]:
         self.compile(problem, config, device)
-        return lambda: PretendedStep(config)
+        return lambda: self._load(config)
 
     def timer(self, step: PretendedStep, workload: Workload) -> PretendedTimer:
         return PretendedTimer(time_of(step.config))
 
 
 if __name__ == "__main__":
-    worker.backend_of = lambda device: PretendedBackend()  # type: ignore[assignment]
+    backend = PretendedBackend()
+    worker.backend_of = lambda device: backend  # type: ignore[assignment]
     torch.set_num_threads(1)
     worker.main(worker.Worker())

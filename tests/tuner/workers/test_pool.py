@@ -234,6 +234,7 @@ EXPECTED = {
     "cooperative": (Outcome.OUT_OF_RESOURCES, "RuntimeError: too many blocks in cooperative"),
     "prints": (Outcome.OK, ""),
     "slow": (Outcome.PRUNED, ""),
+    "flaky": (Outcome.OK, ""),  # the first time
     "": (Outcome.OK, ""),
 }
 
@@ -281,12 +282,16 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
             assert measurement.median_us == pytest.approx(pretended, rel=1e-4)
     assert result.failed == sum(
         outcome.name not in ("OK", "PRUNED")
-        for outcome, _ in (EXPECTED[each] for each in faulty.FAULTS.values())
+        for outcome, _ in (EXPECTED[each] for each in [*faulty.FAULTS.values(), "wrong"])
     )
 
-    finals = [each for each in store.records() if each.measurement.policy == "final"]
+    timed_again = [each for each in store.records() if each.measurement.policy == "final"]
+    finals = [each for each in timed_again if each.measurement.outcome is Outcome.OK]
     assert len(finals) == 7  # six, and the default
     assert all(record.measurement.samples == 40 for record in finals)
+    [flaky] = [each for each in timed_again if each not in finals]
+    assert faulty.fault(parse_config(flaky.config)) == "flaky"
+    assert flaky.measurement.outcome is Outcome.WRONG_RESULT
     assert {(0, 16), faulty.FASTEST} <= {faulty.place(parse_config(r.config)) for r in finals}
     assert result.default_us == 48.0
     assert result.winner in finals
