@@ -9,13 +9,17 @@ if TYPE_CHECKING:
 
 
 def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-    """The smallest id among the best; of logits with a NaN token 0, as torch.argmax of a row."""
+    """The smallest id among the best, a NaN being the best of all, as torch.argmax has it.
+
+    Where all are NaN a dense head's logits are, too, and its token is 0.
+    """
     import torch
 
     best = logits.max(dim=1, keepdim=True).values
+    among = torch.where(best.isnan(), logits.isnan(), logits == best)
     beyond = ids.numel() + ids.max()
-    tokens = torch.where(logits == best, ids, beyond).min(dim=1).values.long()
-    return out.copy_(torch.where(best[:, 0].isnan(), 0, tokens))
+    tokens = torch.where(among, ids, beyond).min(dim=1).values.long()
+    return out.copy_(tokens.masked_fill(logits.isnan().all(dim=1), 0))
 
 
 def _why_wrong(

@@ -17,10 +17,10 @@ _LINE = 64  # elements of 16 bits that a line of 128 bytes holds
 
 
 def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-    """The logits at their ids; a row with a NaN among them is all NaN, as a dense head's is."""
+    """The logits at their ids; where all are NaN a dense head's row is, and so is this one."""
     import torch
 
-    fill = torch.where(logits.isnan().any(dim=1, keepdim=True), math.nan, FILL)
+    fill = torch.where(logits.isnan().all(dim=1, keepdim=True), math.nan, FILL)
     out.copy_(fill.expand(out.shape))
     return out.scatter_(1, ids.long(), logits.to(out.dtype))
 

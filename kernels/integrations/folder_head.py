@@ -7,7 +7,7 @@ Usage:
 import torch
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.model_folder.clusters import Origin, read_clusters
+from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -20,8 +20,7 @@ def flash_head_of(
     n_probes: as many as the folder's config says unless given. Raises FlashtuneError where the
     folder has no clusters, or they were made for another weight.
     """
-    problem, path = folder.problem(), folder.clustering_file
-    clusters = read_clusters(path)
+    clusters, path = folder.read_clusters(), folder.clustering_file
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(
@@ -37,6 +36,6 @@ def flash_head_of(
         weight,
         clusters.centroids.to(weight),
         clusters.assignments,
-        n_probes=problem.n_probes if n_probes is None else n_probes,
+        n_probes=folder.probes(len(clusters.centroids)) if n_probes is None else n_probes,
         special_token_ids=folder.special_token_ids,
     )

@@ -16,45 +16,17 @@ import torch
 from torch import nn
 
 from flashtune.kernels.head import FlashHead
+from flashtune.kernels.integrations.flash_linear import LOG, FlashLinear, made_of
 from flashtune.kernels.integrations.folder_head import flash_head_of
+from flashtune.kernels.integrations.generation import Generation
+from flashtune.kernels.integrations.model_logits import ModelLogits
 from flashtune.kernels.model_folder.folder import ModelFolder
-from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 
 _SAMPLED_ROWS = 64  # of a weight, to tell whose it is
 
 Clusters = tuple[torch.Tensor, torch.Tensor]
-
-
-class FlashLinear(nn.Linear):
-    """A dense head's weight, and a FlashHead that takes its place wherever a model decodes.
-
-    hidden `[…, hidden]` to logits `[…, vocab]`, those of FlashHead.logits, if there is one
-    position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
-    goes through the weight: scoring and training read logits of every token, at every position.
-    """
-
-    def __init__(self, dense: nn.Linear, head: FlashHead) -> None:
-        """Share the weight with `dense`; the state dict stays what it was."""
-        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
-        self.weight = dense.weight
-        self.head = head
-        self.train(dense.training)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of every row, in the weight's dtype."""
-        if not self._decodes(hidden):
-            return super().forward(hidden)
-        logits = self.head.logits(hidden.flatten(0, -2))
-        return logits.view(*hidden.shape[:-1], logits.shape[-1])
-
-    def _decodes(self, hidden: torch.Tensor) -> bool:
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            return False
-        if hidden.dim() == 3:
-            return hidden.shape[1] == 1 and hidden.shape[0] <= MOST_TOKENS
-        return hidden.dim() == 2 and hidden.shape[0] <= MOST_TOKENS
 
 
 def apply(
@@ -74,9 +46,11 @@ def apply(
     The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
     of it and the centroids. Apply it once the weights are final and where they will be used.
     Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
-    quantised, wrapped by an adapter, split over devices, with a bias or a soft cap.
+    quantised, wrapped by an adapter, split over devices, with a bias, or with logits that the
+    model caps. To find that out the model is run on one token.
     """
     dense = _dense_head(model)
+    _check_logits(model, dense)
     if (head is None) == (assets is None):
         raise FlashtuneError("give just one of head and assets")
     if isinstance(head, FlashHead):
@@ -93,17 +67,21 @@ def apply(
         centroids, assignments = head
         probes = DEFAULT_PROBES if n_probes is None else n_probes
         head = FlashHead(dense.weight, centroids.to(dense.weight), assignments, n_probes=probes)
-    _replace(model, dense, FlashLinear(dense, head))
+    linear = FlashLinear(dense, head)
+    _replace(model, dense, linear)
+    if hasattr(model, "generate"):
+        model.generate = Generation(model, linear)
     return head
 
 
 def remove(model: Any) -> None:
     """Give the model its dense head back. Raises FlashtuneError where there is no FlashHead."""
     applied = model.get_output_embeddings()
+    model.__dict__.pop("generate", None)
     if not isinstance(applied, FlashLinear):
         raise FlashtuneError("no FlashHead is applied to this model: there is nothing to remove")
-    size = (applied.in_features, applied.out_features)
-    dense = nn.Linear(*size, bias=False, device="meta").train(applied.training)
+    rows, width = applied.weight.shape
+    dense = nn.Linear(width, rows, bias=False, device="meta").train(applied.training)
     dense.weight = applied.weight
     _replace(model, applied, dense)
 
@@ -142,19 +120,23 @@ def _dense_head(model: Any) -> nn.Linear:
         )
     if dense.bias is not None:
         raise FlashtuneError("the output head has a bias, which FlashHead does not add")
-    cap = getattr(_text_config(model), "final_logit_softcapping", None)
-    if cap is not None:
-        raise FlashtuneError(
-            f"the model caps its logits softly at {cap} (final_logit_softcapping), and the fill "
-            "of tokens that are no candidates would come too near to theirs"
-        )
     return dense
 
 
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    find = getattr(config, "get_text_config", None)
-    return find() if find else config
+def _check_logits(model: Any, dense: nn.Linear) -> None:
+    """Raise FlashtuneError where the model does more to its logits than the fill can bear."""
+    try:
+        why = ModelLogits(model, dense).why_not_filled()
+    except Exception as error:  # whatever a model's forward raises
+        LOG.warning(
+            "FlashHead: %s could not be run on one token (%s): should it cap its logits, the fill "
+            "of tokens that are no candidates comes near to theirs",
+            type(model).__name__,
+            " ".join(f"{type(error).__name__}: {error}".split())[:200],
+        )
+        return
+    if why:
+        raise FlashtuneError(why)
 
 
 def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
@@ -171,8 +153,7 @@ def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
                 f"the FlashHead's {name} is {getattr(head.weight, name)}, the model's "
                 f"{getattr(weight, name)}: convert one with `.to`"
             )
-    step = max(1, len(weight) // _SAMPLED_ROWS)
-    if not torch.equal(head.weight[::step], weight[head.ids[::step].long()]):
+    if not made_of(head, weight, _SAMPLED_ROWS):
         raise FlashtuneError(
             "the FlashHead's weight is not the model's: it is of another model, or was made with "
             "release_weight, which takes the model's own"

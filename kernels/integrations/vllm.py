@@ -13,7 +13,8 @@ lacks of this costs FlashHead and one warning, never the model. See docs/vllm.md
 
 from typing import Any
 
-from flashtune.kernels.integrations.vllm_head import LOG, PREFIX, ServedHead, served_head
+from flashtune.kernels.integrations.vllm_head import LOG, ServedHead, served_head
+from flashtune.kernels.model_folder.own_class import PREFIX
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 _done: set[str] = set()

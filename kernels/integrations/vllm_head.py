@@ -23,10 +23,10 @@ from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
 from flashtune.kernels.model_folder.folder import ASSETS_KEY, ModelFolder
+from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
-PREFIX = "FlashHead"  # of architectures' names
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
 

@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from flashtune.kernels.formats.format import format_of, plain_formats
 from flashtune.kernels.model_folder.clusters import (
@@ -37,6 +38,7 @@ from flashtune.tuning_db.problem import Problem
 CONFIG = "config.json"
 ASSETS_KEY, PROBES_KEY = "flash_head_cache_dir", "n_probes"
 SPECIAL_KEY = "flash_head_special_token_ids"
+CENTROIDS_KEY, MEAN_ROWS = "flash_head_centroids", "mean_rows"
 ASSETS_FOLDER = "flash_head_assets"
 CLUSTERING_FILE = "clustering_cache.safetensors"
 CLUSTERS_A_PROBE = 16  # where the config does not say
@@ -85,8 +87,10 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """The model's dtype, as problems name it; bf16 where the config does not say."""
-        name = str(self.text.get("dtype") or self.text.get("torch_dtype") or "bfloat16")
+        """The model's dtype, as problems name it; the stored one where the config does not say."""
+        name = self.text.get("dtype") or self.text.get("torch_dtype")
+        if name is None:
+            return self.head_weight().dtype
         known = {each.torch_name: each.name for each in plain_formats()}
         if name not in known:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
@@ -102,6 +106,18 @@ class ModelFolder:
             raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
         return ids
 
+    def probes(self, n_clusters: int) -> int:
+        """The number of clusters to probe of so many."""
+        named = self.config.get(PROBES_KEY)
+        if named is None:
+            return max(1, n_clusters // CLUSTERS_A_PROBE)
+        if type(named) is not int or named < 1:
+            raise FlashtuneError(
+                f"{self.path / CONFIG}: {PROBES_KEY} must be a positive whole number, "
+                f"not {named!r}"
+            )
+        return named
+
     def problem(self) -> Problem:
         """The problem of one token with this model's head; reads no tensor's data.
 
@@ -109,32 +125,39 @@ class ModelFolder:
         """
         path = self._existing_clusters()
         vocab_size, hidden, n_clusters = read_shapes(path)
-        if hidden != self.text.get("hidden_size"):
-            raise FlashtuneError(
-                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size "
-                f"{self.text.get('hidden_size')}: the assets are of another model"
-            )
-        named = self.config.get(PROBES_KEY)
+        if hidden != self.text.get("hidden_size"):  # which not all models call their head's width
+            self._check_width(hidden, self.head_weight())
         with _blaming(f"{self.path / CONFIG} with {path.name}"):
             return Problem(
                 vocab_size=-(-vocab_size // max(1, n_clusters)) * n_clusters,
                 hidden_size=hidden,
                 n_clusters=n_clusters,
-                n_probes=max(1, n_clusters // CLUSTERS_A_PROBE) if named is None else named,
+                n_probes=self.probes(n_clusters),
                 weight_dtype=self.dtype,
                 centroid_dtype=self.dtype,
             )
 
     def head_weight(self) -> HeadWeight:
-        """Where the head's weight is. Its width is checked against the config."""
+        """Where the head's weight is, and its shape and dtype, from headers alone."""
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        place = find_head_weight(self.path, tied=tied is not False)
-        if place.shape[1] != self.text.get("hidden_size"):
+        return find_head_weight(self.path, tied=tied is not False)
+
+    def read_clusters(self, device: str = "cpu") -> Clusters:
+        """The clusters, with centroids as they are to be scored, in any dtype.
+
+        The method divides each centroid by its length. Folders of our own are scored by mean rows,
+        as they are in the file: their config says so, or the metadata of the clustering file.
+        """
+        clusters = read_clusters(self._existing_clusters(), device)
+        kind = self.config.get(CENTROIDS_KEY, None if clusters.origin is None else MEAN_ROWS)
+        if kind == MEAN_ROWS:
+            return clusters
+        if kind is not None:
             raise FlashtuneError(
-                f"{place.path}: {place.name} has shape {list(place.shape)}, but {CONFIG} says "
-                f"hidden_size {self.text.get('hidden_size')}"
+                f"{self.path / CONFIG}: {CENTROIDS_KEY} must be {MEAN_ROWS} or absent, "
+                f"not {kind!r}"
             )
-        return place
+        return replace(clusters, centroids=functional.normalize(clusters.centroids.float(), dim=1))
 
     def read_head(self, device: str = "cpu") -> HeadParts:
         """All of a FlashHead, read onto `device` and checked to belong together.
@@ -142,8 +165,9 @@ class ModelFolder:
         Weight and centroids are given the config's dtype, whatever they are stored in.
         """
         problem, place = self.problem(), self.head_weight()
+        self._check_width(problem.hidden_size, place)
         path = self.clustering_file
-        clusters = read_clusters(path, device)
+        clusters = self.read_clusters(device)
         vocab_size = clusters.assignments.numel()
         if vocab_size != place.shape[0]:
             raise FlashtuneError(
@@ -166,14 +190,17 @@ class ModelFolder:
         dtype = format_of(self.dtype).torch_dtype
         return HeadParts(
             weight=weight.to(dtype),
-            clusters=Clusters(
-                centroids=clusters.centroids.to(dtype),
-                assignments=clusters.assignments,
-                origin=clusters.origin,
-            ),
+            clusters=replace(clusters, centroids=clusters.centroids.to(dtype)),
             n_probes=problem.n_probes,
             special_token_ids=special,
         )
+
+    def _check_width(self, hidden: int, place: HeadWeight) -> None:
+        if hidden != place.shape[1]:
+            raise FlashtuneError(
+                f"{self.clustering_file}: {CENTROIDS} are {hidden} wide, but {place.name} in "
+                f"{place.path.name} has shape {list(place.shape)}: the assets are of another model"
+            )
 
     def _existing_clusters(self) -> Path:
         path = self.clustering_file

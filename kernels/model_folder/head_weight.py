@@ -2,11 +2,12 @@
 
 Usage:
     place = find_head_weight(folder, tied=True)
-    place.path, place.name, place.shape
+    place.path, place.name, place.shape, place.dtype
     weight = place.read()           # [vocab, hidden]
 
-Names are those of transformers: the head's own, else the embedding's that it is tied to, also
-where the text model is nested in a multimodal one.
+The model's own class says what the weight is called and whether it is tied to the embedding
+(`own_class`). Where that can't be asked, names that models use are looked for: the head's own,
+else the embedding's, also where the text model is nested in a multimodal one.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from flashtune.kernels.formats.format import plain_formats
+from flashtune.kernels.model_folder.own_class import OwnHead, ask_model
 from flashtune.kernels.model_folder.tensor_file import dtype_of, open_tensors, shape_of
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -32,11 +34,12 @@ EMBEDDINGS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadWeight:
-    """A tensor in a file: its name and shape `[vocab, hidden]`."""
+    """A tensor in a file: its name, its shape `[vocab, hidden]` and the dtype it is stored in."""
 
     path: Path
     name: str
     shape: tuple[int, int]
+    dtype: str
 
     def read(self, device: str = "cpu") -> torch.Tensor:
         """The tensor, in the dtype it is stored in."""
@@ -48,21 +51,25 @@ class HeadWeight:
 def find_head_weight(folder: Path, tied: bool) -> HeadWeight:
     """The head's weight in a model folder, of one safetensors file or of several with an index.
 
-    tied: whether the embedding may stand in where the head has no weight of its own. Raises
-    FlashtuneError naming the file and what it should hold.
+    tied: whether the embedding may stand in where the head has no weight of its own, unless the
+    model's class says so itself. Raises FlashtuneError naming the file and what it should hold.
     """
     files = _tensor_files(folder)
+    own = ask_model(folder)
+    if own is not None:
+        tied = own.tied
     wanted = (*HEADS, *EMBEDDINGS) if tied else HEADS
-    name = next((name for name in wanted if name in files), None)
+    name = own.find(list(files)) if own else None
+    if name is None:
+        name = next((name for name in wanted if name in files), None)
     if name is None:
         why = "" if tied else " (tie_word_embeddings is false)"
+        looked = dict.fromkeys([*(own.names if own else ()), *wanted])
         raise FlashtuneError(
             f"{folder}: no tensor of the model is a head's weight{why}: "
-            f"looked for {', '.join(wanted)}"
+            f"looked for {', '.join(looked)}"
         )
-    bias = name.removesuffix("weight") + "bias"
-    if bias in files:
-        raise FlashtuneError(f"{files[bias]}: the head has a bias, {bias}: FlashHead has none")
+    _check_bias(name, files, own)
     path = files[name]
     with open_tensors(path) as tensors:
         if name not in list(tensors.keys()):
@@ -70,30 +77,39 @@ def find_head_weight(folder: Path, tied: bool) -> HeadWeight:
         shape, dtype = shape_of(tensors, name), dtype_of(tensors, name)
     if len(shape) != 2:
         raise FlashtuneError(f"{path}: {name} has shape {shape}, not [vocab, hidden]")
-    known = [each.stored_name for each in plain_formats()]
+    known = {each.stored_name: each.name for each in plain_formats()}
     if dtype not in known:
         raise FlashtuneError(
             f"{path}: {name} is {dtype}, not one of {', '.join(known)}: "
             "a quantized head cannot be used"
         )
-    return HeadWeight(path=path, name=name, shape=(shape[0], shape[1]))
+    return HeadWeight(path=path, name=name, shape=(shape[0], shape[1]), dtype=known[dtype])
+
+
+def _check_bias(name: str, files: dict[str, Path], own: OwnHead | None) -> None:
+    """Refuse a head with a bias, which may be stored though its weight is the embedding's."""
+    for head in (name, *HEADS):
+        bias = head.removesuffix("weight") + "bias"
+        if bias in files:
+            raise FlashtuneError(f"{files[bias]}: the head has a bias, {bias}: FlashHead has none")
+    if own is not None and own.has_bias:
+        raise FlashtuneError(f"{files[name]}: the model's head has a bias: FlashHead has none")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a model."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-            return {str(name): folder / str(file) for name, file in weight_map.items()}
-        except OSError as error:
-            raise FlashtuneError(f"{index}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FlashtuneError(f"{index}: must be JSON with a weight_map of names") from error
-    path = folder / SINGLE
-    if not path.exists():
+    """The file of each tensor of a model, of those that transformers would load."""
+    path, index = folder / SINGLE, folder / INDEX
+    if path.exists():
+        with open_tensors(path) as tensors:
+            return dict.fromkeys(tensors.keys(), path)
+    if not index.exists():
         raise FlashtuneError(
             f"{folder}: has neither {SINGLE} nor {INDEX}: weights are read from safetensors only"
         )
-    with open_tensors(path) as tensors:
-        return dict.fromkeys(tensors.keys(), path)
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(name): folder / str(file) for name, file in weight_map.items()}
+    except OSError as error:
+        raise FlashtuneError(f"{index}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashtuneError(f"{index}: must be JSON with a weight_map of names") from error

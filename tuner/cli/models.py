@@ -161,6 +161,7 @@ def quality(
         device=device or torch_device_named(None),
         n_probes=n_probes,
         recall=recall,
+        keep_interrupted=True,
     )
     report = study_model(ModelFolder.open(model), request)
     if picture is not None:

@@ -21,19 +21,21 @@ from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, write_clusters
 from flashtune.kernels.model_folder.folder import (
     ASSETS_FOLDER,
     ASSETS_KEY,
+    CENTROIDS_KEY,
     CLUSTERING_FILE,
     CLUSTERS_A_PROBE,
     CONFIG,
+    MEAN_ROWS,
     PROBES_KEY,
     ModelFolder,
 )
+from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.model_folder.tensor_file import open_tensors
 from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
 CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
-PREFIX = "FlashHead"  # of the architecture's name
 _METADATA = "flashtune"
 _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
 
@@ -186,6 +188,7 @@ def _write_config(source: ModelFolder, target: Path, n_probes: int) -> None:
         **source.config,
         "architectures": [PREFIX + str(name).removeprefix(PREFIX) for name in names],
         ASSETS_KEY: ASSETS_FOLDER,
+        CENTROIDS_KEY: MEAN_ROWS,
         PROBES_KEY: n_probes,
     }
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -11,6 +11,7 @@ the two agree.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.tuning_db.errors import FlashtuneError
 
 TOP = 5
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 _STATES_AT_ONCE = 64
 
 
@@ -47,11 +49,14 @@ class Study:
     mass: torch.Tensor
 
     @classmethod
-    def of(cls, parts: HeadParts, states: torch.Tensor, softcap: float | None = None) -> "Study":
+    def of(
+        cls, parts: HeadParts, states: torch.Tensor, logits_of: LogitsOf = lambda raw: raw
+    ) -> "Study":
         """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
 
-        Special tokens count as found always. softcap: what the model limits its logits to,
-        which changes the probabilities. Raises FlashtuneError for states that do not fit.
+        Special tokens count as found always. logits_of: what the model makes of its head's
+        logits `[states, vocab]`, which changes the probabilities. Raises FlashtuneError for states
+        that do not fit.
         """
         weight, centroids = parts.weight.float(), parts.clusters.centroids.float()
         if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):
@@ -68,9 +73,9 @@ class Study:
             ranks[:, special] = 0
             top = logits.topk(min(TOP, len(weight)), dim=1).indices
             top_ranks.append(ranks.gather(1, top).cpu())
-            capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            returned = logits_of(logits).to(logits)
             mass = torch.zeros(len(part), len(centroids), device=weight.device)
-            mass.scatter_add_(1, ranks, capped.softmax(dim=1))
+            mass.scatter_add_(1, ranks, returned.softmax(dim=1))
             total += mass.cumsum(dim=1, dtype=torch.float64).sum(dim=0)
         found = torch.cat(top_ranks)
         return cls(

@@ -15,11 +15,7 @@ from rich.table import Table
 
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.folder import ModelFolder
-from flashtune.tuner.clustering.decode_state import (
-    PartlyDecoded,
-    decode_states,
-    require_transformers,
-)
+from flashtune.tuner.clustering.decode_state import RunningModel, require_transformers
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import QualityRow, Study, usual_probes
 from flashtune.tuner.progress import StepProgress
@@ -28,7 +24,10 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRequest:
-    """What to find out: on which text, for how many probes, on which device, timed or not."""
+    """What to find out: on which text, for how many probes, on which device, timed or not.
+
+    keep_interrupted: after Ctrl-C, report what was counted until then.
+    """
 
     prompts: Sequence[str]
     n_tokens: int = 32
@@ -36,13 +35,14 @@ class QualityRequest:
     n_probes: Sequence[int] = ()
     recall: float | None = None
     timed: bool = True
+    keep_interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRow:
     """Quality with a number of probes, and what a step takes; level says what ran.
 
-    What was not timed has neither.
+    Not timed: None, and no level.
     """
 
     quality: QualityRow
@@ -52,10 +52,7 @@ class TimedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityReport:
-    """What was found. `own_probes` are the model's; recall_probes the fewest for the recall.
-
-    interrupted: by Ctrl-C, so that there are fewer states, or some rows are not timed.
-    """
+    """What was found. `own_probes` are the model's; recall_probes the fewest for the recall."""
 
     study: Study
     device: str
@@ -77,20 +74,21 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     for number in request.n_probes:
         if number > n_clusters:
             raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
-    interrupted = False
-    try:
-        states = decode_states(folder, request.prompts, request.n_tokens, request.device)
-    except PartlyDecoded as partly:
-        states, interrupted = partly.states, True
-    study = Study.of(parts, states, folder.text.get("final_logit_softcapping"))
+    model = RunningModel.load(folder, request.device)
+    states = model.states(request.prompts, request.n_tokens, request.keep_interrupted)
+    study = Study.of(parts, states, model.logits)
     found = None if request.recall is None else study.least_probes(request.recall)
-    rows, dense = [], None
-    if request.timed:
-        more = [parts.n_probes] if found is None else [parts.n_probes, found]
-        numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
-        rows = [TimedRow(quality=study.row(number)) for number in numbers]
-        if not interrupted:
-            dense, interrupted = _time(HeadLatency(parts, states), rows)
+    more = [parts.n_probes] if found is None else [parts.n_probes, found]
+    numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
+    rows = [TimedRow(quality=study.row(number)) for number in numbers]
+    dense, interrupted = None, model.interrupted
+    if request.timed and not interrupted:
+        try:
+            dense = _time(rows, HeadLatency(parts, states))
+        except KeyboardInterrupt:
+            if not request.keep_interrupted:
+                raise
+            interrupted = True
     return QualityReport(
         study=study,
         device=request.device,
@@ -105,19 +103,15 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     )
 
 
-def _time(latency: HeadLatency, rows: list[TimedRow]) -> tuple[Timing | None, bool]:
-    """Time the dense head and then each row, in place; and whether Ctrl-C ended that."""
-    dense = None
-    try:
-        dense = latency.dense()
-        with StepProgress("timing the head", len(rows)) as progress:
-            for at, row in enumerate(rows):
-                timing, level = latency.probing(row.quality.n_probes)
-                rows[at] = replace(row, timing=timing, level=level)
-                progress.show(at + 1)
-    except KeyboardInterrupt:
-        return dense, True
-    return dense, False
+def _time(rows: list[TimedRow], latency: HeadLatency) -> Timing:
+    """Time the rows one after the other, in place, and the dense head."""
+    dense = latency.dense()
+    with StepProgress("timing the head", len(rows)) as progress:
+        for number, row in enumerate(rows):
+            timing, level = latency.probing(row.quality.n_probes)
+            rows[number] = replace(row, timing=timing, level=level)
+            progress.show(number + 1)
+    return dense
 
 
 def quality_table(report: QualityReport) -> Table:
@@ -136,8 +130,7 @@ def quality_table(report: QualityReport) -> Table:
         times = _times(row.timing)
         table.add_row(f"{quality.n_probes}{own}", *shares, *times, row.level)
     if report.dense is not None:
-        dense = report.dense
-        table.add_row("dense", "1", "1", "1", *_times(dense), "torch")
+        table.add_row("dense", "1", "1", "1", *_times(report.dense), "torch")
     table.caption = "* the model's own number of probes"
     return table
 

@@ -1,5 +1,7 @@
 """FlashHead in tiny random models of transformers, whose dense head says what is right."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from safetensors.torch import save_file
 
 import flashtune
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.integrations.transformers import FlashLinear
+from flashtune.kernels.integrations.flash_linear import FlashLinear
+from flashtune.kernels.integrations.generation import needs_every_token
 from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -51,11 +54,11 @@ def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
 
 
-def make_model(family: str = "llama", **changes: Any) -> Any:
+def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     prefix, own = FAMILIES[family]
     config_class = "Gemma3TextConfig" if family == "gemma3" else f"{prefix}Config"
     config = getattr(transformers, config_class)(**{**SIZES, **own, **changes})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():  # far apart, so that rounding swaps no two tokens
         model.get_output_embeddings().weight.normal_()
@@ -264,7 +267,15 @@ def with_bias(model: Any) -> Any:
 
 
 def with_cap(model: Any) -> Any:
-    model.config.final_logit_softcapping = 30.0
+    """Under a name that nobody knows."""
+    forward = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    model.forward = capped
     return model
 
 
@@ -298,12 +309,12 @@ def read_only(model: Any) -> Any:
         (without_head, "LlamaModel has no output head"),
         (with_adapter, r"LoraLinear, not torch.nn.Linear: merge adapters first"),
         (with_bias, "the output head has a bias"),
-        (with_cap, "caps its logits softly at 30.0"),
+        (with_cap, r"caps or scales its logits: it returns -30 for -10000"),
         (with_hook, "load all of the model on one device"),
         (with_tensor_of_its_own_kind, "weight is a Quantised on cpu"),
         (applied, r"applied already: flashtune.remove\(model\) first"),
         (read_only, "set_output_embeddings does not set its output head"),
-        (lambda model: model.double(), "weight must be bf16, fp16 or fp32"),
+        (lambda model: model.double(), "weight must be one of bf16, fp16, fp32"),
     ],
 )
 def test_a_model_that_cannot_be_helped_is_left_as_it_was(
@@ -359,6 +370,255 @@ def test_a_head_of_another_model_is_refused(
     with pytest.raises(FlashtuneError, match=message):
         flashtune.apply(model, head, **options)
     assert model.lm_head is before
+
+
+def with_map(model: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    forward = model.forward
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = make(out.logits)
+        return out
+
+    model.forward = mapped
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "harmless"),
+    [
+        (lambda logits: logits / 8, True),
+        (lambda logits: logits * 100, True),
+        (lambda logits: 0.02 * logits, True),
+        (lambda logits: logits.log_softmax(dim=-1), True),
+        (lambda logits: 1000 * torch.tanh(logits / 1000), True),
+        (lambda logits: logits / 1000, False),
+        (lambda logits: -logits, False),
+        (lambda logits: logits.clamp(-20, 20), False),
+        (lambda logits: torch.sigmoid(logits), False),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_found_out(
+    make: Callable[[torch.Tensor], torch.Tensor], harmless: bool
+) -> None:
+    model = with_map(make_model(), make)
+    expected = generated(model)
+    if harmless:
+        flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    else:
+        with pytest.raises(FlashtuneError, match="caps or scales its logits"):
+            flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    assert generated(model) == expected
+
+
+def test_a_model_that_cannot_be_run_on_a_token_is_taken_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_model()
+    forward, model.forward = model.forward, None
+    flashtune.apply(model, clusters(), n_probes=CLUSTERS)
+    assert "could not be run on one token (TypeError" in caplog.text
+    model.forward = forward
+
+
+def test_finding_it_out_leaves_no_trace() -> None:
+    model = make_model(attention_dropout=0.5).train()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    flashtune.apply(model, clusters(), n_probes=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+    assert not model.lm_head._forward_hooks
+
+
+class Halved:
+    """A processor that somebody wrote: nobody knows what it makes of the fill."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return -(scores**2)
+
+
+NEEDS_ALL: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"guidance_scale": 1.5},
+    "exponential_decay_length_penalty": {
+        "exponential_decay_length_penalty": (1, 3.0),
+        "eos_token_id": 5,
+    },
+    "sequence_bias": {"sequence_bias": [[[7], 40.0]]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch, ids: [9, 11, 60, 61]},
+    "logits_processor": {"logits_processor": [Halved()]},
+    "temperature": {"temperature": 200.0, "do_sample": True},
+    "watermarking_config": {"watermarking_config": {"bias": 30.0, "seeding_scheme": "selfhash"}},
+}
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+@pytest.mark.parametrize("setting", NEEDS_ALL)
+def test_settings_that_need_every_token_get_the_dense_tokens(
+    setting: str, as_config: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a single probe: FlashHead would give other tokens."""
+    options = NEEDS_ALL[setting]
+    if as_config:
+        if setting in ("logits_processor", "prefix_allowed_tokens_fn", "temperature"):
+            pytest.skip("the same in a config, or no part of one")
+        options = {"generation_config": transformers.GenerationConfig(**options)}
+    model = make_model()
+    expected = generated(model, **options)
+    flashtune.apply(model, clusters(), n_probes=1)
+    assert generated(model, **options) == expected
+    assert generated(model, **options) == expected
+    assert caplog.text.count("needs the logit of every token") == 1
+    assert setting in caplog.text
+    assert generated(model) != generated(make_model())  # FlashHead answers again
+
+
+def test_a_models_own_settings_count(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    model.generation_config.guidance_scale = 1.5
+    expected = generated(model)
+    flashtune.apply(model, clusters(), n_probes=1)
+    assert generated(model) == expected
+    model.generation_config.guidance_scale = 1.0  # which asks for nothing
+    assert generated(model) != generated(make_model())
+    assert caplog.text.count("guidance_scale needs") == 1
+
+
+def test_returned_scores_are_those_of_every_token() -> None:
+    model = make_model()
+    options = {"return_dict_in_generate": True, "max_new_tokens": 3}
+    for wanted in ("output_scores", "output_logits"):
+        name = wanted.removeprefix("output_")
+        expected = model.generate(prompts(), **{wanted: True}, **options)[name]
+        flashtune.apply(model, clusters(), n_probes=1)
+        found = model.generate(prompts(), **{wanted: True}, **options)[name]
+        flashtune.remove(model)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_setting_that_nobody_knows_takes_the_dense_head() -> None:
+    class Newer(transformers.GenerationConfig):  # type: ignore[name-defined, misc]
+        def __init__(self, **options: Any) -> None:
+            self.of_tomorrow = options.pop("of_tomorrow", None)
+            super().__init__(**options)
+
+    assert needs_every_token(Newer(of_tomorrow=3), (), {}) == "of_tomorrow"
+    assert needs_every_token(Newer(), (), {"max_new_tokens": 3, "top_k": 4}) is None
+    usual = transformers.GenerationConfig()
+    usual.chat_format = "chatml"  # which some folders hold, and nothing reads
+    assert needs_every_token(usual, (), {}) is None
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "loaded": lambda model: model.load_state_dict(type(model)(model.config).state_dict()),
+    "merged": lambda model: model.lm_head.weight.data.add_(torch.randn(VOCAB, WIDTH)),
+    "replaced": lambda model: setattr(
+        model.lm_head, "weight", torch.nn.Parameter(torch.randn(VOCAB, WIDTH))
+    ),
+    "data replaced": lambda model: setattr(
+        model.lm_head.weight, "data", torch.randn(VOCAB, WIDTH)
+    ),
+    "one row": lambda model: model.lm_head.weight[77].mul_(-3),
+    "longer": lambda model: model.resize_token_embeddings(VOCAB + 8),
+    "shorter": lambda model: model.resize_token_embeddings(VOCAB - 8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*mean_resizing.*")
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_weight_that_changes_is_answered_densely(
+    change: str, family: str, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(family)
+    flashtune.apply(model, clusters(), n_probes=1)
+    with torch.no_grad():
+        model(prompts(2, 1))
+        CHANGES[change](model)
+        for _ in range(2):
+            out = model(prompts(2, length), logits_to_keep=1, output_hidden_states=True)
+            head = model.get_output_embeddings()
+            dense = torch.nn.functional.linear(out.hidden_states[-1][:, -1], head.weight)
+            assert torch.equal(out.logits[:, 0], dense)
+        model.generate(prompts(), max_new_tokens=2)
+    if isinstance(head, FlashLinear):
+        assert caplog.text.count("the output head's weight is not the one") == 1
+        flashtune.remove(model)
+        assert list(model.lm_head.weight.shape) == [model.lm_head.out_features, WIDTH]
+    else:  # transformers put in a layer of its own
+        assert caplog.text.count("another output head") == 1
+
+
+def test_a_weight_that_has_its_values_again_is_decoded_with() -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flashtune.apply(model, clusters(), n_probes=1)
+    with torch.no_grad():
+        expected = model(prompts(2, 1)).logits
+        model.load_state_dict(make_model(seed=7).state_dict())
+        assert not torch.equal(model(prompts(2, 1)).logits, expected)
+        model.load_state_dict(before)
+        assert torch.equal(model(prompts(2, 1)).logits, expected)
+        model.bfloat16()
+        assert int((model(prompts(2, 1)).logits[0, 0] != -1e4).sum()) == VOCAB // CLUSTERS
+
+
+def test_compiled_code_notices_a_weight_that_changes() -> None:
+    torch.compiler.reset()
+    model = make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for changed in (False, True):
+            logits = compiled(prompts(2, 1), use_cache=False).logits
+            assert bool((logits == -1e4).any()) is not changed
+            model.lm_head.weight.mul_(-2)
+
+
+def test_training_the_head_alone_takes_the_dense_head() -> None:
+    model, plain = make_model(), make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    for each in (model, plain):
+        for parameter in each.model.parameters():
+            parameter.requires_grad_(False)
+        each(prompts(2, 1)).logits.square().sum().backward()
+    assert torch.equal(model.lm_head.weight.grad, plain.lm_head.weight.grad)
+
+
+def test_an_adapter_over_the_head_is_answered_densely(caplog: pytest.LogCaptureFixture) -> None:
+    """Its own logits come on top of candidates' and fill alike, whatever it thinks of clusters."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Module) -> None:
+            super().__init__()
+            self.base, self.delta = base, torch.nn.Linear(WIDTH, VOCAB, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.base(hidden) + 50 * self.delta(hidden)
+
+    model, plain = make_model(), make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    torch.manual_seed(4)
+    model.lm_head = Adapter(model.lm_head)
+    plain.lm_head = Adapter(plain.lm_head)
+    plain.lm_head.delta = model.lm_head.delta
+    assert generated(model) == generated(plain)
+    assert caplog.text.count("another output head") == 1
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_a_model_decodes_by_itself(way: str) -> None:
+    model = make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    expected = generated(model)
+    assert generated(other) == expected
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    assert generated(other) != expected
+    assert generated(model) == expected
+    assert generated(other, guidance_scale=1.5) != generated(model, guidance_scale=1.5)
 
 
 def test_removing_what_is_not_there_is_an_error() -> None:

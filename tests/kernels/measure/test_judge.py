@@ -121,3 +121,29 @@ def test_plain_torch_satisfies_the_judge(n_probes: int, dtype: torch.dtype) -> N
 
 def test_plain_torch_gives_the_smallest_of_tied_ids(by_hand: ByHand) -> None:
     assert [decode(by_hand(), STATE, n).item() for n in (1, 2, 3, 4)] == [5, 0, 1, 6]
+
+
+@pytest.mark.parametrize("n_probes", [1, 2, 4])
+def test_a_nan_shows_in_its_row_alone(n_probes: int, by_hand: ByHand) -> None:
+    """As in a dense head: every logit of the row is NaN, and the first is the greatest."""
+    weights, states = by_hand(), STATE.repeat(3, 1)
+    states[1, 2] = torch.nan
+    logits = decode(weights, states, n_probes, "logits")
+    assert logits[1].isnan().all()
+    assert not logits[::2].isnan().any()
+    assert torch.equal(logits[0], decode(weights, STATE, n_probes, "logits")[0])
+    tokens = decode(weights, states, n_probes)
+    assert tokens[1] == 0
+    assert tokens[0] == tokens[2] == decode(weights, STATE, n_probes)[0]
+
+
+def test_an_infinity_gives_a_token_of_the_vocabulary(by_hand: ByHand) -> None:
+    """Its products with zeros are NaN, and not a dense head's greatest logit only."""
+    states = STATE.repeat(2, 1)
+    states[0, 1], states[1, 0] = torch.inf, torch.inf
+    dense = states @ by_hand().weight.T
+    order = by_hand().ids.long()
+    tokens = decode(by_hand(), states, 4)
+    assert (
+        tokens.tolist() == torch.empty_like(dense).index_copy_(1, order, dense).argmax(1).tolist()
+    )

@@ -1,7 +1,10 @@
 """FlashHead model folders: what is read from where, and what is said of those that are broken."""
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashtune.kernels.head import FlashHead
+from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.model_folder.clusters import Clusters, Origin, read_clusters, write_clusters
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.model_folder.head_weight import EMBEDDINGS, HEADS
@@ -87,22 +91,58 @@ def refused(folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def expected(hidden: torch.Tensor, n_probes: int = 3) -> list[int]:
+def expected(hidden: torch.Tensor, *, unit: bool = True) -> list[int]:
+    """The tokens of three probes, with centroids of unit length or as they are in the file."""
     held = assets()
-    head = FlashHead(
-        weight(), held["centroids"][0, 0].T, held["cluster_assignments"], n_probes=n_probes
-    )
-    return head(hidden).tolist()
+    centroids, clusters = held["centroids"][0, 0].T, held["cluster_assignments"]
+    if unit:
+        centroids = centroids / centroids.norm(dim=1, keepdim=True)
+    probed = (hidden @ centroids.T).topk(3, dim=1).indices
+    candidate = (clusters[None, :, None] == probed[:, None, :]).any(dim=2)
+    return (hidden @ weight().T).masked_fill(~candidate, -torch.inf).argmax(dim=1).tolist()
 
 
-HIDDEN = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(9))
+HIDDEN = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
 class TestReading:
     @pytest.mark.parametrize("shards", [1, 2])
     @pytest.mark.parametrize("name", [*HEADS, *EMBEDDINGS])
     def test_the_head_is_found_under_its_names(self, write: Write, name: str, shards: int) -> None:
-        folder = write(tensors={name: weight()}, shards=shards)
+        folder = write({"tie_word_embeddings": True}, tensors={name: weight()}, shards=shards)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_head_is_found_without_transformers(
+        self, write: Write, monkeypatch: pytest.MonkeyPatch, known: bool
+    ) -> None:
+        config = {"tie_word_embeddings": True, "model_type": "llama" if known else "nobody-s"}
+        folder = write(config, tensors={"wte.weight": weight()})
+        if known:
+            monkeypatch.setitem(sys.modules, "transformers", None)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+
+    def test_the_width_is_the_tensors(self, write: Write) -> None:
+        """Not `hidden_size`, which models call otherwise, or which means another width."""
+        for wrong in (None, 99):
+            folder = write({"hidden_size": wrong})
+            assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+            assert ModelFolder.open(folder).problem().hidden_size == WIDTH
+            shutil.rmtree(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_a_dtype_that_the_config_lacks_is_the_stored_one(
+        self, write: Write, dtype: torch.dtype
+    ) -> None:
+        folder = write({"dtype": None}, tensors={"lm_head.weight": weight(dtype=dtype)})
+        head = FlashHead.from_pretrained(folder)
+        assert head.weight.dtype is head.centroids.dtype is dtype
+
+    def test_a_single_file_goes_before_an_index(self, write: Write) -> None:
+        """As in transformers: an index may be left of the shards that there were before."""
+        folder = write()
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
         assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
 
     def test_no_file_is_written_to(self, write: Write) -> None:
@@ -168,6 +208,31 @@ class TestReading:
         assert ModelFolder.open(folder).problem().vocab_size == VOCAB
         assert head(HIDDEN).tolist() == (HIDDEN @ weight()[:-5].T).argmax(dim=1).tolist()
         assert head(-HIDDEN).tolist() == (-HIDDEN @ weight()[:-5].T).argmax(dim=1).tolist()
+
+    def test_centroids_are_directions(self, write: Write) -> None:
+        """As the method scores them: whatever their length, in whatever layout and dtype."""
+        longer = assets(centroids=assets()["centroids"] * torch.linspace(0.1, 30, CLUSTERS))
+        folder = write(clusters=longer)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+        assert expected(HIDDEN) != expected(HIDDEN, unit=False)
+        applied = flash_head_of(ModelFolder.open(folder), weight())
+        assert applied(HIDDEN).tolist() == expected(HIDDEN)
+
+    @pytest.mark.parametrize("ours", ["config", "metadata"])
+    def test_centroids_of_our_own_folders_are_mean_rows(self, write: Write, ours: str) -> None:
+        folder = write({"flash_head_centroids": "mean_rows"} if ours == "config" else {})
+        if ours == "metadata":  # of folders that were made before the config said so
+            clusters = replace(read_clusters(folder / FILE), origin=Origin.of(weight()))
+            write_clusters(folder / FILE, clusters)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN, unit=False)
+        applied = flash_head_of(ModelFolder.open(folder), weight())
+        assert applied(HIDDEN).tolist() == expected(HIDDEN, unit=False)
+
+    def test_a_centroid_of_no_length_stays_zero(self, write: Write) -> None:
+        centroids = assets()["centroids"].clone()
+        centroids[..., 3] = 0
+        head = FlashHead.from_pretrained(write(clusters=assets(centroids=centroids)))
+        assert head.centroids[3].abs().sum() == 0
 
     def test_a_repository_in_the_cache_is_a_folder(
         self, write: Write, monkeypatch: pytest.MonkeyPatch
@@ -250,8 +315,8 @@ class TestRefusals:
             ({"lm_head.weight": torch.ones(VOCAB)}, "model.safetensors", "shape [60], not [vocab"),
             (
                 {"lm_head.weight": torch.ones(VOCAB, 4)},
-                "model.safetensors",
-                "lm_head.weight has shape [60, 4], but config.json says hidden_size 8",
+                "",
+                "are 8 wide, but lm_head.weight in model.safetensors has shape [60, 4]",
             ),
             (
                 {"lm_head.weight": torch.ones(VOCAB, WIDTH).to(torch.float8_e4m3fn)},
@@ -283,6 +348,7 @@ class TestRefusals:
         [
             ({"dtype": "int8"}, "dtype int8 is none of"),
             ({"n_probes": "many"}, "n_probes must be a positive whole number, not 'many'"),
+            ({"flash_head_centroids": "medians"}, "must be mean_rows or absent, not 'medians'"),
             ({"n_probes": 0}, "n_probes must be a positive whole number"),
             ({"flash_head_special_token_ids": 3}, "must be a list of token ids, not 3"),
             ({"flash_head_special_token_ids": ["</s>"]}, "must be a list of token ids"),
@@ -385,7 +451,8 @@ class TestOrigin:
 
     def test_the_same_weight_is_taken(self, write: Write) -> None:
         folder = self.make(write, weight(), weight())
-        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+        head = FlashHead.from_pretrained(folder)
+        assert head(HIDDEN).tolist() == expected(HIDDEN, unit=False)
 
     def test_the_file_has_no_key_that_others_do_not_know(self, write: Write) -> None:
         folder = self.make(write, weight(), weight())

@@ -11,13 +11,14 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.model_folder.clusters import read_clusters
-from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.model_folder.clusters import Clusters, read_clusters
+from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.clustering import clustered_folder, quality_report
-from flashtune.tuner.clustering.decode_state import PartlyDecoded
+from flashtune.tuner.clustering.decode_state import RunningModel, decode_states
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.kmeans import BalancedKMeans
+from flashtune.tuner.clustering.quality import Study
 from flashtune.tuning_db.errors import FlashtuneError
 
 VOCAB, WIDTH = 200, 16
@@ -30,6 +31,18 @@ def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
 
 
+class Continued:
+    """What a model that has continued some text gives."""
+
+    interrupted = False
+
+    def states(self, *_: Any) -> torch.Tensor:
+        return STATES
+
+    def logits(self, raw: torch.Tensor) -> torch.Tensor:
+        return raw
+
+
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """Decode steps without a model that is run."""
@@ -37,7 +50,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     monkeypatch.setattr(
         "flashtune.tuner.clustering.decode_state.require_transformers", lambda: None
     )
-    monkeypatch.setattr(quality_report, "decode_states", lambda *_: STATES)
+    monkeypatch.setattr(quality_report.RunningModel, "load", lambda *_: Continued())
     return STATES
 
 
@@ -113,6 +126,7 @@ class TestCluster:
             **json.loads(before["config.json"]),
             "architectures": ["FlashHeadLlamaForCausalLM"],
             "flash_head_cache_dir": "flash_head_assets",
+            "flash_head_centroids": "mean_rows",
             "n_probes": 1,
         }
         data = json.loads(told)
@@ -301,6 +315,7 @@ class TestQuality:
             assert row["top1"] == pytest.approx(float(agree), abs=1e-12)
             assert row["top5"] == pytest.approx(float(five), abs=1e-12)
             assert row["mass"] == pytest.approx(float(mass), abs=1e-5)
+            assert "interrupted" in data and not data["interrupted"]
             assert row["median_us"] > 0 and row["level"] == "torch"
         assert data["dense"]["median_us"] > 0 and data["recall"] is None
 
@@ -380,21 +395,22 @@ class TestQuality:
     def test_ctrl_c_while_decoding_keeps_what_was_counted(
         self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def stopped(*_: Any) -> None:
-            raise PartlyDecoded(STATES[:10])
-
-        monkeypatch.setattr(quality_report, "decode_states", stopped)
+        stopped = Continued()
+        stopped.interrupted = True
+        monkeypatch.setattr(quality_report.RunningModel, "load", lambda *_: stopped)
         result = run("quality", "--model", flash, "--device", "cpu", "--json")
         assert result.exit_code == 130
-        assert json.loads(result.stdout)["states"] == 10
+        data = json.loads(result.stdout)
+        assert data["interrupted"] and data["states"] == len(STATES)
+        assert all("median_us" not in row and row["mass"] > 0 for row in data["rows"])
 
     def test_a_number_of_probes_is_not_chosen_from_a_part(
         self, model: Path, out: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def stopped(*_: Any) -> None:
-            raise PartlyDecoded(STATES[:10])
+        def stopped(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(quality_report, "decode_states", stopped)
+        monkeypatch.setattr(Continued, "states", stopped)
         result = run("cluster", "--model", model, "--out", out, "--recall", 0.9)
         assert result.exit_code == 130
         assert not out.exists()
@@ -455,8 +471,6 @@ class TestDecodeStates:
     def test_states_give_the_tokens_that_the_model_writes(self, folder: ModelFolder) -> None:
         import transformers
 
-        from flashtune.tuner.clustering.decode_state import decode_states
-
         prompts = ["a b c", "d", "h g f e d c b a", "b b"]
         states = decode_states(folder, prompts, 6, "cpu")
         weight = folder.head_weight().read()
@@ -470,27 +484,105 @@ class TestDecodeStates:
             expected += written[0, inputs["input_ids"].shape[1] :].tolist()
         assert tokens == expected
 
-    def test_ctrl_c_keeps_the_prompts_that_are_done(
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"num_beams": 3, "num_return_sequences": 2},
+            {"do_sample": True, "num_return_sequences": 3, "temperature": 5.0},
+            {"return_dict_in_generate": True, "output_scores": True},
+            {"prompt_lookup_num_tokens": 3},
+            {"repetition_penalty": 9.0, "min_new_tokens": 6, "suppress_tokens": [1, 2]},
+            {"use_cache": False, "max_length": 3, "stop_strings": ["a"]},
+        ],
+    )
+    def test_the_models_own_settings_change_nothing(
+        self, folder: ModelFolder, settings: dict[str, Any]
+    ) -> None:
+        prompts = ["a b c", "d", "h g f e d c b a"]
+        expected = decode_states(folder, prompts, 6, "cpu")
+        path = folder.path / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        assert torch.equal(decode_states(folder, prompts, 6, "cpu"), expected)
+
+    def test_a_tokenizer_may_give_more_than_ids(self, folder: ModelFolder) -> None:
+        expected = decode_states(folder, ["a b c", "d"], 3, "cpu")
+        path = folder.path / "tokenizer_config.json"
+        for names in (["input_ids", "token_type_ids", "attention_mask"], ["input_ids"]):
+            config = {**json.loads(path.read_text()), "model_input_names": names}
+            path.write_text(json.dumps(config))
+            assert torch.equal(decode_states(folder, ["a b c", "d"], 3, "cpu"), expected)
+
+    def test_what_a_model_raises_is_a_line(
         self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from flashtune.tuner.clustering import decode_state
+        def short(*_: Any, **__: Any) -> None:
+            raise IndexError("index out of range in self\nand a long story")
 
-        proceed, batches = decode_state._continue, []
+        model = RunningModel.load(folder, "cpu")
+        monkeypatch.setattr(model._model, "forward", short)
+        with pytest.raises(
+            FlashtuneError, match="the longest of 5 characters: IndexError"
+        ) as caught:
+            model.states(["a b c", "d"], 3)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(FlashtuneError, match="gives no logits: IndexError"):
+            model.logits(torch.ones(1, 9))
+
+    def test_an_interrupted_model_gives_what_it_has(
+        self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("flashtune.tuner.clustering.decode_state._BATCH", 1)
+        expected = decode_states(folder, ["a b c"], 3, "cpu")
+        model = RunningModel.load(folder, "cpu")
+        further, calls = model._continue, []
 
         def stopped(*arguments: Any) -> Any:
-            batches.append(arguments)
-            if len(batches) == 2:
+            calls.append(arguments)
+            if len(calls) == 2:
                 raise KeyboardInterrupt
-            return proceed(*arguments)
+            return further(*arguments)
 
-        monkeypatch.setattr(decode_state, "_continue", stopped)
-        with pytest.raises(PartlyDecoded) as caught:
-            decode_state.decode_states(folder, ["a b"] * 17, 2, "cpu")
-        assert 16 <= len(caught.value.states) <= 32
+        monkeypatch.setattr(model, "_continue", stopped)
+        assert torch.equal(model.states(["a b c", "d"], 3, keep_interrupted=True), expected)
+        assert model.interrupted
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            model.states(["a b c", "d"], 3)
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "returned"),
+        [
+            ("Cohere", {"logit_scale": 0.25}, lambda raw: raw * 0.25),
+            ("Granite", {"logits_scaling": 8.0}, lambda raw: raw / 8),
+            ("Gemma2", {"final_logit_softcapping": 2.0}, lambda raw: 2 * torch.tanh(raw / 2)),
+            ("Llama", {}, lambda raw: raw),
+        ],
+    )
+    def test_logits_are_those_that_the_model_returns(
+        self, folder: ModelFolder, kind: str, changes: dict[str, float], returned: Any
+    ) -> None:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+            num_attention_heads=2, num_key_value_heads=2, eos_token_id=3, bos_token_id=0,
+            pad_token_id=0, **changes,
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder.path)
+        model = RunningModel.load(folder, "cpu")
+        raw = torch.randn(5, 9)
+        torch.testing.assert_close(model.logits(raw), returned(raw))
+        weight = model._model.get_output_embeddings().weight.detach()
+        clusters = Clusters(centroids=weight[::3].clone(), assignments=torch.arange(9) // 3)
+        parts = HeadParts(weight=weight, clusters=clusters, n_probes=1, special_token_ids=[])
+        states = model.states(["a b c", "d"], 3)
+        study = Study.of(parts, states, model.logits)
+        probed = (states @ clusters.centroids.T).argmax(dim=1)
+        inside = clusters.assignments[None] == probed[:, None]
+        mass = (returned(states @ weight.T).softmax(dim=1) * inside).sum(dim=1).mean()
+        assert study.row(1).mass == pytest.approx(float(mass), abs=1e-5)
 
     def test_a_folder_that_transformers_cannot_load(self, folder: ModelFolder) -> None:
-        from flashtune.tuner.clustering.decode_state import decode_states
-
         config = json.loads((folder.path / "config.json").read_text())
         (folder.path / "config.json").write_text(json.dumps({**config, "model_type": "odd"}))
         with pytest.raises(FlashtuneError, match="transformers cannot load it") as caught:

@@ -1,0 +1,195 @@
+"""A linear layer that decodes with FlashHead, and is the dense layer for everything else.
+
+Usage:
+    linear = FlashLinear(dense, head)
+    linear(hidden)                   # [..., vocab]
+    with linear.every_token(): …     # the dense layer's logits, whatever the shape
+"""
+
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
+
+LOG = logging.getLogger("flashtune")
+_ROWS_AT_ONCE = 8192  # that are compared
+_SAMPLED_ROWS = 16
+_LINEARS: "weakref.WeakValueDictionary[int, FlashLinear]" = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+_DEMANDS = threading.Lock()
+
+Identity = tuple[Callable[[], torch.Tensor | None], int | None]
+_NOTHING: Identity = (lambda: None, None)  # the identity of no weight
+
+
+def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None) -> bool:
+    """Whether a FlashHead has the rows of this weight; of so many rows, evenly spaced, or all."""
+    if [head.vocab_size, head.centroids.shape[1]] != list(weight.shape):
+        return False
+    if (head.weight.device, head.weight.dtype) != (weight.device, weight.dtype):
+        return False
+    step = 1 if most_rows is None else max(1, len(head.ids) // most_rows)
+    with torch.no_grad():
+        rows, ids = head.weight[::step], head.ids[::step].long()
+        parts = zip(torch.split(rows, _ROWS_AT_ONCE), torch.split(ids, _ROWS_AT_ONCE), strict=True)
+        return all(torch.equal(part, weight[own]) for part, own in parts)
+
+
+class FlashLinear(nn.Linear):
+    """A dense head's weight, and a FlashHead that takes its place wherever a model decodes.
+
+    hidden `[…, hidden]` to logits `[…, vocab]`, those of FlashHead.logits, if there is one
+    position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
+    goes through the weight: scoring and training read logits of every token, at every position.
+
+    FlashHead holds a copy of the weight. Where the weight is another one, or has other values, the
+    dense layer answers, with one warning, until it has the old values again: a copy made from new
+    values would still have the clusters of the old ones.
+    """
+
+    def __init__(self, dense: nn.Linear, head: FlashHead) -> None:
+        """Share the weight with `dense`; the state dict stays what it was."""
+        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+        self.weight = dense.weight
+        self.head = head
+        self.train(dense.training)
+        self._warned: set[str] = set()
+        self._start()
+        self._compared = self._identity()
+
+    def _start(self) -> None:
+        """Everything that neither a copy nor a pickle takes along."""
+        self._demands = 0
+        self._same = True
+        self._compared = _NOTHING
+        self._handle = next(_HANDLES)
+        _LINEARS[self._handle] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The layer without what belongs to one process."""
+        dropped = ("_demands", "_same", "_compared", "_handle")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the layer and compare it again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FlashLinear":
+        """Move or convert weight and FlashHead alike, and compare them again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._compared = _NOTHING
+        return self
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of every row, in the weight's dtype."""
+        if not self._decodes(hidden):
+            if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+                self._notice()
+            return super().forward(hidden)
+        rows = hidden.flatten(0, -2)
+        if torch.compiler.is_compiling():
+            logits: torch.Tensor = _linear_op(rows, self.weight, self._handle)
+        else:
+            logits = self._answer(rows, self.head.logits)
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+    def answer_compiled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`forward` of rows that decode, where compiled code runs it as one operator."""
+        head = self.head
+        whole = (head.weight, head.vocab_size, head._handle)
+        return self._answer(hidden, lambda rows: torch.ops.flashtune.logits(rows, *whole))
+
+    def _answer(
+        self, hidden: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits `[rows, vocab]` by FlashHead, or by the dense layer where the two differ."""
+        return decode(hidden) if self._fresh() else functional.linear(hidden, self.weight)
+
+    @contextmanager
+    def every_token(self) -> Iterator[None]:
+        """Let the dense layer answer."""
+        with _DEMANDS:
+            self._demands += 1
+        try:
+            yield
+        finally:
+            with _DEMANDS:
+                self._demands -= 1
+
+    def warn(self, trouble: str) -> None:
+        """Warn once of each trouble."""
+        if trouble not in self._warned:
+            self._warned.add(trouble)
+            LOG.warning("FlashHead: %s", trouble)
+
+    def _decodes(self, hidden: torch.Tensor) -> bool:
+        if self._demands:
+            return False
+        if torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad):
+            return False
+        if hidden.dim() == 3:
+            return hidden.shape[1] == 1 and hidden.shape[0] <= MOST_TOKENS
+        return hidden.dim() == 2 and hidden.shape[0] <= MOST_TOKENS
+
+    def _identity(self) -> Identity:
+        """Changes with the parameter, and with what is written to it by operations of torch."""
+        weight = self.weight
+        version = None if weight.is_inference() else weight._version
+        return weakref.ref(weight), version
+
+    def _fresh(self) -> bool:
+        """Whether FlashHead has the weight's values, as far as can be told in no time.
+
+        After an operation on the weight all rows are compared. What went past torch's count of
+        operations (`weight.data`, as when adapters are merged) shows in a sample of rows: of each
+        call on a CPU, and wherever `_notice` is called.
+        """
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._same  # nothing can be compared now
+        held, version = self._compared
+        now, newer = self._identity()
+        if held() is not now() or version != newer:
+            self._tell(made_of(self.head, self.weight))
+            self._compared = self._identity()
+        elif self._same and self.weight.device.type == "cpu":
+            self._notice()
+        return self._same
+
+    def _notice(self) -> None:
+        """Compare a sample, which waits for a GPU, so that it is for calls that take long."""
+        if not self._same or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if not made_of(self.head, self.weight, _SAMPLED_ROWS):
+            self._tell(False)
+            self._compared = self._identity()
+
+    def _tell(self, same: bool) -> None:
+        self._same = same
+        if not same:
+            self.warn(
+                "the output head's weight is not the one that FlashHead was made of (loaded, "
+                "resized, merged or trained since), so that the dense head answers: "
+                "flashtune.remove(model), then apply clusters of the weight as it is"
+            )
+
+
+@torch.library.custom_op("flashtune::linear", mutates_args=())
+def _linear_op(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
+    """A layer's answer as one operator, which looks at the weight each time it runs."""
+    return _LINEARS[handle].answer_compiled(hidden)
+
+
+@_linear_op.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], weight.shape[0])
