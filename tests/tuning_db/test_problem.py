@@ -137,5 +137,5 @@ def test_numbers_that_are_no_shape(digit: str) -> None:
 
 def test_a_shape_has_as_many_tokens_as_a_head_decodes_at_once() -> None:
     assert parse_shape(f"qwen3-0.6b,tokens={MOST_TOKENS}").n_tokens == MOST_TOKENS == 32
-    with pytest.raises(FlashtuneError, match="tokens=33 .* is more than 32"):
+    with pytest.raises(FlashtuneError, match=r"tokens=33 .* is more than 32"):
         parse_shape("qwen3-0.6b,tokens=33")
