@@ -45,13 +45,19 @@ class Commands(click.Group):
                 error.show()  # help, where a command is missing
                 sys.exit(2)
             _end(error.format_message(), 2)
-        except click.Abort:
+        except click.Abort:  # a question was not answered
             sys.exit(INTERRUPTED)
         except OSError as error:
-            if error.filename is not None:  # not of the output
-                raise
-            _end(f"the output cannot be written: {error.strerror}", 2)
+            where = error.filename or "the output cannot be written"
+            _end(f"{where}: {error.strerror}", 2)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C ends it quietly."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -1,8 +1,8 @@
 """Where output goes: terminals of any width and encoding, pipes, files, and ends that are closed.
 
 Usage:
-    with output() as console: console.print(table)
-    print_rows(headings, rows, whole="config")
+    print_table(table)
+    print_rows("title", ("problem", ">us", "config"), rows, notes=["what it means"])
 """
 
 import codecs
