@@ -21,22 +21,20 @@ import click
 import torch
 from torch.nn.functional import linear
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cpp.huge_pages import advise
-from flashtune.kernels.backends.cpp.read_bandwidth import Reader
-from flashtune.kernels.backends.cpp.source import render_read
+from flashtune.kernels.backends.cpp.read_bandwidth import Reader, render_read
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.backends.target import (
+    backend_of,
+    baseline_config,
+    default_config,
+)
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import (
-    Config,
-    baseline_config,
-    config_data,
-    default_config,
-    slack_of,
-)
-from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
@@ -127,8 +125,9 @@ def torch_flash_head(problem: Problem) -> Step:
 
 def kernel(problem: Problem, config: Config, device: Device, workload: Workload) -> Step:
     """A config's step, verified; raises RuntimeError when its tokens are wrong."""
-    step = backend_of(device).loader(problem, config, device, torch.device("cpu"))()
-    reason = workload.why_wrong(step, slack_of(config))
+    candidate = Candidate(problem, config, device)
+    step = backend_of(candidate).loader(candidate, torch.device("cpu"))()
+    reason = workload.why_wrong(step, candidate.slack)
     if reason:
         raise RuntimeError(f"{config}: {reason}")
     return step

@@ -16,12 +16,18 @@ import click
 import torch
 from bandwidth import read_bandwidth
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import (
+    backend_of,
+    baseline_config,
+    default_config,
+    target_of,
+)
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, baseline_config, default_config, slack_of
-from flashtune.kernels.runtime.binding import best_choice
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
@@ -51,12 +57,12 @@ def dense_timer(workload: Workload) -> Timer:
 
 def kernel_timer(config: Config, workload: Workload, device: Device) -> Timer:
     """A config's kernels, verified; raises RuntimeError when their tokens are wrong."""
-    backend = backend_of(device)
-    step = backend.loader(workload.problem, config, device, torch.device("cuda"))()
-    reason = workload.why_wrong(step, slack_of(config))
+    candidate = Candidate(workload.problem, config, device)
+    step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
+    reason = workload.why_wrong(step, candidate.slack)
     if reason:
         raise RuntimeError(f"{config}: {reason}")
-    return backend.timer(step, workload)
+    return target_of(device).timer(step, workload)
 
 
 def compare(problem: Problem, device: Device, bandwidth: float, seed: int) -> dict[str, object]:

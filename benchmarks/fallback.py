@@ -19,11 +19,12 @@ from pathlib import Path
 import click
 import torch
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import backend_of, default_config, target_of
 from flashtune.kernels.measure.timing import Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, config_data, default_config, slack_of
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.runtime.choice import PREBUILT, Choice, Source, choose
 from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device, Toolchain
@@ -78,20 +79,20 @@ def usual_problems(records: Sequence[Record]) -> list[Problem]:
 
 def _timer(config: Config, workload: Workload, device: Device) -> Timer:
     """A config's kernels, verified; raises ClickException when their tokens are wrong."""
-    backend = backend_of(device)
-    where = torch.device(backend.torch_device)
-    step = backend.loader(workload.problem, config, device, where)()
-    reason = workload.why_wrong(step, slack_of(config))
+    candidate = Candidate(workload.problem, config, device)
+    where = torch.device(target_of(device).torch_device)
+    step = backend_of(candidate).loader(candidate, where)()
+    reason = workload.why_wrong(step, candidate.slack)
     if reason:
         raise click.ClickException(f"{workload.problem.describe()}, {config}: {reason}")
-    return backend.timer(step, workload)
+    return target_of(device).timer(step, workload)
 
 
 def compare(
     problem: Problem, device: Device, compared: Contenders, seed: int
 ) -> dict[str, object]:
     """One row: microseconds a call of each contender, and how much slower than the winner."""
-    where = torch.device(backend_of(device).torch_device)
+    where = torch.device(target_of(device).torch_device)
     workload = Workload.create(problem, where, cold_bytes=device.l2_bytes, seed=seed)
     configs = {name: getattr(compared, name) for name in ("winner", "nearest", "default")}
     timers = {

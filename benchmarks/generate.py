@@ -29,13 +29,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import flashtune
 from flashtune import FlashHead, Problem
 from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.head import MOST_TOKENS
+from flashtune.kernels.backends.target import baseline_config
+from flashtune.kernels.epilogues.epilogue import new_out
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, WallTimer, interleaved
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, baseline_config, parse_config, slack_of
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, parse_config, slack_of
 from flashtune.kernels.runtime.binding import compile_step
-from flashtune.kernels.weights import Step, Weights, new_out
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.problem import EPILOGUES
 
 # What of each model's config.json decides its speed; each is tied to its embedding
@@ -221,11 +224,11 @@ def verified_step(problem: Problem, config: Config, weights: Weights) -> Step:
     where = weights.weight.device
     device = device_of(where)
     assert device is not None
-    step = compile_step(problem, config, device, where)()
+    step = compile_step(Candidate(problem, config, device), where)()
     hidden = torch.randn(problem.n_tokens, problem.hidden_size, device=where).bfloat16()
     out = new_out(problem, where)
     step(weights, hidden, out)
-    reason = Judge(weights, problem.n_probes).why_wrong(out, hidden, slack_of(config))
+    reason = Judge(weights, problem).why_wrong(out, hidden, slack_of(config))
     if reason:
         raise RuntimeError(f"{problem.describe()}, {config}: {reason}")
     return step

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 
 from flashtune import FlashHead
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.runtime.binding import read_sources
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.runtime.choice import choose
+from flashtune.kernels.runtime.records import read_sources
 from flashtune.tuning_db.problem import parse_shape
 
 CALLS, ROUNDS = 50, 20
@@ -55,7 +56,8 @@ def main() -> None:
     choice = choose(problem, device, toolchain(device), sources)
     lookup = 1e6 * (time.perf_counter() - start)
     assert choice.config is not None
-    step = backend_of(device).loader(problem, choice.config, device, where)()
+    candidate = Candidate(problem, choice.config, device)
+    step = backend_of(candidate).loader(candidate, where)()
     out = torch.empty(1, dtype=torch.int64, device=where)
     whole = host_us(lambda: head(hidden))
     launches = host_us(lambda: step(weights, hidden, out))

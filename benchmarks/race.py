@@ -24,8 +24,10 @@ import torch
 
 from flashtune import FlashHead
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import known_good
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import config_data, known_good, why_invalid
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.runtime import binding
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.cli.report import short_config
@@ -47,7 +49,7 @@ def pretended_records(problem: Problem, device: Device) -> list[Record]:
     good = [
         config_data(config)
         for config in known_good(problem, device)
-        if why_invalid(config, problem, device) is None
+        if Candidate(problem, config, device).why_invalid() is None
     ]
     configs = {json.dumps(dict(config), sort_keys=True): config for config in [*shipped, *good]}
     return [

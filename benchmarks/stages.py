@@ -21,13 +21,14 @@ import click
 import torch
 from bandwidth import read_bandwidth
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.gpu import LaunchedStep
 from flashtune.kernels.backends.host import device_of, toolchain
+from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.measure.timing import GraphTimer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, parse_config
-from flashtune.kernels.runtime.binding import read_sources
+from flashtune.kernels.runtime.records import read_sources
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -82,7 +83,8 @@ def measure(
     alone = GraphTimer(after_torch(None), workload)
     timers, rows = [alone], []
     for config in fastest(problem, device):
-        step = backend_of(device).loader(problem, config, device, torch.device("cuda"))()
+        candidate = Candidate(problem, config, device)
+        step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
         assert isinstance(step, LaunchedStep)
         names = [name for name, _ in step.launches]
         parts = {"whole": step, "after torch's": after_torch(step)}

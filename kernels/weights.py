@@ -1,19 +1,23 @@
-"""What a step reads and writes: weights whose rows of a cluster adjoin, tokens or logits."""
+"""A head's tensors, checked and in the order of clusters; what a step reads and writes.
 
-import math
+Usage:
+    problem = checked_problem(weight, centroids, n_probes=256)
+    order = order_of(problem, len(weight), cluster_assignments, None)
+    check_finite("weight", weight)
+    weight = in_order(weight, order, problem.n_clusters, in_place=False)
+"""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from flashtune.kernels.formats.format import dtype_name, format_named, plain_formats
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-# Of every token that is no candidate. Finite: with -inf or a dtype's minimum, serving engines that
-# mask logits of their own end up with nothing but illegal tokens, and take token 0.
-FILL = -1e4
+ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
+_CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,22 +36,7 @@ class Weights:
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 """A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
-which is as `new_out` makes it."""
-
-
-def new_out(problem: Problem, device: torch.device) -> torch.Tensor:
-    """Room for a step's output: token ids, int64 `[n_tokens]`, or with the epilogue `logits`
-    `[n_tokens, vocab]` in the weight's dtype, each token's logit at its id and `FILL` elsewhere.
-    """
-    if problem.epilogue == "argmax":
-        return torch.empty(problem.n_tokens, dtype=torch.int64, device=device)
-    shape, dtype = (problem.n_tokens, problem.vocab_size), TORCH_DTYPES[problem.weight_dtype]
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def poisoned_out(problem: Problem, device: torch.device) -> torch.Tensor:
-    """`new_out` full of what no step may leave there: -1, no token id, or NaN, no logit."""
-    return new_out(problem, device).fill_(-1 if problem.epilogue == "argmax" else math.nan)
+which is as `epilogue.new_out` makes it."""
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:
@@ -87,3 +76,121 @@ def order_from_maps(vocab_maps: torch.Tensor) -> torch.Tensor:
     if counts.numel() != order.numel() or counts.min() != 1 or order.min() < 0:
         raise FlashtuneError("vocab_maps must hold every token id from 0 to vocab - 1 just once")
     return order
+
+
+def problem_of(
+    weight: torch.Tensor, centroids: torch.Tensor, n_probes: int, n_tokens: int
+) -> Problem:
+    """The problem, its vocabulary rounded up to whole clusters."""
+    for name, tensor in (("weight", weight), ("centroids", centroids)):
+        if format_named(tensor.dtype) is None:
+            known = ", ".join(each.name for each in plain_formats())
+            raise FlashtuneError(f"{name} must be one of {known}, not {tensor.dtype}")
+    n_clusters = centroids.shape[0]
+    return Problem(
+        vocab_size=-(-weight.shape[0] // n_clusters) * n_clusters,
+        hidden_size=weight.shape[1],
+        n_clusters=n_clusters,
+        n_probes=n_probes,
+        n_tokens=n_tokens,
+        weight_dtype=dtype_name(weight),
+        centroid_dtype=dtype_name(centroids),
+    )
+
+
+def checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int) -> Problem:
+    """The problem that the two matrices pose; FlashtuneError where they don't fit together."""
+    for name, tensor in (("weight", weight), ("centroids", centroids)):
+        if tensor.dim() != 2:
+            raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
+        if not tensor.numel():
+            raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
+    if weight.shape[1] != centroids.shape[1]:
+        raise FlashtuneError(
+            f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
+        )
+    if weight.device != centroids.device:
+        raise FlashtuneError(
+            f"weight is on {weight.device}, centroids on {centroids.device}: move one"
+        )
+    return problem_of(weight, centroids, n_probes, n_tokens=1)
+
+
+def order_of(
+    problem: Problem,
+    vocab_size: int,
+    assignments: torch.Tensor | None,
+    vocab_maps: torch.Tensor | None,
+) -> torch.Tensor:
+    """Token ids in the order of the rows, from the one of the two that is given."""
+    if (assignments is None) == (vocab_maps is None):
+        raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
+    given = assignments if assignments is not None else vocab_maps
+    assert given is not None
+    name = "vocab_maps" if assignments is None else "cluster_assignments"
+    shape = [vocab_size]
+    if assignments is None:
+        shape = [problem.n_clusters, problem.cluster_size]
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype is torch.bool:
+        raise FlashtuneError(f"{name} must be whole numbers, not {given.dtype}")
+    if list(given.shape) != shape:
+        raise FlashtuneError(f"{name} must be {shape}, not {list(given.shape)}")
+    if vocab_size != problem.vocab_size and assignments is None:
+        raise FlashtuneError(
+            f"vocab_maps need a vocabulary that is a multiple of n_clusters, but {vocab_size} "
+            f"is not one of {problem.n_clusters}: give cluster_assignments"
+        )
+    return (
+        order_from_maps(given) if assignments is None else token_order(given, problem.n_clusters)
+    )
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise FlashtuneError if the tensor has a NaN or an infinity."""
+    if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
+        raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied unless it is contiguous and aligned."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def in_order(
+    weight: torch.Tensor, order: torch.Tensor, n_clusters: int, *, in_place: bool
+) -> torch.Tensor:
+    """The weight's rows in this order, in storage of its own or in the weight's.
+
+    in_place: needs a weight that is contiguous and aligned, and an order with each row once;
+    FlashtuneError unless it is so.
+    """
+    if not in_place:
+        return weight[order]
+    if not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
+        raise FlashtuneError(
+            "release_weight needs a contiguous weight, 16-byte aligned: "
+            "give it weight.contiguous().clone(), or leave release_weight off"
+        )
+    if order.numel() != len(weight):
+        raise FlashtuneError(
+            f"release_weight needs n_clusters to divide vocab, but {n_clusters} "
+            f"does not divide {len(weight)}: leave release_weight off"
+        )
+    permute_rows_(weight, order)
+    return weight
+
+
+def permute_rows_(matrix: torch.Tensor, order: torch.Tensor) -> None:
+    """Let row i of `matrix` be what its row `order[i]` was, in its own storage.
+
+    matrix `[rows, columns]`, order int64 `[rows]`, a permutation on the same device. Goes
+    through the matrix by blocks of columns: beside one block's copy (64 MiB, or one column if
+    that is more) nothing is allocated.
+    """
+    rows, columns = matrix.shape
+    width = max(1, _CHUNK_BYTES // (rows * matrix.element_size()))
+    for start in range(0, columns, width):
+        block = matrix[:, start : start + width]
+        block.copy_(block.index_select(0, order))

@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.config import PLANS, Config, enabled, knobs
+from flashtune.kernels.plans.candidate import PLANS, TARGETS
+from flashtune.kernels.plans.config import Config, enabled, knobs
 from flashtune.tuning_db.problem import Problem
 
 RandomConfig = Callable[[random.Random], Config]
@@ -81,7 +83,16 @@ def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
 def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
     if "racing" not in request.fixturenames:
-        monkeypatch.setattr("flashtune.kernels.head.MOST_SECONDS", 0.0)
+        monkeypatch.setattr("flashtune.kernels.runtime.decoder.MOST_SECONDS", 0.0)
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """No device has kernels: heads run plain torch, and nothing is compiled."""
+    from flashtune.kernels.backends.torch import TORCH
+
+    with TARGETS.added(replace(TORCH, name="first")):  # it is asked before all others
+        yield
 
 
 @pytest.fixture
@@ -133,7 +144,7 @@ def random_config() -> RandomConfig:
     """Any config that parses, valid for a problem or not: `random_config(rng)`."""
 
     def draw(rng: random.Random) -> Config:
-        plan = rng.choice(list(PLANS.values()))
+        plan = rng.choice(list(PLANS.values())).config
         values = {}
         for name, known in knobs(plan).items():
             free = enabled(plan, name, values)

@@ -11,7 +11,7 @@ import pytest
 
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
-from flashtune.kernels.plans.config import default_config, known_good
+from flashtune.kernels.backends.target import default_config, known_good
 from flashtune.kernels.runtime.choice import PREBUILT, Source, choose
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.problem import Problem

@@ -49,7 +49,8 @@ def test_the_runtime_loads_nothing_of_the_search() -> None:
     decode = (
         "import torch; from flashtune.kernels.head import FlashHead; "
         "w = torch.eye(4); FlashHead(w, w, torch.arange(4), n_probes=2, tune='never')(w); "
-        "from flashtune.kernels.runtime.binding import compile_step, read_sources; "
+        "from flashtune.kernels.runtime.binding import compile_step; "
+        "from flashtune.kernels.runtime.records import read_sources; "
         "from flashtune.tuning_db.device import find_device; "
         "read_sources(find_device('h200'), None, [])"
     )

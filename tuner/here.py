@@ -8,15 +8,14 @@ Usage:
 
 from dataclasses import replace
 
-import torch
-
 from flashtune.kernels.backends.cpp.this_cpu import (
     ALIAS,
     describe_cpu,
     fresh_bandwidth,
     this_cpu,
 )
-from flashtune.kernels.backends.host import device_of, named_device
+from flashtune.kernels.backends.host import devices_here, named_device
+from flashtune.kernels.backends.target import target_of
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -25,7 +24,8 @@ GPU_NAMES = ("gpu", "cuda")
 
 def this_gpu() -> Device | None:
     """This machine's first GPU; None where it has none that kernels run on."""
-    return device_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    found = (each for each in devices_here() if target_of(each).torch_device == "cuda")
+    return next(found, None)
 
 
 def as_it_is_now(device: Device) -> Device:

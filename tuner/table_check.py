@@ -8,9 +8,10 @@ Usage:
 
 from pathlib import Path
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import named_device
-from flashtune.kernels.plans.config import parse_config, why_invalid
+from flashtune.kernels.backends.target import backend_of
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import parse_config
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Outcome, Record
 from flashtune.tuning_db.table import TuningTable, dumps_table, read_table
@@ -26,10 +27,11 @@ def checked_table(path: Path) -> TuningTable:
             config = parse_config(record.config)
         except FlashtuneError as error:
             raise FlashtuneError(f"{where}: {error}") from error
-        reason = why_invalid(config, record.problem, device)
+        candidate = Candidate(record.problem, config, device)
+        reason = candidate.why_invalid()
         if reason:
             raise FlashtuneError(f"{where}: {reason}")
-        backend_of(device).render(record.problem, config, device)
+        _ = candidate.source  # which must render
     return table
 
 
@@ -51,7 +53,8 @@ def compile_record(path: Path, record: Record) -> None:
     """Cross-compile a record's config. Raises FlashtuneError, whatever the compiler raises."""
     device = named_device(record.device)
     try:
-        backend_of(device).compile(record.problem, parse_config(record.config), device)
+        candidate = Candidate(record.problem, parse_config(record.config), device)
+        backend_of(candidate).compile(candidate)
     except Exception as error:
         raise FlashtuneError(
             f"{path}: {record.problem.describe()}: does not compile: {error}"

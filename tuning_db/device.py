@@ -69,6 +69,7 @@ class ArchLimits:
     threads_per_sm: int
     blocks_per_sm: int
     registers_per_sm: int = 65536
+    reserved_per_block: int = 1024  # bytes of shared memory that the driver keeps of each block
 
 
 _KIB = 1024

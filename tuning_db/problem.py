@@ -10,14 +10,40 @@ Usage:
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.registry import Registry
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-EPILOGUES = ("argmax", "logits")  # what becomes of the candidates' logits
 DEFAULT_PROBES = 256
 MOST_TOKENS = 32  # of one step: heads decode more one part after the other
+
+
+class NumberFormat(Protocol):
+    """What a problem asks of a format (kernels/formats/format.py)."""
+
+    @property
+    def name(self) -> str:
+        """What problems call it."""
+
+    def bytes_of(self, rows: int, width: int) -> int:
+        """Bytes of a matrix `[rows, width]`."""
+
+
+class WhatComesOut(Protocol):
+    """What a problem asks of an epilogue (kernels/epilogues/epilogue.py)."""
+
+    @property
+    def name(self) -> str:
+        """What problems call it."""
+
+    @property
+    def written_bytes(self) -> Any:
+        """Bytes that a step of a problem writes, at least: a function of the problem."""
+
+
+FORMATS: Registry[NumberFormat] = Registry("a format", room="flashtune.kernels.formats")
+EPILOGUES: Registry[WhatComesOut] = Registry("epilogue", room="flashtune.kernels.epilogues")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -56,10 +82,9 @@ class Problem:
                 f"n_probes {self.n_probes} is more than n_clusters {self.n_clusters}"
             )
         for name in ("weight_dtype", "centroid_dtype"):
-            dtype = getattr(self, name)
-            if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            if getattr(self, name) not in FORMATS:
                 raise FlashtuneError(
-                    f"{name} must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}"
+                    f"{name} must be one of {', '.join(FORMATS)}, not {getattr(self, name)!r}"
                 )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
@@ -74,12 +99,12 @@ class Problem:
     @property
     def centroid_bytes(self) -> int:
         """Bytes of all centroids, read once a step."""
-        return self.n_clusters * self.hidden_size * DTYPE_BYTES[self.centroid_dtype]
+        return FORMATS[self.centroid_dtype].bytes_of(self.n_clusters, self.hidden_size)
 
     @property
     def cluster_bytes(self) -> int:
         """Bytes of the weight rows of one cluster."""
-        return self.cluster_size * self.hidden_size * DTYPE_BYTES[self.weight_dtype]
+        return FORMATS[self.weight_dtype].bytes_of(self.cluster_size, self.hidden_size)
 
     @property
     def distinct_clusters(self) -> float:
@@ -95,9 +120,7 @@ class Problem:
     @property
     def written_bytes(self) -> int:
         """Bytes of the logits that come out, each written once; a token's id counts nothing."""
-        if self.epilogue == "argmax":
-            return 0
-        return self.n_tokens * self.vocab_size * DTYPE_BYTES[self.weight_dtype]
+        return int(EPILOGUES[self.epilogue].written_bytes(self))
 
     @property
     def minimum_bytes(self) -> int:

@@ -114,6 +114,15 @@ class Record:
         }
 
 
+def family(config: ConfigData) -> str:
+    """What configs of one kind have in common: `staged/in_gather`, or the plan alone.
+
+    The plan, and how it selects clusters where it can do so in several ways.
+    """
+    plan, selection = config.get("plan"), config.get("selection")
+    return str(plan) if selection is None else f"{plan}/{selection}"
+
+
 def config_key(config: ConfigData) -> str:
     """Canonical JSON of a config: sorted keys, no spaces."""
     return json.dumps(dict(config), sort_keys=True, separators=(",", ":"))

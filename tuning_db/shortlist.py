@@ -13,7 +13,7 @@ differs in five as 2 %.
 
 from collections.abc import Iterable
 
-from flashtune.tuning_db.record import ConfigData, Outcome, Record, config_key
+from flashtune.tuning_db.record import ConfigData, Outcome, Record, config_key, family
 
 MOST = 8
 LIKENESS = 0.1  # what a config loses for differing from a chosen one in no more than one knob
@@ -24,9 +24,9 @@ def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
     left = sorted(
         (record for record in records if record.measurement.outcome is Outcome.OK), key=_time
     )
-    families: dict[tuple[object, object], Record] = {}
+    families: dict[str, Record] = {}
     for record in left:
-        families.setdefault(_family(record.config), record)
+        families.setdefault(family(record.config), record)
     chosen = list(families.values())[:most]
     left = [record for record in left if record not in chosen]
     while left and len(chosen) < most:
@@ -38,10 +38,6 @@ def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
 def knobs_apart(one: ConfigData, other: ConfigData) -> int:
     """In how many knobs two configs differ; one that only one of them has counts."""
     return sum(one.get(name) != other.get(name) for name in {*one, *other})
-
-
-def _family(config: ConfigData) -> tuple[object, object]:
-    return config.get("plan"), config.get("selection")
 
 
 def _time(record: Record) -> tuple[float, str]:

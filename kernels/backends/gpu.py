@@ -1,13 +1,11 @@
-"""What all backends for GPUs share: steps that launch kernels, and how those are timed."""
+"""What all backends for GPUs share: steps that launch kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from flashtune.kernels.measure.timing import GraphTimer
-from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Weights
 
 Launches = Sequence[tuple[str, Callable[..., None]]]
 
@@ -38,14 +36,3 @@ class LaunchedStep:
     def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
         """What every kernel is given: these tensors, and the step's scratch."""
         raise NotImplementedError
-
-
-class GraphTimedBackend:
-    """A backend whose tensors lie on a GPU, and whose steps are timed in a CUDA graph."""
-
-    torch_device = "cuda"
-    times_alone = False
-
-    def timer(self, step: Step, workload: Workload) -> GraphTimer:
-        """A CUDA graph over rotating weights."""
-        return GraphTimer(step, workload)

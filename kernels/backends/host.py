@@ -1,43 +1,29 @@
-"""The device under a tensor and the toolchain of this process, as records name them.
+"""This machine's devices, and the toolchain of this process, as records name them.
 
 Usage:
-    device_of(weight.device)   # None for a device that has no kernels
+    device_of(weight.device)
+    devices_here()             # the GPU first, if there is one
     toolchain(device)
 """
 
 import functools
-import re
-from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from flashtune.kernels.backends.cpp.compiler import compiler_version
-from flashtune.kernels.backends.cpp.this_cpu import ALIAS, describe_cpu, this_cpu
-from flashtune.tuning_db.device import (
-    Device,
-    Toolchain,
-    all_devices,
-    find_device,
-    match_device,
-)
-
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
-_LARGER_ORIN_BYTES = 9 * 2**30  # tells an Orin NX 16GB from an Orin Nano 8GB: both have 8 SMs
+from flashtune.kernels.backends.target import all_targets, target_of
+from flashtune.tuning_db.device import Device, Toolchain, find_device
 
 
-def device_of(device: torch.device) -> Device | None:
-    """The registered device, or one that its driver or system describes; None without kernels.
+def device_of(device: torch.device) -> Device:
+    """The device under a torch device, as its target describes it."""
+    found = (target.describe(device) for target in all_targets())
+    return next(each for each in found if each is not None)
 
-    A GPU with fewer multiprocessors than its registered namesake (a slice of it) is a device of
-    its own.
-    """
-    if device.type == "cpu":
-        return this_cpu()
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    return describe_gpu(torch.cuda.get_device_properties(device))
+
+def devices_here() -> tuple[Device, ...]:
+    """This machine's devices that have kernels, those first that one would rather use."""
+    found = (target.here() for target in all_targets())
+    return tuple(each for each in found if each is not None)
 
 
 def named_device(name: str) -> Device:
@@ -45,78 +31,12 @@ def named_device(name: str) -> Device:
 
     Raises FlashtuneError when there is none.
     """
-    if name.strip().lower() in (ALIAS, describe_cpu().name):
-        return this_cpu()
-    return find_device(name)
-
-
-def describe_gpu(properties: Any) -> Device:
-    """The Device for CUDA device properties, as `torch.cuda.get_device_properties` has them.
-
-    Where the driver doesn't tell memory clock and bus width, the bandwidth is 0: unknown.
-    """
-    arch = f"sm_{properties.major}{properties.minor}"
-    sm_count = properties.multi_processor_count
-    registered = match_device(properties.name) or _jetson(properties, arch)
-    if registered and (registered.arch, registered.sm_count) == (arch, sm_count):
-        return registered
-    memory_hz = getattr(properties, "memory_clock_rate", 0) * 1000.0
-    bus_bytes = getattr(properties, "memory_bus_width", 0) / 8
-    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    return Device(
-        name=f"{slug}-{sm_count}sm",
-        title=properties.name,
-        vendor="nvidia",
-        arch=arch,
-        sm_count=sm_count,
-        memory_bandwidth=2 * memory_hz * bus_bytes,  # two transfers a clock
-        l2_bytes=properties.L2_cache_size,
-        clock_hz=getattr(properties, "clock_rate", 0) * 1000.0,
-        reported_names=(properties.name,),
-        source="the CUDA driver",
-    )
-
-
-def _jetson(properties: Any, arch: str) -> Device | None:
-    """The Jetson with these properties: the driver gives a whole family one name."""
-    if not properties.is_integrated:
-        return None
-    found = [
-        device
-        for device in all_devices()
-        if (device.arch, device.sm_count) == (arch, properties.multi_processor_count)
-        and not device.reported_names
-    ]
-    if len(found) > 1:
-        larger = properties.total_memory > _LARGER_ORIN_BYTES
-        found = [device for device in found if (device.name == "orin-nx") == larger]
-    return found[0] if found else None
+    wanted = name.strip().lower()
+    found = (target.named(wanted) for target in all_targets())
+    return next((each for each in found if each is not None), None) or find_device(name)
 
 
 @functools.cache
-def toolchain(device: Device | None) -> Toolchain:
-    """What makes kernels for a device in this process: a compiler for CPUs, else Triton.
-
-    A version is empty where there is no such tool.
-    """
-    if device is not None and device.vendor == "cpu":
-        return Toolchain(compiler=compiler_version())
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = ""
-    return Toolchain(triton=triton, torch=torch.__version__, driver=_driver_version())
-
-
-def _driver_version() -> str:
-    """The kernel driver's version, else the CUDA version that it serves."""
-    try:
-        found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER_FILE.read_text("utf-8"))
-    except OSError:
-        found = None
-    if found:
-        return found.group()
-    if not torch.cuda.is_available():
-        return ""
-    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"cuda {version // 1000}.{version % 1000 // 10}"
+def toolchain(device: Device) -> Toolchain:
+    """What makes kernels for a device in this process. A version is empty without that tool."""
+    return target_of(device).toolchain()

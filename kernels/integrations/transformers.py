@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 

@@ -18,11 +18,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.epilogues.epilogue import FILL
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
 from flashtune.kernels.model_folder.folder import ASSETS_KEY, ModelFolder
-from flashtune.kernels.weights import FILL
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
 PREFIX = "FlashHead"  # of architectures' names

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import torch
 
+from flashtune.kernels.epilogues.epilogue import new_out
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.weights import Step, new_out
+from flashtune.kernels.weights import Step
 from flashtune.tuning_db.problem import Problem
 
 CALLS_PER_REPLAY = 20

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from flashtune.kernels.epilogues.epilogue import poisoned_out
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
-from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, poisoned_out
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -49,11 +51,13 @@ class Workload:
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=device)
 
-        weight = torch.empty(shape, dtype=TORCH_DTYPES[problem.weight_dtype], device=device)
+        weight = torch.empty(
+            shape, dtype=format_of(problem.weight_dtype).torch_dtype, device=device
+        )
         for rows in torch.split(weight, 2**14):
             rows.copy_(normal(*rows.shape))
         centroids = torch.nn.functional.normalize(normal(problem.n_clusters, shape[1]), dim=1)
-        centroids = centroids.to(TORCH_DTYPES[problem.centroid_dtype])
+        centroids = centroids.to(format_of(problem.centroid_dtype).torch_dtype)
         order = torch.randperm(problem.vocab_size, generator=generator, device=device)
         ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten().to(torch.int32)
 
@@ -132,12 +136,12 @@ class Workload:
         The output is poisoned before each call. Most configs give the same tokens, and what was
         right with little slack is right with more: that is not judged again.
         """
-        judge = Judge(self.sets[0], self.problem.n_probes)
+        judge = Judge(self.sets[0], self.problem)
         for number, states in enumerate(self.checks):
             for _ in range(2):
                 out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, tuple(out.tolist()) if out.dim() == 1 else ()
+                answer = number, () if out.is_floating_point() else tuple(out.tolist())
                 if answer[1] and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)
@@ -149,5 +153,6 @@ class Workload:
 
 def _sets_for(problem: Problem, cold_bytes: int) -> int:
     """How many sets are larger than twice the cache; at least two."""
-    a_set = min(problem.read_bytes, problem.vocab_size * problem.hidden_size * 2)
+    whole = format_of(problem.weight_dtype).bytes_of(problem.vocab_size, problem.hidden_size)
+    a_set = min(problem.read_bytes, whole)
     return max(2, -(-2 * cold_bytes // a_set) + 1)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from flashtune.kernels.formats.format import dtype_name, format_named, plain_formats
 from flashtune.kernels.model_folder.tensor_file import open_tensors, shape_of
-from flashtune.kernels.weights import DTYPE_NAMES
 from flashtune.tuning_db.errors import FlashtuneError
 
 CENTROIDS, ASSIGNMENTS = "centroids", "cluster_assignments"
@@ -50,7 +50,7 @@ class Origin:
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            dtype=DTYPE_NAMES[weight.dtype],
+            dtype=dtype_name(weight),
             digest=hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest(),
         )
 
@@ -108,10 +108,9 @@ def read_clusters(path: Path, device: str = "cpu") -> Clusters:
         centroids = tensors.get_tensor(CENTROIDS).reshape(hidden, n_clusters).T.contiguous()
         assignments = tensors.get_tensor(ASSIGNMENTS)
         metadata = tensors.metadata() or {}
-    if centroids.dtype not in DTYPE_NAMES:
-        raise FlashtuneError(
-            f"{path}: {CENTROIDS} is {centroids.dtype}, not {', '.join(DTYPE_NAMES.values())}"
-        )
+    if format_named(centroids.dtype) is None:
+        known = ", ".join(each.name for each in plain_formats())
+        raise FlashtuneError(f"{path}: {CENTROIDS} is {centroids.dtype}, not {known}")
     if assignments.is_floating_point() or assignments.dtype is torch.bool:
         raise FlashtuneError(f"{path}: {ASSIGNMENTS} is {assignments.dtype}, not whole numbers")
     if not bool(centroids.isfinite().all()):

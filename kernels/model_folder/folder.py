@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from flashtune.kernels.formats.format import format_of, plain_formats
 from flashtune.kernels.model_folder.clusters import (
     ASSIGNMENTS,
     CENTROIDS,
@@ -29,7 +30,7 @@ from flashtune.kernels.model_folder.clusters import (
 )
 from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight
 from flashtune.kernels.special_token import checked_special_tokens
-from flashtune.kernels.weights import TORCH_DTYPES, token_order
+from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -39,7 +40,6 @@ SPECIAL_KEY = "flash_head_special_token_ids"
 ASSETS_FOLDER = "flash_head_assets"
 CLUSTERING_FILE = "clustering_cache.safetensors"
 CLUSTERS_A_PROBE = 16  # where the config does not say
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -87,9 +87,10 @@ class ModelFolder:
     def dtype(self) -> str:
         """The model's dtype, as problems name it; bf16 where the config does not say."""
         name = str(self.text.get("dtype") or self.text.get("torch_dtype") or "bfloat16")
-        if name not in _DTYPES:
-            raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(_DTYPES)}")
-        return _DTYPES[name]
+        known = {each.torch_name: each.name for each in plain_formats()}
+        if name not in known:
+            raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
+        return known[name]
 
     @property
     def special_token_ids(self) -> list[int]:
@@ -162,7 +163,7 @@ class ModelFolder:
                 f"{path}: made for {differs} (of {place.name} in {place.path.name}): the assets "
                 "are of another model, or it was changed since: cluster this one"
             )
-        dtype = TORCH_DTYPES[self.dtype]
+        dtype = format_of(self.dtype).torch_dtype
         return HeadParts(
             weight=weight.to(dtype),
             clusters=Clusters(

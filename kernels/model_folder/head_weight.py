@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from flashtune.kernels.formats.format import plain_formats
 from flashtune.kernels.model_folder.tensor_file import dtype_of, open_tensors, shape_of
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -27,7 +28,6 @@ EMBEDDINGS = (
     "transformer.wte.weight",
     "wte.weight",
 )
-_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +70,10 @@ def find_head_weight(folder: Path, tied: bool) -> HeadWeight:
         shape, dtype = shape_of(tensors, name), dtype_of(tensors, name)
     if len(shape) != 2:
         raise FlashtuneError(f"{path}: {name} has shape {shape}, not [vocab, hidden]")
-    if dtype not in _DTYPES:
+    known = [each.stored_name for each in plain_formats()]
+    if dtype not in known:
         raise FlashtuneError(
-            f"{path}: {name} is {dtype}, not one of {', '.join(_DTYPES)}: "
+            f"{path}: {name} is {dtype}, not one of {', '.join(known)}: "
             "a quantized head cannot be used"
         )
     return HeadWeight(path=path, name=name, shape=(shape[0], shape[1]))

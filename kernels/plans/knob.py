@@ -1,4 +1,4 @@
-"""Knobs: the fields of a config's dataclass, each with its choices; and rules about them.
+"""Knobs: the fields of a config's dataclass, each with its choices.
 
 A knob's choices stand with the knob, once: the search space, the parser and the docs read them
 from here. `when` names the knob values under which a knob matters; where it does not, it must
@@ -6,12 +6,23 @@ keep its default, so that no two configs mean the same kernel.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
-from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import ConfigData
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A plan with all its knobs set; each plan's own is a subclass, whose fields are its knobs."""
+
+    plan: ClassVar[str]
+
+
+def config_data(config: Config) -> ConfigData:
+    """A config as plain data, its plan included: what records and tables hold."""
+    return {"plan": config.plan, **asdict(config)}
 
 
 def knob(
@@ -38,31 +49,3 @@ def enabled(plan: Any, name: str, values: Mapping[str, Any]) -> bool:
     """Whether knob `name` matters, given the values of the knobs before it."""
     when = knobs(plan)[name]["when"]
     return all(values[other] in allowed for other, allowed in when.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One condition of `why_invalid`, and every knob that it reads, of whichever of its plans.
-
-    `find(config, problem, device)` is None, or one line that says why the config breaks it; it
-    is asked of the rule's own plans only, of all where `plans` is empty. Whoever enumerates
-    configs can judge a rule as soon as its knobs are set.
-    """
-
-    find: Callable[[Any, Problem, Device], str | None]
-    knobs: frozenset[str]
-    plans: tuple[type, ...] = ()
-
-    def why_broken(self, config: Any, problem: Problem, device: Device) -> str | None:
-        """None when the config keeps the rule, or the rule is not about its plan."""
-        if self.plans and not isinstance(config, self.plans):
-            return None
-        return self.find(config, problem, device)
-
-
-def why_broken(
-    rules: tuple[Rule, ...], config: Any, problem: Problem, device: Device
-) -> str | None:
-    """The first rule's reason that a config breaks, else None."""
-    reasons = (rule.why_broken(config, problem, device) for rule in rules)
-    return next((reason for reason in reasons if reason), None)

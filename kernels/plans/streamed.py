@@ -1,20 +1,29 @@
-"""The plan in CUDA C++ that streams whole rows through shared memory, for one token at a time."""
+"""The plan `streamed`: CUDA C++ that streams whole rows through shared memory, for one token."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from flashtune.kernels.plans.knob import Rule, knob
-from flashtune.kernels.plans.tensor_config import SLACKS
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
+from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.threshold import (
+    prefetch_spread,
+    prefetch_values,
+    threshold_values,
+)
+from flashtune.kernels.plans.parts.tile import SLACKS
+from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import FORMATS, Problem
 
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
-RESERVED = 1024  # bytes of shared memory that the driver keeps of each block
+_STAGES = ("score", "gather")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamedConfig:
+class StreamedConfig(Config):
     """Score and gather in two launches, a block a multiprocessor each, which overlap.
 
     A warp has `stages` rows in flight, copied to shared memory by the bulk copy engine.
@@ -25,7 +34,6 @@ class StreamedConfig:
     """
 
     plan: ClassVar[str] = "streamed"
-    template: ClassVar[str] = "cuda/streamed.cu.j2"
 
     score_warps: int = knob(8, (4, 8, 12, 16))
     score_stages: int = knob(3, (1, 2, 3, 4, 6, 8))
@@ -37,64 +45,79 @@ class StreamedConfig:
     early: bool = knob(True, (False, True))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """One of the plan's launches; shared memory in bytes: what is asked for beside `fixed`."""
-
-    kernel: str
-    blocks: int
-    warps: int
-    ring_bytes: int
-    fixed_bytes: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """All that a block takes."""
-        return self.ring_bytes + self.fixed_bytes
-
-
-# Where searches begin, valid or not: what was found by hand on one H200.
-STARTS = (
+_STARTS = (
     StreamedConfig(),
     StreamedConfig(gather_warps=8, gather_stages=2),
     StreamedConfig(score_stages=2),  # rows of 6 KB
-)
+)  # where searches begin: found by hand on one H200
 
 
-def launches_of(problem: Problem, config: StreamedConfig, device: Device) -> list[Launch]:
+def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     """The launches, in order.
 
     Shared memory is rounded up so that a multiprocessor holds one block of either launch, but not
     two of one: where a block's neighbour ends early, two would share what one should have.
     """
-    whole = device.limits.shared_per_sm
-    least = {"score": whole // 2 + RESERVED, "gather": whole // 4 + RESERVED}
+    problem, config, device = candidate.problem, candidate.config, candidate.device
+    limits = device.limits
+    least = {
+        "score": limits.shared_per_sm // 2 + limits.reserved_per_block,
+        "gather": limits.shared_per_sm // 4 + limits.reserved_per_block,
+    }
     listed = -(-problem.n_clusters // device.sm_count) + 2
+    state = FORMATS[problem.weight_dtype].bytes_of(1, problem.hidden_size)
     launches = []
-    for kernel, warps, stages in (
-        ("score", config.score_warps, config.score_stages),
-        ("gather", config.gather_warps, config.gather_stages),
-    ):
-        row = 2 * problem.hidden_size
+    for kernel in _STAGES:
+        warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
+        row = FORMATS[_dtype(kernel, problem)].bytes_of(1, problem.hidden_size)
         # the hidden state, barriers, and what warps tell each other
-        fixed = row + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
-        ring = max(warps * stages * row, least[kernel] - fixed)
+        fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
+        ring = -(-max(warps * stages * row, least[kernel] - fixed) // 128) * 128
         launches.append(
-            Launch(
+            KernelUse(
                 kernel=kernel,
-                blocks=device.sm_count,
+                programs=device.sm_count,
                 warps=warps,
-                ring_bytes=-(-ring // 128) * 128,
-                fixed_bytes=fixed,
+                registers=BASE_REGISTERS + _held_registers(problem),
+                shared_bytes=ring + fixed,
+                dynamic_bytes=ring,
             )
         )
     return launches
 
 
-def _why_not_streamed(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
+def _dtype(kernel: str, problem: Problem) -> str:
+    """The dtype of the rows that a kernel streams."""
+    return problem.centroid_dtype if kernel == "score" else problem.weight_dtype
+
+
+def _held_registers(problem: Problem) -> int:
+    """Registers of a lane's share of a hidden state: 8 elements at a time, as float32 pairs."""
+    return 4 * -(-problem.hidden_size // 256)
+
+
+def _values(candidate: Candidate) -> dict[str, Value]:
+    problem, config, blocks = candidate.problem, candidate.config, candidate.device.sm_count
+    spread = prefetch_spread(problem, blocks)
+    margin = prefetch_values(problem, config.slack, config.prefetch_margin)
+    return {
+        **shape_values(problem),
+        **asdict(config),
+        **threshold_values(problem, config.slack),
+        "weight_dtype": problem.weight_dtype,
+        "centroid_dtype": problem.centroid_dtype,
+        "blocks": blocks,
+        "prefetch_quantile": margin["prefetch_quantile"],
+        "spread": spread,
+        "stripe": -(-problem.n_clusters // (blocks // spread)),
+    }
+
+
+def _why_not_streamed(candidate: Candidate) -> str | None:
+    problem = candidate.problem
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
-    if device.capability < 90:
+    if candidate.device.capability < 90:
         return "bulk copies to shared memory need sm_90 or later"
     dtypes = {problem.weight_dtype, problem.centroid_dtype}
     if dtypes - {"bf16", "fp16"}:
@@ -104,37 +127,52 @@ def _why_not_streamed(config: StreamedConfig, problem: Problem, device: Device) 
     return None
 
 
-def _why_not_searched(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
-    if problem.n_clusters > MOST_SCORES_PER_THREAD * 32 * config.gather_warps:
-        return f"{problem.n_clusters} scores are too many for {config.gather_warps} warps"
+def _why_not_searched(candidate: Candidate) -> str | None:
+    clusters, warps = candidate.problem.n_clusters, candidate.config.gather_warps
+    if clusters > MOST_SCORES_PER_THREAD * candidate.lanes * warps:
+        return f"{clusters} scores are too many for {warps} warps"
     return None
 
 
-def _why_not_held(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
-    held = 4 * -(-problem.hidden_size // 256)  # registers of a lane's share of a hidden state
-    for stage, warps in (("score", config.score_warps), ("gather", config.gather_warps)):
-        if BASE_REGISTERS + held > device.limits.registers_per_sm // (32 * warps):
+def _why_not_held(candidate: Candidate) -> str | None:
+    needed = BASE_REGISTERS + _held_registers(candidate.problem)
+    for stage in _STAGES:
+        warps = getattr(candidate.config, f"{stage}_warps")
+        if needed > candidate.device.limits.registers_per_sm // (candidate.lanes * warps):
             return f"the hidden state does not fit the registers of {warps} warps in the {stage}"
     return None
 
 
-def _why_not_beside(config: StreamedConfig, problem: Problem, device: Device) -> str | None:
-    launches = launches_of(problem, config, device)
+def _why_not_beside(candidate: Candidate) -> str | None:
+    launches, limits = _launches(candidate), candidate.device.limits
     for launch in launches:
-        if launch.shared_bytes > device.limits.shared_per_block:
+        if launch.shared_bytes > limits.shared_per_block:
             return f"the rows in flight of the {launch.kernel} do not fit in shared memory"
-    if sum(each.shared_bytes + RESERVED for each in launches) > device.limits.shared_per_sm:
+    taken = sum(each.shared_bytes + limits.reserved_per_block for each in launches)
+    if taken > limits.shared_per_sm:
         return "the rows in flight of score and gather do not fit on one multiprocessor"
     return None
 
 
-_RINGS = frozenset(["score_warps", "score_stages", "gather_warps", "gather_stages"])
-RULES = tuple(
-    Rule(find, names, plans=(StreamedConfig,))
-    for find, names in (
-        (_why_not_streamed, frozenset[str]()),
-        (_why_not_searched, frozenset(["gather_warps"])),
-        (_why_not_held, frozenset(["score_warps", "gather_warps"])),
-        (_why_not_beside, _RINGS),
-    )
+def _starts(problem: Problem, device: Device) -> Sequence[StreamedConfig]:
+    return _STARTS
+
+
+STREAMED = Plan(
+    config=StreamedConfig,
+    builder="cuda",
+    template="cuda/streamed.cu.j2",
+    rules=(
+        Rule(_why_not_streamed),
+        Rule(_why_not_searched, frozenset(["gather_warps"])),
+        Rule(_why_not_held, frozenset(["score_warps", "gather_warps"])),
+        Rule(
+            _why_not_beside,
+            frozenset(["score_warps", "score_stages", "gather_warps", "gather_stages"]),
+        ),
+    ),
+    launches=_launches,
+    values=_values,
+    slack=lambda config: int(config.slack),
+    starts=_starts,
 )

@@ -11,36 +11,28 @@ here, with these tools, is raced for first, if there is time to.
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.measure.judge import decode, decode_logits
-from flashtune.kernels.plans.config import Config
-from flashtune.kernels.runtime.choice import (
-    PREBUILT,
-    USER,
-    Choice,
-    Level,
-    Source,
-    choose,
-    default_choice,
-)
+from flashtune.kernels.backends.target import backend_of, target_of
+from flashtune.kernels.backends.torch import TorchStep
+from flashtune.kernels.epilogues.epilogue import epilogue_of, new_out, poisoned_out
+from flashtune.kernels.plans import FALLBACK
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.runtime.choice import Choice, Level, default_choice, fallback_choice
 from flashtune.kernels.runtime.race import Race, Start, hold
-from flashtune.kernels.weights import Step, Weights, new_out, poisoned_out
-from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.kernels.runtime.records import best_choice
+from flashtune.kernels.runtime.trouble import note, one_line
+from flashtune.kernels.weights import Step, Weights
+from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.store import default_path, open_existing
-from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 LOG = logging.getLogger("flashtune")
 N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
-_TORCH_BYTES = 2**28  # of float32 rows that plain torch gathers at once
 _SLIP = 1e-4  # of the sum of a logit's terms: far above what rounding in float32 can do
 
 
@@ -60,40 +52,6 @@ class Bound:
         return self.spares.pop() if self.spares else self.new_step()
 
 
-class TorchStep:
-    """Plain torch, called as a kernel's step is. Can be captured."""
-
-    def __init__(self, problem: Problem, centroids: torch.Tensor) -> None:
-        """Keep the centroids as the reference reads them: as float32, if they are on a CPU."""
-        self._n_probes = problem.n_probes
-        self._decode = decode if problem.epilogue == "argmax" else decode_logits
-        self._centroids = centroids.float() if centroids.device.type == "cpu" else centroids
-        row_bytes = 4 * problem.n_probes * problem.cluster_size * problem.hidden_size
-        self._tokens_at_once = max(1, _TORCH_BYTES // row_bytes)
-
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
-        weights = replace(weights, centroids=self._centroids)
-        at_once = self._tokens_at_once
-        parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
-        for states, part in parts:
-            part.copy_(self._decode(weights, states, self._n_probes))
-
-
-class LockedStep:
-    """A kernel's step that threads may share: the launches of one call stay together."""
-
-    def __init__(self, step: Step) -> None:
-        """Guard `step`, and with it its scratch."""
-        self._step = step
-        self._lock = threading.Lock()
-
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Launch the step."""
-        with self._lock:
-            self._step(weights, hidden, out)
-
-
 def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
     """The best that runs here, compiled, loaded and checked, with spare steps.
 
@@ -102,18 +60,19 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
     """
     troubles: list[str] = []
     race = None
+    where = weights.weight.device
     try:
-        device = device_of(weights.weight.device)
+        device = device_of(where)
         choice = best_choice(problem, device, toolchain(device), troubles)
-        if race_seconds is not None and device and choice.config and not choice.settled:
+        if race_seconds is not None and choice.level is not Level.TORCH and not choice.settled:
             choice, race = _race(problem, weights, device, choice, race_seconds, troubles)
-        while device is not None and choice.config is not None:
+        while choice.level is not Level.TORCH:
             try:
-                new_step = compile_step(problem, choice.config, device, weights.weight.device)
+                new_step = compile_step(Candidate(problem, choice.config, device), where)
                 steps = [new_step() for _ in range(N_SPARES + 1)]
                 _check(steps[0], problem, weights)
             except Exception as error:  # Triton and drivers raise whatever they like
-                troubles.append(f"the {choice.level.value} config failed: {_one_line(error)}")
+                troubles.append(f"the {choice.level.value} config failed: {one_line(error)}")
                 choice = _next_choice(problem, choice, device, troubles[-1])
             else:
                 return Bound(
@@ -124,26 +83,26 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                     spares=steps,
                     race=race,
                 )
-        if device is not None:
-            _note(troubles, choice.why)
+        if FALLBACK not in target_of(device).plans:  # where there should have been a kernel
+            note(troubles, choice.why)
     except Exception as error:  # the driver, or a table of ours that is beyond use
-        troubles.append(_one_line(error))
-        choice = _torch_choice(troubles[-1], ())
+        troubles.append(one_line(error))
+        choice = fallback_choice(troubles[-1])
     return Bound(
         problem=problem,
         choice=choice,
         troubles=troubles,
-        new_step=lambda: TorchStep(problem, weights.centroids),
+        new_step=lambda: TorchStep(problem),
         race=race,
     )
 
 
-def give_up(bound: Bound, weights: Weights, error: Exception) -> None:
+def give_up(bound: Bound, error: Exception) -> None:
     """Have a bound problem run plain torch: a call of what it ran has failed."""
-    trouble = f"a call of the {bound.choice.level.value} config failed: {_one_line(error)}"
-    _note(bound.troubles, trouble)
-    bound.choice = _torch_choice(trouble, bound.choice.skipped)
-    bound.new_step = lambda: TorchStep(bound.problem, weights.centroids)
+    trouble = f"a call of the {bound.choice.level.value} config failed: {one_line(error)}"
+    note(bound.troubles, trouble)
+    bound.choice = fallback_choice(trouble, bound.choice.skipped)
+    bound.new_step = lambda: TorchStep(bound.problem)
     bound.spares.clear()
 
 
@@ -155,91 +114,31 @@ def _race(
     seconds: float,
     troubles: list[str],
 ) -> tuple[Choice, Race]:
-    tools = toolchain(device)
     start = Start(
         problem=problem,
         weights=weights,
         device=device,
-        toolchain=tools,
-        look=lambda: _look(problem, device, tools, troubles),
+        toolchain=toolchain(device),
         seconds=seconds,
         troubles=troubles,
     )
     return hold(start, choice)
 
 
-def best_choice(
-    problem: Problem, device: Device | None, tools: Toolchain, troubles: list[str]
-) -> Choice:
-    """Look for this problem first; read all there is only where that finds nothing."""
-    if device is None:
-        return choose(problem, device, tools, ())
-    return _look(problem, device, tools, troubles)[0]
-
-
-def _look(
-    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
-) -> tuple[Choice, list[Source]]:
-    """The choice, and the records that it was made from."""
-    sources = read_sources(device, problem, troubles)
-    choice = choose(problem, device, tools, sources)
-    if choice.level is not Level.EXACT:
-        sources = read_sources(device, None, troubles)
-        choice = choose(problem, device, tools, sources)
-    return choice, sources
-
-
-def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
-    """The records of one problem on this device, or of all problems and devices.
-
-    What cannot be read is left out, and `troubles` says so once.
-    """
-    sources = []
-    try:
-        store = open_existing(default_path())
-        if store is not None:
-            with store:
-                name = device.name if problem else None
-                records = store.records(device=name, problem=problem)
-                sources.append(Source(name=USER, records=records))
-    except Exception as error:
-        _note(troubles, f"the tuning database is not used: {_one_line(error)}")
-    for name in [device.name] if problem else prebuilt_devices():
-        try:
-            table = prebuilt_table(name)
-        except Exception as error:
-            _note(troubles, f"a prebuilt table is not used: {_one_line(error)}")
-        else:
-            sources.append(Source(name=PREBUILT, records=table.records if table else ()))
-    return sources
-
-
-def _note(troubles: list[str], trouble: str) -> None:
-    if trouble not in troubles:
-        troubles.append(trouble)
-
-
 def _next_choice(problem: Problem, failed: Choice, device: Device, trouble: str) -> Choice:
     """What to try after a choice whose config failed."""
     default = default_choice(problem, device, skipped=failed.skipped)
     if failed.level is Level.DEFAULT or default.config == failed.config:
-        return _torch_choice(trouble, failed.skipped)
-    return replace(default, why=trouble) if default.config else default
+        return fallback_choice(trouble, failed.skipped)
+    return default if default.level is Level.TORCH else replace(default, why=trouble)
 
 
-def _torch_choice(why: str, skipped: tuple[str, ...]) -> Choice:
-    return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
-
-
-def compile_step(
-    problem: Problem, config: Config, device: Device, torch_device: torch.device
-) -> Callable[[], Step]:
-    """Compile a config's kernels; each call of the result loads them with scratch of its own.
+def compile_step(candidate: Candidate, torch_device: torch.device) -> Callable[[], Step]:
+    """Compile a candidate's kernels; each call of the result loads them with their own scratch.
 
     Raises whatever the templates, Triton and the driver raise.
     """
-    load = backend_of(device).loader(problem, config, device, torch_device)
-    return lambda: LockedStep(load())
+    return backend_of(candidate).loader(candidate, torch_device)
 
 
 def _check(step: Step, problem: Problem, weights: Weights) -> None:
@@ -250,9 +149,10 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
     hidden = weights.centroids[rows].to(weights.weight.dtype)
-    for_tokens = replace(problem, epilogue="argmax")
-    expected = new_out(for_tokens, hidden.device)
-    TorchStep(for_tokens, weights.centroids)(weights, hidden, expected)
+    epilogue = epilogue_of(problem.epilogue)
+    out = new_out(problem, hidden.device)
+    TorchStep(problem)(weights, hidden, out)
+    expected = epilogue.tokens_of(out)
     least, size = _logits(weights, hidden, expected)
     slip = _SLIP * size
     if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
@@ -262,7 +162,7 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
         step(weights, hidden, out)
         if bool(out.isnan().any()):
             raise FlashtuneError("it leaves logits unwritten")
-        tokens = out if problem.epilogue == "argmax" else out.argmax(dim=1)
+        tokens = epilogue.tokens_of(out)
         if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
             raise FlashtuneError("its tokens are not in the vocabulary")
         logits, _ = _logits(weights, hidden, tokens)
@@ -277,9 +177,3 @@ def _logits(
     rows = torch.stack([(weights.ids == token).nonzero()[0, 0] for token in tokens])
     terms = weights.weight[rows].float() * hidden.float()
     return terms.sum(dim=1), terms.abs().sum(dim=1)
-
-
-def _one_line(error: Exception) -> str:
-    """The error's first line, with its kind where it isn't one of ours."""
-    first = next(iter(str(error).splitlines()), "")
-    return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"

@@ -2,7 +2,7 @@
 
 Usage:
     choice = choose(problem, device, toolchain, [Source(name=USER, records=…), …])
-    choice.config       # None where plain torch must do
+    choice.config
     choice.explain()    # plain data: what was chosen, and what differs from what was wanted
 
 Levels, best first: the same problem on the same device; the nearest shape on the same device;
@@ -19,15 +19,10 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
-from flashtune.kernels.plans.config import (
-    Config,
-    config_data,
-    default_config,
-    known_good,
-    parse_config,
-    why_invalid,
-    why_unavailable,
-)
+from flashtune.kernels.backends.target import default_config, known_good, target_of
+from flashtune.kernels.plans import FALLBACK
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -70,13 +65,13 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What to run and why. `config` is None at level `torch`, `record` at the last two levels.
+    """What to run and why. `record` is None at the last two levels.
 
     `skipped` says of each reason for which better placed records were passed over how many were,
     `outdated` names the tools that have changed since a record was measured.
     """
 
-    config: Config | None
+    config: Config
     level: Level
     why: str
     record: Record | None = None
@@ -103,7 +98,7 @@ class Choice:
         return {
             "level": self.level.value,
             "why": self.why,
-            "config": dict(config_data(self.config)) if self.config else None,
+            "config": dict(config_data(self.config)),
             "source": self.source,
             "provenance": record.provenance.value if record else None,
             "record": record.key if record else None,
@@ -140,16 +135,13 @@ def _octaves(one: float, other: float) -> float:
 
 
 def choose(
-    problem: Problem, device: Device | None, toolchain: Toolchain, sources: Iterable[Source]
+    problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
 ) -> Choice:
-    """The config to run for `problem` on `device`; without a device with kernels, plain torch.
+    """The config to run for `problem` on `device`; where that has no kernels, plain torch.
 
     Every record's config is checked for this problem and device before it is chosen. Failed
     records are never chosen, nor is a config that failed here, on this problem and toolchain.
     """
-    if device is None:
-        why = "no kernels for this kind of device: plain torch runs instead"
-        return Choice(config=None, level=Level.TORCH, why=why)
     skipped: Counter[str] = Counter()
     for candidate, config in _usable(problem, device, toolchain, list(sources), skipped):
         return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
@@ -179,7 +171,7 @@ def contenders(
         good = (
             config
             for config in known_good(problem, device)
-            if (why_invalid(config, problem, device) or why_unavailable(config)) is None
+            if _why_not_built(config, problem, device) is None
             and config_key(config_data(config)) not in failed
         )
         found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
@@ -193,9 +185,17 @@ def default_choice(problem: Problem, device: Device, *, skipped: tuple[str, ...]
         config = default_config(problem, device)
     except FlashtuneError as error:
         why = f"no kernel for {problem.describe()} on {device.name}: {error}"
-        return Choice(config=None, level=Level.TORCH, why=why, skipped=skipped)
+        return fallback_choice(why, skipped)
+    if config.plan == FALLBACK.name:
+        why = "no kernels for this kind of device: plain torch runs instead"
+        return fallback_choice(why, skipped)
     why = f"no usable record for {problem.describe()} on {device.name} or any other device"
     return Choice(config=config, level=Level.DEFAULT, why=why, skipped=skipped)
+
+
+def fallback_choice(why: str, skipped: tuple[str, ...] = ()) -> Choice:
+    """Plain torch, and why."""
+    return Choice(config=FALLBACK.config(), level=Level.TORCH, why=why, skipped=skipped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -264,17 +264,19 @@ def _usable(
         data = candidate.record.config
         try:
             config = parse_config(data)
-            reason = (
-                failed.get(config_key(data))
-                or why_invalid(config, problem, device)
-                or why_unavailable(config)
-            )
+            reason = failed.get(config_key(data)) or _why_not_built(config, problem, device)
         except FlashtuneError as error:
             reason = str(error)
         if reason is None:
             yield candidate, config
         else:
             skipped[f"{candidate.source}: {reason}"] += 1
+
+
+def _why_not_built(config: Config, problem: Problem, device: Device) -> str | None:
+    """Why a config is not valid here, or this machine cannot build it; None if it can."""
+    invalid = Candidate(problem, config, device).why_invalid()
+    return invalid or target_of(device).why_missing(PLANS[config.plan])
 
 
 def _registered(name: str) -> Device | None:

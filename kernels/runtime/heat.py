@@ -7,7 +7,7 @@ Usage:
 
 All are compiled first, some at a time, and loaded: none is begun after half of the time, and those
 begun are given up when a fifth of it is left. Then each is verified against float64 before it is
-timed, and those that are not far behind take turns, in two seconds.
+timed, and those that are not far behind take turns (measure/trial.py), in two seconds.
 """
 
 import os
@@ -15,28 +15,28 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.measure.memory import free_bytes
-from flashtune.kernels.measure.timing import Timer, Timing, timer_bytes
+from flashtune.kernels.measure.timing import timer_bytes
+from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, slack_of
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Outcome
+from flashtune.tuning_db.record import Measurement
 from flashtune.tuning_db.store import RACE_POLICY
 
 BEGIN_SHARE, COMPILE_SHARE = 0.5, 0.8  # of the time: when to begin, and to wait, no more
 RUN_SECONDS = 2.0  # of verifying and timing, of them at most half before turns are taken
 COMPILERS = 4  # threads; the greater part of a compiler's work is done by other processes
-FIRST_SAMPLES = 2
-FAR_BEHIND = 1.3  # times the fastest first sample: such a config takes no turns
 ROUNDS, LEAST_ROUNDS = 20, 3
 LEAST_RUNNERS = 3  # that run even where that takes longer
-_FULL = ("too many blocks in cooperative launch", "out of memory", "out of resource")
 
 Load = Callable[[], Step]
 
@@ -88,25 +88,36 @@ def compare(
         timer_bytes=len(configs) * timer_bytes(problem),
         seed=time.time_ns(),
     )
-    heat = _Heat(device, workload)
+    trial: Trial[Config] = Trial(workload, target_of(device).timer, RACE_POLICY)
     compiled = _compile(problem, configs, device, where, seconds)
-    for config in configs:
-        heat.load(config, compiled[config], until=start + COMPILE_SHARE * seconds)
+    missed = _load(trial, compiled, until=start + COMPILE_SHARE * seconds)
     begun = time.monotonic()
     end = min(begun + RUN_SECONDS, start + seconds)
     try:
         for config in configs:
             note(config)
-            heat.admit(config, until=(begun + end) / 2)
-        heat.take_turns(configs[0], until=end)
+            why_not = _why_not(trial, until=(begun + end) / 2)
+            if config in trial.loaded and why_not:
+                missed[config] = why_not
+            else:
+                trial.admit(config, slack_of(config))
+        trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=configs[:1])
+        trial.take_turns(ROUNDS, least=LEAST_ROUNDS, until=end)
     finally:
         note(None)
+    found = trial.finish()
+    lost = "the device was lost while it was timed"
     return Comparison(
-        entries=tuple(heat.entries[config] for config in configs),
+        entries=tuple(
+            Entry(config=config, measurement=found[config])
+            if config in found
+            else Entry(config=config, why=missed.get(config, lost))
+            for config in configs
+        ),
         is_cold=workload.is_cold,
         compile_s=begun - start,
         run_s=time.monotonic() - begun,
-        device_lost=heat.lost,
+        device_lost=trial.lost,
     )
 
 
@@ -119,9 +130,11 @@ def _compile(
 ) -> "dict[Config, Future[Load]]":
     """Compile in threads, so that none still does, if it can be helped, while others are timed."""
     start = time.monotonic()
-    load = backend_of(device).loader
     pool = ThreadPoolExecutor(min(COMPILERS, len(os.sched_getaffinity(0))))
-    futures = {config: pool.submit(load, problem, config, device, where) for config in configs}
+    futures = {}
+    for config in configs:
+        candidate = Candidate(problem, config, device)
+        futures[config] = pool.submit(backend_of(candidate).loader, candidate, where)
     wait(futures.values(), timeout=BEGIN_SHARE * seconds)
     pool.shutdown(wait=False, cancel_futures=True)
     left = start + COMPILE_SHARE * seconds - time.monotonic()
@@ -129,108 +142,29 @@ def _compile(
     return futures
 
 
-class _Heat:
-    """Configs that are loaded, then run one after another, then in turns.
+def _load(
+    trial: Trial[Config], compiled: "dict[Config, Future[Load]]", until: float
+) -> dict[Config, str]:
+    """Load what was compiled, a few even later than `until`; why the others were not."""
+    missed = {}
+    for config, load in compiled.items():
+        late = len(trial.loaded) >= LEAST_RUNNERS and time.monotonic() > until
+        if late or not load.done() or load.cancelled():
+            missed[config] = "it was not compiled in time"
+        else:
+            trial.load(config, partial(_loaded, load))
+    return missed
 
-    Each of the three ends at a time on the clock of time.monotonic, though not before a few had
-    their turn.
-    """
 
-    def __init__(self, device: Device, workload: Workload) -> None:
-        """Nothing runs yet."""
-        self.entries: dict[Config, Entry] = {}
-        self.lost = False
-        self._backend, self._workload = backend_of(device), workload
-        self._steps: dict[Config, Step] = {}
-        self._timers: dict[Config, Timer] = {}
-        self._samples: dict[Config, list[float]] = {}
+def _loaded(compiled: "Future[Load]") -> Step:
+    """The step of what was compiled; raises what the compiler raised."""
+    return compiled.result()()
 
-    def load(self, config: Config, compiled: "Future[Load]", until: float) -> None:
-        """Make a config's step. Triton builds what launches a kernel only now."""
-        late = len(self._steps) >= LEAST_RUNNERS and time.monotonic() > until
-        if late or not compiled.done() or compiled.cancelled():
-            self._pass_over(config, "it was not compiled in time")
-            return
-        try:
-            self._steps[config] = compiled.result()()
-        except Exception as error:  # compilers and drivers raise whatever they like
-            self._fail(config, Outcome.COMPILE_ERROR, error)
 
-    def admit(self, config: Config, until: float) -> None:
-        """Verify a config and take its first samples."""
-        if config not in self._steps:
-            return
-        if self.lost:
-            self._pass_over(config, "the device was lost before its turn came")
-            return
-        if len(self._timers) >= LEAST_RUNNERS and time.monotonic() > until:
-            self._pass_over(config, "there was no time to run it")
-            return
-        step = self._steps[config]
-        try:
-            wrong = self._workload.why_wrong(step, slack_of(config))
-            if wrong:
-                self._fail(config, Outcome.WRONG_RESULT, wrong)
-                return
-            timer = self._backend.timer(step, self._workload)
-            self._samples[config] = timer.sample(FIRST_SAMPLES)
-            self._timers[config] = timer
-        except Exception as error:
-            self._fail(config, Outcome.CRASH, error)
-
-    def take_turns(self, first: Config, until: float) -> None:
-        """Time `first` and those not far behind in turns, so that a drifting clock favours none.
-
-        First samples count only for those that take no turns.
-        """
-        limit = FAR_BEHIND * min(map(min, self._samples.values()), default=0.0)
-        for config in list(self._timers):
-            if config != first and min(self._samples[config]) > limit:
-                del self._timers[config]
-                self._enter(config, Outcome.PRUNED)
-        for config in self._timers:
-            self._samples[config] = []
-        for number in range(ROUNDS):
-            if number >= LEAST_ROUNDS and time.monotonic() > until:
-                break
-            for config in list(self._timers):
-                if self.lost:
-                    break
-                try:
-                    self._samples[config] += self._timers[config].sample(1)
-                except Exception as error:
-                    del self._timers[config]
-                    self._fail(config, Outcome.CRASH, error)
-        for config in self._timers:
-            if self.lost:
-                self._pass_over(config, "the device was lost while it was timed")
-            else:
-                self._enter(config, Outcome.OK)
-
-    def _pass_over(self, config: Config, why: str) -> None:
-        self.entries[config] = Entry(config=config, why=why)
-
-    def _enter(self, config: Config, outcome: Outcome) -> None:
-        timing = Timing.of(self._samples[config])
-        measurement = Measurement(
-            outcome=outcome,
-            median_us=timing.median_us,
-            spread_us=timing.spread_us,
-            samples=timing.samples,
-            policy=RACE_POLICY,
-        )
-        self.entries[config] = Entry(config=config, measurement=measurement)
-
-    def _fail(self, config: Config, outcome: Outcome, error: BaseException | str) -> None:
-        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        if any(words in text.lower() for words in _FULL):
-            outcome = Outcome.OUT_OF_RESOURCES
-        if outcome is Outcome.CRASH and self._workload.sets[0].weight.is_cuda:
-            try:
-                torch.cuda.synchronize()
-            except Exception:  # an illegal access stays with the process
-                self.lost = True
-        measurement = Measurement(
-            outcome=outcome, error=" ".join(text.split())[:500], policy=RACE_POLICY
-        )
-        self.entries[config] = Entry(config=config, measurement=measurement)
+def _why_not(trial: Trial[Config], until: float) -> str:
+    """Why no other config may run, if so. A few may, however late it is."""
+    if trial.lost:
+        return "the device was lost before its turn came"
+    if len(trial.running) >= LEAST_RUNNERS and time.monotonic() > until:
+        return "there was no time to run it"
+    return ""

@@ -4,7 +4,7 @@ Usage:
     choice, race = hold(start, choice)      # the choice to run, and how it came about
     race.explain()                          # plain data
 
-The contenders (`selection.contenders`) are compared with the default in this process, on the
+The contenders (`choice.contenders`) are compared with the default in this process, on the
 head's own weights, and the winner is kept in the user's database: the next load finds it there.
 One that does not beat the default by more than the noise is dropped, and the default is kept as
 the winner. Of several processes that load the same problem on the same kind of device one races
@@ -14,7 +14,7 @@ and the others wait for its winner. Nothing here raises for want of a race.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -25,15 +25,10 @@ from typing import Any
 import torch
 
 from flashtune.kernels.plans.config import Config, config_data
-from flashtune.kernels.runtime.choice import (
-    USER,
-    Choice,
-    Level,
-    Source,
-    contenders,
-    default_choice,
-)
+from flashtune.kernels.runtime.choice import USER, Choice, Level, contenders, default_choice
 from flashtune.kernels.runtime.heat import RUN_SECONDS, Comparison, Entry, compare
+from flashtune.kernels.runtime.records import look
+from flashtune.kernels.runtime.trouble import one_line
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
@@ -50,12 +45,10 @@ LEAST_SECONDS = RUN_SECONDS + 1.0  # that must be left for a race to be begun
 _KEPT_FAILURES = (Outcome.WRONG_RESULT, Outcome.CRASH)  # those that would come again
 UNKEPT = "this process"  # the source of a winner that could not be written down
 
-Look = Callable[[], tuple[Choice, list[Source]]]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """What a race is about. `look` reads the records there are now, and chooses among them.
+    """What a race is about.
 
     `seconds` is all the time that may be taken. What a person should know goes to `troubles`.
     """
@@ -64,7 +57,6 @@ class Start:
     weights: Weights
     device: Device
     toolchain: Toolchain
-    look: Look
     seconds: float
     troubles: list[str]
 
@@ -124,8 +116,7 @@ def hold(start: Start, choice: Choice) -> tuple[Choice, Race]:
             begun = time.monotonic()
             found, race = _take_turn(start, choice, lock, database)
     except Exception as error:  # a full device, a compiler, a driver: the head must answer
-        kind = "" if isinstance(error, FlashtuneError) else f"{type(error).__name__}: "
-        found, race = choice, Race(why_not=" ".join(f"{kind}{error}".split()))
+        found, race = choice, Race(why_not=one_line(error))
     return found, replace(race, seconds=time.monotonic() - begun)
 
 
@@ -173,7 +164,7 @@ def _take_turn(
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
         why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and is not done"
         return choice, Race(why_not=why_not)
-    choice, sources = start.look()
+    choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
     configs = contenders(start.problem, start.device, start.toolchain, sources)
     if choice.settled:
         return choice, Race(why_not="another process has raced meanwhile")

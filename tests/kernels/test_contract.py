@@ -8,27 +8,26 @@ import pytest
 import torch
 import triton
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.kernels.backends.cuda.backend import CudaStep
 from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
-from flashtune.kernels.backends.triton.source import render_triton
+from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    TritonConfig,
-    knobs,
-    slack_of,
-    why_invalid,
-)
-from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, knobs, slack_of
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.cpp_staged import CppStagedConfig
+from flashtune.kernels.plans.dense import DenseConfig
+from flashtune.kernels.plans.parts.simd import simd_levels
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.plans.tensor_config import TENSOR_PLANS, BatchedConfig, DenseConfig
-from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights, new_out, poisoned_out
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
@@ -98,13 +97,13 @@ class Runner:
 
     def make(self, problem: Problem, config: Config) -> Step:
         """A step for a config, with tiles of this runner's width; skips what cannot run here."""
-        if isinstance(config, StreamedConfig):
+        if PLANS[config.plan].builder == "cuda":
             if problem.n_tokens > 1 or self.device.capability < 90:
                 pytest.skip("streamed is for one token and sm_90")
             return self.step(problem, config, self.device)
-        if not isinstance(config, TritonConfig):
+        if PLANS[config.plan].builder == "cpp":
             return self.step(problem, _narrowed(config, problem), self.device)
-        block = self.block // 2 if isinstance(config, TENSOR_PLANS) else self.block
+        block = self.block // 2 if isinstance(config, BatchedConfig | DenseConfig) else self.block
         blocks = {f"{stage}_block": block for stage in ("score", "gather")}
         fitted = replace(
             config, **{name: blocks[name] for name in blocks if hasattr(config, name)}
@@ -118,13 +117,14 @@ class Runner:
 
 
 def _interpreted_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
-    module = load_source(render_triton(problem, config, device))
+    module = load_source(Candidate(problem, config, device).source)
     return DecodeStep(problem, module, {}, torch.device("cpu"))
 
 
 def _compiled_step(problem: Problem, config: Config, device: Device) -> Step:
-    backend = backend_of(device)
-    return backend.loader(problem, config, device, torch.device(backend.torch_device))()
+    candidate = Candidate(problem, config, device)
+    where = torch.device(target_of(device).torch_device)
+    return backend_of(candidate).loader(candidate, where)()
 
 
 def _narrowed(config: Config, problem: Problem) -> Config:
@@ -132,7 +132,7 @@ def _narrowed(config: Config, problem: Problem) -> Config:
     narrow = {
         f"{stage}_{knob}": 1 for stage in ("score", "gather") for knob in ("columns", "unroll")
     }
-    return replace(config, **narrow) if why_invalid(config, problem, CPU) else config
+    return replace(config, **narrow) if Candidate(problem, config, CPU).why_invalid() else config
 
 
 ON_CUDA = pytest.mark.gpu
@@ -270,7 +270,7 @@ def test_each_token_probes_clusters_of_its_own(
     probed = scores.topk(problem.n_probes, dim=1).indices.tolist()
     assert len({frozenset(clusters) for clusters in probed}) == 3
     tokens = run(step, problem, weights, hidden)
-    judge = Judge(weights, problem.n_probes)
+    judge = Judge(weights, problem)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
     assert len(set(tokens_of(tokens).tolist())) > 1
 
@@ -284,9 +284,7 @@ def test_negative_logits_are_compared_as_numbers(
     hidden = random_states(token_problem, runner, seed=2).abs()
     assert bool((weights.weight.float() @ hidden[0].float() < 0).all())
     tokens = run(step, token_problem, weights, hidden)
-    assert (
-        Judge(weights, token_problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
-    )
+    assert Judge(weights, token_problem).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
 def test_rows_that_pad_a_cluster_change_nothing(
@@ -306,7 +304,7 @@ def test_rows_that_pad_a_cluster_change_nothing(
         weights = replace(weights, weight=rows.flatten(0, 1), ids=ids.flatten())
         tokens = run(step, token_problem, weights, hidden)
         assert int(tokens) in ids[:, -1]
-        judge = Judge(weights, token_problem.n_probes)
+        judge = Judge(weights, token_problem)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
 
 
@@ -321,7 +319,7 @@ def test_the_smallest_of_tied_tokens_wins(
         if seed:
             rows[:, ::2] += 1  # half of each cluster's do, the others lie above or below
         hidden = torch.ones(1, token_problem.hidden_size).bfloat16().to(runner.torch_device)
-        judge = Judge(weights, token_problem.n_probes, exact=True)
+        judge = Judge(weights, token_problem, exact=True)
         out = run(step, token_problem, weights, hidden)
         assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -333,7 +331,7 @@ def test_whole_numbers_give_the_exact_token(
     for seed in range(2):
         weights = make_weights(problem, runner, seed, whole=True)
         hidden = random_states(problem, runner, seed).sign()
-        judge = Judge(weights, problem.n_probes, exact=True)
+        judge = Judge(weights, problem, exact=True)
         out = run(step, problem, weights, hidden)
         assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -353,11 +351,11 @@ def test_logits_are_rounded_to_nearest(runner: Runner, config: Config, dtype: st
     drawn = torch.randint(-60, 61, shape, generator=generator).to(runner.torch_device)
     weights = replace(
         weights,
-        weight=drawn.to(TORCH_DTYPES[dtype]),
-        centroids=weights.centroids.to(TORCH_DTYPES[dtype]),
+        weight=drawn.to(format_of(dtype).torch_dtype),
+        centroids=weights.centroids.to(format_of(dtype).torch_dtype),
     )
-    hidden = 32 * random_states(problem, runner, seed=2).sign().to(TORCH_DTYPES[dtype])
-    judge = Judge(weights, problem.n_probes, exact=True)
+    hidden = 32 * random_states(problem, runner, seed=2).sign().to(format_of(dtype).torch_dtype)
+    judge = Judge(weights, problem, exact=True)
     assert judge.why_wrong(run(step, problem, weights, hidden), hidden, slack_of(config)) is None
 
 
@@ -369,7 +367,7 @@ def test_a_state_of_zeros_ties_everything(
     weights = make_weights(problem, runner)
     hidden = torch.full((1, problem.hidden_size), zero).bfloat16().to(runner.torch_device)
     tokens = run(step, problem, weights, hidden)
-    judge = Judge(weights, problem.n_probes, exact=True)
+    judge = Judge(weights, problem, exact=True)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
     if isinstance(step, DecodeStep) and slack_of(config):  # others pick among clusters that tie
         assert tokens_of(tokens).tolist() == [0]
@@ -400,7 +398,7 @@ def test_a_state_that_is_not_finite_leaves_nothing_unwritten(
     assert not bool((out == -7).any())
     assert 0 <= tokens_of(out).item() < problem.vocab_size
     tokens = run(step, problem, weights, hidden)  # and the next call is right again
-    assert Judge(weights, problem.n_probes).why_wrong(tokens, hidden, slack_of(config)) is None
+    assert Judge(weights, problem).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
 def test_calls_leave_nothing_behind_for_the_next(
@@ -410,7 +408,7 @@ def test_calls_leave_nothing_behind_for_the_next(
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
     before = step.scratch.state.clone() if isinstance(step, DecodeStep | CudaStep) else None
-    judge = Judge(weights, problem.n_probes)
+    judge = Judge(weights, problem)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
         tokens = run(step, problem, weights, hidden)
@@ -436,7 +434,7 @@ def test_any_valid_config_of_a_cpu_gives_right_tokens(
 ) -> None:
     rng = random.Random(seed)
     config, problem = random_config(rng), _small_problem(rng)
-    while why_invalid(config, problem, CPU):
+    while Candidate(problem, config, CPU).why_invalid():
         config, problem = random_config(rng), _small_problem(rng)
     step = _compiled_step(problem, config, CPU)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
@@ -457,7 +455,9 @@ def test_any_valid_config_gives_right_tokens(
                 config, programs_per_sm=1
             )  # or the interpreter never leaves a barrier
         loops = getattr(config, "score_programs_per_sm", 0) > 0
-        if why_invalid(config, problem, device) is None and not (loops and CANNOT_LOOP):
+        if Candidate(problem, config, device).why_invalid() is None and not (
+            loops and CANNOT_LOOP
+        ):
             break
     step = _interpreted_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
@@ -487,7 +487,7 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
             centroid_dtype=rng.choice(("bf16", "fp16")),
             epilogue=rng.choice(EPILOGUES),
         )
-        if why_invalid(config, problem, device) is None:
+        if Candidate(problem, config, device).why_invalid() is None:
             break
     step = _compiled_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=1, seed=seed)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pickle
+import sys
 import threading
 from typing import Any
 
@@ -12,18 +13,21 @@ import pytest
 import torch
 
 import flashtune
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
-from flashtune.kernels.permutation import permute_rows_
+from flashtune.kernels.formats.format import format_of
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.runtime import decoder
+from flashtune.kernels.runtime.binding import Bound
+from flashtune.kernels.runtime.decoder import MOST_TOKENS, step_sizes
+from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -236,7 +240,7 @@ def test_a_released_weight_is_permuted_in_its_own_storage() -> None:
 
 
 def test_rows_are_permuted_by_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashtune.kernels.permutation._CHUNK_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr("flashtune.kernels.weights._CHUNK_BYTES", 3 * 4 * VOCAB)
     weight, _, _ = parts()
     order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(5))
     expected, sizes = weight[order], []
@@ -291,8 +295,8 @@ def _spoiled(index: int, value: float) -> torch.Tensor:
         ),
         ({"special_token_ids": [-1]}, "must be whole numbers from 0 to 95"),
         ({"special_token_ids": [True]}, "must be whole numbers from 0 to 95"),
-        ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be bf16"),
-        ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be bf16"),
+        ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be one of bf16"),
+        ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be one of bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH, device="meta")}, "centroids on meta"),
         ({"weight": _spoiled(0, float("nan"))}, "weight has a NaN"),
         ({"weight": _spoiled(0, float("inf"))}, "weight has a NaN or an infinity"),
@@ -383,10 +387,27 @@ def test_on_a_cpu_centroids_are_converted_once() -> None:
     weight, centroids, assignments = parts(dtype=torch.bfloat16)
     head = FlashHead(weight, centroids, assignments, n_probes=3)
     head(torch.zeros(1, WIDTH))
-    step = head._steps["argmax", 1, 0]
-    assert vars(step)["_centroids"].dtype is torch.float32
+    converted = vars(head.decoder._steps["argmax", 1, 0])["_scored"]
+    assert converted[1].dtype is torch.float32
     head(torch.zeros(1, WIDTH))
-    assert head._steps["argmax", 1, 0] is step
+    assert vars(head.decoder._steps["argmax", 1, 0])["_scored"] is converted
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "sizes"), [(0, [0]), (1, [1]), (32, [32]), (40, [32, 8]), (64, [32])]
+)
+def test_the_steps_of_a_call(n_tokens: int, sizes: list[int]) -> None:
+    assert step_sizes(n_tokens) == sizes
+
+
+def test_what_is_prepared_is_what_a_call_runs() -> None:
+    """However many tokens are asked for: no step is made for a million of them."""
+    head = FlashHead(**_with())
+    head.prepare(1, 10**6 + 5)
+    made = {("argmax", size) for size in (1, 32, 10**6 % 32 + 5)}
+    assert set(head.decoder._bounds) == made
+    with pytest.raises(FlashtuneError, match="n_tokens"):
+        head.prepare(0)
 
 
 def test_explain_is_json_and_says_what_runs() -> None:
@@ -429,6 +450,83 @@ def test_threads_may_share_a_head() -> None:
     for thread in threads:
         thread.join()
     assert [results[number] for number in range(8)] == [[tokens] * 20 for tokens in expected]
+
+
+@pytest.fixture
+def mixtures(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, ...]]:
+    """Dtypes with which steps were called, whose kernels were made for others: any would be read
+    as the wrong type and beyond their ends.
+    """
+    found: set[tuple[torch.dtype, ...]] = set()
+    bind = decoder.bind
+
+    def checked(problem: Problem, weights: Weights, **options: Any) -> Bound:
+        bound = bind(problem, weights, **options)
+        step, dtype = bound.take_step(), format_of(problem.weight_dtype).torch_dtype
+
+        def call(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            dtypes = (weights.weight.dtype, weights.centroids.dtype, hidden.dtype)
+            if set(dtypes) != {dtype}:
+                found.add((dtype, *dtypes))
+            step(weights, hidden, out)
+
+        bound.new_step = lambda: call
+        return bound
+
+    monkeypatch.setattr(decoder, "bind", checked)
+    return found
+
+
+def test_a_call_during_which_the_head_is_converted_ends_with_the_old_tensors(
+    mixtures: set[tuple[torch.dtype, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(4, WIDTH, seed=6).T.contiguous().T
+    expected = head(hidden)
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        """In the middle of a call, as another thread may."""
+        head.to(torch.bfloat16)
+        return tensor.contiguous()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "aligned", convert)
+        assert torch.equal(head(hidden), expected)
+    assert head.weight.dtype is head.logits(hidden).dtype is torch.bfloat16
+    assert not mixtures
+
+
+def test_threads_may_call_a_head_while_it_is_converted(
+    mixtures: set[tuple[torch.dtype, ...]],
+) -> None:
+    head = FlashHead(**_with())
+    hidden = whole_numbers(3, WIDTH, seed=12)
+    shapes, errors, over = set(), [], threading.Event()
+
+    def call() -> None:
+        try:
+            while not shapes or not over.is_set():
+                shapes.add((tuple(head(hidden).shape), tuple(head.logits(hidden).shape)))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for number in range(100):
+            head.to((torch.bfloat16, torch.float16, torch.float32)[number % 3])
+            head.explain(3)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert shapes == {((3,), (3, VOCAB))}
+    assert not mixtures
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

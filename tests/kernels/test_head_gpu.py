@@ -1,6 +1,7 @@
 """The FlashHead module on an NVIDIA GPU."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.plans.config import parse_config, slack_of
-from flashtune.tuning_db.problem import EPILOGUES
+from flashtune.tuning_db.problem import EPILOGUES, Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -29,9 +30,12 @@ def states(n_tokens: int, seed: int = 1) -> torch.Tensor:
 
 
 def why_wrong(head: FlashHead, out: torch.Tensor, hidden: torch.Tensor) -> str | None:
-    config = head.explain(len(hidden))["config"]
-    slack = slack_of(parse_config(config)) if config else 0
-    return Judge(head._weights, head.n_probes).why_wrong(out, hidden, slack)
+    found = head.explain(len(hidden))
+    problem = replace(
+        Problem(**found["problem"]), epilogue="logits" if out.dim() == 2 else "argmax"
+    )
+    slack = slack_of(parse_config(found["config"]))
+    return Judge(head.decoder.weights, problem).why_wrong(out, hidden, slack)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])

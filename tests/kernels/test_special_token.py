@@ -2,8 +2,8 @@
 
 import torch
 
+from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.weights import FILL
 
 
 def test_logits_have_special_tokens_and_no_padding() -> None:

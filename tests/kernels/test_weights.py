@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from flashtune.kernels.weights import DTYPE_NAMES, TORCH_DTYPES, order_from_maps, token_order
+from flashtune.kernels.weights import order_from_maps, token_order
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DTYPE_BYTES
 
 
 def test_tokens_are_sorted_by_cluster_and_ascend_in_it() -> None:
@@ -60,8 +59,3 @@ def test_maps_and_assignments_give_one_order() -> None:
 def test_maps_must_hold_each_token_once(maps: list[list[int]]) -> None:
     with pytest.raises(FlashtuneError, match="just once"):
         order_from_maps(torch.tensor(maps))
-
-
-def test_every_dtype_of_a_problem_has_a_tensor_type_of_its_size() -> None:
-    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES
-    assert {DTYPE_NAMES[dtype] for dtype in TORCH_DTYPES.values()} == set(TORCH_DTYPES)

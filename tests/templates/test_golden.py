@@ -9,18 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.backends.triton.backend import load_source
-from flashtune.kernels.plans.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    baseline_config,
-    default_config,
-)
-from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.cpp_staged import CppStagedConfig
+from flashtune.kernels.plans.dense import DenseConfig
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
 
@@ -127,7 +126,7 @@ def golden_path(name: str) -> Path:
 def test_generated_source_is_as_accepted(name: str, pytestconfig: pytest.Config) -> None:
     problem, config, device = CASES[name]
     path = golden_path(name)
-    source = backend_of(device).render(problem, config, device)
+    source = Candidate(problem, config, device).source
     if pytestconfig.getoption("--accept-golden"):
         path.write_text(source, "utf-8")
     assert path.exists(), f"no {path.name}: accept it with --accept-golden"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flashtune.kernels.backends.triton.backend import Scratch, load_source
-from flashtune.kernels.backends.triton.source import render_triton
-from flashtune.kernels.plans.config import StagedConfig
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.problem import Problem
 
@@ -60,7 +60,7 @@ DRAWS: dict[str, Draw] = {
 def select(problem: Problem, slack: int, scores: torch.Tensor) -> list[int]:
     """The clusters that the select kernel lists."""
     config = StagedConfig(slack=slack, select_warps=4, score_block=64, gather_block=64)
-    module = load_source(render_triton(problem, config, H200))
+    module = load_source(Candidate(problem, config, H200).source)
     scratch = Scratch.create(problem, library_topk=False, device=torch.device("cpu"))
     scratch.scores[0] = scores
     scratch.selected.fill_(2**30)
@@ -113,7 +113,7 @@ def test_keys_are_ordered_as_floats_are() -> None:
     values = torch.tensor([-value for value in reversed(special)] + special)
     problem = Problem(vocab_size=64, hidden_size=64, n_clusters=64, n_probes=4)
     config = StagedConfig(score_block=64, gather_block=64)
-    module = load_source(render_triton(problem, config, H200) + ORDER_KERNEL)
+    module = load_source(Candidate(problem, config, H200).source + ORDER_KERNEL)
     keys, back = torch.empty(16, dtype=torch.int32), torch.empty(16)
     module.order[(1,)](values, keys, back, 16)
     assert keys.tolist() == sorted(keys.tolist())

@@ -17,7 +17,8 @@ from types import ModuleType
 
 import pytest
 
-from flashtune.kernels.plans.config import Config, config_data, default_config, enabled, knobs
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.config import Config, config_data, enabled, knobs
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.problem import Problem

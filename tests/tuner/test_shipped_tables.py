@@ -5,8 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.backends.target import backend_of
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner.cli.main import cli
 from flashtune.tuning_db.device import find_device
@@ -42,5 +43,6 @@ def test_its_first_config_compiles_for_the_devices_architecture(name: str) -> No
     here = toolchain(device).triton
     if device.arch == "sm_110" and tuple(map(int, here.split(".")[:2])) < (3, 9):
         pytest.skip(f"Triton {here} does not know sm_110")
-    uses = backend_of(device).compile(record.problem, parse_config(record.config), device)
+    candidate = Candidate(record.problem, parse_config(record.config), device)
+    uses = backend_of(candidate).compile(candidate)
     assert uses and not any(use.spilled for use in uses)

@@ -105,12 +105,12 @@ def _fixed(text: str) -> tuple[str, Any]:
 
 
 def _known_fixings() -> list[str]:
-    from flashtune.kernels.plans.config import PLANS
+    from flashtune.kernels.plans.candidate import PLANS
     from flashtune.kernels.plans.knob import knobs
 
     found = {f"plan={name}": None for name in PLANS}
     for plan in PLANS.values():
-        for name, knob in knobs(plan).items():
+        for name, knob in knobs(plan.config).items():
             found |= {f"{name}={choice}": None for choice in knob["choices"]}
     return list(found)
 

@@ -25,11 +25,10 @@ def devices(as_json: bool) -> None:
     Example:
       flashtune devices
     """
-    from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+    from flashtune.kernels.backends.host import devices_here
     from flashtune.tuner.cli.report import device_data, print_devices
-    from flashtune.tuner.here import this_device
 
-    here = {this_device(), this_cpu()}
+    here = set(devices_here())
     known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
     if as_json:
         click.echo(json.dumps([device_data(each, each in here) for each in known], indent=1))
@@ -116,8 +115,9 @@ def render(
       flashtune render --record 3f2a
       flashtune render --device h200 --shape qwen3-vl-2b
     """
-    from flashtune.kernels.backends.backend import backend_of
-    from flashtune.kernels.plans.config import default_config, parse_config
+    from flashtune.kernels.backends.target import default_config
+    from flashtune.kernels.plans.candidate import Candidate
+    from flashtune.kernels.plans.config import parse_config
     from flashtune.tuner.here import device_named
 
     if key is not None:
@@ -129,7 +129,7 @@ def render(
         config = default_config(problem, device)
     else:
         raise click.UsageError("give --record, or --device and --shape")
-    click.echo(backend_of(device).render(problem, config, device), nl=False)
+    click.echo(Candidate(problem, config, device).source, nl=False)
 
 
 @click.command()

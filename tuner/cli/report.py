@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from flashtune.kernels.plans.config import PLANS, parse_config
+from flashtune.kernels.plans.candidate import PLANS
+from flashtune.kernels.plans.config import parse_config
 from flashtune.kernels.plans.knob import knobs
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.search.lookup import KnownRecord
@@ -14,7 +15,7 @@ from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
 
 def short_config(config: ConfigData) -> str:
     """The plan, and the knobs that differ from their defaults."""
-    plan = PLANS[str(config["plan"])]
+    plan = PLANS[str(config["plan"])].config
     changed = [
         f"{name}={config[name]}"
         for name, knob in knobs(plan).items()

@@ -25,15 +25,17 @@ class _Search(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write them."""
-        from flashtune.kernels.plans.config import PLANS
+        from flashtune.kernels.plans.candidate import PLANS
         from flashtune.kernels.plans.knob import knobs
 
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_text(options.SHAPE_EPILOG)
             for name, plan in PLANS.items():
+                if not knobs(plan.config):
+                    continue  # plain torch has nothing to choose
                 formatter.write_paragraph()
-                formatter.write_text(f"Knobs of plan={name}: {', '.join(knobs(plan))}.")
+                formatter.write_text(f"Knobs of plan={name}: {', '.join(knobs(plan.config))}.")
 
 
 @click.command(cls=_Search)

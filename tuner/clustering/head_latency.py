@@ -4,7 +4,8 @@ Usage:
     latency = HeadLatency(parts, states)
     latency.dense(), latency.probing(256)      # Timing, in microseconds a call of one token
 
-As in a search, weights are cold: copies of the centroids rotate, together larger than the cache.
+As in a search, weights are cold (copies of the centroids rotate, together larger than the cache),
+and steps are timed by measure/trial.py.
 What runs is what FlashHead chooses here.
 """
 
@@ -14,12 +15,15 @@ import torch
 from torch.nn.functional import linear
 
 from flashtune.kernels.backends.host import device_of
-from flashtune.kernels.measure.timing import GraphTimer, Timing, WallTimer
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.measure.timing import Timing
+from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.kernels.runtime.binding import bind
 from flashtune.kernels.special_token import SpecialTokens
-from flashtune.kernels.weights import DTYPE_NAMES, Step, Weights, token_order
+from flashtune.kernels.weights import Step, Weights, problem_of, token_order
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 _REPLAYS = 30
@@ -38,14 +42,7 @@ class HeadLatency:
         self._dense_weight = weight
         special = parts.special_token_ids
         self._special = SpecialTokens.of(special, order) if special else None
-        self._problem = Problem(
-            vocab_size=len(order),
-            hidden_size=weight.shape[1],
-            n_clusters=len(centroids),
-            n_probes=parts.n_probes,
-            weight_dtype=DTYPE_NAMES[weight.dtype],
-            centroid_dtype=DTYPE_NAMES[centroids.dtype],
-        )
+        self._problem = problem_of(weight, centroids, parts.n_probes, n_tokens=1)
         self._states = states.to(weight.device, weight.dtype)
 
     def dense(self) -> Timing:
@@ -54,7 +51,7 @@ class HeadLatency:
         def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
             torch.argmax(linear(hidden, self._dense_weight), dim=-1, out=out)
 
-        return self._time(self._problem, step)
+        return self._time(self._problem, step, "the dense head")
 
     def probing(self, n_probes: int) -> tuple[Timing, str]:
         """FlashHead with that many probes, and the level of its choice: exact … torch."""
@@ -68,11 +65,15 @@ class HeadLatency:
             if special is not None:
                 out.copy_(special(weights, hidden, out))
 
-        return self._time(problem, with_special), bound.choice.level.value
+        timing = self._time(problem, with_special, f"the head with {n_probes} probes")
+        return timing, bound.choice.level.value
 
-    def _time(self, problem: Problem, step: Step) -> Timing:
+    def _time(self, problem: Problem, step: Step, what: str) -> Timing:
+        """The step's timing. No checks: `bind` has verified it, and special tokens change what
+        is right. Raises FlashtuneError with the outcome where it fails.
+        """
         device = device_of(self._weights.weight.device)
-        cold_bytes = device.l2_bytes if device else 0
+        cold_bytes = device.l2_bytes
         n_sets = max(2, -(-2 * cold_bytes // problem.minimum_bytes) + 1)
         sets = tuple(
             Weights(
@@ -84,5 +85,11 @@ class HeadLatency:
         )
         states = tuple(self._states[index % len(self._states)][None] for index in range(n_sets))
         workload = Workload(problem, sets, states, ())
-        timer = GraphTimer if self._weights.weight.is_cuda else WallTimer
-        return Timing.of(timer(step, workload).sample(_REPLAYS))
+        trial: Trial[str] = Trial(workload, target_of(device).timer, policy="quality")
+        trial.load(what, lambda: step)
+        trial.admit(what, slack=0)
+        trial.take_turns(_REPLAYS)
+        found = trial.finish()[what]
+        if found.median_us is None or found.spread_us is None:
+            raise FlashtuneError(f"{what} cannot be timed: {found.outcome.value}: {found.error}")
+        return Timing(found.median_us, found.spread_us, found.samples)

@@ -18,8 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from flashtune.kernels.backends.backend import KernelUse
-from flashtune.kernels.plans.config import PLANS, Config, config_data, parse_config, why_invalid
+from flashtune.kernels.plans.candidate import PLANS, Candidate, KernelUse
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.plans.knob import knobs
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task
@@ -75,7 +75,7 @@ def usable(records: Iterable[Record], device: Device) -> dict[tuple[Problem, Con
             config = parse_config(record.config)
         except FlashtuneError:
             continue
-        if why_invalid(config, record.problem, device) is None:
+        if Candidate(record.problem, config, device).why_invalid() is None:
             found.setdefault((record.problem, config), record)
     return found
 
@@ -100,13 +100,13 @@ def calibrate(
             "their times do not compare, give databases of one"
         )
     for problem, config in wanted:
-        task = Task(kind="compile", problem=problem, configs=(config,), device=device)
-        pool.submit(task, COMPILE_SECONDS)
+        candidate = Candidate(problem, config, device)
+        pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
     samples, done = [], 0
     while pool.pending:
         for task, reply in pool.wait(1.0):
             done += 1
-            problem, config = task.problem, task.configs[0]
+            problem, config = task.problem, task.candidates[0].config
             if not reply.measurements:
                 measurement = wanted[problem, config].measurement
                 samples.append(
@@ -206,9 +206,9 @@ def read_calibration(path: Any) -> Calibration:
 
 
 def _sample(row: Mapping[str, Any], problems: Sequence[Problem]) -> Sample | None:
-    plan = PLANS.get(row["config"]["plan"])
-    defaults = {name: knob["default"] for name, knob in knobs(plan).items()} if plan else {}
     try:
+        plan = PLANS[row["config"]["plan"]].config
+        defaults = {name: knob["default"] for name, knob in knobs(plan).items()}
         config = parse_config({**defaults, **row["config"]})
     except FlashtuneError:
         return None

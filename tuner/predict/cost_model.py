@@ -1,7 +1,7 @@
 """How long a config should take on a device nobody has here, with an interval.
 
 Usage:
-    prediction = predict(problem, config, device, uses)
+    prediction = predict(candidate, uses)
     prediction.time_us, prediction.low_us, prediction.high_us
 
 Stages ask for counts (stage.py), constants turn counts into time; the constants are fitted to
@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashtune.kernels.backends.backend import KernelUse
-from flashtune.kernels.plans.config import Config
-from flashtune.kernels.plans.triton_config import StagedConfig
-from flashtune.tuner.predict.stages import Stage, stages_of
-from flashtune.tuning_db.device import Device
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.tuner.predict.stages.registry import stages_of
+from flashtune.tuner.predict.stages.stage import Stage
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement
+from flashtune.tuning_db.record import Measurement, family
 
 VERSION = "stages-1"
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
@@ -113,11 +111,6 @@ def stage_us(counts: Columns, constants: Constants) -> Array:
     return fixed + scale * powers ** (1 / c.sharpness)
 
 
-def family_of(config: Config) -> str:
-    """The name that a config's interval goes by: its plan, and how it selects."""
-    return f"{config.plan}/{config.selection}" if isinstance(config, StagedConfig) else config.plan
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
     """Fitted constants, and each family's interval as factors of the predicted time.
@@ -129,16 +122,15 @@ class CostModel:
     constants: Constants
     intervals: Mapping[str, tuple[float, float]]
 
-    def predict(
-        self, problem: Problem, config: Config, device: Device, uses: Sequence[KernelUse]
-    ) -> Prediction:
-        """Predict a config; raises FlashtuneError for a plan that the model does not cover."""
-        return self.predict_stages(family_of(config), stages_of(problem, config, device, uses))
+    def predict(self, candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:
+        """Predict a candidate; raises FlashtuneError for a plan that the model does not cover."""
+        name = family(config_data(candidate.config))
+        return self.predict_stages(name, stages_of(candidate, uses))
 
-    def predict_stages(self, family: str, stages: Sequence[Stage]) -> Prediction:
+    def predict_stages(self, family_name: str, stages: Sequence[Stage]) -> Prediction:
         """Predict a step that is given as its stages."""
         time_us = float(stage_us(columns_of(stages), self.constants).sum())
-        low, high = self.intervals.get(family) or self.widest()
+        low, high = self.intervals.get(family_name) or self.widest()
         return Prediction(time_us=time_us, low_us=low * time_us, high_us=high * time_us)
 
     def widest(self) -> tuple[float, float]:
@@ -196,7 +188,7 @@ def interval_us(config: Config, measurement: Measurement) -> tuple[float, float]
     if measurement.median_us is None or not measurement.spread_us:
         return None
     model = shipped_model()
-    low, high = model.intervals.get(family_of(config)) or model.widest()
+    low, high = model.intervals.get(family(config_data(config))) or model.widest()
     scale = measurement.spread_us / (high - low)
     return (
         measurement.median_us - (1 - low) * scale,
@@ -204,11 +196,9 @@ def interval_us(config: Config, measurement: Measurement) -> tuple[float, float]
     )
 
 
-def predict(
-    problem: Problem, config: Config, device: Device, uses: Sequence[KernelUse]
-) -> Prediction:
+def predict(candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:
     """Predict with the model that ships. `uses` are the compiled kernels' needs.
 
     Raises FlashtuneError for a plan that the model does not cover, as those of CPUs.
     """
-    return shipped_model().predict(problem, config, device, uses)
+    return shipped_model().predict(candidate, uses)

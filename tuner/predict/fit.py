@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data
 from flashtune.tuner.predict.calibration import Calibration, Sample, calibration_text
 from flashtune.tuner.predict.cost_model import (
     VERSION,
@@ -27,13 +29,13 @@ from flashtune.tuner.predict.cost_model import (
     Constants,
     CostModel,
     columns_of,
-    family_of,
     stage_us,
 )
-from flashtune.tuner.predict.stages import stages_of
+from flashtune.tuner.predict.stages.registry import stages_of
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem
+from flashtune.tuning_db.record import family
 
 # Where a fit begins, and between what: (least, start, most). A constant that the samples say
 # nothing of stays where it begins.
@@ -105,13 +107,13 @@ class Samples:
         self.samples = samples
         stages, owners = [], []
         for number, sample in enumerate(samples):
-            own = stages_of(sample.problem, sample.config, device, sample.uses)
+            own = stages_of(Candidate(sample.problem, sample.config, device), sample.uses)
             stages += own
             owners += [number] * len(own)
         self._columns: Columns = columns_of(stages)
         self._owners = np.array(owners, dtype=np.intp)
         self.shapes = [shape_name(sample.problem) for sample in samples]
-        self.families = [family_of(sample.config) for sample in samples]
+        self.families = [family(config_data(sample.config)) for sample in samples]
         self.log_times: Array = np.log([sample.time_us for sample in samples])
 
     def log_predictions(self, constants: Constants) -> Array:
@@ -219,14 +221,14 @@ def intervals(
     shapes: count only samples of these. Families with few samples have none of their own.
     """
     by_family: dict[str, list[float]] = defaultdict(list)
-    for family, shape, miss in zip(samples.families, samples.shapes, misses, strict=True):
+    for name, shape, miss in zip(samples.families, samples.shapes, misses, strict=True):
         if shapes is None or shape in shapes:
-            by_family[family].append(float(miss))
+            by_family[name].append(float(miss))
     found = {}
-    for family, own in sorted(by_family.items()):
+    for name, own in sorted(by_family.items()):
         if len(own) >= _FEWEST:
             low, high = np.exp(np.quantile(own, QUANTILES)).tolist()
-            found[family] = (round(low, 4), round(high, 4))
+            found[name] = (round(low, 4), round(high, 4))
     if not found:
         raise FlashtuneError(f"no family of configs has {_FEWEST} records: measure more")
     return found

@@ -12,7 +12,7 @@ probes nor whether the host's launches are in the times; here they are not.
 from dataclasses import dataclass
 
 from flashtune.tuner.predict.cost_model import CostModel, Prediction
-from flashtune.tuner.predict.stages import Stage, scales, sorting
+from flashtune.tuner.predict.stages.stage import Stage, scales, sorting
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flashtune.kernels.backends.backend import backend_of
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.pool import WorkerPool
@@ -27,6 +28,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 COMPILE_SECONDS = 120.0
 MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
+_UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class Evaluator(Protocol):
     def wait(self, seconds: float) -> list[Evaluation]:
         """Evaluations that are complete, waiting for one for at most that long."""
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
-        """Evaluate again, side by side; empty where that would say nothing new."""
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+        """Evaluate again, side by side; those of which that says nothing new are left out."""
 
     def close(self) -> None:
         """End what is under way."""
@@ -84,17 +86,17 @@ class PredictingEvaluator:
 
     def submit(self, config: Config) -> None:
         """Compile a config."""
-        task = Task(kind="compile", problem=self._problem, configs=(config,), device=self._device)
-        self._pool.submit(task, COMPILE_SECONDS)
+        candidate = Candidate(self._problem, config, self._device)
+        self._pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
 
     def wait(self, seconds: float) -> list[Evaluation]:
         """Predictions of what has been compiled."""
         return [
-            Evaluation(task.configs[0], self._measurement(task.configs[0], reply))
+            Evaluation(task.candidates[0].config, self._measurement(task.candidates[0], reply))
             for task, reply in self._pool.wait(seconds)
         ]
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Nothing: a prediction does not change by being made again."""
         return []
 
@@ -102,16 +104,16 @@ class PredictingEvaluator:
         """End what is under way."""
         self._pool.cancel()
 
-    def _measurement(self, config: Config, reply: Reply) -> Measurement:
-        if reply.measurements:
-            return reply.measurements[0]
+    def _measurement(self, candidate: Candidate, reply: Reply) -> Measurement:
+        if reply.measurement is not None:
+            return reply.measurement
         if any(use.spilled for use in reply.uses):
             spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
         try:
-            prediction = predict(self._problem, config, self._device, reply.uses)
+            prediction = predict(candidate, reply.uses)
         except FlashtuneError as error:  # a plan that the cost model does not cover
             return Measurement(outcome=Outcome.INVALID, error=str(error))
         return Measurement(
@@ -149,8 +151,8 @@ class MeasuringEvaluator:
         self._compilers, self._measurer = compilers, measurer
         self._elsewhere = elsewhere
         self._best_us: float | None = None
-        self._in_turns = backend_of(device).times_alone
-        self._compiled: list[tuple[Config, ...]] = []
+        self._in_turns = target_of(device).times_alone
+        self._compiled: list[Config] = []
 
     @property
     def room(self) -> int:
@@ -168,7 +170,7 @@ class MeasuringEvaluator:
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
         if self._compilers is None:
-            self._compiled.append((config,))
+            self._compiled.append(config)
         else:
             self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
 
@@ -178,34 +180,29 @@ class MeasuringEvaluator:
         idle = self._measurer.pending == 0
         compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
         for task, reply in compiled:
-            if reply.measurements:
-                evaluations.append(Evaluation(task.configs[0], reply.measurements[0]))
+            if reply.measurement is not None:
+                evaluations.append(Evaluation(task.candidates[0].config, reply.measurement))
             else:
-                self._compiled.append(task.configs)
+                self._compiled.append(task.candidates[0].config)
         if not (self._in_turns and self._compiling):
-            for configs in self._compiled:
-                self._measure(configs)
+            for config in self._compiled:
+                self._measure(config)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
-            measurement = reply.measurements[0]
+            measurement = reply.measurement or _UNSAID
             if measurement.outcome is Outcome.OK and measurement.median_us is not None:
                 self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
-            evaluations.append(Evaluation(task.configs[0], measurement))
+            evaluations.append(Evaluation(task.candidates[0].config, measurement))
         return evaluations
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Time several configs in turns, so that a drifting clock favours none.
 
-        What had not been measured yet is given up. Empty where any failed: which of them it was
-        is not known, and none has done worse than when it was measured.
+        What had not been measured yet is given up. A config that fails now is a failure, and
+        does not keep the others from being timed. One that could not be timed is left out.
         """
         self.close()
-        self._measurer.submit(self._task("compare", tuple(configs)), COMPARE_SECONDS)
-        answers: list[tuple[Task, Reply]] = []
-        while not answers:
-            answers = self._measurer.wait(1.0)
-        measurements = list(answers[0][1].measurements)
-        return measurements if all(each.outcome is Outcome.OK for each in measurements) else []
+        return [Evaluation(*each) for each in self._compared(tuple(configs)).items()]
 
     def close(self) -> None:
         """End what is under way."""
@@ -214,25 +211,48 @@ class MeasuringEvaluator:
         self._compiled.clear()
         self._measurer.cancel()
 
+    def _compared(self, configs: tuple[Config, ...]) -> dict[Config, Measurement]:
+        """Measurements of the configs, each timed with as many of the others as work.
+
+        Where one takes the worker along, those left are timed by a new one. If it is not known
+        which one did, each is tried alone first. One of which even that says nothing is left out.
+        """
+        answers = self._ask(configs)
+        found = {config: each for config, each in zip(configs, answers, strict=False) if each}
+        missing = tuple(config for config in configs if config not in found)
+        if found or not missing:
+            return {**found, **(self._compared(missing) if missing else {})}
+        if len(configs) == 1:
+            return {}
+        for config in configs:
+            found |= self._compared((config,))
+        right = tuple(config for config, each in found.items() if each.outcome is Outcome.OK)
+        again = 1 < len(right) < len(configs)
+        return {**found, **(self._compared(right) if again else {})}
+
+    def _ask(self, configs: tuple[Config, ...]) -> tuple[Measurement | None, ...]:
+        """What a worker says of these configs, timed in turns."""
+        self._measurer.submit(self._task("compare", configs), COMPARE_SECONDS)
+        answers: list[tuple[Task, Reply]] = []
+        while not answers:
+            answers = self._measurer.wait(1.0)
+        return answers[0][1].measurements
+
     @property
     def _compiling(self) -> int:
         return self._compilers.pending if self._compilers else 0
 
-    def _measure(self, configs: tuple[Config, ...]) -> None:
+    def _measure(self, config: Config) -> None:
         seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
-        self._measurer.submit(self._task("measure", configs), seconds)
+        self._measurer.submit(self._task("measure", (config,)), seconds)
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
+        candidates = tuple(Candidate(self._problem, each, self._device) for each in configs)
+        sent = self._elsewhere and kind != "compile"
         return Task(
             kind=kind,
-            problem=self._problem,
-            configs=configs,
-            device=self._device,
+            candidates=candidates,
             seed=self._seed,
             best_us=self._best_us,
-            sources=self._sources(configs) if self._elsewhere and kind != "compile" else (),
+            sources=tuple(each.source for each in candidates) if sent else (),
         )
-
-    def _sources(self, configs: tuple[Config, ...]) -> tuple[str, ...]:
-        backend = backend_of(self._device)
-        return tuple(backend.render(self._problem, config, self._device) for config in configs)

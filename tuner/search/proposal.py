@@ -14,13 +14,8 @@ from collections.abc import Iterable, Iterator
 
 import optuna
 
-from flashtune.kernels.plans.config import (
-    Config,
-    baseline_config,
-    config_data,
-    default_config,
-    parse_config,
-)
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
 from flashtune.tuner.search.sampler import make_sampler
 from flashtune.tuner.search.space import Space
@@ -100,6 +95,10 @@ class Proposals:
         else:
             self._study.tell(trial, measurement.median_us)
 
+    def correct(self, config: Config, measurement: Measurement) -> None:
+        """Replace what is known of a config: evaluated again, it came out otherwise."""
+        self.known[config] = measurement
+
     def ranked(self) -> list[Config]:
         """The configs that worked, fastest first."""
         times = {
@@ -153,7 +152,7 @@ class Proposals:
         A family that has spent little gets as many turns as the best; after that, the nearer its
         best is to the best of all, the more.
         """
-        families: dict[tuple[str, str | None], list[Config]] = {}
+        families: dict[str, list[Config]] = {}
         times = {config: each.median_us for config, each in self.known.items() if each.median_us}
         for config in sorted(times, key=lambda config: times[config]):
             families.setdefault(self.space.family(config), []).append(config)

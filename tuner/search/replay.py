@@ -46,7 +46,7 @@ class ReplayEvaluator:
         missing = Measurement(outcome=Outcome.INVALID, error="not on record")
         return [Evaluation(config, self._found.get(config, missing))]
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Nothing: there is nothing new to look up."""
         return []
 

@@ -14,13 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from flashtune.kernels.plans.config import (
-    Config,
-    baseline_config,
-    config_data,
-    default_config,
-    parse_config,
-)
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuner.search.evaluate import Evaluator
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
@@ -32,6 +27,7 @@ from flashtune.tuning_db.record import Measurement, Record
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
+MOST_COMPARISONS = 3  # each after the first because a finalist failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,20 +168,39 @@ class _Run:
 
         Where none beats the default by more than the noise, only the default's time is written,
         which makes it the winner, and the times of those that an earlier run compared, so that
-        no lucky one of old stands.
+        an old lucky time does not remain the winner.
         """
-        ranked = self.proposals.ranked()
-        wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
-        configs = [config for config in wanted if config in ranked]
-        if len(configs) > 1:
-            measurements = self.evaluator.compare(configs)
-            self.finals = dict(zip(configs, measurements, strict=False))
+        self.finals = self._finals()
         compared = {
             config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
         }
         for config, measurement in self.finals.items():
             if not self._default_kept() or config in {self.default, *compared}:
                 self._write(config, measurement)
+
+    def _finals(self) -> dict[Config, Measurement]:
+        """What became of the finalists that worked; a failure is written at once.
+
+        One that fails when it is timed again is no longer a finalist: the others are compared
+        once more, together with the next best.
+        """
+        finals: dict[Config, Measurement] = {}
+        for _ in range(MOST_COMPARISONS):
+            ranked = self.proposals.ranked()
+            wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
+            configs = [config for config in wanted if config in ranked]
+            if len(configs) < 2:
+                break
+            found = {each.config: each.measurement for each in self.evaluator.compare(configs)}
+            finals |= found
+            failed = {config: each for config, each in found.items() if each.median_us is None}
+            for config, measurement in failed.items():
+                del finals[config]
+                self.proposals.correct(config, measurement)
+                self._write(config, measurement)
+            if not failed:
+                break
+        return finals
 
     def event(self, comparing: bool = False) -> Event:
         """How far the search is."""

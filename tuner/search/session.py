@@ -11,11 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flashtune.kernels.backends.host import toolchain
-from flashtune.kernels.plans.config import plans_of, why_unavailable
-from flashtune.tuner.here import as_it_is_now, this_gpu
+from flashtune.kernels.backends.host import devices_here, toolchain
+from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.plans.candidate import plans_of
+from flashtune.tuner.here import as_it_is_now
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages import PLAN_STAGES
+from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.search import Budget, Event, Result, search
 from flashtune.tuner.search.space import Space
@@ -197,7 +198,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.remote is not None:
         return Provenance.MEASURED, request.remote.toolchain
     found = toolchain(request.device)
-    if request.device.vendor == "cpu" or request.device == this_gpu():
+    if request.device.name in {each.name for each in devices_here()}:
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
@@ -209,10 +210,10 @@ def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
     """
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():
-        if provenance is Provenance.PREDICTED and plan not in PLAN_STAGES:
+        if provenance is Provenance.PREDICTED and name not in PLAN_STAGES:
             found[name] = f"times of plan {name} are not predicted: search on the machine itself"
         elif request.remote is None:
-            found[name] = why_unavailable(plan())
+            found[name] = target_of(request.device).why_missing(plan)
     return {name: why for name, why in found.items() if why and _would_run(name, request)}
 
 

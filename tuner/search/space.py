@@ -10,27 +10,20 @@ that does not matter under the values before it is not suggested.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import optuna
 
-from flashtune.kernels.plans.config import (
-    PLANS,
-    Config,
-    config_data,
-    known_good,
-    parse_config,
-    plans_of,
-    rules_of,
-    why_invalid,
-)
-from flashtune.kernels.plans.knob import Rule, enabled, knobs
+from flashtune.kernels.backends.target import known_good
+from flashtune.kernels.plans.candidate import PLANS, Candidate, Rule, plans_of, why_broken
+from flashtune.kernels.plans.config import Config, config_data, parse_config
+from flashtune.kernels.plans.knob import enabled, knobs
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import ConfigData
+from flashtune.tuning_db.record import ConfigData, family
 
 Choices = Sequence[Any]
 
@@ -71,14 +64,14 @@ class Space:
             for name, plan in plans_of(self.device).items()
             if name not in self.without
             and all(
-                value == name if each == "plan" else value in _choices_of(plan, each)
+                value == name if each == "plan" else value in _choices_of(plan.config, each)
                 for each, value in self.fixed.items()
             )
         ]
 
     def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
         """The config a trial asks for, and why it is not valid, if so."""
-        plan = PLANS[trial.suggest_categorical("plan", self.plans)]
+        plan = PLANS[trial.suggest_categorical("plan", self.plans)].config
         values: dict[str, Any] = {}
         for name, choices in self._knobs(plan).items():
             if enabled(plan, name, values):
@@ -86,7 +79,7 @@ class Space:
             else:
                 values[name] = knobs(plan)[name]["default"]
         config = plan(**values)
-        return config, why_invalid(config, self.problem, self.device)
+        return config, self._why_invalid(config)
 
     def parameters(self, config: Config) -> dict[str, Any] | None:
         """What a trial would have to be given for `suggest` to return this config.
@@ -95,7 +88,7 @@ class Space:
         """
         if config.plan not in self.plans:
             return None
-        plan, data = PLANS[config.plan], config_data(config)
+        plan, data = type(config), config_data(config)
         parameters: dict[str, Any] = {"plan": config.plan}
         for name, choices in self._knobs(plan).items():
             if enabled(plan, name, data):
@@ -110,12 +103,11 @@ class Space:
             config = parse_config(data)
         except FlashtuneError:
             return False
-        valid = why_invalid(config, self.problem, self.device) is None
-        return valid and self.parameters(config) is not None
+        return self._why_invalid(config) is None and self.parameters(config) is not None
 
     def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distributions of `parameters(config)`."""
-        plan, data = PLANS[config.plan], config_data(config)
+        plan, data = type(config), config_data(config)
         found: dict[str, optuna.distributions.BaseDistribution] = {
             "plan": optuna.distributions.CategoricalDistribution(self.plans)
         }
@@ -132,23 +124,22 @@ class Space:
         nothing of is passed over: there are too many configs to try each.
         """
         for plan in self.plans:
-            yield from self._complete(PLANS[plan], {})
+            yield from self._complete(PLANS[plan].config, {})
 
     def neighbours(self, config: Config) -> list[Config]:
         """The valid configs that differ in one knob, and in those that it switches on or off."""
-        plan = PLANS[config.plan]
+        plan = type(config)
         found = []
         for name, choices in self._knobs(plan).items():
             for choice in choices:
                 near = self._changed(config, name, choice)
-                if near != config and why_invalid(near, self.problem, self.device) is None:
+                if near != config and self._why_invalid(near) is None:
                     found.append(near)
         return list(dict.fromkeys(found))
 
-    def family(self, config: Config) -> tuple[str, str | None]:
-        """The family that a config belongs to: its plan, and its first knob if that is a name."""
-        first = next(iter(asdict(config).values()))
-        return config.plan, first if isinstance(first, str) else None
+    def family(self, config: Config) -> str:
+        """The family that a config belongs to: its plan, and how it selects clusters."""
+        return family(config_data(config))
 
     def starts(self) -> list[Config]:
         """The known good starting points that are valid here, with what is fixed as it must be."""
@@ -156,10 +147,10 @@ class Space:
         if known is None:
             known = known_good(self.problem, self.device)
         found = (self._within(config) for config in known if config.plan in self.plans)
-        valid = (
-            config for config in found if why_invalid(config, self.problem, self.device) is None
-        )
-        return list(dict.fromkeys(valid))
+        return list(dict.fromkeys(each for each in found if self._why_invalid(each) is None))
+
+    def _why_invalid(self, config: Config) -> str | None:
+        return Candidate(self.problem, config, self.device).why_invalid()
 
     def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
         """The choices of each knob that are left when what is fixed is fixed."""
@@ -170,7 +161,7 @@ class Space:
 
     def _changed(self, config: Config, name: str, value: Any) -> Config:
         """The config with one knob changed and the fixed ones as they must be."""
-        plan = PLANS[config.plan]
+        plan = type(config)
         data = {**config_data(config), name: value}
         del data["plan"]
         for each, knob in knobs(plan).items():
@@ -182,7 +173,7 @@ class Space:
 
     def _within(self, config: Config) -> Config:
         """The config with what is fixed as it must be."""
-        first = next(iter(knobs(PLANS[config.plan])))
+        first = next(iter(knobs(type(config))))
         return self._changed(config, first, getattr(config, first))
 
     def _complete(self, plan: type[Config], values: dict[str, Any]) -> Iterator[Config]:
@@ -213,12 +204,11 @@ class Space:
         return True
 
     def _rules(self, plan: type[Config]) -> list[Rule]:
-        """The rules that are about a plan."""
-        return [rule for rule in rules_of(self.device) if not rule.plans or plan in rule.plans]
+        """The rules of a plan."""
+        return list(PLANS[plan.plan].rules)
 
     def _keeps(self, plan: type[Config], values: dict[str, Any], rules: Sequence[Rule]) -> bool:
-        config = plan(**values)
-        return not any(rule.why_broken(config, self.problem, self.device) for rule in rules)
+        return not why_broken(rules, Candidate(self.problem, plan(**values), self.device))
 
     def _choices(self, plan: type[Config], name: str, values: dict[str, Any]) -> Choices:
         """What a knob may be once those with a say in whether it matters have their values."""
@@ -230,7 +220,7 @@ class Space:
 
 
 def _known_knobs() -> str:
-    return ", ".join(dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan)))
+    return ", ".join(dict.fromkeys(knob for plan in PLANS.values() for knob in knobs(plan.config)))
 
 
 def _choices_of(plan: type[Config], name: str) -> Choices:
@@ -241,7 +231,7 @@ def _choices_of(plan: type[Config], name: str) -> Choices:
 
 def _all_choices(name: str) -> list[Any]:
     """The choices of a knob over all plans that have it."""
-    found = [_choices_of(plan, name) for plan in PLANS.values()]
+    found = [_choices_of(plan.config, name) for plan in PLANS.values()]
     return list(dict.fromkeys(choice for choices in found for choice in choices))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from flashtune.kernels.measure.failure import MOST_CHARACTERS
 from flashtune.tuner.workers.process import Ending, WorkerProcess
 from flashtune.tuner.workers.task import Reply, Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport
@@ -232,5 +233,9 @@ def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
 
 
 def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:
-    measurement = Measurement(outcome=outcome, error=error[:500])
-    return Reply(measurements=(measurement,) * len(request.task.configs))
+    """The reply for a task whose worker ended. Of several configs it is not known which did it."""
+    n_configs = len(request.task.candidates)
+    if n_configs > 1:
+        return Reply(measurements=(None,) * n_configs)
+    measurement = Measurement(outcome=outcome, error=error[:MOST_CHARACTERS])
+    return Reply(measurements=(measurement,))

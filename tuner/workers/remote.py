@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashtune.kernels.backends.cpp.read_bandwidth import read_sources
+from flashtune.kernels.backends.target import target_of
 from flashtune.tuner.workers.process import Ending, WorkerProcess
 from flashtune.tuner.workers.ssh import NOT_FOUND, PYTHON, SshTransport
 from flashtune.tuner.workers.transport import Transport
@@ -40,7 +40,7 @@ class RemoteMachine:
         C++ is compiled by the machine that runs it.
         """
         there, ours = (each.triton.split(".")[:2] for each in (self.toolchain, here))
-        return self.device.vendor != "cpu" and there == ours
+        return target_of(self.device).compiles_elsewhere and there == ours
 
     def describe(self) -> str:
         """The machine in a line: device, and the tools there."""
@@ -65,8 +65,9 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
     process = WorkerProcess(asked)
     try:
         device, toolchain = _choose(destination, json.loads(_answer(process, asked)), wanted)
-        if device.vendor == "cpu":
-            process.write(json.dumps(read_sources(device)))
+        sources = target_of(device).bandwidth_sources(device)
+        if sources:
+            process.write(json.dumps(sources))
             device = replace(device, memory_bandwidth=float(_answer(process, asked)))
     finally:
         process.end()
@@ -81,18 +82,20 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
 def _choose(
     destination: str, report: dict[str, Any], wanted: Device | None
 ) -> tuple[Device, Toolchain]:
-    """The wanted device of those found; without a wish the GPU, else the CPU."""
+    """The wanted device of those found; without a wish the first that can be tuned."""
     if report["trouble"]:
         raise FlashtuneError(f"{destination}: {report['trouble']}")
-    gpu, cpu = report["gpu"], report["cpu"]
+    devices = report["devices"]
     if wanted is None:
-        found = cpu if gpu["trouble"] else gpu
+        usable = [each for each in devices.values() if not each["trouble"]]
+        found = usable[0] if usable else list(devices.values())[-1]
     else:
-        found = cpu if wanted.vendor == "cpu" else gpu
+        target = target_of(wanted)
+        found = devices[target.name]
     if found["trouble"]:
         raise FlashtuneError(f"{destination}: {found['trouble']}")
     device = Device.from_json(found["device"])
-    if wanted is not None and wanted.vendor != "cpu" and device != wanted:
+    if wanted is not None and target.registered and device != wanted:
         raise FlashtuneError(
             f"{destination} has {device.title} ({device.name}, {device.arch}), not "
             f"{wanted.title} ({wanted.name}, {wanted.arch}): leave --device out"

@@ -10,29 +10,24 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TextIO
 
 import torch
 
-from flashtune.kernels.backends.backend import DoesNotFitError, backend_of
-from flashtune.kernels.measure.timing import Timer, Timing, interleaved
+from flashtune.kernels.backends.target import backend_of, target_of
+from flashtune.kernels.measure.failure import failure
+from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, slack_of
 from flashtune.kernels.weights import Step
 from flashtune.tuner.workers.task import Reply, Task
-from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Outcome
+from flashtune.tuning_db.record import Outcome
+from flashtune.tuning_db.store import FINAL_POLICY
 
-PRUNE_RATIO = 1.3  # a config this much slower than the best at its first samples is not timed on
-FIRST_SAMPLES = 2
+SEARCH_POLICY = "search"
 SAMPLES = 10
-COMPARE_ROUNDS = 8
-_FULL = ("too many blocks in cooperative launch", "out of memory", "out of resource")
-
-
-class WrongResultError(Exception):
-    """A candidate's tokens are not right."""
+COMPARE_ROUNDS, COMPARE_REPLAYS = 8, 5
 
 
 class Worker:
@@ -53,98 +48,70 @@ class Worker:
 
     def _compile(self, task: Task) -> Reply:
         try:
-            backend = backend_of(task.device)
-            uses = backend.compile(task.problem, task.configs[0], task.device)
+            candidate = task.candidates[0]
+            uses = backend_of(candidate).compile(candidate)
         except Exception as error:
-            return _failed(error, Outcome.COMPILE_ERROR)
+            return Reply(
+                measurements=(failure(error, Outcome.COMPILE_ERROR, policy=SEARCH_POLICY),)
+            )
         return Reply(uses=tuple(uses))
 
     def _measure(self, task: Task) -> Reply:
-        stage = Outcome.COMPILE_ERROR
-        try:
-            load = self._loader(task, 0)
-            workload = self.workload(task)
-            stage = Outcome.CRASH
-            timer = _verified_timer(task, task.configs[0], load, workload)
-            measurement = _time(timer, task.best_us)
-        except Exception as error:
-            return _failed(error, stage)
-        return Reply(measurements=(measurement,))
+        """Time one config, no further than its first samples if it is far behind the best."""
+
+        def run(trial: Trial[int]) -> None:
+            if task.best_us is not None:
+                trial.drop_slower_than(FAR_BEHIND * task.best_us)
+            trial.take_turns(rounds=1, replays=SAMPLES)
+
+        return self._try(task, SEARCH_POLICY, run)
 
     def _compare(self, task: Task) -> Reply:
-        """Time several configs in turns; all fail if one does."""
+        """Time several configs in turns; those that fail leave the others to go on."""
+        return self._try(
+            task, FINAL_POLICY, lambda trial: trial.take_turns(COMPARE_ROUNDS, COMPARE_REPLAYS)
+        )
+
+    def _try(self, task: Task, policy: str, run: Callable[[Trial[int]], None]) -> Reply:
+        """Put a task's configs, by number, on trial.
+
+        A crash ends the worker: what it left behind on the device must not reach the next task.
+        """
+        numbers = range(len(task.candidates))
         try:
             workload = self.workload(task)
-            timers = [
-                _verified_timer(task, config, self._loader(task, number), workload)
-                for number, config in enumerate(task.configs)
-            ]
-            samples = interleaved(timers, COMPARE_ROUNDS)
-        except Exception as error:
-            return _failed(error, Outcome.CRASH)
-        return Reply(measurements=tuple(_measurement(Timing.of(own), "final") for own in samples))
+        except Exception as error:  # no room, or a device that no longer answers
+            failed = failure(error, Outcome.CRASH, policy)
+            known = failed if task.kind == "measure" else None  # those compared worked before
+            fatal = failed.outcome is Outcome.CRASH
+            return Reply(measurements=(known,) * len(numbers), fatal=fatal)
+        trial: Trial[int] = Trial(workload, target_of(task.device).timer, policy)
+        for number in numbers:
+            trial.load(number, partial(self._load, task, number))
+            trial.admit(number, task.candidates[number].slack)
+        run(trial)
+        found = trial.finish()
+        return Reply(
+            measurements=tuple(found.get(number) for number in numbers),
+            fatal=trial.lost or any(each.outcome is Outcome.CRASH for each in found.values()),
+        )
 
     def workload(self, task: Task) -> Workload:
         """The inputs for the task's problem and seed, made once."""
         if self._workload is None or self._made_for != (task.problem, task.seed):
             self._workload = None  # first, to have its memory back
-            device = torch.device(backend_of(task.device).torch_device)
+            device = torch.device(target_of(task.device).torch_device)
             self._workload = Workload.create(
                 task.problem, device, cold_bytes=task.device.l2_bytes, seed=task.seed
             )
             self._made_for = (task.problem, task.seed)
         return self._workload
 
-    def _loader(self, task: Task, number: int) -> Callable[[], Step]:
-        backend = backend_of(task.device)
-        where = torch.device(backend.torch_device)
+    def _load(self, task: Task, number: int) -> Step:
+        candidate = task.candidates[number]
+        where = torch.device(target_of(task.device).torch_device)
         source = task.sources[number] if task.sources else None
-        return backend.loader(task.problem, task.configs[number], task.device, where, source)
-
-
-def _verified_timer(
-    task: Task, config: Config, load: Callable[[], Step], workload: Workload
-) -> Timer:
-    step = load()
-    reason = workload.why_wrong(step, slack_of(config))
-    if reason:
-        raise WrongResultError(reason)
-    return backend_of(task.device).timer(step, workload)
-
-
-def _time(timer: Timer, best_us: float | None) -> Measurement:
-    samples = timer.sample(FIRST_SAMPLES)
-    if best_us is not None and min(samples) > PRUNE_RATIO * best_us:
-        return _measurement(Timing.of(samples), "search", Outcome.PRUNED)
-    return _measurement(Timing.of(timer.sample(SAMPLES)), "search")
-
-
-def _measurement(timing: Timing, policy: str, outcome: Outcome = Outcome.OK) -> Measurement:
-    return Measurement(
-        outcome=outcome,
-        median_us=timing.median_us,
-        spread_us=timing.spread_us,
-        samples=timing.samples,
-        policy=policy,
-    )
-
-
-def _failed(error: Exception, stage: Outcome) -> Reply:
-    """The reply for an exception; after a fault on the device the worker is of no more use."""
-    text = f"{type(error).__name__}: {error}"
-    if error.__cause__ is not None:
-        text += f" ({error.__cause__})"
-    full = any(words in text.lower() for words in _FULL)
-    if isinstance(error, FlashtuneError):
-        outcome = Outcome.INVALID
-    elif isinstance(error, WrongResultError):
-        outcome = Outcome.WRONG_RESULT
-    elif isinstance(error, (DoesNotFitError, torch.OutOfMemoryError)) or full:
-        outcome = Outcome.OUT_OF_RESOURCES
-    else:
-        outcome = stage
-    measurement = Measurement(outcome=outcome, error=" ".join(text.split())[:500])
-    return Reply(measurements=(measurement,), fatal=outcome is Outcome.CRASH)
+        return backend_of(candidate).loader(candidate, where, source)()
 
 
 @contextlib.contextmanager

@@ -11,17 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.backend import KernelUse
 from flashtune.kernels.backends.cpp.compiler import build_library, load_library
 from flashtune.kernels.backends.cpp.huge_pages import advise
-from flashtune.kernels.backends.cpp.source import render_cpp
-from flashtune.kernels.measure.timing import WallTimer
-from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config
-from flashtune.kernels.plans.cpp_config import CppConfig
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step, Weights
-from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
 
 
 class CppStep:
@@ -59,37 +52,15 @@ class CppStep:
 class CppBackend:
     """CPUs, through C++."""
 
-    torch_device = "cpu"
-    times_alone = True
-
-    def render(self, problem: Problem, config: Config, device: Device) -> str:
-        """The candidate's C++ source."""
-        return render_cpp(problem, config, device)
-
-    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
         """Compile into the cache; nothing is known of what a CPU's code needs."""
-        build_library(self.render(problem, config, device), device.arch, _simd(config))
+        build_library(candidate.source, candidate.device.arch, candidate.config.simd)
         return ()
 
     def loader(
-        self,
-        problem: Problem,
-        config: Config,
-        device: Device,
-        torch_device: torch.device,
-        source: str | None = None,
+        self, candidate: Candidate, torch_device: torch.device, source: str | None = None
     ) -> Callable[[], Step]:
         """Compile; each call of the result makes a step with scratch and threads of its own."""
-        source = source or self.render(problem, config, device)
-        library = load_library(source, device.arch, _simd(config))
+        arch, simd = candidate.device.arch, candidate.config.simd
+        library = load_library(source or candidate.source, arch, simd)
         return lambda: CppStep(library)
-
-    def timer(self, step: Step, workload: Workload) -> WallTimer:
-        """The wall clock over rotating weights."""
-        return WallTimer(step, workload)
-
-
-def _simd(config: Config) -> str:
-    """The SIMD level of a config that was rendered for a CPU."""
-    assert isinstance(config, CppConfig)
-    return config.simd

@@ -16,13 +16,15 @@ import torch
 
 from flashtune.kernels.backends.cpp.compiler import load_library
 from flashtune.kernels.backends.cpp.huge_pages import advise
-from flashtune.kernels.backends.cpp.source import READ_PIECE, render_read
-from flashtune.kernels.plans.cpp_config import simd_levels
+from flashtune.kernels.plans.parts.simd import simd_levels
+from flashtune.templates.render import Value, render
 from flashtune.tuning_db.device import Device
 
 LEAST_BYTES = 64 * 2**20  # that a measurement goes over
 PASSES = 15
 STREAMS = (1, 4)
+READ_TEMPLATE = "cpp/read.cpp.j2"
+READ_PIECE = 2**16  # bytes that a thread reads at a time
 
 
 class Reader:
@@ -51,6 +53,12 @@ def read_sources(device: Device) -> list[str]:
         for threads in sorted({1, device.sm_count})
         for streams in STREAMS
     ]
+
+
+def render_read(threads: int, streams: int) -> str:
+    """The source of a library that reads memory with that many threads, to time it."""
+    values: dict[str, Value] = {"threads": threads, "streams": streams, "piece_bytes": READ_PIECE}
+    return render(READ_TEMPLATE, values)
 
 
 def measure_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashtune.kernels.backends.cpp.read_bandwidth import measure_bandwidth
-from flashtune.kernels.plans.cpp_config import SIMD_LEVELS
+from flashtune.kernels.plans.parts.simd import SIMD_LEVELS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.environment import cache_dir
 from flashtune.tuning_db.errors import FlashtuneError

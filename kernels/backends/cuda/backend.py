@@ -1,29 +1,25 @@
 """The CUDA C++ backend: a source's machine code, loaded and launched through the driver.
 
 Usage:
-    binary = compile_cuda(render_cuda(problem, config, device), device.arch)
-    step = CudaStep(problem, launches_of(problem, config, device), binary, torch_device)
+    binary = compile_cuda(candidate.source, candidate.device.arch)
+    step = CudaStep(candidate, binary, torch_device)
     step(weights, hidden, out)                                 # launches; capturable
 """
 
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from flashtune.kernels.backends.backend import KernelUse
 from flashtune.kernels.backends.cubin import resource_usage
 from flashtune.kernels.backends.cuda.nvrtc import compile_cuda, taken
-from flashtune.kernels.backends.cuda.source import render_cuda
-from flashtune.kernels.backends.gpu import GraphTimedBackend, LaunchedStep
+from flashtune.kernels.backends.gpu import LaunchedStep
 from flashtune.kernels.backends.triton.backend import EMPTY_BEST
-from flashtune.kernels.plans.config import Config
-from flashtune.kernels.plans.streamed import Launch, StreamedConfig, launches_of
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step
-from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
 _taken = functools.partial(taken, library="the CUDA driver")
@@ -57,8 +53,7 @@ class CudaStep(LaunchedStep):
 
     def __init__(
         self,
-        problem: Problem,
-        launches: Sequence[Launch],
+        candidate: Candidate,
         binary: bytes,
         device: torch.device,
     ) -> None:
@@ -69,9 +64,12 @@ class CudaStep(LaunchedStep):
         self._index = torch.cuda.current_device()
         self._context = _primary_context(self._index)
         self._enter()
-        self.scratch = CudaScratch.create(problem, launches[0].blocks, device)
+        launches = candidate.launches
+        self.scratch = CudaScratch.create(candidate.problem, launches[0].programs, device)
         self._module = _taken(driver.cuModuleLoadData(binary))
-        self.launches = [(launch.kernel, self._bind(launch)) for launch in launches]
+        self.launches = [
+            (launch.kernel, self._bind(launch, candidate.lanes)) for launch in launches
+        ]
 
     def _enter(self) -> None:
         """Give the calling thread the context if it has none: torch does so only when it must."""
@@ -79,19 +77,19 @@ class CudaStep(LaunchedStep):
         if not int(_taken(driver.cuCtxGetCurrent())):
             _taken(driver.cuCtxSetCurrent(self._context))
 
-    def _bind(self, launch: Launch) -> Callable[..., None]:
+    def _bind(self, launch: KernelUse, lanes: int) -> Callable[..., None]:
         driver, index = self._driver, self._index
         function = _taken(driver.cuModuleGetFunction(self._module, launch.kernel.encode()))
         attributes = driver.CUfunction_attribute
         for name, value in (
-            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.ring_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.dynamic_bytes),
             (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
         ):
             _taken(driver.cuFuncSetAttribute(function, name, value))
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * launch.warps, 1, 1
-        config.sharedMemBytes = launch.ring_bytes
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.programs, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = lanes * launch.warps, 1, 1
+        config.sharedMemBytes = launch.dynamic_bytes
         overlap = driver.CUlaunchAttribute()
         overlap.id = (
             driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -114,40 +112,27 @@ class CudaStep(LaunchedStep):
         return tuple(tensor.data_ptr() for tensor in all_tensors)
 
 
-class CudaBackend(GraphTimedBackend):
+class CudaBackend:
     """NVIDIA GPUs, through CUDA C++."""
 
-    def render(self, problem: Problem, config: Config, device: Device) -> str:
-        """The candidate's CUDA C++ source."""
-        return render_cuda(problem, config, device)
-
-    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        needs = resource_usage(compile_cuda(self.render(problem, config, device), device.arch))
+        needs = resource_usage(compile_cuda(candidate.source, candidate.device.arch))
         return [
-            KernelUse(
-                kernel=launch.kernel,
-                programs=launch.blocks,
-                warps=launch.warps,
+            replace(
+                launch,
                 registers=needs[launch.kernel]["REG"],
-                shared_bytes=launch.shared_bytes,
                 spilled=needs[launch.kernel]["STACK"],
             )
-            for launch in _launches(problem, config, device)
+            for launch in candidate.launches
         ]
 
     def loader(
-        self,
-        problem: Problem,
-        config: Config,
-        device: Device,
-        torch_device: torch.device,
-        source: str | None = None,
+        self, candidate: Candidate, torch_device: torch.device, source: str | None = None
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        binary = compile_cuda(source or self.render(problem, config, device), device.arch)
-        launches = _launches(problem, config, device)
-        return lambda: CudaStep(problem, launches, binary, torch_device)
+        binary = compile_cuda(source or candidate.source, candidate.device.arch)
+        return lambda: CudaStep(candidate, binary, torch_device)
 
 
 @functools.cache
@@ -156,9 +141,3 @@ def _primary_context(index: int) -> Any:
     from cuda.bindings import driver
 
     return _taken(driver.cuDevicePrimaryCtxRetain(_taken(driver.cuDeviceGet(index))))
-
-
-def _launches(problem: Problem, config: Config, device: Device) -> list[Launch]:
-    """The launches of a config that was rendered here or elsewhere."""
-    assert isinstance(config, StreamedConfig)
-    return launches_of(problem, config, device)

@@ -1,7 +1,7 @@
 """CUDA C++ to machine code in the cache, by NVIDIA's run-time compiler.
 
 Usage:
-    why_missing()                      # None, or one line that says what to install
+    why_missing()                      # None, or what to install
     compile_cuda(source, "sm_90")      # the binary
 
 Both libraries come as wheels, and with torch's own builds for CUDA. No GPU is needed.
@@ -23,14 +23,11 @@ OPTIONS = ("--std=c++17",)
 
 @functools.cache
 def why_missing() -> str | None:
-    """None where the compiler can be had."""
+    """None where the compiler can be had, else what a plan then needs, with how to get it."""
     try:
         _version()
     except Exception as error:  # its loader raises whatever it likes
-        return (
-            f"plan streamed needs NVIDIA's run-time compiler ({_first_line(error)}): "
-            "pip install 'flashtune[cuda]'"
-        )
+        return f"NVIDIA's run-time compiler ({_first_line(error)}): pip install 'flashtune[cuda]'"
     return None
 
 
@@ -41,7 +38,7 @@ def compile_cuda(source: str, arch: str) -> bytes:
     """
     missing = why_missing()
     if missing:
-        raise FlashtuneError(missing)
+        raise FlashtuneError(f"CUDA C++ needs {missing}")
     key = "\n".join((source, arch, *OPTIONS, _version()))
     path = cache_dir() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     with contextlib.suppress(OSError):

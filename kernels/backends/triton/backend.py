@@ -2,7 +2,7 @@
 
 Usage:
     module = load_source(source)                               # jit functions, nothing compiled
-    kernels = compile_module(module, problem, capability=90)   # no GPU needed
+    kernels = compile_module(module, candidate)                # no GPU needed
     step = DecodeStep(problem, module, kernels, device)        # on the GPU
     step(weights, hidden, out)                                 # launches; capturable
 """
@@ -19,13 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse, resident_programs
 from flashtune.kernels.backends.cubin import resource_usage
-from flashtune.kernels.backends.gpu import GraphTimedBackend, LaunchedStep
-from flashtune.kernels.backends.triton.source import render_triton
-from flashtune.kernels.plans.config import Config
+from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.measure.failure import DoesNotFitError
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
 from flashtune.kernels.weights import Step
-from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
@@ -89,8 +87,8 @@ def _uses_topk(module: ModuleType) -> bool:
     return any(launch["kernel"] == "torch_topk" for launch in module.LAUNCHES)
 
 
-def compile_module(module: ModuleType, problem: Problem, capability: int) -> dict[str, Any]:
-    """Compile each kernel of a loaded source for an architecture; no GPU is needed.
+def compile_module(module: ModuleType, candidate: Candidate) -> dict[str, Any]:
+    """Compile each kernel of a candidate's loaded source; no GPU is needed.
 
     Returns Triton's CompiledKernel by kernel name. Raises what Triton raises.
     """
@@ -99,7 +97,7 @@ def compile_module(module: ModuleType, problem: Problem, capability: int) -> dic
         name = launch["kernel"]
         if name == "torch_topk":
             continue
-        signature = _signature(module, name, problem)
+        signature = _signature(module, name, candidate.problem)
         aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(signature))}
         options = {"num_warps": launch["num_warps"], "num_stages": 1}
         if module.PDL:
@@ -108,7 +106,7 @@ def compile_module(module: ModuleType, problem: Problem, capability: int) -> dic
             options["launch_cooperative_grid"] = True
         compiled[name] = triton.compile(
             ASTSource(getattr(module, name), signature, attrs=aligned),
-            target=GPUTarget("cuda", capability, 32),
+            target=GPUTarget("cuda", candidate.device.capability, candidate.lanes),
             options=options,
         )
     return compiled
@@ -148,16 +146,13 @@ class DecodeStep(LaunchedStep):
         return (*tensors, self.scratch.scores, self.scratch.selected, self.scratch.state)
 
 
-class TritonBackend(GraphTimedBackend):
-    """NVIDIA GPUs, through Triton."""
+class TritonBackend:
+    """GPUs, through Triton."""
 
-    def render(self, problem: Problem, config: Config, device: Device) -> str:
-        """The candidate's Python source."""
-        return render_triton(problem, config, device)
-
-    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        module, kernels = _compiled(problem, device, self.render(problem, config, device))
+        device = candidate.device
+        module, kernels = _compiled(candidate, candidate.source)
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES
@@ -178,23 +173,17 @@ class TritonBackend(GraphTimedBackend):
         return uses
 
     def loader(
-        self,
-        problem: Problem,
-        config: Config,
-        device: Device,
-        torch_device: torch.device,
-        source: str | None = None,
+        self, candidate: Candidate, torch_device: torch.device, source: str | None = None
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        source = source or self.render(problem, config, device)
-        module, kernels = _compiled(problem, device, source)
-        return lambda: DecodeStep(problem, module, kernels, torch_device)
+        module, kernels = _compiled(candidate, source or candidate.source)
+        return lambda: DecodeStep(candidate.problem, module, kernels, torch_device)
 
 
-def _compiled(problem: Problem, device: Device, source: str) -> tuple[ModuleType, dict[str, Any]]:
+def _compiled(candidate: Candidate, source: str) -> tuple[ModuleType, dict[str, Any]]:
     """The source's module, and its kernels compiled for the device's architecture."""
     module = load_source(source)
-    return module, compile_module(module, problem, device.capability)
+    return module, compile_module(module, candidate)
 
 
 def _read_use(launch: dict[str, Any], kernel: Any) -> KernelUse:

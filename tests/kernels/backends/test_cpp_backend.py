@@ -16,11 +16,15 @@ import torch
 from flashtune.kernels.backends.cpp.backend import CppBackend
 from flashtune.kernels.backends.cpp.huge_pages import advise
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
+from flashtune.kernels.backends.target import default_config, target_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, config_data, default_config, slack_of
-from flashtune.kernels.plans.cpp_config import CppFusedConfig, CppStagedConfig, simd_levels
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data, slack_of
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.cpp_staged import CppStagedConfig
+from flashtune.kernels.plans.parts.simd import simd_levels
 from flashtune.kernels.runtime import binding
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Toolchain
@@ -36,7 +40,7 @@ TOOLS = Toolchain(triton="")
 
 
 def make_step(config: Config = TWO, problem: Problem = PROBLEM) -> Step:
-    return CppBackend().loader(problem, config, CPU, PLACE)()
+    return CppBackend().loader(Candidate(problem, config, CPU), PLACE)()
 
 
 def make_workload(problem: Problem = PROBLEM) -> Workload:
@@ -152,7 +156,7 @@ def test_steps_of_their_own_run_at_the_same_time(workload: Workload) -> None:
 def test_many_calls_with_many_threads_agree(workload: Workload) -> None:
     device = replace(CPU, sm_count=8)  # more threads than cores: every order happens
     config = replace(TWO, threads=8, parts=2)
-    step = CppBackend().loader(PROBLEM, config, device, PLACE)()
+    step = CppBackend().loader(Candidate(PROBLEM, config, device), PLACE)()
     out, first = torch.zeros(1, dtype=torch.int64), None
     for call in range(3000):
         step(workload.sets[0], workload.states[0], out)
@@ -173,7 +177,7 @@ def test_many_calls_with_many_threads_agree(workload: Workload) -> None:
 )
 def test_each_rule_gives_its_reason(config: Config, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FlashtuneError, match=message):
-        CppBackend().render(replace(PROBLEM, **changes), config, CPU)
+        _ = Candidate(replace(PROBLEM, **changes), config, CPU).source
 
 
 def test_the_timer_times_a_pass_over_all_sets(workload: Workload) -> None:
@@ -181,7 +185,7 @@ def test_the_timer_times_a_pass_over_all_sets(workload: Workload) -> None:
     timer = WallTimer(lambda weights, *_: calls.append(weights), workload)
     assert len(timer.sample(3)) == 3
     assert len(calls) == len(workload.sets) + 3 * timer.calls
-    assert all(sample > 0 for sample in CppBackend().timer(make_step(), workload).sample(2))
+    assert all(sample > 0 for sample in target_of(CPU).timer(make_step(), workload).sample(2))
 
 
 def test_advice_changes_no_tensor() -> None:
@@ -226,7 +230,7 @@ def test_a_head_on_a_cpu_runs_the_winner(database: Path) -> None:
     head, workload = make_head(), make_workload()
     data = head.explain()
     assert (data["level"], data["config"]) == ("exact", dict(config_data(winner)))
-    step = head._bound("argmax", 1).take_step()
+    step = head.decoder.bound("argmax", 1).take_step()
     assert workload.why_wrong(step, slack=0) is None
 
 

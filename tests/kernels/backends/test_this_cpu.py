@@ -17,7 +17,7 @@ from flashtune.kernels.backends.cpp.this_cpu import (
     usable_cores,
 )
 from flashtune.kernels.backends.host import named_device
-from flashtune.kernels.plans.cpp_config import simd_levels
+from flashtune.kernels.plans.parts.simd import simd_levels
 from flashtune.tuning_db.errors import FlashtuneError
 
 AVX2 = "avx2 fma f16c"

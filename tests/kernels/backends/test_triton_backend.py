@@ -9,7 +9,6 @@ import pytest
 import torch
 from triton.compiler.errors import CompilationError
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
 from flashtune.kernels.backends.triton import backend as triton_backend
 from flashtune.kernels.backends.triton.backend import (
     Scratch,
@@ -17,8 +16,12 @@ from flashtune.kernels.backends.triton.backend import (
     compile_module,
     load_source,
 )
-from flashtune.kernels.backends.triton.source import render_triton
-from flashtune.kernels.plans.config import Config, PersistentConfig, StagedConfig
+from flashtune.kernels.measure.failure import DoesNotFitError
+from flashtune.kernels.plans import candidate as candidates
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
@@ -44,7 +47,7 @@ def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(config: Config, device: Device = ORIN) -> ModuleType:
-    return load_source(render_triton(PROBLEM, config, device))
+    return load_source(Candidate(PROBLEM, config, device).source)
 
 
 @pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
@@ -52,7 +55,7 @@ def load(config: Config, device: Device = ORIN) -> ModuleType:
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: str) -> None:
     config = CONFIGS[name]
-    uses = TritonBackend().compile(replace(PROBLEM, epilogue=epilogue), config, device)
+    uses = TritonBackend().compile(Candidate(replace(PROBLEM, epilogue=epilogue), config, device))
     assert [use.kernel for use in uses] == KERNELS[name]
     for use in uses:
         assert 16 <= use.registers <= 255
@@ -64,19 +67,19 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
 
 def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["in_gather"]
-    source = render_triton(PROBLEM, config, ORIN)
-    monkeypatch.setattr(triton_backend, "render_triton", None)  # as where there are no templates
-    place = torch.device("cuda")
-    assert callable(TritonBackend().loader(PROBLEM, config, ORIN, place, source))
+    source = Candidate(PROBLEM, config, ORIN).source
+    monkeypatch.setattr(candidates, "render", None)  # as where there are no templates
+    candidate, place = Candidate(PROBLEM, config, ORIN), torch.device("cuda")
+    assert callable(TritonBackend().loader(candidate, place, source))
     with pytest.raises(SyntaxError):
-        TritonBackend().loader(PROBLEM, config, ORIN, place, "def step(:")
+        TritonBackend().loader(candidate, place, "def step(:")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_leave_in_the_weights_dtype_rounded_to_nearest(name: str) -> None:
     problem = replace(PROBLEM, epilogue="logits")
-    module = load_source(render_triton(problem, CONFIGS[name], H200))
-    kernels = compile_module(module, problem, H200.capability)
+    module = load_source(Candidate(problem, CONFIGS[name], H200).source)
+    kernels = compile_module(module, Candidate(problem, CONFIGS[name], H200))
     last = kernels[module.LAUNCHES[-1]["kernel"]].asm["ptx"]
     assert "cvt.rn.bf16" in last
     assert "atom" not in last or name == "persistent"  # its barrier
@@ -86,7 +89,7 @@ def test_logits_leave_in_the_weights_dtype_rounded_to_nearest(name: str) -> None
 @pytest.mark.parametrize("pdl", [False, True])
 def test_launch_attributes_reach_the_binary(name: str, pdl: bool) -> None:
     config = replace(CONFIGS[name], pdl=pdl)
-    kernels = compile_module(load(config, H200), PROBLEM, H200.capability)
+    kernels = compile_module(load(config, H200), Candidate(PROBLEM, config, H200))
     for kernel in kernels.values():
         assert kernel.metadata.launch_pdl is pdl
         assert kernel.metadata.launch_cooperative_grid is (name == "persistent")
@@ -98,7 +101,7 @@ def test_launch_attributes_reach_the_binary(name: str, pdl: bool) -> None:
 def test_prefetch_compiles_to_bulk_prefetches(name: str) -> None:
     for margin in (-1, 5):
         config = replace(CONFIGS[name], prefetch_margin=margin)
-        kernels = compile_module(load(config, H200), PROBLEM, H200.capability)
+        kernels = compile_module(load(config, H200), Candidate(PROBLEM, config, H200))
         asm = kernels[KERNELS[name][-1]].asm["ptx"]
         assert ("cp.async.bulk.prefetch.L2" in asm) is (margin >= 0)
 
@@ -106,7 +109,7 @@ def test_prefetch_compiles_to_bulk_prefetches(name: str) -> None:
 def test_the_eviction_hint_reaches_the_loads_of_weights() -> None:
     for evict in ("evict_first", "no_hint"):
         config = replace(CONFIGS["threshold"], evict=evict)
-        asm = compile_module(load(config), PROBLEM, ORIN.capability)["gather"].asm["ptx"]
+        asm = compile_module(load(config), Candidate(PROBLEM, config, ORIN))["gather"].asm["ptx"]
         assert ("L1::evict_first" in asm) is (evict == "evict_first")
 
 
@@ -116,10 +119,10 @@ def test_a_source_that_is_not_python_raises() -> None:
 
 
 def test_a_kernel_that_triton_refuses_raises_what_can_be_caught() -> None:
-    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
+    source = Candidate(PROBLEM, CONFIGS["threshold"], ORIN).source
     module = load_source(source.replace("tl.cumsum(in_lane, axis=0)", "tl.no_such_scan(in_lane)"))
     with pytest.raises(CompilationError, match="no_such_scan"):
-        compile_module(module, PROBLEM, ORIN.capability)
+        compile_module(module, Candidate(PROBLEM, StagedConfig(), ORIN))
     assert issubclass(CompilationError, Exception)
 
 
@@ -131,11 +134,11 @@ def test_a_kernel_that_needs_more_than_the_device_has_is_an_outcome(
     )
     monkeypatch.setattr(triton_backend, "_read_use", lambda *_: use)
     with pytest.raises(DoesNotFitError, match="score needs 1048576 bytes of shared memory"):
-        TritonBackend().compile(PROBLEM, CONFIGS["torch_topk"], ORIN)
+        TritonBackend().compile(Candidate(PROBLEM, CONFIGS["torch_topk"], ORIN))
 
 
 def test_a_loaded_module_can_show_its_source() -> None:
-    source = render_triton(PROBLEM, CONFIGS["threshold"], ORIN)
+    source = Candidate(PROBLEM, CONFIGS["threshold"], ORIN).source
     module = load_source(source)
     assert inspect.getsource(module.score.fn) in source
     assert load_source(source).__name__ == module.__name__

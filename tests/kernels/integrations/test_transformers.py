@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 import flashtune
-from flashtune.kernels.head import MOST_TOKENS, FlashHead
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.transformers import FlashLinear
+from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
 
 transformers = pytest.importorskip("transformers")
@@ -46,10 +47,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 def make_model(family: str = "llama", **changes: Any) -> Any:

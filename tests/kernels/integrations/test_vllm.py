@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations import vllm as plugin
 from flashtune.kernels.integrations.vllm_gate import RequestGate
 from flashtune.kernels.integrations.vllm_head import SIZES
-from flashtune.kernels.weights import FILL
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 Folder = Callable[..., str]
@@ -173,10 +173,8 @@ class Engine:
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flashtune.kernels.measure.judge import Judge, decode
-from flashtune.kernels.weights import Weights
+from flashtune.kernels.backends.torch import decode
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.weights import Weights, problem_of
 
 IDS = [[2, 5, 11], [0, 7, 8], [1, 3, 10], [4, 6, 9]]
 LOGITS = [[1, 7, 3], [7, 6, 2], [9, 8, 7], [5, 11, 1]]
@@ -28,8 +29,13 @@ def by_hand() -> ByHand:
     return make
 
 
+def judge_of(weights: Weights, n_probes: int, exact: bool = False) -> Judge:
+    problem = problem_of(weights.weight, weights.centroids, n_probes, n_tokens=1)
+    return Judge(weights, problem, exact=exact)
+
+
 def verdict(weights: Weights, token: int, n_probes: int, slack: int = 0) -> str | None:
-    judge = Judge(weights, n_probes, exact=True)
+    judge = judge_of(weights, n_probes, exact=True)
     return judge.why_wrong(torch.tensor([token]), STATE, slack)
 
 
@@ -70,7 +76,7 @@ def test_a_verdict_says_why(token: int, n_probes: int, message: str, by_hand: By
 
 
 def test_the_first_wrong_row_is_named(by_hand: ByHand) -> None:
-    judge = Judge(by_hand(), 1, exact=True)
+    judge = judge_of(by_hand(), 1, exact=True)
     reason = judge.why_wrong(torch.tensor([5, 2]), STATE.expand(2, -1), 0)
     assert reason is not None
     assert reason.startswith("row 1: token 2 has logit 1")
@@ -78,22 +84,22 @@ def test_the_first_wrong_row_is_named(by_hand: ByHand) -> None:
 
 def test_a_token_for_each_state_is_wanted(by_hand: ByHand) -> None:
     with pytest.raises(ValueError, match="longer"):
-        Judge(by_hand(), 1).why_wrong(torch.tensor([5]), STATE.expand(2, -1), 0)
+        judge_of(by_hand(), 1).why_wrong(torch.tensor([5]), STATE.expand(2, -1), 0)
 
 
 def test_only_rounding_excuses_a_lower_logit(by_hand: ByHand) -> None:
     nearly = [[1, 7, 7 - 2**-20], *LOGITS[1:]]
     far = [[1, 7, 7 - 2**-10], *LOGITS[1:]]
     lower = torch.tensor([11])
-    assert Judge(by_hand(nearly), 1).why_wrong(lower, STATE, 0) is None
-    assert Judge(by_hand(nearly), 1, exact=True).why_wrong(lower, STATE, 0) is not None
-    assert Judge(by_hand(far), 1).why_wrong(lower, STATE, 0) is not None
+    assert judge_of(by_hand(nearly), 1).why_wrong(lower, STATE, 0) is None
+    assert judge_of(by_hand(nearly), 1, exact=True).why_wrong(lower, STATE, 0) is not None
+    assert judge_of(by_hand(far), 1).why_wrong(lower, STATE, 0) is not None
 
 
 def test_clusters_that_tie_at_the_last_probe_may_be_probed_or_not(by_hand: ByHand) -> None:
     weights = by_hand()
     state = torch.tensor([[4.0, 3.0, 3.0, 1.0]])
-    judge = Judge(weights, 2, exact=True)
+    judge = judge_of(weights, 2, exact=True)
     passed = {t for t in range(12) if judge.why_wrong(torch.tensor([t]), state, 0) is None}
     assert passed == {0, 1, 5}  # 5: of a cluster before both
 
@@ -110,7 +116,7 @@ def test_plain_torch_satisfies_the_judge(n_probes: int, dtype: torch.dtype) -> N
     hidden = torch.randn(20, 33, generator=generator).to(dtype)
     tokens = decode(weights, hidden, n_probes)
     assert tokens.dtype is torch.int64
-    assert Judge(weights, n_probes).why_wrong(tokens, hidden, 0) is None
+    assert judge_of(weights, n_probes).why_wrong(tokens, hidden, 0) is None
 
 
 def test_plain_torch_gives_the_smallest_of_tied_ids(by_hand: ByHand) -> None:

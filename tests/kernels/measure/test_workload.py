@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels.measure.judge import Judge, decode, decode_logits
+from flashtune.kernels.backends.torch import decode
+from flashtune.kernels.formats.format import format_of, plain_formats
+from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.weights import TORCH_DTYPES, Step, Weights
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -56,13 +58,13 @@ Spoil = Callable[[Weights, torch.Tensor], torch.Tensor]
 
 def logits_step(n_probes: int, spoil: Spoil = lambda _, logits: logits) -> Step:
     def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(spoil(weights, decode_logits(weights, hidden, n_probes)))
+        out.copy_(spoil(weights, decode(weights, hidden, n_probes, "logits")))
 
     return step
 
 
 @pytest.mark.parametrize("n_probes", [1, 8, 32])
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", [each.name for each in plain_formats()])
 def test_right_logits_pass(n_probes: int, dtype: str) -> None:
     workload = make(replace(LOGITS, n_probes=n_probes, weight_dtype=dtype))
     assert workload.why_wrong(logits_step(n_probes), slack=0) is None
@@ -138,12 +140,12 @@ def test_a_seed_gives_one_workload_and_another_gives_another() -> None:
     assert not torch.equal(first.checks[0], other.checks[0])
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", [each.name for each in plain_formats()])
 def test_tensors_are_as_the_problem_says(dtype: str) -> None:
     workload = make(replace(PROBLEM, weight_dtype=dtype, centroid_dtype="fp32"))
     weights = workload.sets[0]
     assert weights.weight.shape == (384, 64)
-    assert weights.weight.dtype is workload.states[0].dtype is TORCH_DTYPES[dtype]
+    assert weights.weight.dtype is workload.states[0].dtype is format_of(dtype).torch_dtype
     assert weights.centroids.shape == (32, 64)
     assert weights.centroids.dtype is torch.float32
     torch.testing.assert_close(weights.centroids.norm(dim=1), torch.ones(32))

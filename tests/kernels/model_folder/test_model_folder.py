@@ -21,10 +21,8 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("runtime.binding", "head"):
-        monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: None)
 
 
 def weight(vocab: int = VOCAB, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

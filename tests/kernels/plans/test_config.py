@@ -8,20 +8,12 @@ from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.config import (
-    PLANS,
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    baseline_config,
-    config_data,
-    default_config,
-    enabled,
-    knobs,
-    parse_config,
-    why_invalid,
-)
-from flashtune.kernels.plans.tensor_config import BatchedConfig
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, config_data, enabled, knobs, parse_config
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
@@ -43,7 +35,7 @@ def test_defaults_are_valid_for_every_preset(
             for tokens in (1, 2, 3, 4, 8, 16, 20, 32):
                 problem = parse_shape(f"{preset},probes={probes},tokens={tokens}")
                 config = make(problem, device)
-                assert why_invalid(config, problem, device) is None
+                assert Candidate(problem, config, device).why_invalid() is None
                 assert parse_config(config_data(config)) == config
 
 
@@ -56,7 +48,7 @@ def test_defaults_are_valid_for_odd_problems(
         problem = Problem(
             vocab_size=clusters * size, hidden_size=hidden, n_clusters=clusters, n_probes=1
         )
-        assert why_invalid(make(problem, ORIN), problem, ORIN) is None
+        assert Candidate(problem, make(problem, ORIN), ORIN).why_invalid() is None
 
 
 def test_the_default_for_many_tokens_reads_a_cluster_once() -> None:
@@ -122,7 +114,7 @@ def test_what_is_not_a_config_is_refused(data: Any, message: str) -> None:
         parse_config(data)
 
 
-@pytest.mark.parametrize("plan", PLANS.values())
+@pytest.mark.parametrize("plan", [plan.config for plan in PLANS.values()])
 def test_knobs_have_distinct_choices_with_the_default_among_them(plan: type[Config]) -> None:
     before: set[str] = set()
     for name, known in knobs(plan).items():
@@ -235,7 +227,7 @@ def test_each_rule_gives_its_reason(
     config: Config, changes: dict[str, int], device: Device, message: str
 ) -> None:
     problem = replace(QWEN, **changes)
-    assert message in (why_invalid(config, problem, device) or "valid")
+    assert message in (Candidate(problem, config, device).why_invalid() or "valid")
 
 
 def test_a_hint_is_no_reason_where_it_is_allowed() -> None:
@@ -246,4 +238,6 @@ def test_a_hint_is_no_reason_where_it_is_allowed() -> None:
         StagedConfig(score_stages=4),
         StagedConfig(gather_unroll=2),
     ]
-    assert [why_invalid(config, QWEN, H200) for config in allowed] == [None] * len(allowed)
+    assert [Candidate(QWEN, config, H200).why_invalid() for config in allowed] == [None] * len(
+        allowed
+    )

@@ -11,25 +11,16 @@ import torch
 from cuda import bindings
 from cuda.bindings import driver
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cuda import backend as cuda_backend
 from flashtune.kernels.backends.cuda import nvrtc
-from flashtune.kernels.backends.cuda.backend import CudaStep
+from flashtune.kernels.backends.cuda.backend import CudaBackend, CudaStep
 from flashtune.kernels.backends.cuda.nvrtc import compile_cuda
-from flashtune.kernels.backends.cuda.source import render_cuda
-from flashtune.kernels.plans.config import (
-    Config,
-    StagedConfig,
-    config_data,
-    default_config,
-    knobs,
-    known_good,
-    parse_config,
-    slack_of,
-    why_invalid,
-    why_unavailable,
-)
-from flashtune.kernels.plans.streamed import RESERVED, STARTS, StreamedConfig, launches_of
+from flashtune.kernels.backends.target import default_config, known_good, target_of
+from flashtune.kernels.plans import STAGED, STREAMED
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data, knobs, parse_config, slack_of
+from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.kernels.runtime.choice import USER, Level, Source, choose, contenders
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.device import Device, Toolchain, all_devices, find_device
@@ -77,19 +68,23 @@ def test_what_it_is_not_for_is_said(
     changes: dict[str, Any], config: StreamedConfig, device: Device, why: str
 ) -> None:
     problem = replace(QWEN, **changes)
-    reason = why_invalid(config, problem, device)
+    reason = Candidate(problem, config, device).why_invalid()
     assert reason is not None
     assert why in reason
     with pytest.raises(FlashtuneError, match="streamed config not valid"):
-        render_cuda(problem, config, device)
+        _ = Candidate(problem, config, device).source
 
 
 def test_every_preset_has_a_start_on_hopper() -> None:
     for preset in PRESETS:
         problem = parse_shape(preset)
-        valid = [each for each in STARTS if why_invalid(each, problem, H200) is None]
+        valid = [
+            each
+            for each in STREAMED.starts(problem, H200)
+            if Candidate(problem, each, H200).why_invalid() is None
+        ]
         assert valid, preset
-    assert known_good(QWEN, H200)[0] == STARTS[0]
+    assert known_good(QWEN, H200)[0] == STREAMED.starts(QWEN, H200)[0]
 
 
 def test_a_multiprocessor_holds_one_block_of_each_launch_and_not_two_of_one() -> None:
@@ -100,17 +95,17 @@ def test_a_multiprocessor_holds_one_block_of_each_launch_and_not_two_of_one() ->
         )
         device = rng.choice([each for each in all_devices() if each.capability >= 90])
         problem = parse_shape(rng.choice(list(PRESETS)))
-        if why_invalid(config, problem, device):
+        if Candidate(problem, config, device).why_invalid():
             continue
         checked += 1
-        whole = device.limits.shared_per_sm
+        whole, reserved = device.limits.shared_per_sm, device.limits.reserved_per_block
         score, gather = (
-            each.shared_bytes + RESERVED for each in launches_of(problem, config, device)
+            each.shared_bytes + reserved for each in Candidate(problem, config, device).launches
         )
         assert score + gather <= whole
         assert 2 * score > whole
         assert score + 2 * gather > whole
-        assert max(score, gather) - RESERVED <= device.limits.shared_per_block
+        assert max(score, gather) - reserved <= device.limits.shared_per_block
 
 
 @pytest.mark.parametrize("device", [H200, THOR, RTX_5090], ids=lambda device: device.arch)
@@ -119,9 +114,9 @@ def test_a_multiprocessor_holds_one_block_of_each_launch_and_not_two_of_one() ->
 def test_it_compiles_without_a_gpu(device: Device, epilogue: str, dtype: str) -> None:
     for config in (StreamedConfig(), StreamedConfig(prefetch=False, early=False, gather_warps=8)):
         problem = replace(SMALL, epilogue=epilogue, weight_dtype=dtype)
-        uses = backend_of(device).compile(problem, config, device)
+        uses = CudaBackend().compile(Candidate(problem, config, device))
         assert [use.kernel for use in uses] == ["score", "gather"]
-        for use, launch in zip(uses, launches_of(problem, config, device), strict=True):
+        for use, launch in zip(uses, Candidate(problem, config, device).launches, strict=True):
             assert (use.programs, use.warps) == (device.sm_count, launch.warps)
             assert use.spilled == 0
             assert use.registers * 32 * use.warps <= device.limits.registers_per_sm
@@ -131,17 +126,24 @@ def test_the_compiler_counts_no_more_shared_memory_than_the_plan() -> None:
     from flashtune.kernels.backends.cubin import resource_usage
 
     for problem in (SMALL, QWEN, parse_shape("gemma-3-1b")):
-        needs = resource_usage(compile_cuda(render_cuda(problem, StreamedConfig(), H200), "sm_90"))
-        for launch in launches_of(problem, StreamedConfig(), H200):
-            assert needs[launch.kernel]["SHARED"] <= launch.fixed_bytes + RESERVED
-            assert launch.fixed_bytes - needs[launch.kernel]["SHARED"] < 1024
+        needs = resource_usage(
+            compile_cuda(Candidate(problem, StreamedConfig(), H200).source, "sm_90")
+        )
+        for launch in Candidate(problem, StreamedConfig(), H200).launches:
+            assert (
+                needs[launch.kernel]["SHARED"]
+                <= (launch.shared_bytes - launch.dynamic_bytes) + H200.limits.reserved_per_block
+            )
+            assert (launch.shared_bytes - launch.dynamic_bytes) - needs[launch.kernel][
+                "SHARED"
+            ] < 1024
 
 
 def test_its_binary_is_kept_and_taken_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path))
-    source = render_cuda(SMALL, StreamedConfig(), H200)
+    source = Candidate(SMALL, StreamedConfig(), H200).source
     binary = compile_cuda(source, "sm_90")
     (kept,) = (tmp_path / "cuda").iterdir()
     assert kept.read_bytes() == binary
@@ -161,7 +163,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 
 
 def test_what_the_compiler_refuses_is_one_line() -> None:
-    source = render_cuda(SMALL, StreamedConfig(), H200)
+    source = Candidate(SMALL, StreamedConfig(), H200).source
     with pytest.raises(FlashtuneError, match=r"NVRTC refuses the kernel for sm_90: .*nowhere"):
         compile_cuda(source.replace("warp_sum(a + b", "nowhere(a + b"), "sm_90")
     with pytest.raises(FlashtuneError, match="for sm_12"):
@@ -170,8 +172,8 @@ def test_what_the_compiler_refuses_is_one_line() -> None:
 
 @pytest.mark.usefixtures("without_nvrtc")
 def test_without_the_compiler_it_is_neither_chosen_nor_raced() -> None:
-    assert why_unavailable(StagedConfig()) is None
-    assert "pip install 'flashtune[cuda]'" in (why_unavailable(StreamedConfig()) or "")
+    assert target_of(H200).why_missing(STAGED) is None
+    assert "pip install 'flashtune[cuda]'" in (target_of(H200).why_missing(STREAMED) or "")
     with pytest.raises(FlashtuneError, match="run-time compiler"):
         compile_cuda("source", "sm_90")
     records = [record(StreamedConfig(), 10.0), record(StagedConfig(slack=0), 20.0)]
@@ -205,12 +207,12 @@ def test_a_config_from_a_table_is_checked() -> None:
 
 
 def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = render_cuda(SMALL, StreamedConfig(), H200)
-    monkeypatch.setattr("flashtune.kernels.backends.cuda.backend.render_cuda", None)
-    load = backend_of(H200).loader(SMALL, StreamedConfig(), H200, torch.device("cuda"), source)
-    assert callable(load)
+    source = Candidate(SMALL, StreamedConfig(), H200).source
+    monkeypatch.setattr("flashtune.kernels.plans.candidate.render", None)
+    candidate, where = Candidate(SMALL, StreamedConfig(), H200), torch.device("cuda")
+    assert callable(CudaBackend().loader(candidate, where, source))
     with pytest.raises(FlashtuneError, match="NVRTC refuses"):
-        backend_of(H200).loader(SMALL, StreamedConfig(), H200, torch.device("cuda"), "int x = ;")
+        CudaBackend().loader(candidate, where, "int x = ;")
 
 
 def record(config: Config, median_us: float) -> Record:
@@ -264,8 +266,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
 
 
 def make_step() -> CudaStep:
-    launches = launches_of(SMALL, StreamedConfig(), H200)
-    return CudaStep(SMALL, launches, b"binary", torch.device("cpu"))
+    candidate = Candidate(SMALL, StreamedConfig(), H200)
+    return CudaStep(candidate, b"binary", torch.device("cpu"))
 
 
 def test_a_step_launches_both_kernels_on_the_current_stream(fake: FakeDriver) -> None:
@@ -278,12 +280,12 @@ def test_a_step_launches_both_kernels_on_the_current_stream(fake: FakeDriver) ->
     scratch = [step.scratch.scores, step.scratch.moments, step.scratch.state]
     pointers = [each.data_ptr() for each in (hidden, centroids, weight, ids, out, *scratch)]
     for (_, config, _, (values, types), _), launch in zip(
-        launched, launches_of(SMALL, StreamedConfig(), H200), strict=True
+        launched, Candidate(SMALL, StreamedConfig(), H200).launches, strict=True
     ):
         assert list(values) == pointers
         assert len(types) == len(pointers)
-        assert (config.gridDimX, config.blockDimX) == (launch.blocks, 32 * launch.warps)
-        assert (config.sharedMemBytes, int(config.hStream)) == (launch.ring_bytes, 5)
+        assert (config.gridDimX, config.blockDimX) == (launch.programs, 32 * launch.warps)
+        assert (config.sharedMemBytes, int(config.hStream)) == (launch.dynamic_bytes, 5)
         assert [each.value.programmaticStreamSerializationAllowed for each in config.attrs] == [1]
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from flashtune.kernels.backends.triton.backend import load_source
-from flashtune.kernels.backends.triton.source import render_triton
-from flashtune.kernels.plans.config import Config, PersistentConfig, StagedConfig, why_invalid
-from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
-from flashtune.kernels.plans.triton_config import select_warps
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.dense import DenseConfig
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -23,11 +24,11 @@ DEVICES = [find_device(name) for name in ("orin", "l4", "h200", "rtx-5090")]
 
 def test_an_invalid_config_is_not_rendered() -> None:
     with pytest.raises(FlashtuneError, match=r"staged config not valid for .*: programmatic"):
-        render_triton(QWEN, StagedConfig(pdl=True), ORIN)
+        _ = Candidate(QWEN, StagedConfig(pdl=True), ORIN).source
 
 
 def test_rendering_is_a_function_of_its_arguments() -> None:
-    sources = [render_triton(QWEN, StagedConfig(), H200) for _ in range(2)]
+    sources = [Candidate(QWEN, StagedConfig(), H200).source for _ in range(2)]
     assert sources[0] == sources[1]
 
 
@@ -39,10 +40,13 @@ def test_any_valid_config_renders_source_whose_numbers_fit_together(
     rendered: list[Config] = []
     while len(rendered) < 150:
         problem, config, device = random_problem(rng), random_config(rng), rng.choice(DEVICES)
-        if isinstance(config, StreamedConfig) or why_invalid(config, problem, device):
+        if (
+            PLANS[config.plan].builder != "triton"
+            or Candidate(problem, config, device).why_invalid()
+        ):
             continue
         rendered.append(config)
-        source = render_triton(problem, config, device)
+        source = Candidate(problem, config, device).source
         ast.parse(source)
         _check_numbers(source, problem, config)
     kinds = {getattr(config, "selection", config.plan) for config in rendered}
@@ -73,7 +77,7 @@ def _check_numbers(source: str, problem: Problem, config: Config) -> None:
         assert programs["score"] <= numbers["SCORE_TILES"]
         assert numbers["SCORE_TILES"] * numbers["SCORE_ROWS"] >= problem.n_clusters
         assert programs["gather"] == numbers["PARTS"] * problem.n_tokens
-    if select_warps(config):
+    if "LANES" in numbers:
         assert numbers["LANES"] * numbers["MEMBERS"] >= problem.n_clusters
         assert numbers["MOST"] == problem.n_probes + config.slack
         assert numbers["HAZARD"] > 0
@@ -90,5 +94,6 @@ def test_offsets_are_64_bits_wide_just_where_they_must_be(name: str) -> None:
     config = {"staged": StagedConfig(), "persistent": PersistentConfig()}[name]
     below = Problem(vocab_size=262128, hidden_size=8192, n_clusters=16383, n_probes=8)
     above = Problem(vocab_size=262144, hidden_size=8192, n_clusters=16384, n_probes=8)
-    assert "rows.to(tl.int64)" not in render_triton(below, config, H200)
-    assert render_triton(above, config, H200).count("rows.to(tl.int64)") == 1  # not of centroids
+    assert "rows.to(tl.int64)" not in Candidate(below, config, H200).source
+    source = Candidate(above, config, H200).source
+    assert source.count("rows.to(tl.int64)") == 1  # not of centroids

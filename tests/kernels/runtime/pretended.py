@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from flashtune.kernels import head
+from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, config_data, default_config
-from flashtune.kernels.plans.cpp_config import CppFusedConfig
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
 from flashtune.kernels.runtime import binding, heat
 from flashtune.kernels.runtime.binding import TorchStep
 from flashtune.kernels.weights import Step, Weights
@@ -88,7 +90,8 @@ class Backend:
         self.compiled: list[int] = []
         self._loaded: dict[Step, int] = {}
 
-    def loader(self, problem: Problem, config: Config, *_: object) -> Callable[[], Step]:
+    def loader(self, candidate: Candidate, *_: object) -> Callable[[], Step]:
+        problem, config = candidate.problem, candidate.config
         parts = getattr(config, "parts", DEFAULT.parts)  # of the other plan: none
         fate = self.times.get(parts, 10.0)
         self.compiled.append(parts)
@@ -103,7 +106,7 @@ class Backend:
             if fate == "hangs":
                 print("hanging", flush=True)
                 time.sleep(600)
-            TorchStep(problem, weights.centroids)(weights, hidden, out)
+            TorchStep(problem)(weights, hidden, out)
             if fate == "wrong":
                 out.zero_()
 
@@ -128,6 +131,7 @@ def places(backend: Backend) -> list[tuple[object, str, object]]:
         (binding, "toolchain", lambda _: TOOLS),
         (binding, "backend_of", lambda _: backend),
         (heat, "backend_of", lambda _: backend),
+        (heat, "target_of", lambda _: backend),
     ]
 
 

@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.backends.torch import TorchStep, decode
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.measure.judge import decode_logits
-from flashtune.kernels.plans.config import (
-    Config,
-    StagedConfig,
-    baseline_config,
-    config_data,
-    default_config,
-)
-from flashtune.kernels.runtime import binding
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.kernels.runtime import binding, records
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db import table
 from flashtune.tuning_db.device import Toolchain, find_device
@@ -67,7 +64,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for module in ("runtime.binding", "head"):
         monkeypatch.setattr(f"flashtune.kernels.{module}.device_of", lambda _: H200)
     monkeypatch.setattr(binding, "toolchain", lambda _: TOOLS)
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: ())
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: ())
     yield path
 
 
@@ -85,15 +82,12 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Steps in plain torch; `broken` says of which configs compiling fails."""
     fake: dict[str, Any] = {"broken": lambda config: False, "compiled": []}
 
-    def compile_step(problem: Problem, config: Config, *_: Any) -> Callable[[], binding.Step]:
+    def compile_step(candidate: Candidate, *_: Any) -> Callable[[], binding.Step]:
+        problem, config = candidate.problem, candidate.config
         fake["compiled"].append(config)
         if fake["broken"](config):
             raise RuntimeError("ptxas fell over\nat length")
-        return lambda: (
-            lambda weights, hidden, out: binding.TorchStep(problem, weights.centroids)(
-                weights, hidden, out
-            )
-        )
+        return lambda: lambda weights, hidden, out: TorchStep(problem)(weights, hidden, out)
 
     monkeypatch.setattr(binding, "compile_step", compile_step)
     yield fake
@@ -118,9 +112,7 @@ def test_a_tuned_kernel_is_found_and_gives_the_right_tokens(
     assert warnings_of(caplog) == []
     logits = head.weight.double() @ states(n_tokens).double().T
     plain = torch.empty(n_tokens, dtype=torch.int64)
-    binding.TorchStep(replace(PROBLEM, n_tokens=n_tokens), head.centroids)(
-        head._weights, states(n_tokens), plain
-    )
+    TorchStep(replace(PROBLEM, n_tokens=n_tokens))(head.decoder.weights, states(n_tokens), plain)
     position = torch.argsort(head.ids)
     for row in range(n_tokens):  # more clusters may be probed, so that a logit may be better
         assert logits[position[tokens[row]], row] >= logits[position[plain[row]], row]
@@ -164,9 +156,9 @@ def test_the_nearest_shape_serves_where_the_database_lacks_the_problem(
 def test_a_prebuilt_table_serves_after_the_users_database(
     database: Path, faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding,
+        records,
         "prebuilt_table",
         lambda name: table.TuningTable(device=name, records=(record(TUNED),)),
     )
@@ -209,7 +201,7 @@ def test_where_all_kernels_fail_plain_torch_answers_with_one_warning(
     assert "plain torch is used instead" in warnings_of(caplog)[0]
 
 
-@pytest.mark.parametrize("broken", ["render_triton", "triton", "device_of", "toolchain"])
+@pytest.mark.parametrize("broken", ["load_source", "triton", "device_of", "toolchain"])
 def test_nothing_that_is_broken_on_the_way_escapes(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,8 +212,8 @@ def test_nothing_that_is_broken_on_the_way_escapes(
         monkeypatch.setitem(
             __import__("sys").modules, "flashtune.kernels.backends.triton.backend", None
         )
-    elif broken == "render_triton":
-        monkeypatch.setattr("flashtune.kernels.backends.triton.backend.render_triton", fail)
+    elif broken == "load_source":
+        monkeypatch.setattr("flashtune.kernels.backends.triton.backend.load_source", fail)
     else:
         monkeypatch.setattr(binding, broken, fail)
     head = make_head()
@@ -247,9 +239,9 @@ def test_a_table_that_cannot_be_read_is_left_out(
     faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     newer = '{"schema_version": 99, "device": "nvidia-h200", "records": []}'
-    monkeypatch.setattr(binding, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
     monkeypatch.setattr(
-        binding, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
+        records, "prebuilt_table", lambda name: table.loads_table(newer, origin=name)
     )
     head = make_head()
     head(states(1))
@@ -305,7 +297,7 @@ def test_a_step_whose_logits_are_wrong_is_not_used(
     broken: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        logits = decode_logits(weights, hidden, 4)
+        logits = decode(weights, hidden, 4, "logits")
         if broken == "unwritten":
             logits[0, 5] = out[0, 5]
         out.copy_(logits.roll(1, dims=1) if broken == "shifted" else logits)
@@ -346,15 +338,15 @@ def test_a_stream_that_is_captured_first_takes_a_spare_or_plain_torch(
     head = make_head()
     if prepared:
         head.prepare(1, 2)
-    monkeypatch.setattr(head, "_index", 0)
+    monkeypatch.setattr(head.decoder, "_index", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     compiled = len(faked["compiled"])
-    steps = [head._step("argmax", 1, stream) for stream in range(3)]
+    steps = [head.decoder._step("argmax", 1, stream) for stream in range(3)]
     assert len(faked["compiled"]) == compiled  # nothing compiles while a stream is captured
     assert len(set(map(id, steps))) == 3
-    assert [isinstance(step, binding.TorchStep) for step in steps] == [not prepared] * 3
+    assert [isinstance(step, TorchStep) for step in steps] == [not prepared] * 3
     assert len(warnings_of(caplog)) == (0 if prepared else 1)
-    assert ("argmax", 1, 0) in head._steps or not prepared
+    assert ("argmax", 1, 0) in head.decoder._steps or not prepared
 
 
 def _falls_over(*_: Any) -> None:
@@ -367,18 +359,18 @@ def test_a_call_that_fails_is_answered_by_plain_torch_from_then_on(
     head, hidden = make_head(), states(40)  # a part of 32 tokens, then one of 8
     expected = head(hidden).tolist()
     assert head.explain(40)["level"] == "default"
-    head._steps["argmax", 32, 0] = _falls_over
+    head.decoder._steps["argmax", 32, 0] = _falls_over
     for _ in range(2):
         assert head(hidden).tolist() == expected
     data = head.explain(40)
-    assert (data["level"], data["config"]) == ("torch", None)
+    assert (data["level"], data["config"]) == ("torch", {"plan": "torch"})
     assert data["troubles"] == [
         "a call of the default config failed: RuntimeError: the driver has had enough"
     ]
     assert head.explain(8)["level"] == "default"  # which goes on as it did
     [warning] = warnings_of(caplog)
     assert "the driver has had enough (plain torch is used instead)" in warning
-    assert isinstance(head._step("argmax", 32, 7), binding.TorchStep)
+    assert isinstance(head.decoder._step("argmax", 32, 7), TorchStep)
 
 
 def test_what_torch_itself_raises_is_raised(
@@ -386,9 +378,9 @@ def test_what_torch_itself_raises_is_raised(
 ) -> None:
     head = make_head()
     head(states(1))
-    head._steps["argmax", 1, 0] = _falls_over
+    head.decoder._steps["argmax", 1, 0] = _falls_over
     with monkeypatch.context() as patch:
-        patch.setattr(binding.TorchStep, "__call__", _falls_over)
+        patch.setattr(TorchStep, "__call__", _falls_over)
         with pytest.raises(RuntimeError, match="had enough"):
             head(states(1))
     data = head.explain()
@@ -400,21 +392,21 @@ def test_compiled_code_has_what_lasts_made_in_another_thread(
 ) -> None:
     """Its CUDA graphs have a pool of memory of their own, for the thread that captures."""
     head, threads = make_head(), []
-    monkeypatch.setattr(head, "_index", 0)
-    monkeypatch.setattr(head, "_decode", lambda hidden, epilogue: hidden)
+    monkeypatch.setattr(head.decoder, "_index", 0)
+    monkeypatch.setattr(head.decoder, "decode", lambda hidden, epilogue: hidden)
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    prepare = head.prepare
+    prepare = head.decoder.prepare
 
-    def noted(*sizes: int, **options: Any) -> None:
+    def noted(*arguments: Any) -> None:
         threads.append(threading.get_ident())
-        prepare(*sizes, **options)
+        prepare(*arguments)
 
-    monkeypatch.setattr(head, "prepare", noted)
-    head._decode_compiled(states(40), "logits")
+    monkeypatch.setattr(head.decoder, "prepare", noted)
+    head.decoder.decode_compiled(states(40), "logits")
     assert not threads  # nothing compiles while a stream is captured
     capturing = False
     for _ in range(2):
-        head._decode_compiled(states(40), "logits")
+        head.decoder.decode_compiled(states(40), "logits")
     assert len(threads) == 1 and threads[0] != threading.get_ident()
-    assert set(head._bounds) == {("logits", 32), ("logits", 8)}
+    assert set(head.decoder._bounds) == {("logits", 32), ("logits", 8)}

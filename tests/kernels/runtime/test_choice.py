@@ -5,16 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from flashtune.kernels.plans.config import (
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    config_data,
-    default_config,
-    known_good,
-    why_invalid,
-)
+from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.backends.target import default_config, known_good
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.kernels.plans.torch import TorchConfig
 from flashtune.kernels.runtime.choice import (
     PREBUILT,
     USER,
@@ -152,7 +151,7 @@ def test_records_of_unknown_devices_dtypes_and_failures_never_count() -> None:
 
 def test_an_invalid_config_is_skipped_and_the_explanation_says_so() -> None:
     wide = staged(2, score_block=2048)
-    assert why_invalid(wide, SMALLER, H200)
+    assert Candidate(SMALLER, wide, H200).why_invalid()
     on_orin = record(staged(2, pdl=True), device=ORIN.name)
     choice = pick([record(wide, 1.0), record(staged(4), 2.0)], problem=SMALLER)
     assert choice.config == staged(4)
@@ -197,14 +196,15 @@ def test_what_failed_here_with_these_tools_is_not_tried_again() -> None:
     assert pick([elsewhere, earlier], [record(staged(4), 1.0)]).config == staged(4)
 
 
-def test_without_a_device_plain_torch_is_chosen() -> None:
-    choice = pick([record(staged(4))], device=None)
-    assert (choice.level, choice.config) == (Level.TORCH, None)
+def test_on_a_device_without_kernels_plain_torch_is_chosen() -> None:
+    choice = pick([record(staged(4))], device=device_of(torch.device("meta")))
+    assert (choice.level, choice.config) == (Level.TORCH, TorchConfig())
+    assert "no kernels for this kind of device" in choice.why
 
 
 def test_a_problem_without_a_default_kernel_is_for_plain_torch() -> None:
     choice = pick([], problem=replace(PROBLEM, n_tokens=1024))
-    assert (choice.level, choice.config) == (Level.TORCH, None)
+    assert (choice.level, choice.config) == (Level.TORCH, TorchConfig())
     assert "no kernel for 151936x2048 c9496 p256 t1024 on nvidia-h200" in choice.why
 
 

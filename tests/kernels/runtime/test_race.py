@@ -8,12 +8,10 @@ import copy
 import importlib.util
 import json
 import logging
-import math
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels import head
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.plans.config import config_data
-from flashtune.kernels.runtime import heat, race
+from flashtune.kernels.runtime import decoder, heat, race
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.lock import hold
@@ -287,10 +285,10 @@ def test_nothing_is_raced_while_a_graph_is_captured(
         weights=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),  # type: ignore[arg-type]
         device=pretended.CPU,
         toolchain=pretended.TOOLS,
-        look=lambda: pytest.fail("looked"),
         seconds=20.0,
         troubles=[],
     )
+    monkeypatch.setattr(race, "look", lambda *_: pytest.fail("looked"))
     choice: Any = object()
     found, held = race.hold(start, choice)
     assert found is choice
@@ -352,7 +350,7 @@ def test_a_winner_that_cannot_be_kept_serves_this_process_with_one_warning(
 def test_a_config_that_compiles_too_long_is_left_out(database: Path, backend: Any) -> None:
     backend.times = {1: "slow", 2: 8.0}
     configs = [pretended.DEFAULT, pretended.config(2), pretended.config(1)]
-    weights = make_head(tune="never")._weights
+    weights = make_head(tune="never").decoder.weights
     found = heat.compare(pretended.PROBLEM, weights, pretended.CPU, configs, seconds=1.0)
     assert [bool(each.measurement) for each in found.entries] == [True, True, False]
     assert found.entries[2].why == "it was not compiled in time"
@@ -362,7 +360,7 @@ def test_a_config_that_compiles_too_long_is_left_out(database: Path, backend: An
 def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
     database: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "MOST_SECONDS", 1.0)
+    monkeypatch.setattr(decoder, "MOST_SECONDS", 1.0)
     monkeypatch.setattr(race, "LEAST_SECONDS", 0.1)
     backend.times = {DEFAULT: "slow", 1: 8.0}
     add(database, record(1, 5.0))
@@ -374,47 +372,37 @@ def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(
 
 @pytest.mark.parametrize("when", ["verified", "timed"])
 def test_only_the_config_that_lost_the_device_is_blamed(
-    when: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+    when: str, database: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An illegal access stays with the process: all that runs after it fails as well."""
-    configs = [pretended.config(parts) for parts in (16, 1, 2)]
-    lost = []
+    add(database, record(1, 5.0), record(2, 6.0))
+    lost, fail = [], Trial._fail
 
-    def fail(config: Any, now: str) -> None:
-        if config == configs[1] and now == when:
-            lost.append(config)
-        if lost:
-            raise RuntimeError("an illegal memory access was encountered")
-
-    class OnGpu:
-        sets = (SimpleNamespace(weight=SimpleNamespace(is_cuda=True)),)
-
-        def why_wrong(self, step: Any, slack: int) -> None:
-            fail(step, "verified")
+    def lose(self: Any, entrant: Any, error: Exception) -> None:
+        fail(self, entrant, error)
+        self.lost = True
 
     def make_timer(step: Any, _: Any) -> Any:
+        guilty = backend._loaded[step] == 1
+
         def sample(replays: int) -> list[float]:
-            fail(step, "timed" if replays == 1 else "first")
+            if guilty and (when == "verified" or replays == 1):
+                lost.append(step)
+                raise RuntimeError("an illegal memory access was encountered")
             return [10.0] * replays
 
         return SimpleNamespace(sample=sample)
 
-    def synchronize() -> None:
-        fail(None, "")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(Trial, "_fail", lose)
     monkeypatch.setattr(backend, "timer", make_timer)
-    entrants = heat._Heat(pretended.CPU, OnGpu())  # type: ignore[arg-type]
-    for config in configs:
-        compiled: Future[Any] = Future()
-        compiled.set_result(lambda config=config: config)
-        entrants.load(config, compiled, until=math.inf)
-    for config in configs:
-        entrants.admit(config, until=math.inf)
-    entrants.take_turns(configs[0], until=math.inf)
-    assert entrants.lost
-    outcomes = [entrants.entries[each].measurement for each in configs]
-    assert [each and each.outcome for each in outcomes] == [None, Outcome.CRASH, None]
+    data = make_head().explain()
+    assert len(lost) == 1
+    outcomes = {parts: each["outcome"] for parts, each in timed(data).items()}
+    assert outcomes == {DEFAULT: None, 1: "crash", 2: None}
+    reasons = [timed(data)[parts]["dropped"] for parts in (DEFAULT, 2)]
+    early = "the device was lost before its turn came"
+    late = "the device was lost while it was timed"
+    assert reasons == [late, early if when == "verified" else late]
+    assert [each.config["parts"] for each in kept(database)] == [1]
 
 
 def test_all_races_of_a_head_share_its_time(
@@ -514,7 +502,7 @@ def test_a_process_that_dies_in_a_race_is_followed_and_its_config_passed_over(
 @pytest.mark.skipif(not compiler_version(), reason="no C++ compiler")
 def test_cpp_kernels_race_on_this_cpu(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a table for this CPU were only predicted; others may use it at the same time."""
-    monkeypatch.setattr(head, "MOST_SECONDS", 120.0)
+    monkeypatch.setattr(decoder, "MOST_SECONDS", 120.0)
     cpu = this_cpu()
     own = pretended.default_config(pretended.PROBLEM, cpu)
     others = [pretended.replace(own, parts=parts, threads=1) for parts in (2, 4)]

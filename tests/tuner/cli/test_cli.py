@@ -21,11 +21,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from flashtune.kernels import head
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.model_folder.folder import read_model
-from flashtune.kernels.plans.config import Config, default_config, parse_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner import table_check
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.here import this_device
@@ -268,11 +269,11 @@ class TestTables:
         bad.write_text(json.dumps(data))
         rendered: list[str] = []
 
-        class Backend:
-            def render(self, problem: Problem, config: Config, device: Device) -> None:
-                rendered.append(device.name)
+        def render(template: str, values: object) -> str:
+            rendered.append(template)
+            return ""
 
-        monkeypatch.setattr(table_check, "backend_of", lambda device: Backend())
+        monkeypatch.setattr("flashtune.kernels.plans.candidate.render", render)
         files = [table, bad] if command == "import" else [bad]
         error = refused("tables", command, *files)
         assert len(rendered) == len(files) - 1  # the good one alone
@@ -353,9 +354,6 @@ class TestTables:
         self, table: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         class Backend:
-            def render(self, *_: object) -> str:
-                return ""
-
             def compile(self, *_: object) -> None:
                 raise RuntimeError("ptxas fell over")
 
@@ -444,11 +442,9 @@ class TestAPredictedSearch:
         source = done("render", "--record", winner["key"][:10].upper(), "--db", database)
         ast.parse(source)
         config = parse_config(winner["config"])
-        assert source == backend_of(device).render(problem, config, device)
+        assert source == Candidate(problem, config, device).source
         default = done("render", "--device", "orin", "--shape", TINY)
-        assert default == backend_of(device).render(
-            problem, default_config(problem, device), device
-        )
+        assert default == Candidate(problem, default_config(problem, device), device).source
         assert "not a record's key" in refused("render", "--record", "xyz", "--db", database)
         assert "no record's key" in refused("render", "--record", "f" * 32, "--db", database)
 

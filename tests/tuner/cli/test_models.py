@@ -26,10 +26,8 @@ STATES = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
-    for module in ("kernels.runtime.binding", "kernels.head", "tuner.clustering.head_latency"):
-        monkeypatch.setattr(f"flashtune.{module}.device_of", lambda _: None)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flashtune.kernels.plans.config import PersistentConfig, StagedConfig
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuner.cli.search_report import better_shipped, print_results, result_data
 from flashtune.tuner.predict.cost_model import VERSION, interval_us, shipped_model
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from flashtune.kernels.backends.backend import KernelUse
-from flashtune.kernels.plans.config import StagedConfig, config_data
+from flashtune.kernels.plans.candidate import KernelUse
+from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.predict.calibration import (
     Calibration,

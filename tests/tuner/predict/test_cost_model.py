@@ -7,29 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from flashtune.kernels.backends.backend import KernelUse
-from flashtune.kernels.plans.config import (
-    FAMILIES,
-    Config,
-    CppFusedConfig,
-    PersistentConfig,
-    StagedConfig,
-    why_invalid,
-)
+from flashtune.kernels.plans.batched import BatchedConfig
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, plans_of
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.dense import DenseConfig
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.plans.tensor_config import BatchedConfig, DenseConfig
 from flashtune.tuner.predict import cost_model
 from flashtune.tuner.predict.cost_model import (
     Prediction,
-    family_of,
     read_model_file,
     shipped_model,
 )
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages import PLAN_STAGES
+from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import family
 
 QWEN = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
 CONFIGS = (StagedConfig(), StagedConfig(selection="in_gather"), PersistentConfig(gather_rows=8))
@@ -67,7 +64,8 @@ def interval(
     config: Config, problem: Problem = QWEN, device: Device | None = None, **changes: int
 ) -> Prediction:
     device = device or find_device("h200")
-    return cost_model.predict(problem, config, device, uses(config, problem, device, **changes))
+    candidate = Candidate(problem, config, device)
+    return cost_model.predict(candidate, uses(config, problem, device, **changes))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
@@ -137,7 +135,10 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
     for _ in range(10_000):
         config, device = random_config(generator), generator.choice(DEVICES)
         problem = random_problem(generator)
-        if type(config) not in PLAN_STAGES or why_invalid(config, problem, device) is not None:
+        if (
+            config.plan not in PLAN_STAGES
+            or Candidate(problem, config, device).why_invalid() is not None
+        ):
             continue
         seen[config.plan] += 1
         changes = {
@@ -150,21 +151,21 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
 
 
 def test_every_plan_in_triton_is_covered() -> None:
-    assert {*PLAN_STAGES, StreamedConfig} == set(FAMILIES["nvidia"].plans)
+    assert {*PLAN_STAGES, "streamed"} == set(plans_of(find_device("h200")))
     with pytest.raises(FlashtuneError, match="plan streamed are not predicted"):
-        cost_model.predict(QWEN, StreamedConfig(), find_device("h200"), ())
+        cost_model.predict(Candidate(QWEN, StreamedConfig(), find_device("h200")), ())
 
 
 def test_cpus_have_no_prediction() -> None:
     with pytest.raises(FlashtuneError, match="search on the machine itself"):
-        cost_model.predict(QWEN, CppFusedConfig(), find_device("h200"), ())
+        cost_model.predict(Candidate(QWEN, CppFusedConfig(), find_device("h200")), ())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.plan)
 def test_the_interval_is_around_the_time_and_the_familys_own(config: Config) -> None:
     found = interval(config)
     assert found.low_us < found.time_us < found.high_us
-    low, high = shipped_model().intervals[family_of(config)]
+    low, high = shipped_model().intervals[family(config_data(config))]
     assert found.low_us == pytest.approx(low * found.time_us)
     assert found.high_us == pytest.approx(high * found.time_us)
 
@@ -174,7 +175,7 @@ def test_a_family_that_was_not_measured_has_the_widest_interval() -> None:
     rest = {name: each for name, each in model.intervals.items() if name != "persistent"}
     blind = replace(model, intervals=rest)
     config, device = PersistentConfig(), find_device("h200")
-    found = blind.predict(QWEN, config, device, uses(config, QWEN, device))
+    found = blind.predict(Candidate(QWEN, config, device), uses(config, QWEN, device))
     assert found.low_us / found.time_us == pytest.approx(min(low for low, _ in rest.values()))
     assert found.high_us / found.time_us == pytest.approx(max(high for _, high in rest.values()))
 

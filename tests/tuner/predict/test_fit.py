@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashtune.kernels.plans.config import Config, StagedConfig
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuner.predict.calibration import Calibration, Sample
 from flashtune.tuner.predict.check import check_model, rank_correlation
 from flashtune.tuner.predict.cost_model import read_model_file, shipped_model
@@ -24,7 +26,6 @@ from flashtune.tuner.predict.fit import (
     splits,
     write_fit,
 )
-from flashtune.tuner.search.ranking import expected_uses
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -55,8 +56,9 @@ def made_up(h200: Device) -> Calibration:
         while len(configs) < 60:
             configs.append(generator.choice(space.neighbours(generator.choice(configs))))
         for config in configs:
-            uses = tuple(expected_uses(problem, config, h200))
-            time_us = slow.predict(problem, config, h200, uses).time_us
+            candidate = Candidate(problem, config, h200)
+            uses = tuple(candidate.launches)
+            time_us = slow.predict(candidate, uses).time_us
             time_us *= float(np.exp(generator.gauss(0, NOISE)))
             samples.append(
                 Sample(

@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-from flashtune.kernels.backends.backend import KernelUse
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import predict
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
@@ -63,7 +63,7 @@ def compiles(task: Task) -> Reply:
 
 
 def measures(task: Task) -> Reply:
-    return Reply(measurements=tuple(ok(10.0 + number) for number in range(len(task.configs))))
+    return Reply(measurements=tuple(ok(10.0 + number) for number in range(len(task.candidates))))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
     measurement = evaluation.measurement
     assert measurement.policy == "stages-1"
     assert measurement.samples == 0
-    found = predict(space.problem, evaluation.config, space.device, FITS)
+    found = predict(Candidate(space.problem, evaluation.config, space.device), FITS)
     assert measurement.median_us == found.time_us
     assert measurement.spread_us == found.high_us - found.low_us
 
@@ -142,7 +142,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
 def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
     space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.predict.stages.PLAN_STAGES", {})
+    monkeypatch.setattr("flashtune.tuner.predict.stages.registry.PLAN_STAGES", {})
     evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.wait(0)
@@ -184,18 +184,77 @@ def test_the_best_time_so_far_goes_with_each_measurement(space: Space) -> None:
     assert {task.seed for task in measurer.asked} == {5}
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_failed_comparison_says_nothing_of_the_finalists(space: Space, count: int) -> None:
-    """A worker that dies answers for every config, one that reports a failure for one."""
-    crash = Measurement(outcome=Outcome.CRASH, error="the worker died by signal 11")
-    measurer = InstantPool(1, lambda task: Reply(measurements=(crash,) * count))
-    compilers = InstantPool(1, compiles)
-    evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
-    configs = list(space.configs())
-    evaluator.submit(configs[0])
-    assert evaluator.compare(configs[:2]) == []
-    assert evaluator.pending == 0  # what was under way is given up
-    assert measurer.asked[0].kind == "compare"
+CRASH = Measurement(outcome=Outcome.CRASH, error="the worker died by signal 11")
+
+
+@pytest.fixture
+def comparison(space: Space):
+    """Four configs compared by workers that do as told: `comparison(reply)`. Gives the times (or
+    outcomes, or None) in order, and the numbers of the configs that each task was about.
+    """
+    configs = list(space.configs())[:4]
+
+    def compare(reply: Callable[[list[int]], list[Measurement | None]]):
+        def answer(task: Task) -> Reply:
+            return Reply(
+                measurements=tuple(reply([configs.index(each.config) for each in task.candidates]))
+            )
+
+        measurer, compilers = InstantPool(1, answer), InstantPool(1, compiles)
+        evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
+        evaluator.submit(configs[0])
+        found = {each.config: each.measurement for each in evaluator.compare(configs)}
+        assert evaluator.pending == 0  # what was under way is given up
+        assert {task.kind for task in measurer.asked} == {"compare"}
+        asked = [
+            [configs.index(each.config) for each in task.candidates] for task in measurer.asked
+        ]
+        known = [found.get(config) for config in configs]
+        return [each and (each.median_us or each.outcome.value) for each in known], asked
+
+    return compare
+
+
+def test_a_finalist_that_fails_leaves_the_others_their_times(comparison) -> None:
+    found, asked = comparison(lambda numbers: [CRASH if n == 2 else ok(10.0 + n) for n in numbers])
+    assert found == [10.0, 11.0, "crash", 13.0]
+    assert asked == [[0, 1, 2, 3]]
+
+
+def test_those_left_when_the_device_was_lost_are_compared_by_another_worker(comparison) -> None:
+    def reply(numbers: list[int]) -> list[Measurement | None]:
+        if 2 in numbers:
+            return [CRASH if n == 2 else None for n in numbers]
+        return [ok(10.0 + n) for n in numbers]
+
+    assert comparison(reply) == ([10.0, 11.0, "crash", 13.0], [[0, 1, 2, 3], [0, 1, 3]])
+
+
+def test_who_takes_the_worker_along_is_found_and_the_others_compared_again(comparison) -> None:
+    def reply(numbers: list[int]) -> list[Measurement | None]:
+        if 2 in numbers:
+            return [None] * len(numbers) if len(numbers) > 1 else [CRASH]
+        return [ok(10.0 + n if len(numbers) > 1 else 99.0) for n in numbers]
+
+    found, asked = comparison(reply)
+    assert found == [10.0, 11.0, "crash", 13.0]
+    assert asked == [[0, 1, 2, 3], [0], [1], [2], [3], [0, 1, 3]]
+
+
+def test_finalists_that_only_work_alone_keep_the_times_that_they_had_alone(comparison) -> None:
+    def reply(numbers: list[int]) -> list[Measurement | None]:
+        return [None] * len(numbers) if len(numbers) > 1 else [ok(10.0 + numbers[0])]
+
+    found, asked = comparison(reply)
+    assert found == [10.0, 11.0, 12.0, 13.0]
+    assert len(asked) == 5
+
+
+@pytest.mark.parametrize("answers", [[], [None]])
+def test_configs_of_which_no_worker_says_anything_are_left_out(comparison, answers) -> None:
+    found, asked = comparison(lambda numbers: answers)
+    assert found == [None] * 4
+    assert len(asked) == 5
 
 
 def test_compilers_rest_where_they_would_disturb_the_timing(problem: Problem) -> None:

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from flashtune.kernels.backends.backend import backend_of
 from flashtune.kernels.backends.triton.backend import load_source
-from flashtune.kernels.plans.config import PersistentConfig, StagedConfig, why_invalid
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuner.predict.cost_model import shipped_model
-from flashtune.tuner.predict.stages import PLAN_STAGES
-from flashtune.tuner.search.ranking import expected_uses, promising
+from flashtune.tuner.predict.stages.registry import PLAN_STAGES
+from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -24,15 +25,18 @@ def test_the_programs_are_those_of_the_rendered_kernels(random_config, random_pr
     while min(checked.values()) < 5:
         config, problem = random_config(generator), random_problem(generator)
         device = generator.choice(devices)
-        if type(config) not in PLAN_STAGES or why_invalid(config, problem, device) is not None:
+        if (
+            config.plan not in PLAN_STAGES
+            or Candidate(problem, config, device).why_invalid() is not None
+        ):
             continue
-        launches = load_source(backend_of(device).render(problem, config, device)).LAUNCHES
+        launches = load_source(Candidate(problem, config, device).source).LAUNCHES
         rendered = {
             (each["kernel"], each["programs"], each["num_warps"])
             for each in launches
             if "programs" in each
         }
-        expected = expected_uses(problem, config, device)
+        expected = Candidate(problem, config, device).launches
         assert {(use.kernel, use.programs, use.warps) for use in expected} == rendered
         checked[config.plan] += 1
 
@@ -43,11 +47,11 @@ def test_promising_configs_are_valid_and_of_the_families_that_may_win(name: str)
     space = Space(QWEN, device)
     found = promising(space, shipped_model(), most=8, seed=0)
     assert len(set(found)) == 8
-    assert all(why_invalid(config, QWEN, device) is None for config in found)
+    assert all(Candidate(QWEN, config, device).why_invalid() is None for config in found)
     assert {space.family(config) for config in found} >= {
-        ("staged", "threshold"),
-        ("staged", "in_gather"),
-        ("persistent", None),
+        "staged/threshold",
+        "staged/in_gather",
+        "persistent",
     }
     assert all(config.plan != "dense" for config in found)  # all of the weight for one token
 
@@ -64,5 +68,5 @@ def test_what_is_known_to_be_good_elsewhere_is_taken_up() -> None:
 
 
 def time_us(problem: Problem, config: StagedConfig | PersistentConfig, device: Device) -> float:
-    uses = expected_uses(problem, config, device)
-    return shipped_model().predict(problem, config, device, uses).time_us
+    candidate = Candidate(problem, config, device)
+    return shipped_model().predict(candidate, candidate.launches).time_us

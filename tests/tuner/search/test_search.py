@@ -8,7 +8,9 @@ from pathlib import Path
 import optuna
 import pytest
 
-from flashtune.kernels.plans.config import Config, baseline_config, config_data, default_config
+from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.plans.config import Config, config_data
+from flashtune.tuner.search.evaluate import Evaluation
 from flashtune.tuner.search.proposal import NEAR_WINNERS, Proposals
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.search import FINALISTS, Budget, Event, Result, search
@@ -28,27 +30,29 @@ class Replay(ReplayEvaluator):
     def __init__(self, records: Sequence[Record], at_once: int = 1) -> None:
         super().__init__(records, at_once=at_once)
         self.submitted: list[Config] = []
-        self.final_us: dict[Config, float] | None = None
+        self.final_us: dict[Config, float | None] | None = None  # None: it fails
+        self.comparisons = 0
         self.compared: list[Config] | None = None
 
     def submit(self, config: Config) -> None:
         self.submitted.append(config)
         super().submit(config)
 
-    def compare(self, configs: Sequence[Config]) -> list[Measurement]:
+    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         self.compared = list(configs)
+        self.comparisons += 1
         if self.final_us is None:
             return []
-        return [
-            Measurement(
-                outcome=Outcome.OK,
-                median_us=self.final_us.get(config, 99.0),
-                spread_us=0.0,
-                samples=40,
-                policy="final",
-            )
-            for config in configs
-        ]
+        return [Evaluation(config, self._final(config)) for config in configs]
+
+    def _final(self, config: Config) -> Measurement:
+        assert self.final_us is not None
+        time_us = self.final_us.get(config, 99.0)
+        if time_us is None:
+            return Measurement(outcome=Outcome.WRONG_RESULT, error="flaky", policy="final")
+        return Measurement(
+            outcome=Outcome.OK, median_us=time_us, spread_us=0.0, samples=40, policy="final"
+        )
 
 
 def landscape(config: Config) -> float:
@@ -356,18 +360,16 @@ def test_a_spread_of_the_default_is_noise_too(run, replay, space: Space) -> None
     best = min(space.configs(), key=landscape)
 
     class Spread(Replay):
-        def compare(self, configs: Sequence[Config]) -> list[Measurement]:
-            return [
-                Measurement(
-                    outcome=Outcome.OK,
-                    median_us=9.0 if config == best else 10.0,
-                    spread_us=3.0 if config == default else 0.0,
-                    policy="final",
-                )
-                for config in configs
-            ]
+        def _final(self, config: Config) -> Measurement:
+            return Measurement(
+                outcome=Outcome.OK,
+                median_us=9.0 if config == best else 10.0,
+                spread_us=3.0 if config == default else 0.0,
+                policy="final",
+            )
 
     evaluator = Spread([])
+    evaluator.final_us = {}
     evaluator._found = replay()._found
     result = run(evaluator, 10_000, sampler="exhaustive")
     assert result.default_kept
@@ -391,6 +393,48 @@ def test_finalists_are_the_best_and_the_default(run, replay, store: Store, space
     assert result.winner is not None
     assert result.winner.measurement.median_us == 8.0
     assert len(store.measurements(finals[0].key)) == 2  # the first one stays in the history
+
+
+def test_a_finalist_that_fails_when_it_is_timed_again_is_no_winner(
+    run, replay, store: Store, space: Space
+) -> None:
+    """The two best do, though one was final in an earlier run; the default keeps its time."""
+    default, (best, second, third) = (
+        default_config(space.problem, space.device), sorted(space.configs(), key=landscape)[:3],
+    )  # fmt: skip
+    earlier = replay()
+    earlier.final_us = {config: landscape(config) for config in space.configs()}
+    earlier.final_us |= {best: 5.0, default: 20.0}
+    assert run(earlier, 10_000, sampler="exhaustive").winner.config == config_data(best)
+    evaluator = replay()
+    evaluator.final_us = {best: None, second: None, third: 12.0, default: 20.0}
+    result = run(evaluator, 10_000, sampler="exhaustive")
+    assert result.winner.config == config_data(third)
+    assert (result.winner.measurement.median_us, result.default_us) == (12.0, 20.0)
+    assert result.failed == 2
+    failed = [each for each in store.records() if each.measurement.median_us is None]
+    assert len(failed) == 2
+    assert config_data(best) in [each.config for each in failed]
+    assert {each.measurement.error for each in failed} == {"flaky"}
+    assert evaluator.comparisons == 2
+    assert not {best, second} & set(evaluator.compared)
+    assert len(evaluator.compared) == FINALISTS + 1  # with the next best in their place
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_failures_are_written_whether_or_not_the_default_is_kept(
+    run, replay, store: Store, space: Space, kept: bool
+) -> None:
+    default = default_config(space.problem, space.device)
+    best = min(space.configs(), key=landscape)
+    evaluator = replay()
+    evaluator.final_us = {best: None, default: 20.0 if kept else None}
+    result = run(evaluator, 10_000, sampler="exhaustive")
+    assert result.default_kept is kept
+    assert result.winner is not None
+    assert result.winner.config != config_data(best)
+    assert result.default_us == (20.0 if kept else None)
+    assert result.failed == (1 if kept else 2)
 
 
 def test_a_search_in_which_nothing_works_has_no_winner(run, replay) -> None:

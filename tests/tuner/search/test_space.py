@@ -2,23 +2,17 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice, product
 
 import optuna
 import pytest
 
-from flashtune.kernels.plans.config import (
-    PLANS,
-    Config,
-    PersistentConfig,
-    StagedConfig,
-    config_data,
-    default_config,
-    enabled,
-    knobs,
-    parse_config,
-    why_invalid,
-)
+from flashtune.kernels.backends.target import default_config, target_of
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config, config_data, enabled, knobs, parse_config
+from flashtune.kernels.plans.persistent import PersistentConfig
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuner.search.proposal import Proposals
 from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
@@ -57,7 +51,7 @@ def draw(space: Space, count: int) -> list[Config]:
         config, reason = space.suggest(trial)
         assert trial.params == space.parameters(config)
         assert trial.distributions == space.distributions(config)
-        assert reason == why_invalid(config, space.problem, space.device)
+        assert reason == Candidate(space.problem, config, space.device).why_invalid()
         found += [config] if reason is None else []
         if len(found) == count:
             return found
@@ -70,7 +64,7 @@ def obeys(config: Config, fixed: dict[str, object]) -> bool:
     return fixed.get("plan", config.plan) == config.plan and all(
         data[name] == value
         for name, value in fixed.items()
-        if name in knobs(PLANS[config.plan]) and enabled(PLANS[config.plan], name, data)
+        if name in knobs(type(config)) and enabled(type(config), name, data)
     )
 
 
@@ -99,11 +93,11 @@ def test_neighbours_are_valid_and_differ_in_one_knob(space: Space) -> None:
         assert len(near) == len(set(near))
         assert config not in near
         for other in near:
-            assert why_invalid(other, space.problem, space.device) is None
+            assert Candidate(space.problem, other, space.device).why_invalid() is None
             assert parse_config(config_data(other)) == other
             assert obeys(other, dict(space.fixed))
             changed = [name for name, value in config_data(other).items() if data[name] != value]
-            plan = PLANS[config.plan]
+            plan = type(config)
             free = [
                 name for name in changed
                 if enabled(plan, name, data) and enabled(plan, name, config_data(other))
@@ -136,12 +130,12 @@ def test_every_device_has_starts_of_each_family() -> None:
     for device in all_devices():
         families = {Space(QWEN, device).family(each) for each in Space(QWEN, device).starts()}
         assert families == {
-            ("staged", "threshold"),
-            ("staged", "in_gather"),
-            ("persistent", None),
-            ("batched", None),
-            ("dense", None),
-            *([("streamed", None)] if streams(device) else []),
+            "staged/threshold",
+            "staged/in_gather",
+            "persistent",
+            "batched",
+            "dense",
+            *(["streamed"] if streams(device) else []),
         }
 
 
@@ -157,7 +151,7 @@ def test_configs_lists_each_valid_config_once() -> None:
               "gather_warps": 4, "slack": 16, "score_warps": 2}  # fmt: skip
     streamed = {"plan": "streamed", "score_warps": 8, "slack": 16}
     for fixed in (persistent, staged, streamed):
-        plan = PLANS[str(fixed["plan"])]
+        plan = PLANS[str(fixed["plan"])].config
         choices = [(fixed[name],) if name in fixed else knob["choices"]
                    for name, knob in knobs(plan).items()]  # fmt: skip
         expected = set()
@@ -168,7 +162,7 @@ def test_configs_lists_each_valid_config_once() -> None:
                 )
             except FlashtuneError:
                 continue  # a knob that does not matter is not at its default
-            if why_invalid(config, TINY, H200) is None:
+            if Candidate(TINY, config, H200).why_invalid() is None:
                 expected.add(config)
         listed = list(Space(TINY, H200, fixed).configs())
         assert len(listed) == len(set(listed))
@@ -328,32 +322,34 @@ def test_a_session_says_which_plan_it_cannot_search(
 def test_a_session_that_measures_searches_what_can_be_built(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.search.session.this_gpu", lambda: H200)
+    monkeypatch.setattr("flashtune.tuner.search.session.devices_here", lambda: (H200,))
     request = SearchRequest(device=H200, problems=[QWEN], trials=1, fixed={"plan": "streamed"})
     Session(request, store)
     why = "plan streamed needs what is not here"
-    monkeypatch.setattr(
-        "flashtune.tuner.search.session.why_unavailable",
-        lambda config: why if config.plan == "streamed" else None,
+    missing = replace(
+        target_of(H200), why_missing=lambda plan: why if plan.name == "streamed" else None
     )
+    monkeypatch.setattr("flashtune.tuner.search.session.target_of", lambda _: missing)
     with pytest.raises(FlashtuneError, match=why):
         Session(request, store)
 
 
 def test_families_are_plans_and_what_selects() -> None:
     space = Space(QWEN, H200)
-    assert space.family(StagedConfig(selection="in_gather")) == ("staged", "in_gather")
-    assert space.family(PersistentConfig(warps=4)) == ("persistent", None)
+    assert space.family(StagedConfig(selection="in_gather")) == "staged/in_gather"
+    assert space.family(PersistentConfig(warps=4)) == "persistent"
 
 
 def test_random_spaces_agree_with_their_rules() -> None:
     """Any knobs fixed to any values: the first config listed is held, and so are starts."""
     generator = random.Random(7)
-    names = [name for plan in PLANS.values() for name in knobs(plan)]
+    names = [name for plan in PLANS.values() for name in knobs(plan.config)]
     for _ in range(60):
         fixed = {}
         for name in generator.sample(names, 3):
-            plan = generator.choice([plan for plan in PLANS.values() if name in knobs(plan)])
+            plan = generator.choice(
+                [plan.config for plan in PLANS.values() if name in knobs(plan.config)]
+            )
             fixed[name] = generator.choice(knobs(plan)[name]["choices"])
         space = Space(QWEN, generator.choice(all_devices()), fixed)
         for config in [*islice(space.configs(), 3), *space.starts()]:

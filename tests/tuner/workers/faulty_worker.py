@@ -7,18 +7,19 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.backend import DoesNotFitError, KernelUse
-from flashtune.kernels.measure.judge import decode
+from flashtune.kernels.backends.torch import decode
+from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.config import Config, StagedConfig
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.weights import Weights
 from flashtune.tuner.workers import worker
-from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
 
 FAULTS = {
     (2, 0): "compiler_dies",
@@ -32,6 +33,7 @@ FAULTS = {
     (8, 0): "illegal_access",
     (8, 8): "cooperative",
     (8, 32): "slow",
+    (16, 32): "flaky",
 }
 FASTEST = (16, 64)
 
@@ -56,8 +58,8 @@ def time_of(config: Config) -> float:
 class PretendedStep:
     """Plain torch, or what its config does instead."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, times_loaded: int) -> None:
+        self.config, self._again = config, times_loaded > 1
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         wrong = fault(self.config)
@@ -76,7 +78,7 @@ class PretendedStep:
             print('{"measurements": [], "uses": [], "fatal": true}', flush=True)
             os.write(1, b"noise of a compiled library\n")
         out.copy_(decode(weights, hidden, 4))
-        if wrong == "wrong":
+        if wrong == "wrong" or (wrong == "flaky" and self._again):
             out.add_(1).remainder_(512)
 
 
@@ -96,35 +98,35 @@ class PretendedBackend:
     name = "pretended"
     torch_device = "cpu"
 
-    def render(self, problem: Problem, config: Config, device: Device) -> str:
-        return "def step(:" if fault(config) == "syntax" else "step = None"
+    def __init__(self) -> None:
+        self._loaded: Counter[Config] = Counter()
 
-    def compile(self, problem: Problem, config: Config, device: Device) -> Sequence[KernelUse]:
-        if fault(config) == "compiler_dies":
+    def _load(self, config: Config) -> PretendedStep:
+        self._loaded[config] += 1
+        return PretendedStep(config, self._loaded[config])
+
+    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+        if fault(candidate.config) == "compiler_dies":
             os._exit(3)
-        if fault(config) == "does_not_fit":
+        if fault(candidate.config) == "does_not_fit":
             raise DoesNotFitError("300 KiB of shared memory, of 163")
-        compile(self.render(problem, config, device), "candidate.py", "exec")
-        return [
-            KernelUse(kernel="step", programs=1, warps=4, registers=32, shared_bytes=0, spilled=0)
-        ]
+        source = "def step(:" if fault(candidate.config) == "syntax" else "step = None"
+        compile(source, "candidate.py", "exec")
+        return [KernelUse(kernel="step", programs=1, warps=4, registers=32, shared_bytes=0)]
 
     def loader(
-        self,
-        problem: Problem,
-        config: Config,
-        device: Device,
-        torch_device: torch.device,
-        source: str | None,
+        self, candidate: Candidate, torch_device: torch.device, source: str | None
     ) -> Callable[[], PretendedStep]:
-        self.compile(problem, config, device)
-        return lambda: PretendedStep(config)
+        self.compile(candidate)
+        return lambda: self._load(candidate.config)
 
     def timer(self, step: PretendedStep, workload: Workload) -> PretendedTimer:
         return PretendedTimer(time_of(step.config))
 
 
 if __name__ == "__main__":
-    worker.backend_of = lambda device: PretendedBackend()  # type: ignore[assignment]
+    backend = PretendedBackend()
+    worker.backend_of = lambda candidate: backend  # type: ignore[assignment]
+    worker.target_of = lambda device: backend  # type: ignore[assignment]
     torch.set_num_threads(1)
     worker.main(worker.Worker())

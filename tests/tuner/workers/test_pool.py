@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.search import evaluate
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, search
@@ -48,7 +50,8 @@ def task(problem: Problem, device: Device) -> Callable[[int], Task]:
 
     def make(what: int) -> Task:
         config = default_config(problem, device)
-        return Task(kind="measure", problem=problem, configs=(config,), device=device, seed=what)
+        candidate = Candidate(problem, config, device)
+        return Task(kind="measure", candidates=(candidate,), seed=what)
 
     return make
 
@@ -234,6 +237,7 @@ EXPECTED = {
     "cooperative": (Outcome.OUT_OF_RESOURCES, "RuntimeError: too many blocks in cooperative"),
     "prints": (Outcome.OK, ""),
     "slow": (Outcome.PRUNED, ""),
+    "flaky": (Outcome.OK, ""),  # the first time
     "": (Outcome.OK, ""),
 }
 
@@ -281,12 +285,16 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
             assert measurement.median_us == pytest.approx(pretended, rel=1e-4)
     assert result.failed == sum(
         outcome.name not in ("OK", "PRUNED")
-        for outcome, _ in (EXPECTED[each] for each in faulty.FAULTS.values())
+        for outcome, _ in (EXPECTED[each] for each in [*faulty.FAULTS.values(), "wrong"])
     )
 
-    finals = [each for each in store.records() if each.measurement.policy == "final"]
+    timed_again = [each for each in store.records() if each.measurement.policy == "final"]
+    finals = [each for each in timed_again if each.measurement.outcome is Outcome.OK]
     assert len(finals) == 7  # six, and the default
     assert all(record.measurement.samples == 40 for record in finals)
+    [flaky] = [each for each in timed_again if each not in finals]
+    assert faulty.fault(parse_config(flaky.config)) == "flaky"
+    assert flaky.measurement.outcome is Outcome.WRONG_RESULT
     assert {(0, 16), faulty.FASTEST} <= {faulty.place(parse_config(r.config)) for r in finals}
     assert result.default_us == 48.0
     assert result.winner in finals
@@ -299,7 +307,7 @@ def test_a_worker_answers_until_its_input_ends(
     def line(programs: int, slack: int) -> str:
         data = config_data(default_config(problem, device))
         config = parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
-        task = Task(kind="measure", problem=problem, configs=(config,), device=device)
+        task = Task(kind="measure", candidates=(Candidate(problem, config, device),))
         return task.to_json() + "\n"
 
     done = subprocess.run(

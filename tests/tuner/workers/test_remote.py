@@ -29,18 +29,19 @@ import flashtune
 from flashtune.kernels.backends.cpp.read_bandwidth import read_sources
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu, this_cpu
 from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.plans.config import default_config
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool, remote, ssh
-from flashtune.tuner.workers.far_device import LEAST
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.remote import RemoteMachine, find_machine
 from flashtune.tuner.workers.ssh import LEAST_PYTHON, SshTransport, code_archive
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.package import LEAST
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
@@ -392,10 +393,8 @@ class TestLostConnections:
     @pytest.fixture
     def task(self, problem: Problem, device: Device) -> Callable[[int], Task]:
         def make(what: int) -> Task:
-            config = default_config(problem, device)
-            return Task(
-                kind="measure", problem=problem, configs=(config,), device=device, seed=what
-            )
+            candidate = Candidate(problem, default_config(problem, device), device)
+            return Task(kind="measure", candidates=(candidate,), seed=what)
 
         return make
 
@@ -506,7 +505,6 @@ class TestLostConnections:
 
 def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Device) -> None:
     """And without compilers it is measured at once."""
-    from flashtune.kernels.backends.backend import backend_of
 
     asked: list[tuple[Task, float]] = []
 
@@ -521,7 +519,7 @@ def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Devic
     assert (evaluator.pending, evaluator.room) == (1, 1)
     evaluator.wait(0)
     [(task, seconds)] = asked
-    assert task.sources == (backend_of(device).render(problem, config, device),)
+    assert task.sources == (Candidate(problem, config, device).source,)
     assert (task.kind, task.seed, seconds) == ("measure", 3, 180.0)
 
 

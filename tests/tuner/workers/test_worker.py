@@ -4,8 +4,12 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+import torch
 
-from flashtune.kernels.plans.config import config_data, default_config, parse_config
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.measure import trial
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
 from flashtune.tuner.workers.task import Reply, Task
 from flashtune.tuner.workers.worker import Worker
@@ -21,7 +25,8 @@ MakeTask = Callable[..., Task]
 @pytest.fixture
 def backend(faulty: ModuleType, monkeypatch: pytest.MonkeyPatch):
     backend = faulty.PretendedBackend()
-    monkeypatch.setattr(worker_module, "backend_of", lambda device: backend)
+    monkeypatch.setattr(worker_module, "backend_of", lambda candidate: backend)
+    monkeypatch.setattr(worker_module, "target_of", lambda device: backend)
     return backend
 
 
@@ -35,7 +40,8 @@ def task(problem: Problem, device: Device) -> MakeTask:
             parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
             for programs, slack in places
         )
-        return Task(kind=kind, problem=problem, configs=configs, device=device, **other)
+        candidates = tuple(Candidate(problem, config, device) for config in configs)
+        return Task(kind=kind, candidates=candidates, **other)
 
     return make
 
@@ -76,13 +82,43 @@ def test_a_comparison_gives_a_measurement_for_each_config(task: MakeTask, backen
     assert fine == pytest.approx(50.0)
 
 
-@pytest.mark.parametrize(("place", "fatal"), [(WRONG, False), (ILLEGAL, True)])
-def test_a_comparison_fails_if_one_of_its_configs_does(
-    task: MakeTask, backend, place: tuple[int, int], fatal: bool
+@pytest.mark.parametrize(("place", "outcome"), [(WRONG, "wrong_result"), (ILLEGAL, "crash")])
+def test_a_config_that_fails_leaves_the_others_of_a_comparison_their_times(
+    task: MakeTask, backend, place: tuple[int, int], outcome: str
 ) -> None:
-    reply = Worker().answer(task("compare", FINE, place))
-    assert [each.median_us for each in reply.measurements] == [None]
-    assert reply.fatal is fatal
+    reply = Worker().answer(task("compare", FINE, place, SLOW))
+    assert [each.outcome.value for each in reply.measurements] == ["ok", outcome, "ok"]
+    assert [each.samples for each in reply.measurements] == [40, 0, 40]
+    assert reply.fatal is (place == ILLEGAL)
+
+
+def test_what_the_device_was_lost_to_is_known_and_the_others_are_not(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = trial.Trial._fail
+
+    def lose(self, entrant, error) -> None:
+        fail(self, entrant, error)
+        self.lost = True
+
+    monkeypatch.setattr(trial.Trial, "_fail", lose)
+    reply = Worker().answer(task("compare", FINE, ILLEGAL, SLOW))
+    assert [each and each.outcome for each in reply.measurements] == [None, Outcome.CRASH, None]
+    assert reply.fatal
+    assert Reply.from_json(reply.to_json()) == reply
+
+
+def test_finalists_are_not_blamed_where_the_inputs_cannot_be_made(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("others use the device")
+
+    monkeypatch.setattr(worker_module.Workload, "create", create)
+    reply = Worker().answer(task("compare", FINE, SLOW))
+    assert (reply.measurements, reply.fatal) == ((None, None), False)
+    reply = Worker().answer(task("measure", FINE))
+    assert reply.measurement.outcome is Outcome.OUT_OF_RESOURCES
 
 
 @pytest.mark.parametrize("kind", ["measure", "compare"])

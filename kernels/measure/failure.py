@@ -1,0 +1,54 @@
+"""What a failed evaluation is called: the same error has the same outcome wherever it is raised.
+
+Usage:
+    try:
+        …
+    except Exception as error:
+        measurement = failure(error, Outcome.CRASH, policy="search")
+"""
+
+import torch
+
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.record import Measurement, Outcome
+
+MOST_CHARACTERS = 500  # of an error's text that are kept
+_FULL = ("too many blocks in cooperative launch", "out of memory", "out of resource")
+
+
+class DoesNotFitError(Exception):
+    """A config's kernels need more than the device has: registers, shared memory, residency."""
+
+
+class WrongResultError(Exception):
+    """A step's tokens or logits are not right."""
+
+
+def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
+    """The outcome of an evaluation that an error ended.
+
+    stage: what it is called unless the error itself tells: `COMPILE_ERROR` before the step first
+    ran, `CRASH` after that. Compilers and drivers tell what did not fit in their text alone.
+    """
+    if isinstance(error, FlashtuneError):
+        return Outcome.INVALID
+    if isinstance(error, WrongResultError):
+        return Outcome.WRONG_RESULT
+    text = describe(error).lower()
+    full = isinstance(error, (DoesNotFitError, torch.OutOfMemoryError))
+    return Outcome.OUT_OF_RESOURCES if full or any(word in text for word in _FULL) else stage
+
+
+def describe(error: BaseException) -> str:
+    """An error and its cause in one line: `RuntimeError: it fell over (no space left)`."""
+    text = f"{type(error).__name__}: {error}"
+    if error.__cause__ is not None:
+        text += f" ({error.__cause__})"
+    return " ".join(text.split())
+
+
+def failure(error: BaseException, stage: Outcome, policy: str) -> Measurement:
+    """The measurement of an evaluation that an error ended; see `outcome_of` for `stage`."""
+    return Measurement(
+        outcome=outcome_of(error, stage), error=describe(error)[:MOST_CHARACTERS], policy=policy
+    )

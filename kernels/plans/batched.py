@@ -1,0 +1,145 @@
+"""The plan `batched`: several tokens at a time on tensor cores, each probed cluster read once."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
+from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values
+from flashtune.kernels.plans.parts.tensor_tile import (
+    TENSOR_TILE,
+    expected_tensor_pass,
+    padded_tokens,
+    why_not_tensor_tiled,
+)
+from flashtune.kernels.plans.parts.threshold import lane_values
+from flashtune.kernels.plans.parts.tile import (
+    SLACKS,
+    expected_search,
+    narrowed,
+    why_not_overlapped,
+    why_not_selected,
+)
+from flashtune.templates.render import Value
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchedConfig(Config):
+    """Score, a threshold for each token, then one pass over the clusters that any token wants.
+
+    A cluster that several tokens probe is read once. A tile of the gather holds as many whole
+    clusters as fit `gather_rows`; rows that no token wants are not read. Knobs as in StagedConfig.
+    """
+
+    plan: ClassVar[str] = "batched"
+
+    score_rows: int = knob(32, (16, 32, 64, 128))
+    score_block: int = knob(128, (32, 64, 128, 256))
+    score_warps: int = knob(2, (1, 2, 4, 8))
+    score_stages: int = knob(3, (1, 2, 3, 4, 5))
+    select_warps: int = knob(16, (4, 8, 16, 32))
+    slack: int = knob(16, SLACKS)
+    gather_rows: int = knob(16, (16, 32, 64, 128, 256))
+    gather_block: int = knob(128, (32, 64, 128, 256))
+    gather_warps: int = knob(1, (1, 2, 4, 8))
+    gather_stages: int = knob(3, (1, 2, 3, 4, 5))
+    evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    pdl: bool = knob(False, (False, True))
+
+
+_STARTS = (
+    BatchedConfig(),
+    BatchedConfig(
+        score_block=256,
+        score_warps=1,
+        score_stages=4,
+        select_warps=8,
+        slack=64,
+        gather_block=256,
+    ),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4, pdl=True),
+    BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4),
+)  # where searches begin: found by hand on one H200
+
+
+def tile_share(candidate: Candidate) -> int:
+    """Rows that a tile of the gather is for: those of whole clusters."""
+    size = candidate.problem.cluster_size
+    return int(candidate.config.gather_rows) // size * size
+
+
+def _launches(candidate: Candidate) -> Sequence[KernelUse]:
+    """A program a tile."""
+    problem, config = candidate.problem, candidate.config
+    score_tiles = -(-problem.n_clusters // config.score_rows)
+    gather_tiles = -(-problem.vocab_size // tile_share(candidate))
+    return (
+        expected_tensor_pass("score", candidate, score_tiles),
+        expected_search(candidate, config.select_warps),
+        expected_tensor_pass("gather", candidate, gather_tiles),
+    )
+
+
+def _values(candidate: Candidate) -> dict[str, Value]:
+    problem, config = candidate.problem, candidate.config
+    score, _, gather = _launches(candidate)
+    return {
+        **shape_values(problem),
+        **asdict(config),
+        "tokens_padded": padded_tokens(problem),
+        "gather_programs": gather.programs,
+        "share": tile_share(candidate),
+        "score_programs": score.programs,
+        **lane_values(problem, config.slack, config.select_warps),
+        **epilogue_values(problem, score),
+    }
+
+
+def _why_not_whole(candidate: Candidate) -> str | None:
+    size, rows = candidate.problem.cluster_size, candidate.config.gather_rows
+    return f"a cluster of {size} does not fit {rows} rows" if rows < size else None
+
+
+def _why_not_multiplied(candidate: Candidate) -> str | None:
+    problem = candidate.problem
+    if problem.weight_dtype != problem.centroid_dtype:
+        return (
+            f"tensor cores take one dtype, not weights in {problem.weight_dtype} "
+            f"and centroids in {problem.centroid_dtype}"
+        )
+    return None
+
+
+def _starts(problem: Problem, device: Device) -> Sequence[BatchedConfig]:
+    return narrowed(_STARTS, problem)
+
+
+BATCHED = Plan(
+    config=BatchedConfig,
+    builder="triton",
+    template="triton/batched.py.j2",
+    rules=(
+        Rule(why_not_overlapped, frozenset(["pdl"])),
+        Rule(
+            lambda each: why_not_selected(each.problem, each.config.select_warps),
+            frozenset(["select_warps"]),
+        ),
+        Rule(
+            lambda each: why_not_tensor_tiled("score", each),
+            frozenset(f"score_{each}" for each in TENSOR_TILE),
+        ),
+        Rule(
+            lambda each: why_not_tensor_tiled("gather", each),
+            frozenset(f"gather_{each}" for each in TENSOR_TILE),
+        ),
+        Rule(_why_not_whole, frozenset(["gather_rows"])),
+        Rule(_why_not_multiplied, frozenset(["slack"])),
+    ),
+    launches=_launches,
+    values=_values,
+    slack=lambda config: int(config.slack),
+    starts=_starts,
+)

@@ -1,0 +1,83 @@
+"""The plan `dense`: the dense head as a kernel, where tokens together want most clusters."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
+from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.tensor_tile import (
+    TENSOR_TILE,
+    expected_tensor_pass,
+    padded_tokens,
+    why_not_tensor_tiled,
+)
+from flashtune.kernels.plans.parts.tile import narrowed, why_not_overlapped
+from flashtune.templates.render import Value
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseConfig(Config):
+    """No retrieval: the logits of all rows and their best, in one launch.
+
+    What is right for a FlashHead, since probing more is always allowed, and faster where the
+    tokens together want most clusters.
+    """
+
+    plan: ClassVar[str] = "dense"
+
+    gather_rows: int = knob(64, (16, 32, 64, 128, 256))
+    gather_block: int = knob(128, (32, 64, 128, 256))
+    gather_warps: int = knob(4, (1, 2, 4, 8))
+    gather_stages: int = knob(3, (1, 2, 3, 4, 5))
+    evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    pdl: bool = knob(False, (False, True))
+
+
+_STARTS = (
+    DenseConfig(gather_rows=128, gather_block=64, gather_stages=5, pdl=True),
+    DenseConfig(),
+)  # where searches begin: found by hand on one H200
+
+
+def _launches(candidate: Candidate) -> Sequence[KernelUse]:
+    """A program a tile."""
+    tiles = -(-candidate.problem.vocab_size // int(candidate.config.gather_rows))
+    return (expected_tensor_pass("gather", candidate, tiles),)
+
+
+def _values(candidate: Candidate) -> dict[str, Value]:
+    (gather,) = _launches(candidate)
+    return {
+        **shape_values(candidate.problem),
+        **asdict(candidate.config),
+        "tokens_padded": padded_tokens(candidate.problem),
+        "gather_programs": gather.programs,
+    }
+
+
+def _starts(problem: Problem, device: Device) -> Sequence[DenseConfig]:
+    return narrowed(_STARTS, problem)
+
+
+DENSE = Plan(
+    config=DenseConfig,
+    builder="triton",
+    template="triton/dense.py.j2",
+    rules=(
+        Rule(why_not_overlapped, frozenset(["pdl"])),
+        Rule(
+            lambda each: why_not_tensor_tiled("gather", each),
+            frozenset(f"gather_{each}" for each in TENSOR_TILE),
+        ),
+    ),
+    launches=_launches,
+    values=_values,
+    slack=lambda config: ALL_CLUSTERS,
+    starts=_starts,
+)

@@ -1,0 +1,127 @@
+"""What the plans in C++ share: instruction sets, micro-kernels, how parts are shared out.
+
+An arch here is a machine and its best SIMD level, `x86_64-avx512_bf16`; it has the levels below
+that one as well.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from flashtune.kernels.formats.format import format_of
+from flashtune.kernels.plans.candidate import Candidate, Rule
+from flashtune.kernels.plans.knob import Config
+from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.threshold import threshold_values
+from flashtune.templates.render import Value
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+TEMPLATE = "cpp/decode.cpp.j2"
+SIMD_LEVELS = {
+    "x86_64": ("scalar", "avx2", "avx512", "avx512_bf16"),
+    "aarch64": ("scalar", "neon", "neon_bf16"),
+}
+LANES = {"scalar": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "neon": 4, "neon_bf16": 4}
+ALL_LEVELS = tuple(LANES)
+BF16_LEVELS = ("avx512_bf16", "neon_bf16")
+MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
+THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+PARTS = (1, 2, 4, 8, 16, 32)
+SELECTIONS = ("threshold", "histogram", "nth_element")
+CPU_SLACKS = (0, 8, 16, 32, 64)
+SLACKING = {"selection": ("threshold", "histogram")}
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def simd_levels(arch: str) -> tuple[str, ...]:
+    """The SIMD levels of an arch, the best one last."""
+    machine, _, best = arch.partition("-")
+    levels = SIMD_LEVELS.get(machine, ("scalar",))
+    return levels[: levels.index(best) + 1] if best in levels else levels[:1]
+
+
+def slack_of(config: Any) -> int:
+    """How many clusters more than asked may be probed; none where partial sorting selects."""
+    return int(config.slack) if config.selection in SLACKING["selection"] else 0
+
+
+def cpp_values(candidate: Candidate) -> dict[str, Value]:
+    """What the template is filled in with, but for how parts are shared out."""
+    problem, config = candidate.problem, candidate.config
+    slack = slack_of(config)
+    return {
+        "plan": config.plan,
+        **shape_values(problem),
+        "most": min(problem.n_probes + slack, problem.n_clusters),
+        "weight_format": format_of(problem.weight_dtype).cpp,
+        "centroid_format": format_of(problem.centroid_dtype).cpp,
+        "lanes": LANES[config.simd],
+        **asdict(config),
+        **threshold_values(problem, slack),
+    }
+
+
+def _why_not_run(candidate: Candidate) -> str | None:
+    simd = candidate.config.simd
+    if simd not in simd_levels(candidate.device.arch):
+        return f"{candidate.device.name} has no {simd}"
+    if simd in BF16_LEVELS and candidate.problem.weight_dtype != "bf16":
+        return f"{simd} needs hidden states and weights in bf16"
+    return None
+
+
+def _why_not_shared(candidate: Candidate) -> str | None:
+    threads, cores = candidate.config.threads, candidate.device.sm_count
+    return f"{threads} threads are more than the {cores} cores" if threads > cores else None
+
+
+def _why_not_scored(candidate: Candidate) -> str | None:
+    rows, clusters = candidate.config.score_rows, candidate.problem.n_clusters
+    if rows > clusters:
+        return f"score_rows {rows} is more than the {clusters} clusters"
+    return _why_not_tiled("score", candidate)
+
+
+def _why_not_gathered(candidate: Candidate) -> str | None:
+    rows, size = candidate.config.gather_rows, candidate.problem.cluster_size
+    if rows > size:
+        return f"gather_rows {rows} is more than a cluster's {size}"
+    return _why_not_tiled("gather", candidate)
+
+
+def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
+    config = candidate.config
+    rows, columns = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_columns")
+    unroll = getattr(config, f"{stage}_unroll")
+    if rows * columns > MOST_SUMS:
+        return f"the {stage} tile {rows}x{columns} has more than {MOST_SUMS} sums"
+    width = columns * unroll * 2 * LANES[config.simd]
+    if columns * unroll > 1 and width > candidate.problem.hidden_size:
+        return f"{stage}_columns and {stage}_unroll take more than the hidden size"
+    return None
+
+
+_TILE = ("rows", "columns", "unroll")
+CPP_RULES = (
+    Rule(_why_not_run, frozenset(["simd"])),
+    Rule(_why_not_shared, frozenset(["threads"])),
+    Rule(_why_not_scored, frozenset(["simd", *(f"score_{each}" for each in _TILE)])),
+    Rule(_why_not_gathered, frozenset(["simd", *(f"gather_{each}" for each in _TILE)])),
+)
+
+
+def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
+    """The config with the device's best instructions, all its cores, and tiles that fit."""
+    levels = simd_levels(device.arch)
+    if problem.weight_dtype != "bf16":
+        levels = tuple(level for level in levels if level not in BF16_LEVELS)
+    changes: dict[str, Any] = {
+        "simd": levels[-1],
+        "threads": max(number for number in THREADS if number <= max(1, device.sm_count)),
+    }
+    for stage in ("score", "gather"):
+        columns = getattr(config, f"{stage}_columns")
+        if columns * 2 * LANES[levels[-1]] > problem.hidden_size:
+            changes[f"{stage}_columns"] = 1
+    return replace(config, **changes)

@@ -1,0 +1,55 @@
+"""Tiles of the Triton plans that multiply on tensor cores, for several tokens at a time."""
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.parts.size import next_power_of_2
+from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, tile_bytes
+from flashtune.tuning_db.problem import Problem
+
+LEAST_TILE = 16  # rows, columns and tokens of a product on tensor cores
+MOST_SUMS_PER_THREAD = 64  # float32 accumulators beside what is being loaded
+MOST_PER_THREAD = 128  # elements of a tile that no stage in shared memory takes
+TENSOR_TILE = ("rows", "block", "warps", "stages")
+
+
+def padded_tokens(problem: Problem) -> int:
+    """Tokens as wide as a product on tensor cores is."""
+    return max(LEAST_TILE, next_power_of_2(problem.n_tokens))
+
+
+def why_not_tensor_tiled(stage: str, candidate: Candidate) -> str | None:
+    """Why a stage's tile does not fit its warps or shared memory, or None."""
+    problem, device, config = candidate.problem, candidate.device, candidate.config
+    rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
+    warps, stages = getattr(config, f"{stage}_warps"), getattr(config, f"{stage}_stages")
+    widest = max(LEAST_TILE, next_power_of_2(problem.hidden_size))
+    tokens, threads = padded_tokens(problem), warps * candidate.lanes
+    if block > widest:
+        return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
+    if rows * tokens > MOST_SUMS_PER_THREAD * threads:
+        return f"{rows}x{tokens} sums do not fit the registers of {warps} warps"
+    if stages == 1 and rows * block > MOST_PER_THREAD * threads:
+        return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
+    if stages > 1 and block >= problem.hidden_size:
+        return f"{stage}_stages needs a loop over the hidden size"
+    if (
+        stages * tile_bytes(stage, (rows + tokens) * block, problem)
+        > device.limits.shared_per_block
+    ):
+        return f"the {stage} stages do not fit in shared memory"
+    return None
+
+
+def expected_tensor_pass(stage: str, candidate: Candidate, programs: int) -> KernelUse:
+    """A pass's kernel: registers for its sums, and for its rows where no stage holds these."""
+    problem, config = candidate.problem, candidate.config
+    rows, block, warps, stages = (getattr(config, f"{stage}_{each}") for each in TENSOR_TILE)
+    tokens = padded_tokens(problem)
+    elements = rows * tokens + (0 if stages > 1 else rows * block)
+    staged = tile_bytes(stage, (rows + tokens) * block, problem)
+    return KernelUse(
+        kernel=stage,
+        programs=programs,
+        warps=warps,
+        registers=BASE_REGISTERS + elements // (candidate.lanes * warps),
+        shared_bytes=stages * staged if stages > 1 else 0,
+    )

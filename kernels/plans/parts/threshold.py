@@ -1,0 +1,87 @@
+"""The search for a threshold over the clusters' scores: where it starts, and in which lanes.
+
+The search itself is in the templates. docs/design.md and decision 3 describe it.
+"""
+
+import math
+from statistics import NormalDist
+
+from flashtune.kernels.plans.parts.size import next_power_of_2
+from flashtune.templates.render import Value
+from flashtune.tuning_db.problem import Problem
+
+# Programs that share the prefetch of a cluster: the likely ones lie unevenly, and a program that
+# had several to itself would ask for them one after another. Measured against 1 and 16 on an H200.
+SPREAD = 4
+
+
+def threshold_values(problem: Problem, slack: int) -> dict[str, Value]:
+    """Where the threshold search starts: the normal quantile at the middle of what is accepted.
+
+    hazard is -d log(count) / d quantile there.
+    """
+    quantile, share = threshold_quantile(problem, slack), _share(problem, slack)
+    return {
+        "quantile": round(quantile, 6),
+        "hazard": round(NormalDist().pdf(quantile) / share, 6),
+        "log_target": round(math.log(problem.n_probes + slack / 2), 6),
+    }
+
+
+def threshold_quantile(problem: Problem, slack: int) -> float:
+    """How many deviations above the mean the expected threshold lies, for normal scores."""
+    return NormalDist().inv_cdf(1 - _share(problem, slack))
+
+
+def _share(problem: Problem, slack: int) -> float:
+    """The share of clusters to select, kept inside (0, 1)."""
+    return min(max((problem.n_probes + slack / 2) / problem.n_clusters, 1e-6), 1 - 1e-6)
+
+
+def prefetch_spread(problem: Problem, parts: int) -> int:
+    """How many of the `parts` programs that gather share the prefetch of a cluster."""
+    spread = SPREAD
+    while spread > 1 and (spread > parts or problem.cluster_bytes % (spread * 16)):
+        spread //= 2
+    return spread
+
+
+def lanes(problem: Problem, warps: int) -> int:
+    """Scores side by side in the search of a Triton plan: four a thread of 32, a 16-byte load."""
+    return min(128 * warps, max(64, next_power_of_2(problem.n_clusters)))
+
+
+def lane_values(problem: Problem, slack: int, warps: int) -> dict[str, Value]:
+    """The search in a Triton plan: where it starts, how scores lie in lanes."""
+    width = lanes(problem, warps)
+    return {
+        **threshold_values(problem, slack),
+        "lanes": width,
+        "members": -(-problem.n_clusters // width),
+        "prefetch": False,
+    }
+
+
+def prefetch_values(problem: Problem, slack: int, margin: int) -> dict[str, Value]:
+    """Which clusters' rows are asked for before it is known whether they are selected."""
+    least = threshold_quantile(problem, slack) - margin / 100
+    return {"prefetch": margin >= 0, "prefetch_quantile": round(least, 6)}
+
+
+def share_values(problem: Problem, gather_rows: int, warps: int, parts: int) -> dict[str, Value]:
+    """How the selected rows, and the clusters to prefetch from, are shared out among programs."""
+    touched = (gather_rows - 2) // problem.cluster_size + 2 if gather_rows > 1 else 1
+    spread = prefetch_spread(problem, parts)
+    stripe = -(-problem.n_clusters // (parts // spread))
+    stripe_padded = next_power_of_2(stripe)
+    pieces = max(1, warps * 32 // stripe_padded)
+    while pieces > 1 and problem.cluster_bytes % (pieces * spread * 16):
+        pieces //= 2
+    return {
+        "spread": spread,
+        "touched": touched,
+        "stripe": stripe,
+        "stripe_padded": stripe_padded,
+        "pieces": pieces,
+        "piece_bytes": problem.cluster_bytes // (pieces * spread),
+    }

@@ -1,0 +1,202 @@
+"""The plan `staged`: score, select and gather in launches of their own, one after another."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
+from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.size import epilogue_values, next_power_of_2, shape_values
+from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
+from flashtune.kernels.plans.parts.tile import (
+    MAX_TILE_PER_THREAD,
+    PREFETCH_MARGINS,
+    SLACKS,
+    TILE,
+    expected_pass,
+    expected_search,
+    narrowed,
+    why_not_overlapped,
+    why_not_prefetched,
+    why_not_selected,
+    why_not_tiled,
+)
+from flashtune.templates.render import Value
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedConfig(Config):
+    """Score, select and gather in launches of their own.
+
+    selection: `torch_topk` (the baseline), `threshold` (one program a token, a launch of its
+    own) or `in_gather` (every gather program finds the threshold itself, no launch).
+    prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation
+    of the scores, a cluster's rows are still prefetched to L2; -1 prefetches nothing.
+    """
+
+    plan: ClassVar[str] = "staged"
+
+    selection: str = knob("threshold", ("torch_topk", "threshold", "in_gather"))
+    score_rows: int = knob(2, (1, 2, 4, 8, 16))
+    score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
+    score_warps: int = knob(4, (1, 2, 4, 8))
+    score_stages: int = knob(1, (1, 2, 3, 4))
+    score_unroll: int = knob(1, (1, 2, 4))
+    score_programs_per_sm: int = knob(0, (0, 2, 4, 8, 16))
+    select_warps: int = knob(16, (4, 8, 16, 32), {"selection": ("threshold",)})
+    slack: int = knob(16, SLACKS, {"selection": ("threshold", "in_gather")})
+    gather_rows: int = knob(4, (1, 2, 4, 8, 16, 32))
+    gather_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
+    gather_warps: int = knob(4, (1, 2, 4, 8, 16, 32))
+    gather_stages: int = knob(1, (1, 2, 3, 4))
+    gather_unroll: int = knob(1, (1, 2, 4))
+    gather_programs_per_sm: int = knob(1, (1, 2, 4), {"selection": ("in_gather",)})
+    prefetch_margin: int = knob(-1, PREFETCH_MARGINS, {"selection": ("in_gather",)})
+    evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    pdl: bool = knob(False, (False, True))
+
+
+# Where searches begin, expected best first: found by hand on one H200, with and without what only
+# sm_90 has.
+_STARTS = (
+    StagedConfig(pdl=True),
+    StagedConfig(),
+    StagedConfig(
+        selection="in_gather",
+        score_unroll=2,
+        slack=8,
+        gather_rows=32,
+        gather_block=512,
+        gather_warps=8,
+        prefetch_margin=5,
+        pdl=True,
+    ),
+    StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
+)
+
+
+def select_warps(config: StagedConfig) -> int:
+    """Warps of the programs that search for the threshold; 0 where a library selects."""
+    found = {"threshold": config.select_warps, "in_gather": config.gather_warps}
+    return found.get(config.selection, 0)
+
+
+def slack_of(config: StagedConfig) -> int:
+    """How many clusters more than asked are probed at the most; none where a library selects."""
+    return config.slack if select_warps(config) else 0
+
+
+def _launches(candidate: Candidate) -> Sequence[KernelUse]:
+    """A program a tile, or a fixed number of programs that loop."""
+    problem, config = candidate.problem, candidate.config
+    tiles = _score_tiles(candidate)
+    looping = config.score_programs_per_sm * candidate.device.sm_count
+    parts = _parts(candidate)
+    gathers = config.selection == "in_gather"
+    score = expected_pass(
+        "score", candidate, config.score_warps, min(looping, tiles) if looping else tiles, False
+    )
+    gather = expected_pass(
+        "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
+    )
+    if config.selection != "threshold":
+        return (score, gather)
+    return (score, expected_search(candidate, config.select_warps), gather)
+
+
+def _score_tiles(candidate: Candidate) -> int:
+    """Tiles of centroids; a program takes one, or loops over some."""
+    return -(-candidate.problem.n_clusters // int(candidate.config.score_rows))
+
+
+def _parts(candidate: Candidate) -> int:
+    """Programs of the gather a token."""
+    problem, config = candidate.problem, candidate.config
+    if config.selection == "in_gather":
+        programs = config.gather_programs_per_sm * candidate.device.sm_count
+        return max(1, int(programs) // problem.n_tokens)
+    rows = (problem.n_probes + slack_of(config) // 2) * problem.cluster_size
+    return -(-rows // int(config.gather_rows))
+
+
+def _values(candidate: Candidate) -> dict[str, Value]:
+    problem, config = candidate.problem, candidate.config
+    score, parts, warps = _launches(candidate)[0], _parts(candidate), select_warps(config)
+    values: dict[str, Value] = {
+        **shape_values(problem),
+        **asdict(config),
+        "score_tiles": _score_tiles(candidate),
+        "score_programs": score.programs,
+        "parts": parts,
+        **epilogue_values(problem, score),
+    }
+    if warps:
+        values |= lane_values(problem, config.slack, warps)
+        values |= prefetch_values(problem, config.slack, config.prefetch_margin)
+        values |= share_values(problem, config.gather_rows, warps, parts)
+    return values
+
+
+def _starts(problem: Problem, device: Device) -> Sequence[StagedConfig]:
+    return narrowed(_STARTS, problem)
+
+
+STAGED = Plan(
+    config=StagedConfig,
+    builder="triton",
+    template="triton/staged.py.j2",
+    rules=(
+        Rule(
+            lambda each: why_not_tiled("score", each.config.score_warps, each),
+            frozenset(f"score_{each}" for each in TILE),
+        ),
+        Rule(
+            lambda each: why_not_tiled("gather", each.config.gather_warps, each),
+            frozenset(f"gather_{each}" for each in TILE),
+        ),
+        Rule(why_not_overlapped, frozenset(["pdl"])),
+        Rule(
+            lambda each: why_not_selected(each.problem, select_warps(each.config)),
+            frozenset(["selection", "select_warps", "gather_warps"]),
+        ),
+        Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
+    ),
+    launches=_launches,
+    values=_values,
+    slack=slack_of,
+    starts=_starts,
+)
+
+
+def baseline(problem: Problem, device: Device) -> StagedConfig:
+    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster."""
+    rows = min(16, next_power_of_2(problem.cluster_size))
+    return _fitted(StagedConfig(selection="torch_topk", gather_rows=rows), problem, device)
+
+
+def default(problem: Problem, device: Device) -> StagedConfig:
+    """A config that is valid for every problem whose scores fit a program's registers."""
+    return _fitted(StagedConfig(), problem, device)
+
+
+def _fitted(config: StagedConfig, problem: Problem, device: Device) -> StagedConfig:
+    """The config with tiles narrowed, then warps taken away, until it is valid."""
+    data: dict[str, Any] = asdict(config)
+    lanes = Candidate(problem, config, device).lanes
+    widest = max(64, next_power_of_2(problem.hidden_size))
+    for stage, sums in (("score", problem.n_tokens), ("gather", 1)):
+        data[f"{stage}_block"] = min(data[f"{stage}_block"], widest)
+        room = MAX_TILE_PER_THREAD * data[f"{stage}_warps"] * lanes
+        while data[f"{stage}_rows"] * data[f"{stage}_block"] * sums > room:
+            smaller = f"{stage}_rows" if data[f"{stage}_rows"] > 1 else f"{stage}_block"
+            data[smaller] = data[smaller] // 2
+        tile = data[f"{stage}_rows"] * data[f"{stage}_block"]
+        data[f"{stage}_warps"] = min(data[f"{stage}_warps"], tile // lanes)
+    fitted = StagedConfig(**data)
+    reason = why_broken(STAGED.rules, Candidate(problem, fitted, device))
+    if reason:
+        raise FlashtuneError(f"no default kernel for {problem.describe()}: {reason}")
+    return fitted

@@ -1,0 +1,68 @@
+"""A head's calls as torch operators, so that torch.compile traces each as one node.
+
+Usage:
+    handle = register(head)
+    decode(hidden, handle)
+    logits(hidden, head.weight, head.vocab_size, handle)
+
+Operators take tensors and numbers, so that a head is known to them by its handle.
+"""
+
+import itertools
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from flashtune.kernels.runtime.decoder import Decoder
+from flashtune.tuning_db.errors import FlashtuneError
+
+
+class Head(Protocol):
+    """What has a decoder, now one and, once it is moved or converted, another."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The one to call now."""
+
+
+_HEADS: "WeakValueDictionary[int, Head]" = WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def register(head: Head) -> int:
+    """A handle for a head, good as long as the head lives."""
+    handle = next(_HANDLES)
+    _HEADS[handle] = head
+    return handle
+
+
+def _decoder_of(handle: int) -> Decoder:
+    head = _HEADS.get(handle)
+    if head is None:
+        raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
+    return head.decoder
+
+
+@torch.library.custom_op("flashtune::decode", mutates_args=())
+def decode(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    """A head's decode as one operator."""
+    return _decoder_of(handle).decode_compiled(hidden, "argmax")
+
+
+@decode.register_fake
+def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+@torch.library.custom_op("flashtune::logits", mutates_args=())
+def logits(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
+) -> torch.Tensor:
+    """A head's logits as one operator; the weight tells tracers the dtype."""
+    return _decoder_of(handle).decode_compiled(hidden, "logits")
+
+
+@logits.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return weight.new_empty(hidden.shape[0], vocab_size)

@@ -1,0 +1,240 @@
+"""What a head's calls run: the tensors as they are now, with the steps made for them.
+
+Usage:
+    decoder = Decoder(weights, vocab_size=…, n_probes=256, special=None, allowance=allowance)
+    token = decoder.decode(hidden, "argmax")     # or "logits"
+    decoder.bound("argmax", 1).choice            # what runs for one token
+
+A step is made when an epilogue, a number of tokens and a stream first meet, and kept. A call that
+fails is answered by plain torch. A decoder's tensors never change: a head that is moved or
+converted takes a new decoder, so that a call in another thread finds the old tensors with their
+steps or the new ones with theirs, and never a mixture.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from flashtune.kernels.backends.torch import TorchStep
+from flashtune.kernels.runtime.binding import LOG, Bound, bind, give_up
+from flashtune.kernels.runtime.choice import Level
+from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
+from flashtune.kernels.special_token import SpecialTokens
+from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned, problem_of
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+
+StepKey = tuple[str, int, int]  # epilogue, tokens, stream
+StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
+MOST_TOKENS = 32  # of one step: more are decoded one part after the other
+
+
+def step_sizes(n_tokens: int) -> list[int]:
+    """The numbers of tokens of the steps that a call with so many tokens takes, each once."""
+    rest = n_tokens % MOST_TOKENS
+    return [min(MOST_TOKENS, n_tokens), *([rest] if rest and n_tokens > MOST_TOKENS else [])]
+
+
+@dataclass(slots=True)
+class Allowance:
+    """What is spent once in a head's life, by all of its decoders: seconds of races, a warning.
+
+    race_seconds: what is left of them; None where no race may be held. Whoever makes a step or
+    spends of this holds the lock.
+    """
+
+    race_seconds: float | None
+    warned: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @classmethod
+    def full(cls, may_race: bool) -> "Allowance":
+        """What a new head has."""
+        return cls(race_seconds=MOST_SECONDS if may_race else None)
+
+    def warn(self, trouble: str) -> None:
+        """Warn once in a head's life: later trouble shows in `explain`."""
+        if not self.warned:
+            self.warned = True
+            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+
+
+class LockedStep:
+    """A kernel's step that threads may share: the launches of one call stay together."""
+
+    def __init__(self, step: Step) -> None:
+        """Guard `step`, and with it its scratch."""
+        self._step = step
+        self._lock = threading.Lock()
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch the step."""
+        with self._lock:
+            self._step(weights, hidden, out)
+
+
+class Decoder:
+    """Decodes with one set of tensors. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        vocab_size: int,
+        n_probes: int,
+        special: SpecialTokens | None,
+        allowance: Allowance,
+    ) -> None:
+        """Nothing is chosen or compiled yet. vocab_size: without what pads the last cluster."""
+        self.weights = weights
+        self._vocab_size, self._n_probes = vocab_size, n_probes
+        self._special, self._allowance = special, allowance
+        self._index = weights.weight.device.index if weights.weight.is_cuda else None
+        self._bounds: dict[tuple[str, int], Bound] = {}
+        self._steps: dict[StepKey, Step] = {}
+
+    def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
+        """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
+        weights, index = self.weights, self._index
+        weight = weights.weight
+        if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            raise FlashtuneError(
+                f"hidden must be [tokens, {weight.shape[1]}], not {list(hidden.shape)}: "
+                "give hidden[None] for a single token, or flatten the leading dimensions"
+            )
+        if hidden.device != weight.device:
+            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
+        if hidden.requires_grad or hidden.dtype is not weight.dtype:
+            hidden = hidden.detach().to(weight.dtype)
+        if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
+            hidden = aligned(hidden)
+        stream = 0
+        if index is not None:
+            if torch._C._cuda_getDevice() != index:
+                with torch.cuda.device(index):
+                    return self.decode(hidden, epilogue)
+            stream = torch._C._cuda_getCurrentRawStream(index)
+        n_tokens = hidden.shape[0]
+        if epilogue == "argmax":
+            out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+        else:
+            shape = (n_tokens, weight.shape[0])
+            out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        for first in range(0, n_tokens, MOST_TOKENS):
+            number = min(MOST_TOKENS, n_tokens - first)
+            key = (epilogue, number, stream)
+            step = self._steps.get(key) or self._step(*key)
+            call = (weights, hidden, out)
+            if number < n_tokens:
+                part = slice(first, first + number)
+                call = (weights, hidden[part], out[part])
+            try:
+                step(*call)
+            except Exception as error:  # whatever a driver raises at a launch
+                self._rescue(step, key, call, error)
+        if self._special is not None:
+            out = self._special(weights, hidden, out)
+        if out.dim() == 2 and out.shape[1] > self._vocab_size:
+            return out[:, : self._vocab_size].contiguous()
+        return out
+
+    def decode_compiled(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
+        """`decode` for compiled code, whose CUDA graphs have a pool of memory of their own.
+
+        What is made on first use lasts, and must not lie there: it is made in another thread,
+        whose tensors do not.
+        """
+        sizes = step_sizes(hidden.shape[0]) if hidden.shape[0] else []
+        new = any((epilogue, size) not in self._bounds for size in sizes)
+        if self._index is not None and new and not torch.cuda.is_current_stream_capturing():
+            with ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(self.prepare, hidden.shape[0], epilogue).result()
+        return self.decode(hidden, epilogue)
+
+    def prepare(self, n_tokens: int, epilogue: str) -> None:
+        """Make what a call with so many tokens runs."""
+        for size in step_sizes(n_tokens):
+            self.bound(epilogue, size)
+
+    def bound(self, epilogue: str, n_tokens: int) -> Bound:
+        """The kernels of a step for that many tokens, made on first use."""
+        allowance = self._allowance
+        with allowance.lock:
+            bound = self._bounds.get((epilogue, n_tokens))
+            if bound is None:
+                problem = self._problem(epilogue, n_tokens)
+                with _lasting(self.weights.weight.device):
+                    bound = bind(problem, self.weights, race_seconds=allowance.race_seconds)
+                self._bounds[epilogue, n_tokens] = bound
+                choice, race = bound.choice, bound.race
+                why = choice.why
+                if race is not None and allowance.race_seconds is not None:
+                    allowance.race_seconds -= race.seconds
+                    why += f" ({race.describe()})"
+                LOG.info("%s runs %s: %s", problem.describe(), choice.level.value, why)
+                if bound.troubles:
+                    runs = "plain torch" if choice.level is Level.TORCH else choice.level.value
+                    instead = "" if choice.source == UNKEPT else f" ({runs} is used instead)"
+                    allowance.warn("; ".join(bound.troubles) + instead)
+            return bound
+
+    def _step(self, epilogue: str, n_tokens: int, stream: int) -> Step:
+        """A step for a stream that has none yet."""
+        key = (epilogue, n_tokens, stream)
+        with self._allowance.lock:
+            if key in self._steps:  # another thread was here first
+                return self._steps[key]
+            capturing = self._index is not None and torch.cuda.is_current_stream_capturing()
+            bound = self._bounds.get((epilogue, n_tokens))
+            ready = bound and (bound.spares or bound.choice.level is Level.TORCH)
+            if capturing and not ready:
+                arguments = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
+                self._allowance.warn(
+                    f"{n_tokens} tokens are captured in a CUDA graph without a kernel ready for "
+                    f"this stream: call head.prepare({arguments}) before the capture"
+                )
+                return self._torch_step(epilogue, n_tokens)
+            bound = self.bound(epilogue, n_tokens)
+            with _lasting(self.weights.weight.device):
+                step = bound.take_step()
+            shared = step if isinstance(step, TorchStep) else LockedStep(step)
+            self._steps[key] = shared
+            return shared
+
+    def _rescue(self, step: Step, key: StepKey, call: StepCall, error: Exception) -> None:
+        """Answer a call that failed by plain torch, and if that can, all calls from now on.
+
+        Where torch fails as well, it is not the kernel's fault: the first error is raised.
+        """
+        epilogue, n_tokens, _ = key
+        if isinstance(step, TorchStep):
+            raise error
+        try:
+            self._torch_step(epilogue, n_tokens)(*call)
+        except Exception:
+            raise error from None
+        with self._allowance.lock:
+            bound = self._bounds[epilogue, n_tokens]
+            give_up(bound, error)
+            self._allowance.warn(f"{bound.troubles[-1]} (plain torch is used instead)")
+            self._steps[key] = bound.take_step()
+
+    def _torch_step(self, epilogue: str, n_tokens: int) -> TorchStep:
+        return TorchStep(self._problem(epilogue, n_tokens))
+
+    def _problem(self, epilogue: str, n_tokens: int) -> Problem:
+        weights = self.weights
+        problem = problem_of(weights.weight, weights.centroids, self._n_probes, n_tokens)
+        return replace(problem, epilogue=epilogue)
+
+
+@contextmanager
+def _lasting(device: torch.device) -> Iterator[None]:
+    """Make tensors that outlive the call: on this device, and free of the caller's modes."""
+    index = device.index if device.type == "cuda" else -1  # which changes nothing
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(index):
+        yield

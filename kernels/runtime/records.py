@@ -1,0 +1,61 @@
+"""The records there are for a head: the user's database, then the tables that are shipped.
+
+Usage:
+    choice = best_choice(problem, device, toolchain(device), troubles)
+    choice, sources = look(problem, device, toolchain(device), troubles)   # with what it is from
+
+Nothing here raises because of a record, a database or a table: what cannot be read is left out,
+and `troubles` says so.
+"""
+
+from flashtune.kernels.runtime.choice import PREBUILT, USER, Choice, Level, Source, choose
+from flashtune.kernels.runtime.trouble import note, one_line
+from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.store import default_path, open_existing
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+
+
+def best_choice(problem: Problem, device: Device, tools: Toolchain, troubles: list[str]) -> Choice:
+    """The choice for a problem, from all records there are."""
+    return look(problem, device, tools, troubles)[0]
+
+
+def look(
+    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
+) -> tuple[Choice, list[Source]]:
+    """The choice, and the records that it was made from.
+
+    Looks for this problem first; reads all there is only where that finds nothing.
+    """
+    sources = read_sources(device, problem, troubles)
+    choice = choose(problem, device, tools, sources)
+    if choice.level is not Level.EXACT:
+        sources = read_sources(device, None, troubles)
+        choice = choose(problem, device, tools, sources)
+    return choice, sources
+
+
+def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
+    """The records of one problem on this device, or of all problems and devices.
+
+    What cannot be read is left out, and `troubles` says so once.
+    """
+    sources = []
+    try:
+        store = open_existing(default_path())
+        if store is not None:
+            with store:
+                name = device.name if problem else None
+                records = store.records(device=name, problem=problem)
+                sources.append(Source(name=USER, records=records))
+    except Exception as error:
+        note(troubles, f"the tuning database is not used: {one_line(error)}")
+    for name in [device.name] if problem else prebuilt_devices():
+        try:
+            table = prebuilt_table(name)
+        except Exception as error:
+            note(troubles, f"a prebuilt table is not used: {one_line(error)}")
+        else:
+            sources.append(Source(name=PREBUILT, records=table.records if table else ()))
+    return sources

@@ -1,0 +1,21 @@
+"""The stage of the plan `dense`."""
+
+from collections.abc import Mapping
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.tuner.predict.stages.stage import Stage, scales, starts, tensor_pass
+
+
+def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
+    """One pass over all rows."""
+    problem, use = candidate.problem, needs["gather"]
+    return [
+        Stage(
+            **scales(candidate.device),
+            **starts(candidate, 1),
+            **tensor_pass("gather", candidate, use, 1.0),
+            moved=problem.n_clusters * problem.cluster_bytes + problem.written_bytes,
+            ends=1.0,
+            arrivals=use.programs / 1000,
+        )
+    ]

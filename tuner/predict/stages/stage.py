@@ -1,0 +1,193 @@
+"""What a stage of a step asks of a device, in counts: what the cost model turns into time.
+
+No constant of the model is in them. What stages of several plans have in common is here, too.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
+from flashtune.kernels.plans.parts.size import next_power_of_2
+from flashtune.kernels.plans.parts.tensor_tile import padded_tokens
+from flashtune.tuner.predict.rounds import mean_rounds
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.problem import Problem
+
+REFERENCE_HZ = 1.98e9  # clock that on-chip costs are stated at: the H200's
+_LANES_PER_CYCLE = 128  # float32 operations that a multiprocessor starts in a cycle
+_SLOW_LANES = {80: 64}  # of the architectures with fewer
+_WARPS = 16  # crossings and rounds are counted in programs of that many warps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Counts of one stage of a step: a launch, or a part of one.
+
+    clock: the reference clock over the device's; bandwidth: published, in bytes/s.
+    The fields up to `scores` are of the whole stage; those from `loads` on are of one program,
+    one after another, and happen once a wave. Docs: docs/cost-model.md.
+    """
+
+    clock: float
+    bandwidth: float
+    launches: float = 0.0  # kernels that start when the one before has ended
+    overlapped: float = 0.0  # kernels that start by programmatic dependent launch
+    barriers: float = 0.0  # of the whole grid
+    ends: float = 0.0  # 1 where the step's token is written
+    arrivals: float = 0.0  # thousands of programs that meet at one address
+    sorts: float = 0.0  # calls of torch.topk
+    scores: float = 0.0  # ten thousands of scores that it reads
+    moved: float = 0.0  # bytes from memory
+    prefetched: float = 0.0  # 1 where a stage before has asked for these bytes
+    work: float = 0.0  # thousands of cycles of arithmetic on each multiprocessor
+    waves: float = 1.0  # programs over those that are resident at once
+    tail: float = 0.0  # the part of the last wave that has no program
+    loads: float = 0.0  # memory accesses that wait for one another
+    repeats: float = 0.0  # further steps of a loop over the hidden size, without stages
+    trips: float = 1.0  # how many steps that loop has
+    ragged: float = 0.0  # 1 where its last step is masked
+    turns: float = 0.0  # further tiles of a program that loops over tiles
+    crossings: float = 0.0  # sums across warps, by warps
+    elements: float = 0.0  # of the matrix, for a thread
+    rounds: float = 0.0  # reductions of the search for the threshold
+    round_warps: float = 0.0  # the same, by warps
+    scans: float = 0.0  # scores that a thread looks at, by the warps that share the multiprocessor
+
+
+def scales(device: Device) -> dict[str, float]:
+    """The fields of a stage that are the device's own. An unknown clock counts as the H200's."""
+    clock = REFERENCE_HZ / device.clock_hz if device.clock_hz else 1.0
+    return {"clock": clock, "bandwidth": device.memory_bandwidth}
+
+
+def starts(candidate: Candidate, kernels: float) -> dict[str, float]:
+    """How that many kernels start: overlapped with the one before, or not."""
+    return {"overlapped" if candidate.config.pdl else "launches": float(kernels)}
+
+
+def score_moved(problem: Problem) -> int:
+    """Bytes that the score pass moves: the centroids, and what it fills the output with."""
+    return problem.centroid_bytes + problem.written_bytes
+
+
+def sharing(use: KernelUse, device: Device) -> int:
+    """Programs that share a multiprocessor."""
+    return max(1, min(resident_programs(use, device), math.ceil(use.programs / device.sm_count)))
+
+
+def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
+    """The pass over the selected rows, up to the token.
+
+    lists: whether programs are given a list of clusters, else each finds out which are its own.
+    """
+    problem, config, device = candidate.problem, candidate.config, candidate.device
+    probed = problem.n_probes + candidate.slack / 2  # as many as the search aims at
+    parts = max(1, use.programs // problem.n_tokens)
+    tiles = math.ceil(probed * problem.cluster_size / parts / config.gather_rows)
+    values = row_pass("gather", candidate, use, tiles)
+    if lists:
+        values["loads"] += 2 * tiles  # the list and the cluster's number before the rows
+    else:
+        # ranks are looked up among all scores, for each cluster that a tile may touch
+        rows = config.gather_rows
+        touched = (rows - 2) // problem.cluster_size + 2 if rows > 1 else 1
+        scores = problem.n_clusters / (candidate.lanes * use.warps)
+        values["crossings"] += tiles * touched * use.warps / _WARPS
+        values["scans"] = tiles * touched * scores * _crowding(use.warps, sharing(use, device))
+    return Stage(
+        **scales(device),
+        **values,
+        moved=problem.n_tokens * probed * problem.cluster_bytes,
+        prefetched=float(getattr(config, "prefetch_margin", -1) >= 0),
+        ends=1.0,
+        arrivals=use.programs / 1000,
+    )
+
+
+def row_pass(stage: str, candidate: Candidate, use: KernelUse, tiles: int) -> dict[str, float]:
+    """The counts of a pass over rows of a matrix, `tiles` of them a program."""
+    problem, config = candidate.problem, candidate.config
+    knob: Callable[[str], Any] = lambda name: getattr(config, f"{stage}_{name}")  # noqa: E731
+    rows, block, stages = knob("rows"), knob("block"), knob("stages")
+    block = min(block, next_power_of_2(problem.hidden_size))
+    trips = -(-problem.hidden_size // block)
+    sums = problem.n_tokens if stage == "score" else 1
+    threads = candidate.lanes * use.warps
+    # of each column: rows are loaded, hidden states too, and every pair is multiplied
+    elements = tiles * trips * block * (rows * (1 + sums) / 2 + sums) / threads
+    elements *= 1 + use.spilled / 64
+    across = min(use.warps, max(1, block // 256)) if stage == "score" else use.warps
+    staged = (trips - 1) / (stages - 1) if stages > 1 else 0.0
+    return {
+        **_shared_out(use, candidate, elements),
+        "loads": tiles * (1 + staged),
+        "repeats": 0.0 if stages > 1 else float(tiles * (trips - 1)),
+        "trips": float(trips),
+        "ragged": float(problem.hidden_size % block != 0 and trips > 1),
+        "turns": float(tiles - 1) if stage == "score" else 0.0,
+        "crossings": tiles * across / _WARPS,
+    }
+
+
+def tensor_pass(
+    stage: str, candidate: Candidate, use: KernelUse, share: float
+) -> dict[str, float]:
+    """The counts of a pass on tensor cores, of which a share of the programs has anything to do.
+
+    A thread only brings elements to the tensor cores: rows, and hidden states of all tokens.
+    """
+    problem, config = candidate.problem, candidate.config
+    rows, block, stages = (
+        getattr(config, f"{stage}_{name}") for name in ("rows", "block", "stages")
+    )
+    block = min(block, max(16, next_power_of_2(problem.hidden_size)))
+    trips = -(-problem.hidden_size // block)
+    threads = candidate.lanes * use.warps
+    elements = share * trips * block * (rows + padded_tokens(problem)) / threads
+    return {
+        **_shared_out(use, candidate, elements * (1 + use.spilled / 64)),
+        "loads": share * (1 + ((trips - 1) / (stages - 1) if stages > 1 else 0.0)),
+        "repeats": 0.0 if stages > 1 else share * (trips - 1),
+        "trips": float(trips),
+        "ragged": float(problem.hidden_size % block != 0 and trips > 1),
+        "crossings": share * use.warps / _WARPS,
+    }
+
+
+def _shared_out(use: KernelUse, candidate: Candidate, elements: float) -> dict[str, float]:
+    """How a launch's programs come in waves, and what their arithmetic adds up to."""
+    device, threads = candidate.device, candidate.lanes * use.warps
+    waves = use.programs / min(use.programs, resident_programs(use, device) * device.sm_count)
+    lanes = _SLOW_LANES.get(device.capability, _LANES_PER_CYCLE)
+    return {
+        "waves": waves,
+        "tail": math.ceil(waves) - waves if waves > 1 else 0.0,
+        "elements": elements,
+        "work": use.programs * threads * elements / lanes / device.sm_count / 1000,
+    }
+
+
+def search(candidate: Candidate, warps: int, programs: int) -> dict[str, float]:
+    """The counts of the search for the threshold; so many programs to a multiprocessor do it."""
+    problem = candidate.problem
+    # and besides its rounds: mean and deviation, the count of each lane, and ranks
+    rounds = 3 + mean_rounds(problem.n_clusters, problem.n_probes, candidate.config.slack)
+    scores = problem.n_clusters / (candidate.lanes * warps)
+    return {
+        "loads": 1.0,
+        "rounds": rounds,
+        "round_warps": rounds * warps / _WARPS,
+        "scans": (rounds + 1) * scores * _crowding(warps, programs),
+    }
+
+
+def _crowding(warps: int, programs: int) -> float:
+    """How much slower a thread's own arithmetic is among all the warps of a multiprocessor."""
+    return 1 + programs * warps / _WARPS
+
+
+def sorting(problem: Problem) -> dict[str, float]:
+    """The counts of `torch.topk` over the scores of a step."""
+    return {"sorts": math.sqrt(problem.n_tokens), "scores": problem.n_clusters / 1e4}
