@@ -18,7 +18,7 @@ import click
 
 from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.plans.config import Config, config_data
-from flashtune.tuner.cli.main import DEVICE
+from flashtune.tuner.cli.options import DEVICE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
 from flashtune.tuner.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.search.evaluate import PredictingEvaluator

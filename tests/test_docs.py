@@ -1,9 +1,12 @@
 """The documents and the command line say the same, and links lead somewhere."""
 
+import ast
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -143,3 +146,14 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         if name and (ROOT / name).is_file() and pattern.search((ROOT / name).read_bytes())
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem
+)
+def test_benchmarks_import_what_there_is(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashtune"):
+            module = import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), name

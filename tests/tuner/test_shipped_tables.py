@@ -10,6 +10,7 @@ from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner.cli.main import cli
+from flashtune.tuner.search.failure import known_remedy
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.shortlist import MOST
@@ -40,9 +41,8 @@ def test_its_first_config_compiles_for_the_devices_architecture(name: str) -> No
     assert table is not None
     record = table.records[0]
     device = find_device(name)
-    here = toolchain(device).triton
-    if device.arch == "sm_110" and tuple(map(int, here.split(".")[:2])) < (3, 9):
-        pytest.skip(f"Triton {here} does not know sm_110")
+    if lacks := known_remedy(device, toolchain(device)):
+        pytest.skip(lacks)
     candidate = Candidate(record.problem, parse_config(record.config), device)
     uses = backend_of(candidate).compile(candidate)
     assert uses and not any(use.spilled for use in uses)

@@ -15,7 +15,7 @@ from flashtune.tuner.cli.models import cluster, quality
 from flashtune.tuner.cli.records import best, devices, forget, render, show
 from flashtune.tuner.cli.search import search
 from flashtune.tuner.cli.tables import tables
-from flashtune.tuner.cli.terminal import printable, quiet
+from flashtune.tuner.cli.terminal import printable
 from flashtune.tuning_db.errors import FlashtuneError
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
@@ -38,7 +38,6 @@ class Commands(click.Group):
         printable(sys.stdout, sys.stderr)
         try:
             code = super().main(args, prog_name, complete_var, False, **extra)
-            sys.stdout.flush()
         except FlashtuneError as error:
             _end(str(error), 2)
         except click.ClickException as error:
@@ -46,17 +45,19 @@ class Commands(click.Group):
                 error.show()  # help, where a command is missing
                 sys.exit(2)
             _end(error.format_message(), 2)
-        except click.Abort:
+        except click.Abort:  # a question was not answered
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:  # who reads has enough
-            quiet(sys.stdout)
-            sys.exit(1)
         except OSError as error:
-            if error.filename is not None:  # not of the output
-                raise
-            quiet(sys.stdout)
-            _end(f"the output cannot be written: {error.strerror}", 2)
+            where = error.filename or "the output cannot be written"
+            _end(f"{where}: {error.strerror}", 2)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; Ctrl-C ends it quietly."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,16 +19,21 @@ from flashtune.tuning_db.device import all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which before click 8.2 takes no type
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
 MOST_SEED = 2**32 - 1  # of NumPy's generators
-FILE: click.ParamType[Path] = click.Path(dir_okay=False, path_type=Path)
-PATH: click.ParamType[Path] = click.Path(path_type=Path)
+FILE: "click.ParamType[Path]" = click.Path(dir_okay=False, path_type=Path)
+PATH: "click.ParamType[Path]" = click.Path(path_type=Path)
 SHARE = click.FloatRange(0, 1, min_open=True)
 
 
-class Parsed(click.ParamType[Any]):
+class Parsed(_ParamType):
     """An option read by a function whose FlashtuneError becomes the option's error."""
 
     def __init__(

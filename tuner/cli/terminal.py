@@ -1,14 +1,13 @@
 """Where output goes: terminals of any width and encoding, pipes, files, and ends that are closed.
 
 Usage:
-    with output() as console: console.print(table)
-    print_rows(headings, rows, whole="config")
+    print_table(table)
+    print_rows("title", ("problem", ">us", "config"), rows, notes=["what it means"])
 """
 
 import codecs
 import io
 import os
-import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
@@ -30,23 +29,11 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def printable(*streams: IO[str] | None) -> None:
-    """Let the streams spell what their encoding lacks; a closed one swallows what is written."""
+    """Let the streams spell what their encoding lacks; one that is closed is None."""
     codecs.register_error(_ENCODING_ERRORS, _spell)
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ENCODING_ERRORS)
-
-
-def quiet(stream: IO[str]) -> None:
-    """Send what a stream still holds nowhere, so that exiting does not fail on it."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError):  # not a file
-        return
 
 
 def output() -> "Console":

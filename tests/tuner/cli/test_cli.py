@@ -518,6 +518,23 @@ def database(tmp_path: Path, recorded, problem: Problem, device: Device) -> Path
     return path
 
 
+def test_ctrl_c_while_connecting_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashtune.tuner.workers.remote.find_machine", stopped)
+    result = run(*SEARCH, "--remote", "there")
+    assert (result.exit_code, result.output) == (130, "connecting to there\n")
+
+
+def test_trouble_with_a_file_is_one_line(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(table_check, "checked_table", locked)
+    assert refused("tables", "check", table) == f"Error: {table}: Permission denied"
+
+
 class TestForget:
     def test_it_shows_what_it_removes_and_wants_a_yes(self, database: Path) -> None:
         result = run("forget", "--failed", "--device", "orin", "--db", database)
@@ -641,6 +658,7 @@ def test_a_search_that_is_stopped_or_killed_goes_on_later(tmp_path: Path) -> Non
     assert first.returncode == 130, err
     assert "Traceback" not in err
     assert "predicted" in out  # what there is, is shown
+    assert "INTERRUPTED: 1 of 1 shapes begun" in out
     assert len(stopped) > 1
 
     second = begin(database, after=len(stopped))

@@ -332,6 +332,7 @@ def test_a_lead_within_the_noise_is_none(
     result = run(evaluator, 10_000, sampler="exhaustive")
     assert result.default_kept is kept
     assert result.default_us == 10.0
+    assert result.searched_us == landscape(best), "not what the comparison said"
     expected = default if kept else best
     assert result.winner is not None
     assert result.winner.config == config_data(expected)
