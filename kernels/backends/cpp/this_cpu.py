@@ -17,6 +17,7 @@ from pathlib import Path
 
 from flashtune.kernels.backends.cpp.read_bandwidth import measure_bandwidth
 from flashtune.kernels.plans.cpp_config import SIMD_LEVELS
+from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.environment import cache_dir
 from flashtune.tuning_db.errors import FlashtuneError
@@ -141,13 +142,16 @@ def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
 
     sources: as `measure_bandwidth` has them.
     """
-    path = cache_dir() / "cpp" / f"bandwidth-{device.name}-{platform.node()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads(path.read_text("utf-8"))["read_bytes_per_s"])
+    try:
+        path = cache_dir() / "cpp" / f"bandwidth-{device.name}-{platform.node()}.json"
+    except FlashtuneError:
+        return 0.0
+    with suppress(ValueError, KeyError, TypeError):
+        return float(json.loads(whole(path) or b"")["read_bytes_per_s"])
     try:
         bandwidth = measure_bandwidth(device, sources)
     except (FlashtuneError, RuntimeError, MemoryError):
         return 0.0
     with suppress(OSError):
-        path.write_text(json.dumps({"read_bytes_per_s": bandwidth}) + "\n", "utf-8")
+        keep(path, json.dumps({"read_bytes_per_s": bandwidth}).encode())
     return bandwidth
