@@ -7,3 +7,11 @@ class FlashtuneError(Exception):
     The message is one line that says what is wrong and what to do. The command line
     prints it and exits with 2; the runtime catches it and falls back.
     """
+
+
+class MachineTroubleError(FlashtuneError):
+    """Something is wrong with the machine, not with what it was asked to do.
+
+    A full disk, a folder that can't be written, a compiler that compiles nothing: says nothing
+    about the config that met it, which may work once that is set right.
+    """

@@ -9,6 +9,7 @@ Usage:
 
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,15 +20,22 @@ _MOST_BYTES = 4096
 
 
 class Lock:
-    """A lock that is held. Notes are for whoever comes next if this process dies."""
+    """A lock that is held. Notes are for the next holder if this process dies.
 
-    def __init__(self, descriptor: int) -> None:
-        """Read what the holder before left, who had no time to clear it."""
+    Where locks can't be had there are no notes: another process may be at work.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        """Read what the holder before left, who had no time to clear it. None: without a lock."""
         self._descriptor = descriptor
-        self.left = os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace")
+        self.left = ""
+        if descriptor is not None:
+            self.left = os.pread(descriptor, _MOST_BYTES, 0).decode(errors="replace")
 
     def note(self, text: str) -> None:
         """Replace the note; an empty one clears it."""
+        if self._descriptor is None:
+            return
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text.encode()[:_MOST_BYTES], 0)
 
@@ -36,11 +44,16 @@ class Lock:
 def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
     """The lock of the file `path`, or None where another holds it for so long.
 
-    Raises OSError where the file can't be made or locked. The file stays: whoever removed it
-    would take it from under those who wait.
+    A lock only saves work that two would do. Where it can't be had (no such file can be made, or
+    the file system knows no locks) the work is done without it. The file stays: removing it would
+    take it from those who wait.
     """
     end = time.monotonic() + seconds
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        yield Lock(None)
+        return
     try:
         while True:
             try:
@@ -51,6 +64,23 @@ def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
                     yield None
                     return
                 time.sleep(_BETWEEN_TRIES)
+            except OSError:
+                yield Lock(None)
+                return
         yield Lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def knows_locks(folder: Path) -> bool:
+    """Whether files of a folder can be locked at all; True where that can't be found out."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file:
+            for lock in (fcntl.flock, fcntl.lockf):  # SQLite's are of the second kind
+                try:
+                    lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return False
+    except OSError:
+        return True
+    return True

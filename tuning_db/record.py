@@ -21,7 +21,11 @@ ConfigData = Mapping[str, Scalar]
 
 
 class Outcome(str, Enum):
-    """How one evaluation ended. Everything but OK is a failure that is kept as data."""
+    """How one evaluation ended. Everything but OK is a failure that is kept as data.
+
+    ENVIRONMENT alone is none of the config's: the machine could not compile or run anything. It
+    ends a search, and no record says so.
+    """
 
     OK = "ok"
     COMPILE_ERROR = "compile_error"
@@ -31,6 +35,7 @@ class Outcome(str, Enum):
     TIMEOUT = "timeout"
     OUT_OF_RESOURCES = "out_of_resources"
     PRUNED = "pruned"
+    ENVIRONMENT = "environment"
 
 
 class Provenance(str, Enum):
@@ -91,6 +96,11 @@ class Record:
     provenance: Provenance
     measurement: Measurement
     created: str
+
+    def __post_init__(self) -> None:
+        """The machine's trouble is held against no config."""
+        if self.measurement.outcome is Outcome.ENVIRONMENT:
+            raise ValueError(f"a record of the machine's trouble: {self.measurement.error}")
 
     @property
     def key(self) -> str:

@@ -18,7 +18,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from flashtune.tuning_db import environment
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.lock import knows_locks
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
     ConfigData,
@@ -325,7 +326,7 @@ def _check_path(path: Path, read_only: bool) -> None:
     elif read_only:
         raise FlashtuneError(f"there is no database {path}: run a search first")
     elif not os.path.isdir(path.parent):
-        if path.parent != environment.default_data_folder():
+        if path.parent != _own_folder():
             raise FlashtuneError(
                 f"the folder {path.parent} does not exist: create it, or set FLASHTUNE_DB"
             )
@@ -335,6 +336,13 @@ def _check_path(path: Path, read_only: bool) -> None:
             raise FlashtuneError(
                 f"cannot create the folder {path.parent} ({error.strerror}): set FLASHTUNE_DB"
             ) from error
+
+
+def _own_folder() -> Path | None:
+    """Where the database is unless it is named; None for a user without a home folder."""
+    with suppress(FlashtuneError):
+        return environment.default_data_folder()
+    return None
 
 
 def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
@@ -387,6 +395,11 @@ def _explain(path: Path, message: str) -> str:
         return f"{path} is not a readable database ({message}): move it away, or set FLASHTUNE_DB"
     if "is full" in message:
         return f"the disk is full, so {path} was left as it was: free some space and run again"
+    if ("lock" in message or "I/O" in message) and not knows_locks(path.parent):
+        return (
+            f"the file system of {path} knows no locks, which a database needs ({message}): set "
+            "FLASHTUNE_DB to a file on a local disk"
+        )
     if "locked" in message:
         return (
             f"{path} has been locked by another process for more than {BUSY_SECONDS:g} s: "

@@ -7,12 +7,21 @@ Usage:
         measurement = failure(error, Outcome.CRASH, policy="search")
 """
 
+import subprocess
+
 import torch
 
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.record import Measurement, Outcome
 
 MOST_CHARACTERS = 500  # of an error's text that are kept
+_MACHINE = (
+    "no space left on device",
+    "disk quota exceeded",
+    "read-only file system",
+    "too many open files",
+    "failed to find c compiler",  # Triton's words
+)
 _FULL = ("too many blocks in cooperative launch", "out of memory", "out of resource")
 
 
@@ -30,6 +39,8 @@ def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
     stage: what it is called unless the error itself tells: `COMPILE_ERROR` before the step first
     ran, `CRASH` after that. Compilers and drivers tell what did not fit in their text alone.
     """
+    if is_machine_trouble(error):
+        return Outcome.ENVIRONMENT
     if isinstance(error, FlashtuneError):
         return Outcome.INVALID
     if isinstance(error, WrongResultError):
@@ -37,6 +48,20 @@ def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
     text = describe(error).lower()
     full = isinstance(error, (DoesNotFitError, torch.OutOfMemoryError))
     return Outcome.OUT_OF_RESOURCES if full or any(word in text for word in _FULL) else stage
+
+
+def is_machine_trouble(error: BaseException) -> bool:
+    """Whether the machine is to blame, whatever config it was: kernels touch no files themselves.
+
+    Files fail with an error number; tools that can't be run, or say so of a disk, in their text.
+    """
+    if isinstance(error, subprocess.CalledProcessError):
+        return True
+    for each in (error, error.__cause__):
+        if isinstance(each, MachineTroubleError) or (isinstance(each, OSError) and each.errno):
+            return True
+    text = describe(error).lower()
+    return any(words in text for words in _MACHINE)
 
 
 def describe(error: BaseException) -> str:

@@ -1,11 +1,16 @@
 """The lock that processes share: real processes wait for it, die with it, and leave notes."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from flashtune.tuning_db.lock import hold
+import pytest
+
+from flashtune.tuning_db.lock import hold, knows_locks
 
 HOLD = """
 import sys, time
@@ -61,3 +66,35 @@ def test_two_holds_in_one_process_exclude_each_other(tmp_path: Path) -> None:
         with hold(tmp_path / "lock", 0.3) as other:
             assert other is None
         assert time.monotonic() - start >= 0.3
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_work_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without notes, which may be those of a process that is at work."""
+    with hold(tmp_path / "lock", 0.0) as lock:
+        assert lock is not None
+        lock.note("at work")
+    assert knows_locks(tmp_path)
+
+    def unknown(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", unknown)
+        with hold(tmp_path / "lock", 0.0) as lock:
+            assert lock is not None and lock.left == ""
+            lock.note("mine")
+        assert not knows_locks(tmp_path)
+    assert (tmp_path / "lock").read_text() == "at work"
+    monkeypatch.setattr(fcntl, "lockf", unknown)
+    assert not knows_locks(tmp_path)
+
+
+def test_where_no_file_can_be_made_work_goes_on(tmp_path: Path) -> None:
+    with hold(tmp_path / "no" / "where" / "lock", 0.0) as lock:
+        assert lock is not None
+        lock.note("mine")
+    assert knows_locks(tmp_path / "no" / "where")  # as far as anybody can tell
+    assert not list(tmp_path.iterdir())

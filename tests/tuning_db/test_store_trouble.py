@@ -1,5 +1,7 @@
 """Each bad state a database can be in: one clear line, and nothing lost."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -272,3 +274,19 @@ def test_a_closed_store_is_the_caller_s_mistake(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(sqlite3.ProgrammingError):
         store.records()
+
+
+@pytest.mark.parametrize("message", ["database is locked", "locking protocol", "disk I/O error"])
+def test_a_file_system_without_locks_blames_no_other_process(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "tuning.db"
+    assert "knows no locks" not in store_module._explain(path, message)
+    monkeypatch.setattr(fcntl, "lockf", unknown)
+    said = store_module._explain(path, message)
+    assert f"the file system of {path} knows no locks" in said and "on a local disk" in said
+    assert "another process" not in said
+    assert not list(tmp_path.iterdir())

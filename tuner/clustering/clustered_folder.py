@@ -10,6 +10,7 @@ leaves a checkpoint beside it, from which the same request goes on.
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def cluster_model(
     try:
         checkpoint = _cluster(kmeans, request)
         n_probes = _write(kmeans, source, request, n_probes, choose_probes)
-        checkpoint.path.unlink()
+        checkpoint.path.unlink(missing_ok=True)
     except (OSError, shutil.Error) as error:
         hint = ": leave --link off" if request.link else ""
         raise FlashtuneError(f"{request.out}: cannot be written: {error}{hint}") from error
@@ -126,8 +127,9 @@ def _write(
     n_probes: int,
     choose_probes: ChooseProbes | None,
 ) -> int:
-    """Write the folder under another name, and give it its own when it is whole."""
-    partial = _partial(request.out)
+    """Write the folder where no other process does, and give it its name when it is whole."""
+    scratch = Path(tempfile.mkdtemp(dir=request.out.parent, prefix=_partial(request.out)))
+    partial = scratch / request.out.name
     try:
         _copy_model(source, partial, request.link)
         _write_config(source, partial, n_probes)
@@ -136,25 +138,38 @@ def _write(
         if choose_probes is not None:
             n_probes = choose_probes(ModelFolder.open(partial))
             _write_config(source, partial, n_probes)
-        partial.rename(request.out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.rename(request.out)
+        except OSError as error:
+            if request.out.exists():
+                raise FlashtuneError(
+                    f"{request.out}: exists already, made while this was at work: give another "
+                    "--out"
+                ) from error
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return n_probes
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def _partial(out: Path) -> str:
+    """How the name begins of what is not whole yet."""
+    return f"{out.name}.partial"
 
 
 def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
     """Nothing is overwritten, and the copy must fit on the disk."""
     out = request.out
-    for path in (out, _partial(out)):  # a partial one is what a killed run leaves
-        if path.exists():
-            raise FlashtuneError(f"{path}: exists already: remove it, or give another --out")
     if not out.parent.is_dir():
         raise FlashtuneError(f"{out.parent}: no such folder: make it first")
+    if out.exists():
+        raise FlashtuneError(f"{out}: exists already: remove it, or give another --out")
+    for path in out.parent.iterdir():
+        if path.name.startswith(_partial(out)):
+            raise FlashtuneError(
+                f"{path}: exists already: another clustering is at work, or was killed: wait for "
+                "it or remove that, or give another --out"
+            )
     if not request.link:
         needed = sum(path.stat().st_size for path in source.path.rglob("*") if path.is_file())
         free = shutil.disk_usage(out.parent).free
@@ -226,7 +241,9 @@ class Checkpoint:
         """Write the file, whole or not at all."""
         assert self._kmeans.assignments is not None
         text = json.dumps({"run": self._run, "iteration": self._kmeans.iteration})
-        new = self.path.with_name(self.path.name + ".new")
         tensors = {ASSIGNMENTS: self._kmeans.assignments.cpu()}
-        new.write_bytes(save(tensors, {_METADATA: text}))
-        new.replace(self.path)
+        folder, name = self.path.parent, self.path.name
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
+            new = Path(scratch, name)
+            new.write_bytes(save(tensors, {_METADATA: text}))
+            new.replace(self.path)

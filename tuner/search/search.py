@@ -23,7 +23,7 @@ from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Record
+from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
@@ -157,6 +157,7 @@ class _Run:
             if not self.evaluator.pending:
                 return False
             for evaluation in self.evaluator.wait(0.5):
+                _stop_for_the_machine(evaluation.measurement)
                 self._write(evaluation.config, evaluation.measurement)
                 self.proposals.learn(evaluation.config, evaluation.measurement)
                 on_event(self.event())
@@ -192,6 +193,8 @@ class _Run:
             if len(configs) < 2:
                 break
             found = {each.config: each.measurement for each in self.evaluator.compare(configs)}
+            for measurement in found.values():
+                _stop_for_the_machine(measurement)
             finals |= found
             failed = {config: each for config, each in found.items() if each.median_us is None}
             for config, measurement in failed.items():
@@ -264,3 +267,12 @@ class _Run:
     def _time_of(self, config: Config) -> float | None:
         found = self.finals.get(config) or self.proposals.known.get(config)
         return found.median_us if found else None
+
+
+def _stop_for_the_machine(measurement: Measurement) -> None:
+    """Raise FlashtuneError for what would go wrong with every config, and is none's fault."""
+    if measurement.outcome is Outcome.ENVIRONMENT:
+        raise FlashtuneError(
+            f"the search stops for the machine's sake: {measurement.error}. What was measured is "
+            "kept: set that right, then run the same command again"
+        )

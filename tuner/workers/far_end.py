@@ -3,10 +3,10 @@
 Usage:
     ssh HOST python3 -c "import sys; exec(sys.stdin.buffer.read(SIZE))" < INPUT
 
-INPUT is this file (SIZE bytes), a line of JSON (`size` and `digest` of an archive, the `module` to
-run, and a `token` of the search's own), the archive, then whatever the module reads. The greeting
-says that all of that arrived. Nothing of ours is there yet when this runs: it uses the standard
-library alone.
+INPUT is this file with the module that it imports (SIZE bytes, see ssh.py), a line of JSON (`size`
+and `digest` of an archive, the `module` to run, and a `token` of the search's own), the archive,
+then whatever the module reads. The greeting says that all of that arrived. Nothing of ours is
+there yet when this runs: it uses the standard library alone.
 """
 
 import contextlib
@@ -18,12 +18,13 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from flashtune.tuning_db.cached_file import is_whole_folder, keep_folder
 
 GREETING = "flashtune: ready"
 END_SECONDS = 20.0  # for a killed worker to be gone
@@ -37,7 +38,7 @@ def main() -> None:
     archive = sys.stdin.buffer.read(header["size"])
     try:
         folder = unpacked(archive, header["digest"])
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # of a user without a home folder
         sys.exit(f"no place for the worker ({error}): set FLASHTUNE_CACHE there")
     end_earlier(header["token"])
     print(GREETING, flush=True)
@@ -52,21 +53,14 @@ def cache_folder() -> Path:
 
 
 def unpacked(archive: bytes, digest: str) -> Path:
-    """The folder with the archive's files, unpacked unless an earlier connection did so."""
-    folder = cache_folder() / "code" / digest
-    if folder.is_dir():
-        return folder
+    """The folder with the archive's files, unpacked unless all of them are there already."""
     if hashlib.sha256(archive).hexdigest() != digest:
         sys.exit("flashtune's code arrived damaged: try again")
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
-        fresh = Path(parent, "code")
-        zipfile.ZipFile(io.BytesIO(archive)).extractall(fresh)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another worker was faster
-                raise
+    folder = cache_folder() / "code" / digest
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        files = {name: file.read(name) for name in file.namelist()}
+    if not is_whole_folder(folder, files):
+        keep_folder(folder, files)
     return folder
 
 

@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from flashtune.tuner.workers.far_end import GREETING
+from flashtune.tuning_db import cached_file
 
 PYTHON = "python3"
 LEAST_PYTHON = (3, 10)
@@ -106,7 +107,16 @@ def _quoted(python: str) -> str:
 
 @functools.cache
 def _far_end() -> bytes:
-    return resources.files("flashtune.tuner.workers").joinpath("far_end.py").read_bytes()
+    """far_end.py, behind what makes the module that it imports, which is not there yet."""
+    name = cached_file.__name__
+    package, _, module = name.rpartition(".")
+    source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
+    first = (
+        f"import sys, types; module = types.ModuleType({name!r}); "
+        f"exec({source!r}, module.__dict__); sys.modules[{name!r}] = module\n"
+    )
+    far_end = resources.files("flashtune.tuner.workers").joinpath("far_end.py")
+    return first.encode() + far_end.read_bytes()
 
 
 @functools.cache

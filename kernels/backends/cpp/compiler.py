@@ -10,22 +10,21 @@ built for another.
 """
 
 import ctypes
-import fcntl
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.environment import cache_dir, named_compiler
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
+from flashtune.tuning_db.lock import hold
 
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 100
+EMPTY_SECONDS = 20  # for a source with nothing in it
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -42,13 +41,14 @@ SIMD_FLAGS = {
 def load_library(source: str, arch: str, simd: str) -> ctypes.CDLL:
     """Build the library unless the cache has it, and load it.
 
-    Raises FlashtuneError where there is no compiler, or it fails, or the cache can't be used.
+    Raises FlashtuneError where the compiler refuses the source, and MachineTroubleError where
+    there is no compiler that works, the cache can't be used, or the library does not load.
     """
     path = build_library(source, arch, simd)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise FlashtuneError(f"{path} does not load ({error}): delete it") from error
+        raise MachineTroubleError(f"{path} does not load ({error}): delete it") from error
 
 
 def build_library(source: str, arch: str, simd: str) -> Path:
@@ -58,54 +58,60 @@ def build_library(source: str, arch: str, simd: str) -> Path:
     folder = cache_dir() / "cpp"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = folder / f"{name}.so"
-    if path.exists():
+    if whole(path) is not None:
         return path
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder / f"{name[:2]}.lock"):
-            if not path.exists():
-                _compile(command, source, path)
+        with hold(folder / f"{name[:2]}.lock", COMPILE_SECONDS):
+            if whole(path) is None:
+                keep(path, _compile(command, source, folder))
     except OSError as error:
-        raise FlashtuneError(
+        raise MachineTroubleError(
             f"kernels can't be kept in {folder} ({error}): set FLASHTUNE_CACHE to a folder "
             "that can be written"
         ) from error
     return path
 
 
-def _compile(command: list[str], source: str, path: Path) -> None:
-    """Compile beside `path`, then rename, so that no other process sees half a library."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        text, library = Path(folder, "decode.cpp"), Path(folder, "decode.so")
-        text.write_text(source, "utf-8")
+def _compile(command: list[str], source: str, scratch: Path) -> bytes:
+    """The library. scratch: a folder for what is made on the way.
+
+    A source that is refused is not the machine's fault if the same command compiles an empty one.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
         try:
-            done = subprocess.run(
-                [*command, str(text), "-o", str(library)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=COMPILE_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise FlashtuneError(
-                f"{command[0]} took more than {COMPILE_SECONDS} s for a kernel: set CXX to "
-                "another compiler"
-            ) from error
-        if done.returncode or not library.exists():
-            said = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise FlashtuneError(
-                f"{command[0]} failed with {done.returncode}: "
-                f"{said.strip() or 'it said nothing'} (set CXX to another compiler)"
-            )
-        os.replace(library, path)
+            return _run(command, source, Path(folder), COMPILE_SECONDS)
+        except FlashtuneError as error:
+            try:
+                _run(command, "", Path(folder), min(COMPILE_SECONDS, EMPTY_SECONDS))
+            except FlashtuneError:
+                raise MachineTroubleError(str(error)) from error
+            raise
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; the system gives it back when a process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes:
+    text, library = folder / "decode.cpp", folder / "decode.so"
+    text.write_text(source, "utf-8")
+    library.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(
+            [*command, str(text), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FlashtuneError(
+            f"{command[0]} took more than {seconds} s for a kernel: set CXX to another compiler"
+        ) from error
+    if done.returncode or not library.exists():
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "")
+        raise FlashtuneError(
+            f"{command[0]} failed with {done.returncode}: "
+            f"{said.strip() or 'it said nothing'} (set CXX to another compiler)"
+        )
+    return library.read_bytes()
 
 
 def _compiler(named: str) -> list[str]:
@@ -114,13 +120,15 @@ def _compiler(named: str) -> list[str]:
         program, *arguments = named.split()
         found = shutil.which(program)
         if found is None:
-            raise FlashtuneError(f"there is no compiler {program!r}, which CXX names: mend CXX")
+            raise MachineTroubleError(
+                f"there is no compiler {program!r}, which CXX names: correct CXX"
+            )
         return [found, *arguments]
     for program in COMPILERS:
         found = shutil.which(program)
         if found:
             return [found]
-    raise FlashtuneError(
+    raise MachineTroubleError(
         f"no C++ compiler ({', '.join(COMPILERS)}): install g++, or set CXX to one"
     )
 
@@ -142,5 +150,7 @@ def _version(compiler: str) -> str:
             [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=20
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise FlashtuneError(f"{compiler} does not run ({error}): set CXX to another") from error
+        raise MachineTroubleError(
+            f"{compiler} does not run ({error}): set CXX to another"
+        ) from error
     return done.stdout

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from flashtune.kernels.backends.cpp.read_bandwidth import measure_bandwidth
 from flashtune.kernels.plans.parts.simd import SIMD_LEVELS
+from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.environment import cache_dir
 from flashtune.tuning_db.errors import FlashtuneError
@@ -141,8 +142,8 @@ def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
 
     sources: as `measure_bandwidth` has them.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads(_bandwidth_file(device).read_text("utf-8"))["read_bytes_per_s"])
+    with suppress(FlashtuneError, ValueError, KeyError, TypeError):
+        return float(json.loads(whole(_bandwidth_file(device)) or b"")["read_bytes_per_s"])
     return fresh_bandwidth(device, sources)
 
 
@@ -152,9 +153,8 @@ def fresh_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
         bandwidth = measure_bandwidth(device, sources)
     except (FlashtuneError, RuntimeError, MemoryError):
         return 0.0
-    with suppress(OSError):
-        text = json.dumps({"read_bytes_per_s": bandwidth}) + "\n"
-        _bandwidth_file(device).write_text(text, "utf-8")
+    with suppress(OSError, FlashtuneError):
+        keep(_bandwidth_file(device), json.dumps({"read_bytes_per_s": bandwidth}).encode())
     return bandwidth
 
 

@@ -10,11 +10,9 @@ Both libraries come as wheels, and with torch's own builds for CUDA. No GPU is n
 import contextlib
 import functools
 import hashlib
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
+from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.environment import cache_dir
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -41,21 +39,13 @@ def compile_cuda(source: str, arch: str) -> bytes:
         raise FlashtuneError(f"CUDA C++ needs {missing}")
     key = "\n".join((source, arch, *OPTIONS, _version()))
     path = cache_dir() / "cuda" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
+    known = whole(path)
+    if known is not None:
+        return known
     binary = _compiled(source, arch)
     with contextlib.suppress(OSError):  # a cache that can't be written only costs time
-        _keep(binary, path)
+        keep(path, binary)
     return binary
-
-
-def _keep(binary: bytes, path: Path) -> None:
-    """Write beside `path`, then rename, so that no other process sees half a binary."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        whole = Path(folder, path.name)
-        whole.write_bytes(binary)
-        os.replace(whole, path)
 
 
 def _compiled(source: str, arch: str) -> bytes:

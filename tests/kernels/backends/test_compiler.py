@@ -1,9 +1,12 @@
 """Libraries: built once, kept by content, and every way in which that can fail."""
 
 import ctypes
+import errno
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,10 @@ import pytest
 
 from flashtune.kernels.backends.cpp import compiler
 from flashtune.kernels.backends.cpp.compiler import build_library, load_library
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.kernels.measure.failure import failure
+from flashtune.tuning_db.cached_file import keep, whole
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
+from flashtune.tuning_db.record import Outcome
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 ARCH = "x86_64-scalar"
@@ -46,9 +52,9 @@ def test_many_at_once_build_one(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     compile_once = compiler._compile
 
-    def counted(command: list[str], source: str, path: Path) -> None:
-        built.append(path)
-        compile_once(command, source, path)
+    def counted(command: list[str], source: str, scratch: Path) -> bytes:
+        built.append(source)
+        return compile_once(command, source, scratch)
 
     monkeypatch.setattr(compiler, "_compile", counted)
     with ThreadPoolExecutor(4) as pool:
@@ -126,10 +132,79 @@ def test_a_cache_that_cannot_be_written_is_an_error(
         build_library(SOURCE, ARCH, "scalar")
 
 
-def test_a_library_that_does_not_load_is_an_error() -> None:
-    build_library(SOURCE, ARCH, "scalar").write_bytes(b"half a libr")
-    with pytest.raises(FlashtuneError, match=r"does not load .*: delete it"):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[: len(data) // 3],
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: bytes(len(data)),
+        lambda data: data[: len(data) // 2] + b"x" + data[len(data) // 2 + 1 :],
+        lambda data: data[:-82],  # as older versions left them, without a seal
+    ],
+)
+def test_a_library_that_is_not_whole_is_built_again(
+    spoil: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_library(SOURCE, ARCH, "scalar")
+    before = path.read_bytes()
+    path.unlink()  # another file: this process may have the old one mapped
+    path.write_bytes(spoil(before))
+    assert load_library(SOURCE, ARCH, "scalar").answer() == 42
+    assert whole(path) is not None
+
+
+def test_a_library_that_does_not_load_is_the_machines_trouble(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep(build_library(SOURCE, ARCH, "scalar"), b"whole, and no library")
+    with pytest.raises(MachineTroubleError, match=r"does not load .*: delete it"):
         load_library(SOURCE, ARCH, "scalar")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
+def test_without_locks_libraries_are_built_all_the_same(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build_library(SOURCE, ARCH, "scalar"), range(4)))
+    assert len(paths) == 1
+    assert load_library(SOURCE, ARCH, "scalar").answer() == 42
+
+
+@pytest.mark.parametrize(
+    ("way", "machines"),
+    [
+        ("refused", False),
+        ("broken", True),
+        ("hangs", True),
+        ("absent", True),
+        ("unwritable", True),
+    ],
+)
+def test_only_a_compiler_that_compiles_nothing_is_the_machines_trouble(
+    way: str, machines: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "nonsense" if way == "refused" else SOURCE
+    bodies = {"broken": "echo 'error: out of order' >&2; exit 1", "hangs": "sleep 60"}
+    if way in bodies:
+        script = f'[ "$1" = --version ] && echo odd && exit\n{bodies[way]}'
+        monkeypatch.setenv("CXX", compiler_script(tmp_path / "odd-c++", script))
+        monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.3 if way == "hangs" else 60)
+    elif way == "absent":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    elif way == "unwritable":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("FLASHTUNE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(FlashtuneError) as caught:
+        build_library(source, ARCH, "scalar")
+    assert isinstance(caught.value, MachineTroubleError) is machines
+    outcome = Outcome.ENVIRONMENT if machines else Outcome.INVALID
+    assert failure(caught.value, Outcome.COMPILE_ERROR, "search").outcome is outcome
 
 
 def test_a_process_killed_while_it_compiles_holds_no_lock(tmp_path: Path, cache: Path) -> None:

@@ -1,6 +1,8 @@
 """What becomes of steps on trial, and what an error is called."""
 
+import errno
 import math
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from flashtune.kernels.measure.failure import (
     outcome_of,
 )
 from flashtune.kernels.measure.trial import FIRST_SAMPLES, Trial
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.record import Outcome
 
 
@@ -167,6 +169,14 @@ def test_a_device_that_answers_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "outcome"),
     [
         (FlashtuneError("the tile is wider than the row"), Outcome.INVALID),
+        (MachineTroubleError("no C++ compiler"), Outcome.ENVIRONMENT),
+        (OSError(errno.ENOSPC, "No space left on device"), Outcome.ENVIRONMENT),
+        (PermissionError(errno.EACCES, "Permission denied"), Outcome.ENVIRONMENT),
+        (FileNotFoundError(errno.ENOENT, "No such file"), Outcome.ENVIRONMENT),
+        (subprocess.CalledProcessError(1, ["gcc"]), Outcome.ENVIRONMENT),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), Outcome.ENVIRONMENT),
+        (RuntimeError("ptxas fatal: write: No space left on device"), Outcome.ENVIRONMENT),
+        (OSError("a library's own words, without a number"), None),
         (FlashtuneError("out of memory"), Outcome.INVALID),
         (WrongResultError("token 3"), Outcome.WRONG_RESULT),
         (DoesNotFitError("300 KiB, of 163"), Outcome.OUT_OF_RESOURCES),
@@ -191,3 +201,20 @@ def test_an_error_is_one_line_with_its_cause_and_no_longer_than_is_kept() -> Non
     assert found.error == "RuntimeError: ptxas fell over (out of memory)"
     assert found.outcome is Outcome.OUT_OF_RESOURCES
     assert len(failure(RuntimeError("x" * 9000), Outcome.CRASH, policy="search").error) == 500
+
+
+def test_the_machines_trouble_may_be_the_cause() -> None:
+    """But not what was merely being handled, as a look into a cache."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        raise FlashtuneError("no kernel") from OSError(errno.EROFS, "Read-only")
+    except FlashtuneError as error:
+        assert outcome_of(error, Outcome.CRASH) is Outcome.ENVIRONMENT
+    try:
+        try:
+            raise FileNotFoundError(errno.ENOENT, "not in the cache")
+        except FileNotFoundError:
+            raise FlashtuneError("the tile is too wide")  # noqa: B904
+    except FlashtuneError as error:
+        assert outcome_of(error, Outcome.CRASH) is Outcome.INVALID
+    assert failure(full, Outcome.CRASH, "search").error.endswith("No space left on device")

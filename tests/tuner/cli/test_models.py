@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,37 @@ class TestCluster:
         assert "flash.partial: exists already" in error
         error = refused("cluster", "--model", model, "--out", tmp_path / "no" / "where")
         assert "no: no such folder" in error
+
+    def test_of_two_at_once_the_first_one_stays(
+        self, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Begun together, both work; the one that is done later leaves the other's as it is."""
+        write, others = clustered_folder.write_clusters, []
+
+        def overtaken(path: Path, clusters: Clusters) -> None:
+            write(path, clusters)
+            if not others:
+                others.append("began")
+                monkeypatch.setattr(clustered_folder, "_check_output", lambda *_: None)
+                done("cluster", "--model", model, "--out", out)
+
+        monkeypatch.setattr(clustered_folder, "write_clusters", overtaken)
+        error = refused("cluster", "--model", model, "--out", out)
+        assert f"{out}: exists already, made while this was at work" in error
+        assert FlashHead.from_pretrained(out).vocab_size == VOCAB
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["flash", "model"]
+
+    def test_a_checkpoint_is_written_by_two_at_once(
+        self, model: Path, out: Path, tmp_path: Path
+    ) -> None:
+        weight = ModelFolder.open(model).head_weight().read()
+        kmeans = BalancedKMeans(weight, 20)
+        kmeans.step()
+        checkpoints = [clustered_folder.Checkpoint(out, kmeans) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda each: [each.save() for _ in range(20)], checkpoints))
+        checkpoints[0].load()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["flash.checkpoint", "model"]
 
     def test_a_disk_that_is_too_small(
         self, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch

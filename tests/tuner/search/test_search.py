@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -485,3 +486,47 @@ def test_gp_without_scipy_is_one_clear_line(space: Space, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(FlashtuneError, match=r"^--sampler gp needs scipy: install flashtune\[gp]"):
         Proposals(space, sampler="gp", seed=0, near=())
+
+
+NO_ROOM = Measurement(outcome=Outcome.ENVIRONMENT, error="no space left on device")
+
+
+def test_the_machines_trouble_stops_a_search_and_is_held_against_nothing(
+    run, replay, store: Store
+) -> None:
+    """Set right, the same command evaluates what could not be, as if nothing had been."""
+    evaluator = replay(at_once=4)
+    wait, asked = evaluator.wait, []
+
+    def broken(seconds: float) -> list[Evaluation]:
+        found = wait(seconds)
+        asked.extend(found)
+        return found if len(asked) <= 5 else [replace(each, measurement=NO_ROOM) for each in found]
+
+    evaluator.wait = broken
+    with pytest.raises(
+        FlashtuneError, match=r"no space left on device.*run the same command again"
+    ):
+        run(evaluator, 20)
+    assert [record.measurement.outcome for record in store.records()] == [Outcome.OK] * 5
+    again = replay()
+    result = run(again, 20)
+    assert (result.evaluated, result.failed) == (20, 0)
+    assert asked[5].config in again.submitted
+
+
+def test_the_machines_trouble_in_the_last_comparison_is_written_nowhere(
+    run, replay, store: Store
+) -> None:
+    evaluator = replay()
+    evaluator.compare = lambda configs: [Evaluation(each, NO_ROOM) for each in configs]
+    with pytest.raises(FlashtuneError, match="no space left on device"):
+        run(evaluator, 10)
+    assert {record.measurement.outcome for record in store.records()} == {Outcome.OK}
+    assert all(len(store.measurements(each.key)) == 1 for each in store.records())
+
+
+def test_the_machines_trouble_makes_no_record(recorded, space: Space) -> None:
+    record = recorded(next(space.configs()), 3.0)
+    with pytest.raises(ValueError, match="the machine's trouble"):
+        replace(record, measurement=NO_ROOM)

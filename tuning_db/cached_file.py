@@ -1,0 +1,98 @@
+"""Files and folders of a cache: written whole or not at all, and checked before they are used.
+
+Usage:
+    content = whole(path)                  # None: absent, cut short, changed, or of no seal
+    if content is None:
+        keep(path, content := compute())
+    if not is_whole_folder(folder, files):
+        keep_folder(folder, files)         # files: {"flashtune/a.py": b"…"}
+
+A file ends in its own SHA-256, so that what a power cut or a full disk left behind is not trusted
+because it exists. Loaders of shared libraries do not look beyond what a library's header names.
+This module uses the standard library alone: it is also sent to machines that have nothing else.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_MARK = b"\nflashtune sha256 "
+_SEAL_BYTES = len(_MARK) + 64
+
+
+def _seal(content: bytes) -> bytes:
+    return _MARK + hashlib.sha256(content).hexdigest().encode()
+
+
+def whole(path: Path) -> bytes | None:
+    """What was kept at `path`, without its seal; None unless it is there as it was written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    content = data[:-_SEAL_BYTES]
+    return content if data[-_SEAL_BYTES:] == _seal(content) and len(data) >= _SEAL_BYTES else None
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file and its seal, sync it, and give it its name; others see all of it or nothing.
+
+    Makes the folder. Raises OSError where that fails, with `path` as it was before.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+        fresh = Path(folder, path.name)
+        _write(fresh, content + _seal(content))
+        os.replace(fresh, path)
+    _sync(path.parent)
+
+
+def is_whole_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder has these files, by their names below it, with this content."""
+    try:
+        return all(Path(folder, name).read_bytes() == data for name, data in files.items())
+    except OSError:
+        return False
+
+
+def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder of files, in place of one that is not whole. Raises OSError."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-") as parent:
+        fresh, broken = Path(parent, "fresh"), Path(parent, "broken")
+        for name, data in files.items():
+            path = Path(fresh, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, data)
+        for path in (fresh, *(each for each in fresh.rglob("*") if each.is_dir())):
+            _sync(path)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(broken)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not is_whole_folder(folder, files):  # else another process was faster
+                raise
+        shutil.rmtree(broken, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make names last, where the file system can: without, a file is made once more at worst."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
