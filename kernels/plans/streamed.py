@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import PLAIN, shape_values
+from flashtune.kernels.plans.parts.size import shape_values
 from flashtune.kernels.plans.parts.threshold import (
     prefetch_spread,
     prefetch_values,
@@ -21,6 +21,7 @@ MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own i
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
 _STAGES = ("score", "gather")
 _ARGUMENTS = ("hidden", "centroids", "weight", "ids", "out", "scores", "moments", "state")
+_PLAIN, _READ = frozenset(["bf16", "fp16"]), frozenset(["bf16", "fp16", "int8"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +67,18 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         "gather": limits.shared_per_sm // 4 + limits.reserved_per_block,
     }
     listed = -(-problem.n_clusters // device.sm_count) + 2
-    state = FORMATS[problem.weight_dtype].bytes_of(1, problem.hidden_size)
+    state = FORMATS[problem.state_dtype].bytes_of(1, problem.hidden_size)
+    decided = 0
+    if problem.n_rescored:  # each row's screened logit, and the tokens that are decided again
+        decided = 8 * -(-problem.vocab_size // device.sm_count) + 4 * problem.n_rescored
     launches = []
     for kernel in _STAGES:
         warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
-        row = FORMATS[_dtype(kernel, problem)].bytes_of(1, problem.hidden_size)
+        row = _row_bytes(_dtype(kernel, problem), problem)
         # the hidden state, barriers, and what warps tell each other
         fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
+        if kernel == "gather":
+            fixed += decided + 4 * warps
         ring = -(-max(warps * stages * row, least[kernel] - fixed) // 128) * 128
         launches.append(
             KernelUse(
@@ -82,7 +88,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
                 registers=BASE_REGISTERS + _held_registers(problem),
                 shared_bytes=ring + fixed,
                 dynamic_bytes=ring,
-                arguments=_ARGUMENTS,
+                arguments=_arguments(problem),
             )
         )
     return launches
@@ -91,6 +97,21 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
 def _dtype(kernel: str, problem: Problem) -> str:
     """The dtype of the rows that a kernel streams."""
     return problem.centroid_dtype if kernel == "score" else problem.weight_dtype
+
+
+def _arguments(problem: Problem) -> tuple[str, ...]:
+    """Those of either launch: the scales and the model's own rows only where they are read."""
+    found = list(_ARGUMENTS)
+    if problem.centroid_dtype not in _PLAIN:
+        found.append("centroid_scales")
+    if problem.weight_dtype not in _PLAIN:
+        found.append("weight_scales")
+    return (*found, *(["model_weight"] if problem.n_rescored else []))
+
+
+def _row_bytes(dtype: str, problem: Problem) -> int:
+    """Bytes of a row's numbers, without its scale."""
+    return problem.hidden_size * (2 if dtype in _PLAIN else 1)
 
 
 def _held_registers(problem: Problem) -> int:
@@ -108,11 +129,20 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         **threshold_values(problem, config.slack),
         "weight_dtype": problem.weight_dtype,
         "centroid_dtype": problem.centroid_dtype,
+        "state_dtype": problem.state_dtype,
+        "rescored": problem.n_rescored,
+        "pinned": problem.n_pinned,
         "blocks": blocks,
         "prefetch_quantile": margin["prefetch_quantile"],
         "spread": spread,
         "stripe": -(-problem.n_clusters // (blocks // spread)),
     }
+
+
+def _dtypes(problem: Problem) -> set[str]:
+    """The formats of the rows that either launch reads."""
+    decided = [problem.state_dtype] if problem.n_rescored else []
+    return {problem.weight_dtype, problem.centroid_dtype, *decided}
 
 
 def _why_not_streamed(candidate: Candidate) -> str | None:
@@ -121,16 +151,22 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
     if candidate.device.capability < 90:
         return "bulk copies to shared memory need sm_90 or later"
-    dtypes = {problem.weight_dtype, problem.centroid_dtype}
-    if dtypes - {"bf16", "fp16"}:
-        return f"streamed is for weights of 16 bits, not {', '.join(sorted(dtypes))}"
-    if problem.hidden_size % 8:
-        return f"bulk copies need a hidden size of a multiple of 8, not {problem.hidden_size}"
+    dtypes = _dtypes(problem) | {problem.state_dtype}
+    if dtypes - _READ or problem.state_dtype not in _PLAIN:
+        return f"streamed is for weights of 16 bits or int8, not {', '.join(sorted(dtypes))}"
+    multiple = 16 if dtypes - _PLAIN else 8
+    if problem.hidden_size % multiple:
+        return (
+            f"bulk copies need a hidden size of a multiple of {multiple}, not "
+            f"{problem.hidden_size}"
+        )
     return None
 
 
 def _why_not_searched(candidate: Candidate) -> str | None:
     clusters, warps = candidate.problem.n_clusters, candidate.config.gather_warps
+    if candidate.problem.n_pinned > 4 * candidate.lanes * warps:
+        return f"{candidate.problem.n_pinned} pinned clusters are too many for {warps} warps"
     if clusters > MOST_SCORES_PER_THREAD * candidate.lanes * warps:
         return f"{clusters} scores are too many for {warps} warps"
     return None
@@ -172,7 +208,6 @@ STREAMED = Plan(
             _why_not_beside,
             frozenset(["score_warps", "score_stages", "gather_warps", "gather_stages"]),
         ),
-        PLAIN,
     ),
     launches=_launches,
     values=_values,
