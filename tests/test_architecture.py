@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashtune
+from flashtune.kernels.plans.candidate import PLANS
 
 ROOT = Path(flashtune.__file__).parent
 MAY_IMPORT = {
@@ -166,6 +167,55 @@ def test_every_room_says_what_it_is_and_is_not_crowded(folder: str) -> None:
             assert (each / "__init__.py").exists(), each
             tree = ast.parse((each / "__init__.py").read_text("utf-8"))
             assert ast.get_docstring(tree), each
+
+
+def asks_what_is_a_plans_own(source: str) -> list[str]:
+    """Where a module asks which plan a config is of, or which kind a device is of, by name."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            if "config" in ast.unparse(node.args[0]) and "Config" in ast.unparse(node.args[1]):
+                wrong.append(ast.unparse(node))
+        elif isinstance(node, ast.Compare):
+            text = ast.unparse(node)
+            parts = [node.left, *node.comparators]
+            words = {
+                each.value
+                for part in parts
+                for each in ast.walk(part)
+                if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            }
+            if ("plan" in text and words & set(PLANS)) or ("vendor" in text and words):
+                wrong.append(text)
+    return wrong
+
+
+def test_no_module_asks_what_is_a_plans_own_or_a_targets() -> None:
+    homes = ("kernels.plans", "kernels.backends")
+    asked = {
+        name: found
+        for name, path in modules().items()
+        if not name.startswith(homes)
+        and (found := asks_what_is_a_plans_own(path.read_text("utf-8")))
+    }
+    assert not asked
+    assert asks_what_is_a_plans_own("if isinstance(config, StagedConfig): pass")
+    assert asks_what_is_a_plans_own("x = config.plan == 'staged'")
+    assert asks_what_is_a_plans_own("x = plan.name in ('a', 'streamed')")
+    assert asks_what_is_a_plans_own("x = device.vendor == 'nvidia'")
+    assert not asks_what_is_a_plans_own("x = device.vendor == other.vendor")
+
+
+def test_a_candidate_is_seldom_taken_apart() -> None:
+    """Problem, config and device go together: few functions take the three one by one."""
+    apart = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                if {"problem", "config", "device"} <= {each.arg for each in arguments}:
+                    apart.append(f"{name}.{node.name}")
+    assert len(apart) <= 10, apart
 
 
 def test_the_rule_sees_every_way_to_import() -> None:

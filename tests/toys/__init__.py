@@ -1,0 +1,1 @@
+"""Members as somebody would add them, a file each; CONTRIBUTING.md has the lists they follow."""
