@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from flashtune.kernels.runtime.decoder import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
 _ROWS_AT_ONCE = 8192  # that are compared
-_SAMPLED_ROWS = 16
+_SAMPLED = 256  # values
 _LINEARS: "weakref.WeakValueDictionary[int, FlashLinear]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 _DEMANDS = threading.Lock()
@@ -42,7 +43,32 @@ def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None)
     with torch.no_grad():
         rows, ids = head.weight[::step], head.ids[::step].long()
         parts = zip(torch.split(rows, _ROWS_AT_ONCE), torch.split(ids, _ROWS_AT_ONCE), strict=True)
-        return all(torch.equal(part, weight[own]) for part, own in parts)
+        return all(torch.equal(part, weight.index_select(0, own)) for part, own in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A few values of a weight, evenly spaced."""
+
+    places: torch.Tensor
+    values: torch.Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "_Sample":
+        with torch.no_grad():
+            last = max(0, weight.numel() - 1)
+            places = torch.linspace(0, last, _SAMPLED, dtype=torch.float64, device="cpu").long()
+            places = places.to(weight.device)
+            return cls(places, torch.take(weight, places), weight.shape)
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether the weight has these values still."""
+        alike = (weight.shape, weight.dtype, weight.device)
+        if alike != (self.shape, self.values.dtype, self.values.device):
+            return False
+        with torch.no_grad():
+            return torch.equal(torch.take(weight, self.places), self.values)
 
 
 class FlashLinear(nn.Linear):
@@ -65,19 +91,20 @@ class FlashLinear(nn.Linear):
         self.train(dense.training)
         self._warned: set[str] = set()
         self._start()
-        self._compared = self._identity()
+        self._trust()
 
     def _start(self) -> None:
         """Everything that neither a copy nor a pickle takes along."""
         self._demands = 0
         self._same = True
         self._compared = _NOTHING
+        self._sample = _Sample.of(self.weight)
         self._handle = next(_HANDLES)
         _LINEARS[self._handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what belongs to one process."""
-        dropped = ("_demands", "_same", "_compared", "_handle")
+        dropped = ("_demands", "_same", "_compared", "_sample", "_handle")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,31 +175,39 @@ class FlashLinear(nn.Linear):
         version = None if weight.is_inference() else weight._version
         return weakref.ref(weight), version
 
+    def _trust(self) -> None:
+        """Take the weight as it is for what FlashHead was made of, or was found to differ from."""
+        self._compared, self._sample = self._identity(), _Sample.of(self.weight)
+
+    def _is_compared(self) -> bool:
+        held, version = self._compared
+        now, newer = self._identity()
+        return held() is now() and version == newer
+
     def _fresh(self) -> bool:
         """Whether FlashHead has the weight's values, as far as can be told in no time.
 
         After an operation on the weight all rows are compared. What went past torch's count of
-        operations (`weight.data`, as when adapters are merged) shows in a sample of rows: of each
-        call on a CPU, and wherever `_notice` is called.
+        operations (`weight.data`, as when adapters are merged) shows in a sample of values: of
+        each call on a CPU, and wherever `_notice` is called.
         """
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._same  # nothing can be compared now
-        held, version = self._compared
-        now, newer = self._identity()
-        if held() is not now() or version != newer:
+        if not self._is_compared():
             self._tell(made_of(self.head, self.weight))
-            self._compared = self._identity()
+            self._trust()
         elif self._same and self.weight.device.type == "cpu":
             self._notice()
         return self._same
 
     def _notice(self) -> None:
         """Compare a sample, which waits for a GPU, so that it is for calls that take long."""
-        if not self._same or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (self._same and self._is_compared()):
+            return  # known to differ, or to be compared in whole
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if not made_of(self.head, self.weight, _SAMPLED_ROWS):
+        if not self._sample.is_of(self.weight):
             self._tell(False)
-            self._compared = self._identity()
 
     def _tell(self, same: bool) -> None:
         self._same = same

@@ -80,7 +80,8 @@ def needs_every_token(usual: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         value = next((value for value in values if value is not None), None)
         if name == "temperature" and value is not None and value > HOTTEST:
             return f"temperature={value}"
-        idle = not value or value == _NEUTRAL.get(name)
-        if not (idle or name in HARMLESS or name.startswith("_")):
+        if name in HARMLESS or name.startswith("_"):
+            continue
+        if value and value != _NEUTRAL.get(name):
             return name
     return None

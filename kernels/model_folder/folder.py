@@ -29,7 +29,7 @@ from flashtune.kernels.model_folder.clusters import (
     read_clusters,
     read_shapes,
 )
-from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight
+from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight, has_weights
 from flashtune.kernels.special_token import checked_special_tokens
 from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
@@ -87,10 +87,13 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """The model's dtype, as problems name it; the stored one where the config does not say."""
+        """The model's dtype, as problems name it; the stored one where the config does not say.
+
+        bf16 where there is no weight either.
+        """
         name = self.text.get("dtype") or self.text.get("torch_dtype")
         if name is None:
-            return self.head_weight().dtype
+            return self.head_weight().dtype if has_weights(self.path) else "bf16"
         known = {each.torch_name: each.name for each in plain_formats()}
         if name not in known:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
@@ -125,7 +128,13 @@ class ModelFolder:
         """
         path = self._existing_clusters()
         vocab_size, hidden, n_clusters = read_shapes(path)
-        if hidden != self.text.get("hidden_size"):  # which not all models call their head's width
+        said = self.text.get("hidden_size")
+        if hidden != said and not has_weights(self.path):
+            raise FlashtuneError(
+                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size {said}: "
+                "the assets are of another model"
+            )
+        if hidden != said:  # not all models call their head's width so
             self._check_width(hidden, self.head_weight())
         with _blaming(f"{self.path / CONFIG} with {path.name}"):
             return Problem(

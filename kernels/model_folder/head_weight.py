@@ -96,6 +96,11 @@ def _check_bias(name: str, files: dict[str, Path], own: OwnHead | None) -> None:
         raise FlashtuneError(f"{files[name]}: the model's head has a bias: FlashHead has none")
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds weights, and not its config and clusters alone."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a model, of those that transformers would load."""
     path, index = folder / SINGLE, folder / INDEX
