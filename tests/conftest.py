@@ -107,7 +107,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     What runs a function is settled as it is decorated, so Triton's own library, decorated when
     it was imported, is decorated again. The interpreter may leave its own versions of builtins
     in `triton.language.core`; they are put back, so that later tests can compile. It cuts float32
-    off to bf16 where compiled kernels round, so that conversion is torch's here.
+    off to bf16 where compiled kernels round, and gives whole numbers the wrong bits there, so these
+    conversions are torch's here.
     """
     import numpy as np
     import torch
@@ -125,6 +126,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.uint16).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+    def widen(builder: Any, number: Any, target: Any) -> Any:
+        if target.scalar != tl.bfloat16:
+            return builder.cast_impl(number, target)
+        rounded = torch.from_numpy(np.array(number.data)).bfloat16().view(torch.uint16)
+        return interpreter.TensorHandle(rounded.numpy(), target.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", widen)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, value in list(vars(tl.core).items()):

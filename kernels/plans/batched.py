@@ -4,9 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import PLAIN, epilogue_values, shape_values
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
+from flashtune.kernels.plans.parts.screen import (
+    bound_values,
+    single_rows_passes,
+    single_rows_values,
+)
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -76,18 +82,22 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     problem, config = candidate.problem, candidate.config
     score_tiles = -(-problem.n_clusters // config.score_rows)
     gather_tiles = -(-problem.vocab_size // tile_share(candidate))
+    gather = expected_tensor_pass("gather", candidate, gather_tiles)
     return (
         expected_tensor_pass("score", candidate, score_tiles),
         expected_search(candidate, config.select_warps),
-        expected_tensor_pass("gather", candidate, gather_tiles),
+        gather,
+        *single_rows_passes(candidate, gather, config.select_warps),
     )
 
 
 def _values(candidate: Candidate) -> dict[str, Value]:
     problem, config = candidate.problem, candidate.config
-    score, _, gather = _launches(candidate)
+    score, _, gather, *_ = _launches(candidate)
+    probed = problem.n_probes + config.slack // 2 + problem.n_pinned
     return {
         **shape_values(problem),
+        **stored_values(problem),
         **asdict(config),
         "tokens_padded": padded_tokens(problem),
         "gather_programs": gather.programs,
@@ -95,6 +105,8 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         "score_programs": score.programs,
         **lane_values(problem, config.slack, config.select_warps),
         **epilogue_values(problem, score),
+        **bound_values(problem, gather.programs, probed, config.select_warps),
+        **single_rows_values(problem, config.select_warps, config.gather_warps),
     }
 
 
@@ -104,10 +116,13 @@ def _why_not_whole(candidate: Candidate) -> str | None:
 
 
 def _why_not_multiplied(candidate: Candidate) -> str | None:
+    """Quantised numbers become those of the hidden state's dtype; others must be of it."""
     problem = candidate.problem
-    if problem.weight_dtype != problem.centroid_dtype:
+    if format_of(problem.centroid_dtype).quantised:
+        return None
+    if problem.centroid_dtype != problem.state_dtype:
         return (
-            f"tensor cores take one dtype, not weights in {problem.weight_dtype} "
+            f"tensor cores take one dtype, not hidden states in {problem.state_dtype} "
             f"and centroids in {problem.centroid_dtype}"
         )
     return None
@@ -137,7 +152,6 @@ BATCHED = Plan(
         ),
         Rule(_why_not_whole, frozenset(["gather_rows"])),
         Rule(_why_not_multiplied, frozenset(["slack"])),
-        PLAIN,
     ),
     launches=_launches,
     values=_values,

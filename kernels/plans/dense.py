@@ -6,7 +6,13 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import PLAIN, shape_values
+from flashtune.kernels.plans.parts.size import shape_values, stored_values
+from flashtune.kernels.plans.parts.screen import (
+    bound_values,
+    single_rows_passes,
+    single_rows_values,
+    why_not_bounded,
+)
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -18,6 +24,7 @@ from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
+BOUND_WARPS = 16  # of the program that searches the tiles' best logits for a bound
 ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
 
 
@@ -47,17 +54,24 @@ _STARTS = (
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     """A program a tile."""
-    tiles = -(-candidate.problem.vocab_size // int(candidate.config.gather_rows))
-    return (expected_tensor_pass("gather", candidate, tiles),)
+    gather = expected_tensor_pass("gather", candidate, _tiles(candidate))
+    return (gather, *single_rows_passes(candidate, gather, BOUND_WARPS))
+
+
+def _tiles(candidate: Candidate) -> int:
+    return -(-candidate.problem.vocab_size // int(candidate.config.gather_rows))
 
 
 def _values(candidate: Candidate) -> dict[str, Value]:
-    (gather,) = _launches(candidate)
+    problem, gather = candidate.problem, _launches(candidate)[0]
     return {
-        **shape_values(candidate.problem),
+        **shape_values(problem),
+        **stored_values(problem),
         **asdict(candidate.config),
-        "tokens_padded": padded_tokens(candidate.problem),
+        "tokens_padded": padded_tokens(problem),
         "gather_programs": gather.programs,
+        **bound_values(problem, gather.programs, gather.programs, BOUND_WARPS),
+        **single_rows_values(problem, BOUND_WARPS, candidate.config.gather_warps),
     }
 
 
@@ -75,7 +89,10 @@ DENSE = Plan(
             lambda each: why_not_tensor_tiled("gather", each),
             frozenset(f"gather_{each}" for each in TENSOR_TILE),
         ),
-        PLAIN,
+        Rule(
+            lambda each: why_not_bounded(each.problem, _tiles(each), BOUND_WARPS),
+            frozenset(["gather_rows"]),
+        ),
     ),
     launches=_launches,
     values=_values,

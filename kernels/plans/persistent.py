@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import PLAIN, epilogue_values, shape_values
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
+from flashtune.kernels.plans.parts.screen import why_not_rescored
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     PREFETCH_MARGINS,
@@ -86,6 +87,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     parts = decode.programs // problem.n_tokens
     return {
         **shape_values(problem),
+        **stored_values(problem),
         **asdict(config),
         "programs": decode.programs,
         "slab": -(-problem.n_clusters // decode.programs),
@@ -127,7 +129,7 @@ PERSISTENT = Plan(
         Rule(lambda each: why_not_selected(each.problem, each.config.warps), frozenset(["warps"])),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
         Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),
-        PLAIN,
+        Rule(why_not_rescored),
     ),
     launches=_launches,
     values=_values,

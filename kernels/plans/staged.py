@@ -1,17 +1,18 @@
 """The plan `staged`: score, select and gather in launches of their own, one after another."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.size import (
-    PLAIN,
     epilogue_values,
     next_power_of_2,
     shape_values,
+    stored_values,
 )
+from flashtune.kernels.plans.parts.screen import bound_values, why_not_bounded
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     MAX_TILE_PER_THREAD,
@@ -107,9 +108,13 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     gather = expected_pass(
         "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
     )
+    # the same tiles again, of rows of the model's own
+    last = (gather, replace(gather, kernel="decide", shared_bytes=0))
+    if not problem.n_rescored:
+        last = (gather,)
     if config.selection != "threshold":
-        return (score, gather)
-    return (score, expected_search(candidate, config.select_warps), gather)
+        return (score, *last)
+    return (score, expected_search(candidate, config.select_warps), *last)
 
 
 def _score_tiles(candidate: Candidate) -> int:
@@ -123,7 +128,8 @@ def _parts(candidate: Candidate) -> int:
     if config.selection == "in_gather":
         programs = config.gather_programs_per_sm * candidate.device.sm_count
         return max(1, int(programs) // problem.n_tokens)
-    rows = (problem.n_probes + slack_of(config) // 2) * problem.cluster_size
+    clusters = problem.n_probes + slack_of(config) // 2 + problem.n_pinned
+    rows = min(clusters, problem.n_clusters) * problem.cluster_size
     return -(-rows // int(config.gather_rows))
 
 
@@ -132,17 +138,29 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     score, parts, warps = _launches(candidate)[0], _parts(candidate), select_warps(config)
     values: dict[str, Value] = {
         **shape_values(problem),
+        **stored_values(problem),
         **asdict(config),
         "score_tiles": _score_tiles(candidate),
         "score_programs": score.programs,
         "parts": parts,
         **epilogue_values(problem, score),
+        **bound_values(problem, parts, parts, config.gather_warps),
     }
     if warps:
         values |= lane_values(problem, config.slack, warps)
         values |= prefetch_values(problem, config.slack, config.prefetch_margin)
         values |= share_values(problem, config.gather_rows, warps, parts)
     return values
+
+
+def _why_not_selected(candidate: Candidate) -> str | None:
+    """What a way to select leaves out."""
+    problem, selection = candidate.problem, candidate.config.selection
+    if problem.n_rescored and selection == "in_gather":
+        return "in_gather writes no list, by which candidates could be decided again"
+    if problem.n_pinned and selection == "torch_topk":
+        return "torch.topk pins no clusters"
+    return why_not_selected(problem, select_warps(candidate.config))
 
 
 def _starts(problem: Problem, device: Device) -> Sequence[StagedConfig]:
@@ -163,12 +181,14 @@ STAGED = Plan(
             frozenset(f"gather_{each}" for each in TILE),
         ),
         Rule(why_not_overlapped, frozenset(["pdl"])),
+        Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps"])),
         Rule(
-            lambda each: why_not_selected(each.problem, select_warps(each.config)),
-            frozenset(["selection", "select_warps", "gather_warps"]),
+            lambda each: why_not_bounded(each.problem, _parts(each), each.config.gather_warps),
+            frozenset(
+                ["selection", "slack", "gather_rows", "gather_warps", "gather_programs_per_sm"]
+            ),
         ),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
-        PLAIN,
     ),
     launches=_launches,
     values=_values,

@@ -260,6 +260,60 @@ def test_what_comes_out_is_right(
     assert workload.why_wrong(step, slack_of(config)) is None
 
 
+def quantised(problem: Problem, case: str) -> Problem:
+    """A problem whose matrices are quantised, its candidates decided again, clusters pinned."""
+    changes = {
+        "int8": {"weight_dtype": "int8", "centroid_dtype": "int8"},
+        "int8-decided": {"weight_dtype": "int8", "n_rescored": 4, "n_tokens": 2},
+        "int4": {"weight_dtype": "int4", "centroid_dtype": "int4", "model_dtype": "fp16"},
+        "int4-decided": {"weight_dtype": "int4", "centroid_dtype": "int8", "n_rescored": 4},
+        "decided-by-many": {"weight_dtype": "int8", "centroid_dtype": "int4", "n_rescored": 40},
+        "pinned": {"n_pinned": 2},
+        "int4-pinned": {"weight_dtype": "int4", "n_pinned": 2, "n_rescored": 4, "n_tokens": 2},
+    }[case]
+    model = {} if case == "pinned" else {"model_dtype": "bf16"}
+    return replace(problem, **{**model, **changes})
+
+
+QUANTISED = [
+    ("int8", "twelve", "argmax", "some"),
+    ("int8", "sixteen", "logits", "one"),
+    ("int8-decided", "twelve", "argmax", "some"),
+    ("int8-decided", "sixteen", "logits", "some"),
+    ("int4", "twelve", "logits", "some"),
+    ("int4", "sixteen", "argmax", "all"),
+    ("int4-decided", "sixteen", "argmax", "one"),
+    ("int4-decided", "twelve", "logits", "all"),
+    ("decided-by-many", "twelve", "argmax", "some"),
+    ("pinned", "twelve", "argmax", "one"),
+    ("pinned", "sixteen", "logits", "some"),
+    ("int4-pinned", "twelve", "logits", "one"),
+    ("int4-pinned", "twelve", "argmax", "some"),
+]
+
+
+def quantised_step(runner: Runner, problem: Problem, config: Config) -> Step:
+    """A step; skips what a plan's rules refuse for these formats."""
+    reason = Candidate(problem, config, runner.device).why_invalid()
+    allowed = ("has no launch that decides", "in_gather writes no list", "torch.topk pins no")
+    known = ("tensor cores take one dtype", "prefetch knows", "does not read", "pins no clusters")
+    if reason and any(each in reason for each in (*allowed, *known)):
+        pytest.skip(reason)
+    return runner.make(problem, config)
+
+
+@pytest.mark.parametrize(("formats", "clusters_of", "epilogue", "probes"), QUANTISED)
+def test_quantised_heads_answer_right(
+    runner: Runner, config: Config, formats: str, clusters_of: str, epilogue: str, probes: str
+) -> None:
+    problem = quantised(runner.problems[clusters_of], formats)
+    numbers = {"one": 1, "some": problem.n_probes, "all": problem.n_clusters}
+    problem = replace(problem, n_probes=numbers[probes], epilogue=epilogue)
+    step = quantised_step(runner, problem, config)
+    workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
+    assert workload.why_wrong(step, slack_of(config)) is None
+
+
 def test_each_token_probes_clusters_of_its_own(
     runner: Runner, config: Config, problem: Problem
 ) -> None:

@@ -35,25 +35,45 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """What a step writes on its way. Not to be shared by steps that run at the same time."""
+    """What a step writes on its way. Not to be shared by steps that run at the same time.
+
+    Where candidates are decided again: screened float32 `[n_tokens, vocab_size]`, the logits of
+    those that were screened; maxima float32, the best of each program that screens, for each
+    token; bounds float32 `[n_tokens]`, what a candidate must reach to be decided.
+    """
 
     scores: torch.Tensor
     selected: torch.Tensor
     state: torch.Tensor
+    screened: torch.Tensor | None = None
+    maxima: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
     @classmethod
-    def create(cls, problem: Problem, library_topk: bool, device: torch.device) -> "Scratch":
-        """Scratch in the state that a step leaves behind: no best logit yet, counters zero."""
+    def create(
+        cls, problem: Problem, library_topk: bool, device: torch.device, maxima: int = 0
+    ) -> "Scratch":
+        """Scratch in the state that a step leaves behind: no best logit yet, counters zero.
+
+        maxima: how many there are of all tokens together, 0 where nothing is decided again.
+        """
         tokens, clusters = problem.n_tokens, problem.n_clusters
         width, dtype = (clusters, torch.int32)
         if library_topk:
             width, dtype = (problem.n_probes, torch.int64)
         state = torch.zeros(3 * tokens + 1, dtype=torch.int64, device=device)
         state[:tokens] = EMPTY_BEST
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
         return cls(
-            scores=torch.empty(tokens, clusters, dtype=torch.float32, device=device),
+            scores=floats(tokens, clusters),
             selected=torch.empty(tokens, width, dtype=dtype, device=device),
             state=state,
+            screened=floats(tokens, problem.vocab_size) if maxima else None,
+            maxima=floats(maxima) if maxima else None,
+            bounds=floats(tokens) if maxima else None,
         )
 
 
@@ -86,6 +106,9 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
+        "screened_ptr": "*fp32",
+        "maxima_ptr": "*fp32",
+        "bounds_ptr": "*fp32",
     }
     return {argument: types[argument] for argument in getattr(module, name).arg_names}
 
@@ -130,7 +153,12 @@ class DecodeStep(LaunchedStep):
         self, problem: Problem, module: ModuleType, kernels: dict[str, Any], device: torch.device
     ) -> None:
         """Bind kernels to fresh scratch on `device`, and load their binaries there."""
-        self.scratch = Scratch.create(problem, library_topk=_uses_topk(module), device=device)
+        self.scratch = Scratch.create(
+            problem,
+            library_topk=_uses_topk(module),
+            device=device,
+            maxima=getattr(module, "MAXIMA_OF_ALL", 0),
+        )
         self.launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
 
     def _bind(self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]) -> Launch:

@@ -38,6 +38,17 @@ def why_not_plain(candidate: Candidate) -> str | None:
 PLAIN = Rule(why_not_plain)
 
 
+def stored_values(problem: Problem) -> dict[str, Value]:
+    """How matrices are stored, which candidates are decided again, and what is pinned."""
+    return {
+        "weight_format": problem.weight_dtype,
+        "centroid_format": problem.centroid_dtype,
+        "state_format": problem.state_dtype,
+        "rescored": problem.n_rescored,
+        "pinned": problem.n_pinned,
+    }
+
+
 def epilogue_values(problem: Problem, first: KernelUse) -> dict[str, Value]:
     """What the epilogue asks of the first launch."""
     return {**epilogue_of(problem.epilogue).values(problem, first)}

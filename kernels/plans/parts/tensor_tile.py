@@ -3,7 +3,7 @@
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, tile_bytes
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import FORMATS, Problem
 
 LEAST_TILE = 16  # rows, columns and tokens of a product on tensor cores
 MOST_SUMS_PER_THREAD = 64  # float32 accumulators beside what is being loaded
@@ -32,11 +32,17 @@ def why_not_tensor_tiled(stage: str, candidate: Candidate) -> str | None:
     if stages > 1 and block >= problem.hidden_size:
         return f"{stage}_stages needs a loop over the hidden size"
     if (
-        stages * tile_bytes(stage, (rows + tokens) * block, problem)
+        stages * _staged_bytes(stage, rows, tokens, block, problem)
         > device.limits.shared_per_block
     ):
         return f"the {stage} stages do not fit in shared memory"
     return None
+
+
+def _staged_bytes(stage: str, rows: int, tokens: int, block: int, problem: Problem) -> int:
+    """Bytes of a step of the loop over the hidden size: a tile of rows, and of hidden states."""
+    states = FORMATS[problem.state_dtype].bytes_of(tokens, block)
+    return tile_bytes(stage, rows * block, problem) + states
 
 
 def expected_tensor_pass(stage: str, candidate: Candidate, programs: int) -> KernelUse:
@@ -45,7 +51,7 @@ def expected_tensor_pass(stage: str, candidate: Candidate, programs: int) -> Ker
     rows, block, warps, stages = (getattr(config, f"{stage}_{each}") for each in TENSOR_TILE)
     tokens = padded_tokens(problem)
     elements = rows * tokens + (0 if stages > 1 else rows * block)
-    staged = tile_bytes(stage, (rows + tokens) * block, problem)
+    staged = _staged_bytes(stage, rows, tokens, block, problem)
     return KernelUse(
         kernel=stage,
         programs=programs,

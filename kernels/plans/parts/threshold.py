@@ -20,22 +20,32 @@ def threshold_values(problem: Problem, slack: int) -> dict[str, Value]:
 
     hazard is -d log(count) / d quantile there.
     """
-    quantile, share = threshold_quantile(problem, slack), _share(problem, slack)
-    return {
-        "quantile": round(quantile, 6),
-        "hazard": round(NormalDist().pdf(quantile) / share, 6),
-        "log_target": round(math.log(problem.n_probes + slack / 2), 6),
-    }
+    return search_values(problem.n_probes, slack, problem.n_clusters)
 
 
 def threshold_quantile(problem: Problem, slack: int) -> float:
     """How many deviations above the mean the expected threshold lies, for normal scores."""
-    return NormalDist().inv_cdf(1 - _share(problem, slack))
+    return _quantile(_share(problem.n_probes, slack, problem.n_clusters))
 
 
-def _share(problem: Problem, slack: int) -> float:
-    """The share of clusters to select, kept inside (0, 1)."""
-    return min(max((problem.n_probes + slack / 2) / problem.n_clusters, 1e-6), 1 - 1e-6)
+def search_values(least: int, slack: int, number: int) -> dict[str, Value]:
+    """Where a search starts that is for `least` of so many scores, or up to `slack` more."""
+    share = _share(least, slack, number)
+    quantile = _quantile(share)
+    return {
+        "quantile": round(quantile, 6),
+        "hazard": round(NormalDist().pdf(quantile) / share, 6),
+        "log_target": round(math.log(least + slack / 2), 6),
+    }
+
+
+def _quantile(share: float) -> float:
+    return NormalDist().inv_cdf(1 - share)
+
+
+def _share(least: int, slack: int, number: int) -> float:
+    """The share of scores to select, kept inside (0, 1)."""
+    return min(max((least + slack / 2) / number, 1e-6), 1 - 1e-6)
 
 
 def prefetch_spread(problem: Problem, parts: int) -> int:
@@ -46,14 +56,14 @@ def prefetch_spread(problem: Problem, parts: int) -> int:
     return spread
 
 
-def lanes(problem: Problem, warps: int) -> int:
+def lanes(number: int, warps: int) -> int:
     """Scores side by side in the search of a Triton plan: four a thread of 32, a 16-byte load."""
-    return min(128 * warps, max(64, next_power_of_2(problem.n_clusters)))
+    return min(128 * warps, max(64, next_power_of_2(number)))
 
 
 def lane_values(problem: Problem, slack: int, warps: int) -> dict[str, Value]:
     """The search in a Triton plan: where it starts, how scores lie in lanes."""
-    width = lanes(problem, warps)
+    width = lanes(problem.n_clusters, warps)
     return {
         **threshold_values(problem, slack),
         "lanes": width,

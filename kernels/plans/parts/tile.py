@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.threshold import lanes
@@ -11,6 +12,7 @@ from flashtune.tuning_db.problem import FORMATS, Problem
 MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
 SLACKS = (0, 8, 16, 32, 64)
+MOST_MEMBERS = 32  # scores a lane of a search
 BASE_REGISTERS = 24  # of a thread, for addresses and loops
 TILE = ("rows", "block", "warps", "stages", "unroll")
 
@@ -89,7 +91,7 @@ def why_not_overlapped(candidate: Candidate) -> str | None:
 
 def why_not_selected(problem: Problem, warps: int) -> str | None:
     """Why these warps cannot hold all scores; with 0 warps a library selects."""
-    if warps and -(-problem.n_clusters // lanes(problem, warps)) > 32:
+    if warps and -(-problem.n_clusters // lanes(problem.n_clusters, warps)) > MOST_MEMBERS:
         return f"{problem.n_clusters} scores do not fit the registers of {warps} warps"
     return None
 
@@ -101,6 +103,8 @@ def why_not_prefetched(candidate: Candidate) -> str | None:
         return None
     if candidate.device.capability < 90:
         return "prefetch of whole clusters needs sm_90 or later"
+    if format_of(problem.weight_dtype).quantised:
+        return f"prefetch knows clusters of plain numbers, not of {problem.weight_dtype}"
     if problem.cluster_bytes % 16:
         return f"prefetch needs clusters of a multiple of 16 bytes, not {problem.cluster_bytes}"
     return None

@@ -1,0 +1,84 @@
+"""Candidates that are screened by quantised rows, and the best of them decided by the model's own.
+
+Programs that screen leave the best logit of their share. What n_rescored of these maxima reach,
+so many candidates reach at least; those that reach it are decided. Any more may be: the search
+for such a bound ends early, with up to twice as many maxima above it.
+"""
+
+from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.parts.size import next_power_of_2
+from flashtune.kernels.plans.parts.threshold import lanes, search_values
+from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, MOST_MEMBERS
+from flashtune.templates.render import Value
+from flashtune.tuning_db.problem import Problem
+
+_ROW_PER_THREAD = 32  # elements of a model's row that a thread holds, where rows are read singly
+
+
+def bound_values(problem: Problem, maxima: int, counted: int, warps: int) -> dict[str, Value]:
+    """How so many warps search a token's maxima, of which `counted` are finite, or about."""
+    if not problem.n_rescored:
+        return {}
+    width, counted = lanes(maxima, warps), min(maxima, max(1, counted))
+    start = search_values(problem.n_rescored, problem.n_rescored, counted)
+    return {
+        "bound_maxima": maxima,
+        "bound_counted": counted,
+        "bound_lanes": width,
+        "bound_members": -(-maxima // width),
+        "bound_most": 2 * problem.n_rescored,
+        **{f"bound_{name}": value for name, value in start.items()},
+    }
+
+
+def single_rows_values(problem: Problem, bound_warps: int, gather_warps: int) -> dict[str, Value]:
+    """How candidates are decided one after another, by programs of so many warps."""
+    if not problem.n_rescored:
+        return {}
+    return {"bound_warps": bound_warps, "decide_block": _block(problem, gather_warps)}
+
+
+def single_rows_passes(
+    candidate: Candidate, gather: KernelUse, bound_warps: int
+) -> tuple[KernelUse, ...]:
+    """The launches that follow a gather that screens for several tokens at a time."""
+    problem, threads = candidate.problem, candidate.lanes * gather.warps
+    if not problem.n_rescored:
+        return ()
+    held = gather.programs // (candidate.lanes * bound_warps)
+    rows = int(candidate.config.gather_rows) * next_power_of_2(problem.n_tokens)
+    block = 2 * _block(problem, gather.warps)
+    return (
+        KernelUse(
+            kernel="bound",
+            programs=problem.n_tokens,
+            warps=bound_warps,
+            registers=BASE_REGISTERS + held,
+            shared_bytes=0,
+        ),
+        KernelUse(
+            kernel="decide",
+            programs=gather.programs,
+            warps=gather.warps,
+            registers=BASE_REGISTERS + (2 * rows + block) // threads,
+            shared_bytes=0,
+        ),
+    )
+
+
+def _block(problem: Problem, warps: int) -> int:
+    return min(max(64, next_power_of_2(problem.hidden_size)), 32 * warps * _ROW_PER_THREAD)
+
+
+def why_not_bounded(problem: Problem, maxima: int, warps: int) -> str | None:
+    """Why so many warps cannot search a token's maxima, or None."""
+    if problem.n_rescored and -(-maxima // lanes(maxima, warps)) > MOST_MEMBERS:
+        return f"the best of {maxima} programs do not fit the registers of {warps} warps"
+    return None
+
+
+def why_not_rescored(candidate: Candidate) -> str | None:
+    """For what has no launch after the gather: nothing could know the best of all candidates."""
+    if candidate.problem.n_rescored:
+        return f"plan {candidate.config.plan} has no launch that decides candidates again"
+    return None
