@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys.epilogue import BEST_LOGIT
+from toys.format import TERNARY
+from toys.plan import EVERYTHING, EverythingConfig
+from toys.target import ABACUS, DEVICE
 
 from flashtune.kernels.backends.target import backend_of, default_config, known_good, target_of
 from flashtune.kernels.epilogues.epilogue import epilogue_of
@@ -22,10 +26,6 @@ from flashtune.kernels.weights import Weights
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import EPILOGUES, FORMATS, Problem, parse_shape
-from toys.epilogue import BEST_LOGIT
-from toys.format import TERNARY
-from toys.plan import EVERYTHING, EverythingConfig
-from toys.target import ABACUS, DEVICE
 
 ROOT = Path(__file__).parent.parent
 PROBLEM = Problem(
@@ -153,9 +153,7 @@ class TestPlan:
 class TestTarget:
     @pytest.mark.parametrize("rows", [16, 64, 256])
     @pytest.mark.parametrize("epilogue", ["argmax", "logits"])
-    def test_its_steps_are_judged_as_all_are(
-        self, abacus: None, rows: int, epilogue: str
-    ) -> None:
+    def test_its_steps_are_judged_as_all_are(self, abacus: None, rows: int, epilogue: str) -> None:
         problem = replace(PROBLEM, epilogue=epilogue)
         candidate = Candidate(problem, EverythingConfig(rows=rows), DEVICE)
         assert why_wrong(problem, candidate) is None

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
 from flashtune.kernels.plans.parts.screen import why_not_rescored
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     PREFETCH_MARGINS,

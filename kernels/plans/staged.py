@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.screen import bound_values, why_not_bounded
 from flashtune.kernels.plans.parts.size import (
     epilogue_values,
     next_power_of_2,
     shape_values,
     stored_values,
 )
-from flashtune.kernels.plans.parts.screen import bound_values, why_not_bounded
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     MAX_TILE_PER_THREAD,
@@ -109,9 +109,8 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
     )
     # the same tiles again, of rows of the model's own
-    last = (gather, replace(gather, kernel="decide", shared_bytes=0))
-    if not problem.n_rescored:
-        last = (gather,)
+    again = [replace(gather, kernel="decide", shared_bytes=0)] if problem.n_rescored else []
+    last = (gather, *again)
     if config.selection != "threshold":
         return (score, *last)
     return (score, expected_search(candidate, config.select_warps), *last)
