@@ -192,7 +192,7 @@ def test_what_was_never_measured_is_raced_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
-    monkeypatch.setattr("flashtune.kernels.runtime.binding.prebuilt_devices", lambda: ())
+    monkeypatch.setattr("flashtune.kernels.runtime.records.prebuilt_devices", lambda: ())
     head = make_head(tune="race")
     data = head.explain()
     assert (data["level"], data["raced"], data["troubles"]) == ("exact", True, [])
