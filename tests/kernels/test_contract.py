@@ -534,14 +534,19 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
         }
         config = StreamedConfig(**values)
         clusters, size = rng.choice((1, 7, 131, 1000, 9496)), rng.choice((1, 3, 12, 16))
+        weight = rng.choice(("bf16", "fp16", "int8", "int8"))
+        screens = weight == "int8"
         problem = Problem(
             vocab_size=clusters * size,
-            hidden_size=rng.choice((8, 64, 200, 1152, 3072, 4096)),
+            hidden_size=rng.choice((8, 64, 192, 1152, 3072, 4096)),
             n_clusters=clusters,
             n_probes=rng.choice((1, min(clusters, 256), clusters)),
-            weight_dtype=rng.choice(("bf16", "fp16")),
-            centroid_dtype=rng.choice(("bf16", "fp16")),
+            weight_dtype=weight,
+            centroid_dtype=rng.choice(("bf16", "fp16", "int8")),
             epilogue=rng.choice(list(EPILOGUES)),
+            model_dtype=rng.choice(("bf16", "fp16")) if screens else "",
+            n_rescored=min(rng.choice((0, 1, 8, 40)), clusters * size) if screens else 0,
+            n_pinned=min(rng.choice((0, 0, 3)), clusters),
         )
         if Candidate(problem, config, device).why_invalid() is None:
             break
