@@ -107,8 +107,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     What runs a function is settled as it is decorated, so Triton's own library, decorated when
     it was imported, is decorated again. The interpreter may leave its own versions of builtins
     in `triton.language.core`; they are put back, so that later tests can compile. It cuts float32
-    off to bf16 where compiled kernels round, and gives whole numbers the wrong bits there, so these
-    conversions are torch's here.
+    off to bf16 where compiled kernels round, and gives whole numbers the wrong bits there, so
+    these conversions are torch's here.
     """
     import numpy as np
     import torch

@@ -7,12 +7,12 @@ from typing import ClassVar
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
 from flashtune.kernels.plans.parts.screen import (
     bound_values,
     single_rows_passes,
     single_rows_values,
 )
+from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
