@@ -108,7 +108,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     it was imported, is decorated again. The interpreter may leave its own versions of builtins
     in `triton.language.core`; they are put back, so that later tests can compile. It cuts float32
     off to bf16 where compiled kernels round, and gives whole numbers the wrong bits there, so
-    that these conversions are torch's here.
+    these conversions are torch's here.
     """
     import numpy as np
     import torch

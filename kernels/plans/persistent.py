@@ -1,7 +1,7 @@
 """The plan `persistent`: one cooperative launch with a barrier between score and gather."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
@@ -85,17 +85,20 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     problem, config = candidate.problem, candidate.config
     (decode,) = _launches(candidate)
     parts = decode.programs // problem.n_tokens
+    slab = -(-problem.n_clusters // decode.programs)
+    # what is not scored is not filled in either: NaN among the scores is passed on by who fills
+    scoring = replace(decode, programs=-(-problem.n_clusters // slab))
     return {
         **shape_values(problem),
         **stored_values(problem),
         **asdict(config),
         "programs": decode.programs,
-        "slab": -(-problem.n_clusters // decode.programs),
+        "slab": slab,
         "parts": parts,
         **lane_values(problem, config.slack, config.warps),
         **prefetch_values(problem, config.slack, config.prefetch_margin),
         **share_values(problem, config.gather_rows, config.warps, parts),
-        **epilogue_values(problem, decode),
+        **epilogue_values(problem, scoring),
     }
 
 

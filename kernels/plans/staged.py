@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
-from flashtune.kernels.plans.parts.screen import bound_values, why_not_bounded
+from flashtune.kernels.plans.parts.screen import MOST_BOUNDED, bound_values
 from flashtune.kernels.plans.parts.size import (
     epilogue_values,
     next_power_of_2,
@@ -83,6 +84,12 @@ _STARTS = (
     StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
 )
 
+# Of quantised rows: tiles of as many bytes. Not measured yet.
+_QUANTISED_STARTS = (
+    StagedConfig(score_rows=4, gather_rows=8, pdl=True),
+    StagedConfig(score_rows=4, gather_rows=8),
+)
+
 
 def select_warps(config: StagedConfig) -> int:
     """Warps of the programs that search for the threshold; 0 where a library selects."""
@@ -108,9 +115,9 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     gather = expected_pass(
         "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
     )
-    # the same tiles again, of rows of the model's own
-    again = [replace(gather, kernel="decide", shared_bytes=0)] if problem.n_rescored else []
-    last = (gather, *again)
+    last = [gather]
+    if problem.n_rescored:  # the same tiles again, of rows of the model's own
+        last.append(replace(gather, kernel="decide", shared_bytes=0))
     if config.selection != "threshold":
         return (score, *last)
     return (score, expected_search(candidate, config.select_warps), *last)
@@ -129,7 +136,8 @@ def _parts(candidate: Candidate) -> int:
         return max(1, int(programs) // problem.n_tokens)
     clusters = problem.n_probes + slack_of(config) // 2 + problem.n_pinned
     rows = min(clusters, problem.n_clusters) * problem.cluster_size
-    return -(-rows // int(config.gather_rows))
+    parts = -(-rows // int(config.gather_rows))
+    return min(parts, MOST_BOUNDED) if problem.n_rescored else parts
 
 
 def _values(candidate: Candidate) -> dict[str, Value]:
@@ -163,7 +171,8 @@ def _why_not_selected(candidate: Candidate) -> str | None:
 
 
 def _starts(problem: Problem, device: Device) -> Sequence[StagedConfig]:
-    return narrowed(_STARTS, problem)
+    quantised = format_of(problem.weight_dtype).quantised
+    return narrowed((*_QUANTISED_STARTS, *_STARTS) if quantised else _STARTS, problem)
 
 
 STAGED = Plan(
@@ -181,12 +190,6 @@ STAGED = Plan(
         ),
         Rule(why_not_overlapped, frozenset(["pdl"])),
         Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps"])),
-        Rule(
-            lambda each: why_not_bounded(each.problem, _parts(each), each.config.gather_warps),
-            frozenset(
-                ["selection", "slack", "gather_rows", "gather_warps", "gather_programs_per_sm"]
-            ),
-        ),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
     ),
     launches=_launches,
@@ -197,9 +200,13 @@ STAGED = Plan(
 
 
 def baseline(problem: Problem, device: Device) -> StagedConfig:
-    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster."""
+    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster.
+
+    Where clusters are pinned, which `torch.topk` can't, the clusters are selected by a threshold.
+    """
     rows = min(16, next_power_of_2(problem.cluster_size))
-    return _fitted(StagedConfig(selection="torch_topk", gather_rows=rows), problem, device)
+    selection = "threshold" if problem.n_pinned else "torch_topk"
+    return _fitted(StagedConfig(selection=selection, gather_rows=rows), problem, device)
 
 
 def default(problem: Problem, device: Device) -> StagedConfig:

@@ -44,6 +44,9 @@ BATCH = replace(QWEN, n_tokens=8)
 LOGITS = replace(QWEN, epilogue="logits")
 FP16 = replace(QWEN, weight_dtype="fp16", centroid_dtype="fp16", n_tokens=2)
 
+INT8 = parse_shape("qwen3-vl-2b,weight=int8,rescored=8")
+INT4 = parse_shape("gemma-3-1b,weight=int4,rescored=32,pinned=2,tokens=2,epilogue=logits")
+
 CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-torch_topk-orin": (QWEN, baseline_config(QWEN, ORIN), ORIN),
     "staged-threshold-orin": (QWEN, default_config(QWEN, ORIN), ORIN),
@@ -86,6 +89,9 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
         ORIN,
     ),
     "persistent-logits": (LOGITS, PersistentConfig(), ORIN),
+    "staged-int8": (INT8, StagedConfig(pdl=True), H200),
+    "staged-int4-pinned-logits": (INT4, default_config(INT4, ORIN), ORIN),
+    "batched-int8": (replace(INT8, n_tokens=8), BatchedConfig(pdl=True), H200),
     "streamed-prefetch": (QWEN, StreamedConfig(), H200),
     "streamed-logits-ragged": (
         replace(GEMMA, epilogue="logits", weight_dtype="fp16"),

@@ -13,7 +13,9 @@ from flashtune.tuning_db.cached_file import is_whole_folder, keep, keep_folder, 
 FILES = {"flashtune/__init__.py": b"", "flashtune/a/b.py": b"b = 1\n", "data.json": b"{}"}
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"some bytes", bytes(1000), bytes(range(256)) * 20])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"some bytes", bytes(1000), bytes(range(256)) * 20]
+)
 def test_what_is_kept_is_read_back(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     keep(path, content)

@@ -12,6 +12,7 @@ from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, MOST_MEMBERS
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
+MOST_BOUNDED = 4096  # maxima that every program of a launch may search: one warp still holds them
 _ROW_PER_THREAD = 32  # elements of a model's row that a thread holds, where rows are read singly
 
 

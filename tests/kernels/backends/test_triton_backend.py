@@ -4,6 +4,7 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from flashtune.kernels.backends.triton.backend import (
 )
 from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans import candidate as candidates
+from flashtune.kernels.plans.batched import BatchedConfig
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import Device, find_device
@@ -63,6 +66,29 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
         assert use.warps in (config.warps,) if name == "persistent" else (4, 16)
         assert 0 <= use.shared_bytes <= device.limits.shared_per_block
         assert use.spilled == 0
+
+
+@pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (StagedConfig(score_block=256, gather_block=512), {"weight_dtype": "int8"}),
+        (StagedConfig(score_block=256, gather_block=512), {"weight_dtype": "int4"}),
+        (BatchedConfig(), {"weight_dtype": "int8", "n_tokens": 8, "centroid_dtype": "int8"}),
+        (BatchedConfig(), {"weight_dtype": "int4", "n_tokens": 8, "epilogue": "logits"}),
+        (DenseConfig(), {"weight_dtype": "int8", "n_tokens": 8}),
+    ],
+    ids=["staged-int8", "staged-int4", "batched-int8", "batched-int4", "dense-int8"],
+)
+def test_quantised_rows_compile_without_spills(
+    config: Config, changes: dict[str, Any], device: Device
+) -> None:
+    problem = replace(PROBLEM, model_dtype="bf16", n_rescored=8, n_pinned=2, **changes)
+    candidate = Candidate(problem, config, device)
+    uses = TritonBackend().compile(candidate)
+    assert [use.kernel for use in uses] == [launch.kernel for launch in candidate.launches]
+    assert [use.programs for use in uses] == [launch.programs for launch in candidate.launches]
+    assert all(use.spilled == 0 for use in uses)
 
 
 def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,31 @@ def test_defaults_are_valid_for_odd_problems(
         assert Candidate(problem, make(problem, ORIN), ORIN).why_invalid() is None
 
 
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int4", "int8"), ("int4", "bf16")])
+@pytest.mark.parametrize("make", [default_config, baseline_config])
+def test_defaults_are_valid_for_quantised_heads(
+    make: Callable[[Problem, Device], Config], formats: tuple[str, str]
+) -> None:
+    weight, centroids = formats
+    for shape in ("qwen3-0.6b", "gemma-3-1b", "vocab=132,hidden=33,clusters=11"):
+        for probes in (1, 11, 8016):
+            problem = parse_shape(f"{shape},probes=1,weight={weight},centroids={centroids}")
+            problem = replace(
+                problem,
+                n_probes=min(probes, problem.n_clusters),
+                n_rescored=32,
+                n_pinned=probes % 3,
+                epilogue="logits",
+            )
+            for tokens in (1, 2, 8, 32):
+                each = replace(problem, n_tokens=tokens)
+                for device in (ORIN, H200):
+                    assert Candidate(each, make(each, device), device).why_invalid() is None
+    assert default_config(replace(problem, n_tokens=8), H200).plan == "staged"  # hidden 33
+    many = parse_shape("qwen3-0.6b,tokens=8,weight=int8,rescored=8")
+    assert default_config(many, H200) == BatchedConfig()
+
+
 def test_the_default_for_many_tokens_reads_a_cluster_once() -> None:
     assert isinstance(default_config(replace(QWEN, n_tokens=7), ORIN), StagedConfig)
     assert default_config(replace(QWEN, n_tokens=8), ORIN) == BatchedConfig()

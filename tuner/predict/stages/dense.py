@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.predict.stages.stage import Stage, scales, starts, tensor_pass
+from flashtune.kernels.plans.dense import BOUND_WARPS
+from flashtune.tuner.predict.stages.stage import (
+    Stage,
+    decided_singly,
+    scales,
+    starts,
+    tensor_pass,
+)
 
 
 def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
@@ -12,10 +19,11 @@ def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[S
     return [
         Stage(
             **scales(candidate.device),
-            **starts(candidate, 1),
+            **starts(candidate, len(needs)),
             **tensor_pass("gather", candidate, use, 1.0),
             moved=problem.n_clusters * problem.cluster_bytes + problem.written_bytes,
             ends=1.0,
             arrivals=use.programs / 1000,
-        )
+        ),
+        *decided_singly(candidate, use, BOUND_WARPS),
     ]

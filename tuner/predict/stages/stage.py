@@ -13,7 +13,7 @@ from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.tensor_tile import padded_tokens
 from flashtune.tuner.predict.rounds import mean_rounds
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import FORMATS, Problem
 
 REFERENCE_HZ = 1.98e9  # clock that on-chip costs are stated at: the H200's
 _LANES_PER_CYCLE = 128  # float32 operations that a multiprocessor starts in a cycle
@@ -83,7 +83,7 @@ def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
     lists: whether programs are given a list of clusters, else each finds out which are its own.
     """
     problem, config, device = candidate.problem, candidate.config, candidate.device
-    probed = problem.n_probes + candidate.slack / 2  # as many as the search aims at
+    probed = problem.n_probes + candidate.slack / 2 + problem.n_pinned
     parts = max(1, use.programs // problem.n_tokens)
     tiles = math.ceil(probed * problem.cluster_size / parts / config.gather_rows)
     values = row_pass("gather", candidate, use, tiles)
@@ -186,6 +186,54 @@ def search(candidate: Candidate, warps: int, programs: int) -> dict[str, float]:
 def _crowding(warps: int, programs: int) -> float:
     """How much slower a thread's own arithmetic is among all the warps of a multiprocessor."""
     return 1 + programs * warps / _WARPS
+
+
+def decision(candidate: Candidate, use: KernelUse, maxima: int, warps: int) -> list[Stage]:
+    """The pass that decides the best candidates by the model's own rows, if any are.
+
+    warps: of its programs that search so many maxima of a token for a bound first; 0 where a
+    launch of its own has searched.
+    """
+    problem, device = candidate.problem, candidate.device
+    if not problem.n_rescored:
+        return []
+    row = FORMATS[problem.state_dtype].bytes_of(1, problem.hidden_size)
+    decided = 1.5 * problem.n_rescored  # as many as the search aims at
+    resident = resident_programs(use, device) * device.sm_count
+    values = bound_search(candidate, maxima, warps, sharing(use, device)) if warps else {}
+    # the bound, the screened logits, ids, then rows
+    values["loads"] = values.get("loads", 0.0) + 3.0
+    return [
+        Stage(
+            **scales(device),
+            **values,
+            waves=use.programs / min(use.programs, resident),
+            moved=problem.n_tokens * decided * row,
+            crossings=use.warps / _WARPS,
+        )
+    ]
+
+
+def decided_singly(candidate: Candidate, use: KernelUse, warps: int) -> list[Stage]:
+    """The same after a pass over tiles: a search by a program a token, then tile by tile."""
+    if not candidate.problem.n_rescored:
+        return []
+    found = bound_search(candidate, use.programs, warps, 1)
+    searched = Stage(**scales(candidate.device), **found)
+    return [searched, *decision(candidate, use, use.programs, 0)]
+
+
+def bound_search(candidate: Candidate, maxima: int, warps: int, programs: int) -> dict[str, float]:
+    """The counts of the search for what n_rescored maxima of a token reach."""
+    wanted = candidate.problem.n_rescored
+    rounds = 1 + mean_rounds(max(maxima, 2 * wanted), wanted, wanted)
+    held = maxima / (candidate.lanes * warps)
+    return {
+        "loads": 1.0,
+        "rounds": rounds,
+        "round_warps": rounds * warps / _WARPS,
+        "scans": rounds * held * _crowding(warps, programs),
+    }
 
 
 def sorting(problem: Problem) -> dict[str, float]:

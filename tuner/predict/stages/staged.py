@@ -7,6 +7,7 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.staged import select_warps
 from flashtune.tuner.predict.stages.stage import (
     Stage,
+    decision,
     gather,
     row_pass,
     scales,
@@ -19,7 +20,7 @@ from flashtune.tuner.predict.stages.stage import (
 
 
 def staged_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
-    """Score, select, gather."""
+    """Score, select, gather; decide, where candidates are screened."""
     problem, config, device = candidate.problem, candidate.config, candidate.device
     score, gathering = needs["score"], needs["gather"]
     tiles = -(-problem.n_clusters // config.score_rows) / score.programs
@@ -37,4 +38,6 @@ def staged_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[
     else:
         programs = sharing(gathering, device) if in_gather else 1
         stages.append(Stage(**own, **search(candidate, select_warps(config), programs)))
-    return [*stages, gather(candidate, gathering, lists=not in_gather)]
+    stages.append(gather(candidate, gathering, lists=not in_gather))
+    parts = gathering.programs // problem.n_tokens
+    return [*stages, *decision(candidate, gathering, parts, gathering.warps)]
