@@ -117,8 +117,9 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
 
 def _block(stage: str, problem: Problem, simd: str) -> int:
     """Elements that a micro-kernel takes at a time: two vectors, or a group that has a scale."""
-    name = problem.centroid_dtype if stage == "score" else problem.weight_dtype
-    return max(2 * LANES[simd], format_of(name).group)
+    stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
+    vectors = 4 if stored.name == "int8" and LANES[simd] == 4 else 2  # bytes apart by shifts
+    return max(vectors * LANES[simd], stored.group)
 
 
 _TILE = ("rows", "columns", "unroll")
