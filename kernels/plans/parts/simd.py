@@ -52,6 +52,8 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
     weight, centroid = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
     slack = slack_of(config)
     most = min(problem.n_probes + slack, problem.n_clusters)
+    probed = min(most + problem.n_pinned, problem.n_clusters)
+    candidates = probed * problem.cluster_size
     return {
         "plan": config.plan,
         **shape_values(problem),
@@ -62,7 +64,9 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "weight_quantised": weight.quantised,
         "centroid_quantised": centroid.quantised,
         "quantised": weight.quantised or centroid.quantised,
-        "rescored": min(problem.n_rescored, most * problem.cluster_size),
+        "pinned": problem.n_pinned,
+        "scored": problem.n_probes < problem.n_clusters,
+        "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
         **asdict(config),
         **threshold_values(problem, slack),
