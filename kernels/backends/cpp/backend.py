@@ -6,6 +6,7 @@ Usage:
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ import torch
 
 from flashtune.kernels.backends.cpp.compiler import build_library, load_library
 from flashtune.kernels.backends.cpp.huge_pages import advise
+from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step, Weights
@@ -30,6 +32,7 @@ class CppStep:
         """Raises MemoryError where there is none for the scratch."""
         formats = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
         self._quantised = any(each.quantised for each in formats)
+        self._problem = problem
         library.flashtune_open.restype = ctypes.c_void_p
         library.flashtune_close.argtypes = (ctypes.c_void_p,)
         library.flashtune_decode.argtypes = (ctypes.c_void_p,) * (9 if self._quantised else 6)
@@ -42,7 +45,10 @@ class CppStep:
         weakref.finalize(self, library.flashtune_close, self._handle)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the step."""
+        """Run the step; states that are not finite are left to torch, whose NaN they give."""
+        if not math.isfinite(hidden.sum(dtype=torch.float32).item()):
+            TorchStep(self._problem)(weights, hidden, out)
+            return
         place = (weights.centroids.data_ptr(), weights.weight.data_ptr())
         if place not in self._advised:
             self._advised.add(place)
