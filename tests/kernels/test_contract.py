@@ -497,6 +497,159 @@ def test_calls_leave_nothing_behind_for_the_next(
         before = step.scratch.state.clone()
 
 
+QUANTISED: dict[str, Problem] = {
+    "int8": Problem(
+        vocab_size=2400,
+        hidden_size=1152,
+        n_clusters=200,
+        n_probes=20,
+        weight_dtype="int8",
+        centroid_dtype="int8",
+        model_dtype="bf16",
+        n_rescored=8,
+        n_pinned=2,
+    ),
+    "int4-several-tokens": Problem(
+        vocab_size=2400,
+        hidden_size=33,
+        n_clusters=200,
+        n_probes=20,
+        n_tokens=3,
+        weight_dtype="int4",
+        centroid_dtype="int4",
+        model_dtype="fp16",
+        n_rescored=8,
+        n_pinned=2,
+        epilogue="logits",
+    ),
+    "int4-rows-one-probe": Problem(
+        vocab_size=2400,
+        hidden_size=640,
+        n_clusters=150,
+        n_probes=1,
+        weight_dtype="int4",
+        centroid_dtype="int8",
+        model_dtype="fp32",
+        n_rescored=1,
+    ),
+    "int8-rows": Problem(
+        vocab_size=2400,
+        hidden_size=99,
+        n_clusters=200,
+        n_probes=20,
+        weight_dtype="int8",
+        centroid_dtype="bf16",
+        model_dtype="bf16",
+        n_pinned=2,
+        epilogue="logits",
+    ),
+    "int8-centroids-alone": Problem(
+        vocab_size=2400,
+        hidden_size=200,
+        n_clusters=200,
+        n_probes=20,
+        weight_dtype="bf16",
+        centroid_dtype="int8",
+    ),
+    "all-probed": Problem(
+        vocab_size=2400,
+        hidden_size=200,
+        n_clusters=150,
+        n_probes=150,
+        weight_dtype="int4",
+        centroid_dtype="bf16",
+        model_dtype="bf16",
+        n_rescored=8,
+        epilogue="logits",
+    ),
+}
+
+
+def _quantised_step(name: str, problem: Problem) -> tuple[Step, int]:
+    """A step of a config for CPUs, without instructions that this problem has no use for."""
+    config = ON_CPU[name]
+    if Candidate(problem, config, CPU).why_invalid():
+        levels = [level for level in simd_levels(CPU.arch) if not level.endswith("bf16")]
+        config = _narrowed(replace(config, simd=levels[-1]), problem)
+    return _compiled_step(problem, config, CPU), slack_of(config)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("case", QUANTISED)
+def test_quantised_heads_are_right(case: str, name: str) -> None:
+    """On random numbers, outliers in rows and states, and rows of zeros."""
+    problem = QUANTISED[case]
+    step, slack = _quantised_step(name, problem)
+    workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=3)
+    assert workload.why_wrong(step, slack) is None
+    weights, judge = workload.sets[0], Judge(workload.sets[0], problem)
+    hidden = workload.checks[3].clone()
+    hidden[:, 5] *= 1000
+    for row in range(0, problem.vocab_size, 7):
+        values = torch.zeros(problem.hidden_size)
+        values[row % problem.hidden_size] = 300.0 * (row % 3)
+        weights.put(problem, row, values)
+    for states in (hidden, torch.zeros_like(hidden)):
+        out = run(step, problem, weights, states)
+        assert judge.why_wrong(out, states, slack) is None
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_models_own_rows_decide(name: str) -> None:
+    """Rows that look alike in 4 bits: the best differs in what these lose; of ties the first."""
+    problem = replace(QUANTISED["int4-rows-one-probe"], n_probes=3, n_rescored=8)
+    step, _ = _quantised_step(name, problem)
+    workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=3)
+    weights, hidden = workload.sets[0], torch.ones(1, problem.hidden_size)
+    scores = weights.centroid_rows(problem, slice(None), torch.float32).sum(dim=1)
+    first = int(scores.argmax()) * problem.cluster_size
+    for member in range(8):
+        values = torch.full((problem.hidden_size,), 7.0)
+        values[0] += 0.125 * (member in (2, 5))
+        weights.put(problem, first + member, values)
+    assert int(run(step, problem, weights, hidden)) == int(weights.ids[first + 2])
+
+
+@pytest.mark.parametrize("selection", ["threshold", "histogram", "nth_element"])
+def test_pinned_clusters_are_probed_beside_the_best(selection: str) -> None:
+    problem = replace(QUANTISED["int8-rows"], n_pinned=3, n_probes=4)
+    for config in (
+        CppFusedConfig(selection=selection, slack=0),
+        CppStagedConfig(selection=selection, slack=0),
+    ):
+        step = _compiled_step(problem, config, CPU)
+        workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=3)
+        weights, hidden = workload.sets[0], workload.states[0].abs()
+        for centroids in (weights.centroids, torch.zeros_like(weights.centroids)):
+            weights = replace(weights, centroids=centroids.clone())
+            weights.centroids[:2] = -1.0  # the worst of all
+            out = run(step, problem, weights, hidden)
+            probed = (out[0, weights.ids.long()] != -1e4).view(problem.n_clusters, -1).all(dim=1)
+            assert probed[:3].all()
+            scores = weights.centroids.float() @ hidden[0].float()
+            best = set(scores.argsort(descending=True, stable=True)[:4].tolist())
+            assert set(probed.nonzero()[:, 0].tolist()) == best | {0, 1, 2}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["fused", "staged"])
+@pytest.mark.parametrize("case", ["int8", "int8-rows", "int8-centroids-alone"])
+def test_no_number_in_gives_none_out(case: str, name: str, value: float) -> None:
+    """As plain torch has it: token 0, or a row without one finite logit."""
+    problem = QUANTISED[case]
+    step, slack = _quantised_step(name, problem)
+    workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=3)
+    weights, hidden = workload.sets[0], workload.states[0].clone()
+    hidden[0, 3] = value
+    hidden[0, 4] = -value  # of an infinity too, sums are none then
+    out = run(step, problem, weights, hidden)
+    if problem.epilogue == "logits":
+        assert not bool(out.isfinite().any())
+    else:
+        assert out.tolist() == [0]
+    assert workload.why_wrong(step, slack) is None
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_valid_config_of_a_cpu_gives_right_tokens(
     seed: int, random_config: Callable[[random.Random], Config]
@@ -570,13 +723,18 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
 
 def _small_problem(rng: random.Random) -> Problem:
     clusters, size = rng.choice((1, 7, 11, 20)), rng.choice((1, 3, 5, 12))
+    weight = rng.choice(("bf16", "fp16", "fp32", "int8", "int4"))
+    quantised = format_of(weight).quantised
     return Problem(
         vocab_size=clusters * size,
         hidden_size=rng.choice((1, 33, 96, 200)),
         n_clusters=clusters,
         n_probes=rng.randint(1, clusters),
         n_tokens=rng.choice((1, 1, 2)),
-        weight_dtype=rng.choice(("bf16", "fp16", "fp32")),
-        centroid_dtype=rng.choice(("bf16", "fp16", "fp32")),
-        epilogue=rng.choice(list(EPILOGUES)),
+        weight_dtype=weight,
+        centroid_dtype=rng.choice(("bf16", "fp16", "fp32", "int8", "int4")),
+        model_dtype=rng.choice(("bf16", "fp16", "fp32")) if quantised else "",
+        n_rescored=rng.choice((0, 1, min(8, clusters * size))) if quantised else 0,
+        n_pinned=rng.choice((0, 0, min(2, clusters))),
+        epilogue=rng.choice(tuple(EPILOGUES)),
     )

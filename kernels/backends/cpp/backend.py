@@ -1,11 +1,12 @@
 """The C++ backend: CPUs, through the machine's own compiler.
 
 Usage:
-    step = CppStep(load_library(source, arch, simd))
+    step = CppStep(load_library(source, arch, simd), problem)
     step(weights, hidden, out)        # done when it returns
 """
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -13,8 +14,11 @@ import torch
 
 from flashtune.kernels.backends.cpp.compiler import build_library, load_library
 from flashtune.kernels.backends.cpp.huge_pages import advise
+from flashtune.kernels.backends.torch import TorchStep
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step, Weights
+from flashtune.tuning_db.problem import Problem
 
 
 class CppStep:
@@ -24,11 +28,14 @@ class CppStep:
     threads start with the first call and sleep between calls. One call at a time.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, problem: Problem) -> None:
         """Raises MemoryError where there is none for the scratch."""
+        formats = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
+        self._quantised = any(each.quantised for each in formats)
+        self._problem = problem
         library.flashtune_open.restype = ctypes.c_void_p
         library.flashtune_close.argtypes = (ctypes.c_void_p,)
-        library.flashtune_decode.argtypes = (ctypes.c_void_p,) * 6
+        library.flashtune_decode.argtypes = (ctypes.c_void_p,) * (9 if self._quantised else 6)
         library.flashtune_decode.restype = None
         self._handle = library.flashtune_open()
         if not self._handle:
@@ -38,15 +45,21 @@ class CppStep:
         weakref.finalize(self, library.flashtune_close, self._handle)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the step."""
+        """Run the step; states that are not finite are left to torch, whose NaN they give."""
+        if not math.isfinite(hidden.sum(dtype=torch.float32).item()):
+            TorchStep(self._problem)(weights, hidden, out)
+            return
         place = (weights.centroids.data_ptr(), weights.weight.data_ptr())
         if place not in self._advised:
             self._advised.add(place)
             advise(weights.centroids)
             advise(weights.weight)
-        self._decode(
-            self._handle, *place, weights.ids.data_ptr(), hidden.data_ptr(), out.data_ptr()
-        )
+        pointers = [self._handle, *place]
+        pointers += [each.data_ptr() for each in (weights.ids, hidden, out)]
+        if self._quantised:
+            beside = (weights.centroid_scales, weights.weight_scales, weights.model_weight)
+            pointers += [None if each is None else each.data_ptr() for each in beside]
+        self._decode(*pointers)
 
 
 class CppBackend:
@@ -63,4 +76,4 @@ class CppBackend:
         """Compile; each call of the result makes a step with scratch and threads of its own."""
         arch, simd = candidate.device.arch, candidate.config.simd
         library = load_library(source or candidate.source, arch, simd)
-        return lambda: CppStep(library)
+        return lambda: CppStep(library, candidate.problem)

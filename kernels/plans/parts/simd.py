@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, Rule
 from flashtune.kernels.plans.knob import Config
-from flashtune.kernels.plans.parts.size import PLAIN, shape_values
+from flashtune.kernels.plans.parts.size import shape_values
 from flashtune.kernels.plans.parts.threshold import threshold_values
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
@@ -49,13 +49,24 @@ def slack_of(config: Any) -> int:
 def cpp_values(candidate: Candidate) -> dict[str, Value]:
     """What the template is filled in with, but for how parts are shared out."""
     problem, config = candidate.problem, candidate.config
+    weight, centroid = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
     slack = slack_of(config)
+    most = min(problem.n_probes + slack, problem.n_clusters)
+    probed = min(most + problem.n_pinned, problem.n_clusters)
+    candidates = probed * problem.cluster_size
     return {
         "plan": config.plan,
         **shape_values(problem),
-        "most": min(problem.n_probes + slack, problem.n_clusters),
-        "weight_format": format_of(problem.weight_dtype).cpp,
-        "centroid_format": format_of(problem.centroid_dtype).cpp,
+        "most": most,
+        "weight_format": weight.cpp,
+        "centroid_format": centroid.cpp,
+        "model_format": format_of(problem.state_dtype).cpp,
+        "weight_quantised": weight.quantised,
+        "centroid_quantised": centroid.quantised,
+        "quantised": weight.quantised or centroid.quantised,
+        "pinned": problem.n_pinned,
+        "scored": problem.n_probes < problem.n_clusters,
+        "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
         **asdict(config),
         **threshold_values(problem, slack),
@@ -66,9 +77,15 @@ def _why_not_run(candidate: Candidate) -> str | None:
     simd = candidate.config.simd
     if simd not in simd_levels(candidate.device.arch):
         return f"{candidate.device.name} has no {simd}"
-    if simd in BF16_LEVELS and candidate.problem.weight_dtype != "bf16":
+    if simd in BF16_LEVELS and not _multiplies_bf16(candidate.problem):
         return f"{simd} needs hidden states and weights in bf16"
     return None
+
+
+def _multiplies_bf16(problem: Problem) -> bool:
+    """Whether states in bf16 meet rows or centroids in bf16, the one thing such levels add."""
+    stored = (problem.weight_dtype, problem.centroid_dtype)
+    return problem.state_dtype == "bf16" and "bf16" in stored
 
 
 def _why_not_shared(candidate: Candidate) -> str | None:
@@ -96,10 +113,17 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
     unroll = getattr(config, f"{stage}_unroll")
     if rows * columns > MOST_SUMS:
         return f"the {stage} tile {rows}x{columns} has more than {MOST_SUMS} sums"
-    width = columns * unroll * 2 * LANES[config.simd]
+    width = columns * unroll * _block(stage, candidate.problem, config.simd)
     if columns * unroll > 1 and width > candidate.problem.hidden_size:
         return f"{stage}_columns and {stage}_unroll take more than the hidden size"
     return None
+
+
+def _block(stage: str, problem: Problem, simd: str) -> int:
+    """Elements that a micro-kernel takes at a time: two vectors, or a group that has a scale."""
+    stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
+    vectors = 4 if stored.name == "int8" and LANES[simd] == 4 else 2  # bytes apart by shifts
+    return max(vectors * LANES[simd], stored.group)
 
 
 _TILE = ("rows", "columns", "unroll")
@@ -108,14 +132,13 @@ CPP_RULES = (
     Rule(_why_not_shared, frozenset(["threads"])),
     Rule(_why_not_scored, frozenset(["simd", *(f"score_{each}" for each in _TILE)])),
     Rule(_why_not_gathered, frozenset(["simd", *(f"gather_{each}" for each in _TILE)])),
-    PLAIN,
 )
 
 
 def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     """The config with the device's best instructions, all its cores, and tiles that fit."""
     levels = simd_levels(device.arch)
-    if problem.weight_dtype != "bf16":
+    if not _multiplies_bf16(problem):
         levels = tuple(level for level in levels if level not in BF16_LEVELS)
     changes: dict[str, Any] = {
         "simd": levels[-1],
@@ -123,6 +146,6 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     }
     for stage in ("score", "gather"):
         columns = getattr(config, f"{stage}_columns")
-        if columns * 2 * LANES[levels[-1]] > problem.hidden_size:
+        if columns * _block(stage, problem, levels[-1]) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
     return replace(config, **changes)
