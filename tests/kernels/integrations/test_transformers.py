@@ -230,7 +230,7 @@ def test_the_clusters_of_a_model_folder_are_taken(tmp_path: Path) -> None:
     assert model.lm_head.head is head
     with torch.no_grad():
         logits = model(prompts(1, 1)).logits[0, 0]
-    assert int((logits != -1e4).sum()) in (3 * 8, 3 * 8 + 1)
+    assert int((logits != -1e4).sum()) in (3 * 8, 4 * 8)  # with the cluster of token 7
     assert float(logits[7]) != -1e4
     flashtune.remove(model)
     assert flashtune.apply(model, assets=str(tmp_path), n_probes=5).n_probes == 5
