@@ -32,7 +32,6 @@ from flashtune.kernels.runtime import custom_op
 from flashtune.kernels.runtime.decoder import MOST_TOKENS, Allowance, Decoder
 from flashtune.kernels.special_token import FEW, checked_special_tokens, most_pinned, pin
 from flashtune.kernels.weights import (
-    ALIGNMENT,
     Weights,
     aligned,
     check_finite,
@@ -275,7 +274,7 @@ class FlashHead(nn.Module):
     def model_weight(self) -> torch.Tensor | None:
         """The weight `[vocab, hidden]` that decides among candidates, where there is a screen.
 
-        The tensor that was given, not a copy. Parameters of a model that is converted are followed.
+        The tensor that was given, not a copy. As a model's parameter is converted, so is this.
         """
         return self._referred[0] if self._referred else None
 

@@ -57,7 +57,7 @@ def pin(order: torch.Tensor, n_clusters: int, ids: Sequence[int], most: int) -> 
     special = torch.isin(rows, torch.tensor(ids, dtype=order.dtype, device=order.device))
     holding, whole = special.any(dim=1), special.all(dim=1)
     n_holding, n_whole = int(holding.sum()), int(whole.sum())
-    moved = rows[special & ~whole[:, None]].unique()
+    moved = torch.unique(rows[special & ~whole[:, None]])
     n_added = -(-len(moved) // rows.shape[1])
     if n_holding <= most or n_added + n_whole >= n_holding:
         first = torch.argsort(~holding, stable=True)

@@ -25,8 +25,8 @@ from flashtune.tuning_db.problem import Problem
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
 _PACKED_ROWS = 2**12  # at a time
-# How far a packed number may be off: half a step and float32's rounding, what bf16 rounds, and what
-# is lost of numbers so small that their scale is not a normal float16.
+# How far a packed number may be off: half a step and float32's rounding, what bf16 rounds, and
+# what is lost of numbers so small that their scale is not a normal float16.
 _HALF, _CONVERTED, _TINY = 0.501, 2.0**-8, 1e-6
 
 

@@ -53,7 +53,7 @@ def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None)
             own = weight[ids]
             if not weights.holds(problem, part, own):
                 return False
-            if copied and not torch.equal(model[ids], own):
+            if model is not None and copied and not torch.equal(model[ids], own):
                 return False
     return True
 
@@ -65,9 +65,9 @@ class FlashLinear(nn.Linear):
     position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
     goes through the weight: scoring and training read logits of every token, at every position.
 
-    FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another one,
-    or has other values, the dense layer answers, with one warning, until it has the old values
-    again: a copy made from new values would still have the clusters of the old ones.
+    FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another
+    one, or has other values, the dense layer answers, with one warning, until it has the old
+    values again: a copy made from new values would still have the clusters of the old ones.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead) -> None:

@@ -50,7 +50,8 @@ def apply(
     model, or of the folder's config, are candidates of every step.
 
     The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
-    of it and the centroids; with a screen by that alone. Apply it once the weights are final and where they will be used.
+    of it and the centroids; with a screen by that alone. Apply it once the weights are final and
+    where they will be used.
     Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
     quantised, wrapped by an adapter, split over devices, with a bias, or with logits that the
     model caps. To find that out the model is run on one token.

@@ -31,6 +31,7 @@ from flashtune.kernels.model_folder.clusters import (
     read_shapes,
 )
 from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight
+from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.special_token import checked_special_tokens
 from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
@@ -86,6 +87,12 @@ class ModelFolder:
         named = self.path / str(self.config.get(ASSETS_KEY, ASSETS_FOLDER)) / CLUSTERING_FILE
         beside = self.path / CLUSTERING_FILE
         return beside if beside.exists() and not named.exists() else named
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the config says that this is a FlashHead model."""
+        names = self.config.get("architectures") or []
+        return ASSETS_KEY in self.config or any(str(name).startswith(PREFIX) for name in names)
 
     @property
     def dtype(self) -> str:

@@ -127,8 +127,8 @@ def shape_distance(wanted: Problem, found: Problem) -> float | None:
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
     octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
-    small = sum(getattr(wanted, name) != getattr(found, name) for name in SMALL_FIELDS)
-    return octaves + SMALL_OCTAVES * small
+    small = [name for name in SMALL_FIELDS if getattr(wanted, name) != getattr(found, name)]
+    return octaves + SMALL_OCTAVES * len(small)
 
 
 def device_distance(wanted: Device, found: Device) -> float:

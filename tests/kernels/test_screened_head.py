@@ -51,7 +51,7 @@ def screened(**changes: Any) -> FlashHead:
 def test_the_best_candidates_are_decided_by_the_models_rows(
     screen: str, width: int, n_tokens: int
 ) -> None:
-    """All candidates are decided again: centroids alone may differ from a head without a screen."""
+    """With all decided again only centroids may differ from a head without a screen."""
     weight, centroids, assignments = parts(width=width)
     kind = Screen.parse(screen)
     everything = Screen(centroids=kind.centroids, rows=kind.rows, n_rescored=VOCAB)
