@@ -12,7 +12,12 @@ from flashtune.kernels.plans.parts.screen import (
     single_rows_passes,
     single_rows_values,
 )
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
+from flashtune.kernels.plans.parts.size import (
+    epilogue_values,
+    read_by,
+    shape_values,
+    stored_values,
+)
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -137,6 +142,7 @@ BATCHED = Plan(
     builder="triton",
     template="triton/batched.py.j2",
     rules=(
+        read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
         Rule(
             lambda each: why_not_selected(each.problem, each.config.select_warps),

@@ -12,7 +12,7 @@ from flashtune.kernels.plans.parts.screen import (
     single_rows_values,
     why_not_bounded,
 )
-from flashtune.kernels.plans.parts.size import shape_values, stored_values
+from flashtune.kernels.plans.parts.size import read_by, shape_values, stored_values
 from flashtune.kernels.plans.parts.tensor_tile import (
     TENSOR_TILE,
     expected_tensor_pass,
@@ -84,6 +84,7 @@ DENSE = Plan(
     builder="triton",
     template="triton/dense.py.j2",
     rules=(
+        read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
         Rule(
             lambda each: why_not_tensor_tiled("gather", each),

@@ -7,7 +7,12 @@ from typing import ClassVar
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.screen import why_not_rescored
-from flashtune.kernels.plans.parts.size import epilogue_values, shape_values, stored_values
+from flashtune.kernels.plans.parts.size import (
+    epilogue_values,
+    read_by,
+    shape_values,
+    stored_values,
+)
 from flashtune.kernels.plans.parts.threshold import lane_values, prefetch_values, share_values
 from flashtune.kernels.plans.parts.tile import (
     PREFETCH_MARGINS,
@@ -121,6 +126,7 @@ PERSISTENT = Plan(
     builder="triton",
     template="triton/persistent.py.j2",
     rules=(
+        read_by("triton"),
         *(
             Rule(
                 lambda each, stage=stage: why_not_tiled(stage, each.config.warps, each),  # type: ignore[misc]

@@ -11,6 +11,7 @@ from flashtune.kernels.plans.parts.screen import MOST_BOUNDED, bound_values
 from flashtune.kernels.plans.parts.size import (
     epilogue_values,
     next_power_of_2,
+    read_by,
     shape_values,
     stored_values,
 )
@@ -180,6 +181,7 @@ STAGED = Plan(
     builder="triton",
     template="triton/staged.py.j2",
     rules=(
+        read_by("triton"),
         Rule(
             lambda each: why_not_tiled("score", each.config.score_warps, each),
             frozenset(f"score_{each}" for each in TILE),

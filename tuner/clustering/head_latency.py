@@ -21,7 +21,7 @@ from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.kernels.runtime.binding import bind
-from flashtune.kernels.special_token import SpecialTokens
+from flashtune.kernels.special_token import most_pinned, pin
 from flashtune.kernels.weights import Step, Weights, problem_of, token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -35,14 +35,23 @@ class HeadLatency:
     def __init__(self, parts: HeadParts, states: torch.Tensor) -> None:
         """Lay the weights out as FlashHead does."""
         weight, centroids = parts.weight, parts.clusters.centroids
-        order = token_order(parts.clusters.assignments, len(centroids)).to(weight.device)
+        problem = problem_of(weight, centroids, parts.n_probes, n_tokens=1)
+        order = token_order(parts.clusters.assignments, problem.n_clusters).to(weight.device)
+        most = most_pinned(parts.n_probes)
+        pinned = pin(order, problem.n_clusters, parts.special_token_ids, most)
         self._weights = Weights(
-            weight=weight[order], centroids=centroids, ids=order.to(torch.int32)
+            weight=weight[pinned.order],
+            centroids=pinned.centroids(centroids),
+            ids=pinned.order.to(torch.int32),
         )
         self._dense_weight = weight
-        special = parts.special_token_ids
-        self._special = SpecialTokens.of(special, order) if special else None
-        self._problem = problem_of(weight, centroids, parts.n_probes, n_tokens=1)
+        self._problem = replace(
+            problem,
+            vocab_size=pinned.order.numel(),
+            n_clusters=problem.n_clusters + pinned.n_added,
+            n_pinned=pinned.n_pinned,
+        )
+        self._n_added = pinned.n_added
         self._states = states.to(weight.device, weight.dtype)
 
     def dense(self) -> Timing:
@@ -55,22 +64,15 @@ class HeadLatency:
 
     def probing(self, n_probes: int) -> tuple[Timing, str]:
         """FlashHead with that many probes, and the level of its choice: exact … torch."""
-        problem = replace(self._problem, n_probes=n_probes)
+        problem = replace(self._problem, n_probes=n_probes + self._n_added)
         bound = bind(problem, self._weights)
-        step = bound.take_step()
-        special = self._special
-
-        def with_special(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-            step(weights, hidden, out)
-            if special is not None:
-                out.copy_(special(weights, hidden, out))
-
-        timing = self._time(problem, with_special, f"the head with {n_probes} probes")
+        timing = self._time(problem, bound.take_step(), f"the head with {n_probes} probes")
         return timing, bound.choice.level.value
 
     def _time(self, problem: Problem, step: Step, what: str) -> Timing:
-        """The step's timing. No checks: `bind` has verified it, and special tokens change what
-        is right. Raises FlashtuneError with the outcome where it fails.
+        """The step's timing. No checks: `bind` has verified it.
+
+        Raises FlashtuneError with the outcome where it fails.
         """
         device = device_of(self._weights.weight.device)
         cold_bytes = device.l2_bytes

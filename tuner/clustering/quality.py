@@ -54,7 +54,8 @@ class Study:
     ) -> "Study":
         """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
 
-        Special tokens count as found always. logits_of: what the model makes of its head's
+        Special tokens count as found always; of other tokens in the clusters that are pinned for
+        them this is not counted. logits_of: what the model makes of its head's
         logits `[states, vocab]`, which changes the probabilities. Raises FlashtuneError for states
         that do not fit.
         """

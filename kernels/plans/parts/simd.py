@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, Rule
 from flashtune.kernels.plans.knob import Config
-from flashtune.kernels.plans.parts.size import shape_values
+from flashtune.kernels.plans.parts.size import read_by, shape_values
 from flashtune.kernels.plans.parts.threshold import threshold_values
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
@@ -128,6 +128,7 @@ def _block(stage: str, problem: Problem, simd: str) -> int:
 
 _TILE = ("rows", "columns", "unroll")
 CPP_RULES = (
+    read_by("cpp"),
     Rule(_why_not_run, frozenset(["simd"])),
     Rule(_why_not_shared, frozenset(["threads"])),
     Rule(_why_not_scored, frozenset(["simd", *(f"score_{each}" for each in _TILE)])),

@@ -26,16 +26,17 @@ def shape_values(problem: Problem) -> dict[str, Value]:
     }
 
 
-def why_not_plain(candidate: Candidate) -> str | None:
-    """For plans whose templates read plain numbers, and probe what scores best alone."""
-    problem, plan = candidate.problem, candidate.config.plan
-    for name in (problem.weight_dtype, problem.centroid_dtype):
-        if format_of(name).quantised:
-            return f"plan {plan} does not read {name}"
-    return f"plan {plan} pins no clusters" if problem.n_pinned else None
+def read_by(language: str) -> Rule:
+    """For plans whose templates read every format that has a name in their language."""
 
+    def why_not_read(candidate: Candidate) -> str | None:
+        problem, plan = candidate.problem, candidate.config.plan
+        for name in (problem.weight_dtype, problem.centroid_dtype):
+            if not getattr(format_of(name), language):
+                return f"plan {plan} does not read {name}"
+        return None
 
-PLAIN = Rule(why_not_plain)
+    return Rule(why_not_read)
 
 
 def stored_values(problem: Problem) -> dict[str, Value]:
