@@ -68,18 +68,23 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     }
     listed = -(-problem.n_clusters // device.sm_count) + 2
     state = FORMATS[problem.state_dtype].bytes_of(1, problem.hidden_size)
-    decided = 0
-    if problem.n_rescored:  # each row's screened logit, and the tokens that are decided again
-        decided = 8 * -(-problem.vocab_size // device.sm_count) + 4 * problem.n_rescored
+    decided = sent = 0
+    if problem.n_rescored:  # each row's screened logit; in the ring, what the blocks have sent
+        decided = 8 * -(-problem.vocab_size // device.sm_count) + 4 * problem.n_rescored + 8
+        sent = 8 * device.sm_count * problem.n_rescored
+    most_warps = max(config.score_warps, config.gather_warps)
     launches = []
     for kernel in _STAGES:
         warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
         row = _row_bytes(_dtype(kernel, problem), problem)
         # the hidden state, barriers, and what warps tell each other
         fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
+        if _dtype(kernel, problem) not in _PLAIN:  # the hidden state in whole numbers, aligned
+            fixed += 2 * problem.hidden_size + 4 * most_warps + 256
         if kernel == "gather":
             fixed += decided + 4 * warps
-        ring = -(-max(warps * stages * row, least[kernel] - fixed) // 128) * 128
+        filled = max(warps * stages * row, sent if kernel == "gather" else 0)
+        ring = -(-max(filled, least[kernel] - fixed) // 128) * 128
         launches.append(
             KernelUse(
                 kernel=kernel,
@@ -106,7 +111,7 @@ def _arguments(problem: Problem) -> tuple[str, ...]:
         found.append("centroid_scales")
     if problem.weight_dtype not in _PLAIN:
         found.append("weight_scales")
-    return (*found, *(["model_weight"] if problem.n_rescored else []))
+    return (*found, *(["model_weight", "candidates"] if problem.n_rescored else []))
 
 
 def _row_bytes(dtype: str, problem: Problem) -> int:

@@ -30,12 +30,14 @@ class CudaScratch:
     """What a step writes on its way. Not to be shared by steps that run at the same time.
 
     Shapes: scores float32 `[n_clusters]`; moments float32 `[blocks, 2]`, of each block's scores
-    their sum and that of their squares; state int64 `[2]`, best packed logit and arrivals.
+    their sum and that of their squares; state int64 `[2]`, best packed logit and arrivals;
+    candidates int64 `[blocks, n_rescored]`, each block's best packed logits.
     """
 
     scores: torch.Tensor
     moments: torch.Tensor
     state: torch.Tensor
+    candidates: torch.Tensor
 
     @classmethod
     def create(cls, problem: Problem, blocks: int, device: torch.device) -> "CudaScratch":
@@ -44,6 +46,7 @@ class CudaScratch:
             scores=torch.empty(problem.n_clusters, dtype=torch.float32, device=device),
             moments=torch.empty(blocks, 2, dtype=torch.float32, device=device),
             state=torch.tensor([EMPTY_BEST, 0], dtype=torch.int64, device=device),
+            candidates=torch.empty(blocks, problem.n_rescored, dtype=torch.int64, device=device),
         )
 
 
