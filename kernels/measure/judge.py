@@ -46,7 +46,11 @@ class Judge:
 
     Of quantised weights the truth is what their numbers stand for, whole numbers times scales. A
     kernel multiplies by a scale after it has added up, and rounds once more for it, which the
-    bound's 16 further steps cover. Where the best R candidates are decided by the model's own rows
+    bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of a
+    power of two u, at most 2^22 of them, so that its products are integers and their sums exact.
+    The largest magnitude m of a state is then more than 2^21 u, and each number is off by at most
+    u / 2 < 2^-22 m: a sum by at most 2^-22 m sum |a_i|, which is added to the bound. Numbers in
+    bf16 of 2^-15 m and more, and whole numbers to 2^22, are taken exactly. Where the best R candidates are decided by the model's own rows
     (`n_rescored`), those must be decided of which fewer than R can be better once each logit is
     moved by its bound; any more may be, since the model's rows only make an answer better.
     """
@@ -69,7 +73,11 @@ class Judge:
         states = hidden.double()
         problem = self.problem
         parts = [
-            self.products(self.weights.centroid_rows(problem, part, torch.float64), states)
+            self.products(
+                self.weights.centroid_rows(problem, part, torch.float64),
+                states,
+                multiples=problem.centroid_dtype == "int8",
+            )
             for part in _parts(problem.n_clusters)
         ]
         scores, bounds = (torch.cat(each).T for each in zip(*parts, strict=True))
@@ -81,19 +89,29 @@ class Judge:
         return None
 
     def products(
-        self, rows: torch.Tensor, states: torch.Tensor
+        self, rows: torch.Tensor, states: torch.Tensor, *, multiples: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rows @ states.T` in float64, and the error bounds."""
+        """`rows @ states.T` in float64, and the error bounds.
+
+        multiples: whether states may be taken as whole multiples of a power of two.
+        """
         depth = 0 if self.exact else rows.shape[1] / 32 + 16
         rows = rows.double()
-        return rows @ states.T, depth * 2.0**-24 * (rows.abs() @ states.abs().T)
+        bounds = depth * 2.0**-24 * (rows.abs() @ states.abs().T)
+        if multiples and not self.exact:
+            bounds += 2.0**-22 * rows.abs().sum(dim=1)[:, None] * states.abs().amax(dim=1)
+        return rows @ states.T, bounds
 
     def logits(
         self, positions: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of rows of the weight as it is stored, and their bounds: `[positions]` each."""
         found = [
-            self.products(self.weights.rows(self.problem, part, torch.float64), state[None])
+            self.products(
+                self.weights.rows(self.problem, part, torch.float64),
+                state[None],
+                multiples=self.problem.weight_dtype == "int8",
+            )
             for part in torch.split(positions, _ROWS_AT_ONCE)
         ]
         sums, bounds = (torch.cat(each)[:, 0] for each in zip(*found, strict=True))

@@ -50,7 +50,7 @@ class CppFusedConfig(Config):
     gather_rows: int = knob(1, (1, 2, 4, 8))
     gather_columns: int = knob(2, (1, 2, 4, 8))
     gather_unroll: int = knob(1, (1, 2, 4))
-    gather_prefetch: int = knob(0, (0, 1, 2, 4, 8))
+    gather_prefetch: int = knob(0, (0, 1, 2, 4, 8, 16))
 
 
 def default(problem: Problem, device: Device) -> CppFusedConfig:

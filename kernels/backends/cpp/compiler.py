@@ -32,7 +32,8 @@ SIMD_FLAGS = {
     "scalar": (),
     "avx2": _AVX2,
     "avx512": (*_AVX512, "-mprefer-vector-width=512"),
-    "avx512_bf16": (*_AVX512, "-mprefer-vector-width=512", "-mavx512bf16"),
+    "avx512_vnni": (*_AVX512, "-mprefer-vector-width=512", "-mavx512vnni"),
+    "avx512_bf16": (*_AVX512, "-mprefer-vector-width=512", "-mavx512vnni", "-mavx512bf16"),
     "neon": (),
     "neon_bf16": ("-march=armv8.2-a+fp16+bf16",),
 }

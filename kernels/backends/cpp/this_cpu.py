@@ -33,6 +33,7 @@ _NEEDED: dict[str, set[str]] = {
     "scalar": set(),
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
     "neon": {"asimd"},
     "neon_bf16": {"bf16", "asimdhp"},

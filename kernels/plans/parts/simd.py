@@ -18,14 +18,25 @@ from flashtune.tuning_db.problem import Problem
 
 TEMPLATE = "cpp/decode.cpp.j2"
 SIMD_LEVELS = {
-    "x86_64": ("scalar", "avx2", "avx512", "avx512_bf16"),
+    "x86_64": ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
     "aarch64": ("scalar", "neon", "neon_bf16"),
 }
-LANES = {"scalar": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "neon": 4, "neon_bf16": 4}
+LANES = {
+    "scalar": 4,
+    "avx2": 8,
+    "avx512": 16,
+    "avx512_vnni": 16,
+    "avx512_bf16": 16,
+    "neon": 4,
+    "neon_bf16": 4,
+}
 ALL_LEVELS = tuple(LANES)
 BF16_LEVELS = ("avx512_bf16", "neon_bf16")
+VNNI_LEVELS = ("avx512_vnni", "avx512_bf16")
+MOST_HIDDEN = 2**31 // (255 * 128)  # of products of two bytes in a sum of 32 bits
 MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
 THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+QUANTISED_COLUMNS, QUANTISED_AHEAD = 4, {"score": 8, "gather": 16}
 PARTS = (1, 2, 4, 8, 16, 32)
 SELECTIONS = ("threshold", "histogram", "nth_element")
 CPU_SLACKS = (0, 8, 16, 32, 64)
@@ -68,6 +79,7 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "scored": problem.n_probes < problem.n_clusters,
         "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
+        "vnni": _has_integer_products(problem, config.simd),
         **asdict(config),
         **threshold_values(problem, slack),
     }
@@ -79,6 +91,9 @@ def _why_not_run(candidate: Candidate) -> str | None:
         return f"{candidate.device.name} has no {simd}"
     if simd in BF16_LEVELS and not _multiplies_bf16(candidate.problem):
         return f"{simd} needs hidden states and weights in bf16"
+    stored = (candidate.problem.weight_dtype, candidate.problem.centroid_dtype)
+    if simd == VNNI_LEVELS[0] and "int8" not in stored:
+        return f"{simd} needs weights or centroids in int8"
     return None
 
 
@@ -119,10 +134,16 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
     return None
 
 
+def _has_integer_products(problem: Problem, simd: str) -> bool:
+    """Whether int8 is read by integer products, whose sums are 32 bits wide."""
+    return simd in VNNI_LEVELS and problem.hidden_size <= MOST_HIDDEN
+
+
 def _block(stage: str, problem: Problem, simd: str) -> int:
     """Elements that a micro-kernel takes at a time: two vectors, or a group that has a scale."""
     stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
-    vectors = 4 if stored.name == "int8" and LANES[simd] == 4 else 2  # bytes apart by shifts
+    by_fours = LANES[simd] == 4 or _has_integer_products(problem, simd)
+    vectors = 4 if stored.name == "int8" and by_fours else 2
     return max(vectors * LANES[simd], stored.group)
 
 
@@ -137,16 +158,25 @@ CPP_RULES = (
 
 
 def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
-    """The config with the device's best instructions, all its cores, and tiles that fit."""
-    levels = simd_levels(device.arch)
-    if not _multiplies_bf16(problem):
-        levels = tuple(level for level in levels if level not in BF16_LEVELS)
+    """The config with the device's best instructions, all its cores, and tiles that fit.
+
+    Quantised rows are asked for ahead, and read by more sums: fewer bytes leave less time to wait.
+    """
+    best = next(
+        level
+        for level in reversed(simd_levels(device.arch))
+        if _why_not_run(Candidate(problem, replace(config, simd=level), device)) is None
+    )
     changes: dict[str, Any] = {
-        "simd": levels[-1],
+        "simd": best,
         "threads": max(number for number in THREADS if number <= max(1, device.sm_count)),
     }
-    for stage in ("score", "gather"):
+    names = {"score": problem.centroid_dtype, "gather": problem.weight_dtype}
+    for stage, name in names.items():
         columns = getattr(config, f"{stage}_columns")
-        if columns * _block(stage, problem, levels[-1]) > problem.hidden_size:
+        if format_of(name).quantised:
+            columns, ahead = QUANTISED_COLUMNS, QUANTISED_AHEAD[stage]
+            changes |= {f"{stage}_columns": columns, f"{stage}_prefetch": ahead}
+        if columns * _block(stage, problem, best) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
     return replace(config, **changes)
