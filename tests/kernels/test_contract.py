@@ -351,6 +351,19 @@ def test_the_smallest_of_tied_tokens_wins_among_the_decided(
     assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
 
 
+def test_any_of_the_best_screened_can_win(runner: Runner, config: Config, epilogue: str) -> None:
+    """The model's rows have nothing to do with the screened ones: any of the best is as likely."""
+    problem = quantised(replace(runner.problems["sixteen"], epilogue=epilogue), "int8-decided")
+    problem = replace(problem, n_rescored=6, n_tokens=4)
+    step = quantised_step(runner, problem, config)
+    weights = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=11).sets[0]
+    assert weights.model_weight is not None
+    weights = replace(weights, model_weight=weights.model_weight.flip(0).contiguous())
+    hidden = random_states(problem, runner, seed=12)
+    out = run(step, problem, weights, hidden)
+    assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+
+
 @pytest.mark.parametrize("formats", ["int8-decided", "int4-pinned"])
 def test_rows_of_zeros_and_outliers_are_screened(
     runner: Runner, config: Config, formats: str, epilogue: str
@@ -608,7 +621,7 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
             n_probes=rng.choice((1, min(clusters, 256), clusters)),
             weight_dtype=rng.choice(("bf16", "fp16")),
             centroid_dtype=rng.choice(("bf16", "fp16")),
-            epilogue=rng.choice(EPILOGUES),
+            epilogue=rng.choice(tuple(EPILOGUES)),
         )
         if Candidate(problem, config, device).why_invalid() is None:
             break
@@ -629,7 +642,7 @@ def _small_problem(rng: random.Random) -> Problem:
         n_tokens=rng.choice((1, 1, 2)),
         weight_dtype=weight,
         centroid_dtype=rng.choice(("bf16", "fp16", "fp32", "int8", "int4")),
-        epilogue=rng.choice(EPILOGUES),
+        epilogue=rng.choice(tuple(EPILOGUES)),
         model_dtype=rng.choice(("bf16", "fp16", "fp32")) if screens else "",
         n_rescored=rng.choice((0, 1, 4)) if screens and clusters * size >= 4 else 0,
         n_pinned=rng.choice((0, 0, 1, clusters)),
