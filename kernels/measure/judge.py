@@ -49,10 +49,12 @@ class Judge:
     bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of
     a power of two u, so that its products are integers and their sums exact. With 16 bits for the
     multiples, u is at most 2^-14 of the state's largest magnitude m: each number is off by at most
-    u / 2 <= 2^-15 m, a sum by at most 2^-15 m sum |a_i|, which is added to the bound. Whole numbers
-    below 2^15 are taken exactly. Where the best R candidates are decided by the model's own rows
-    (`n_rescored`), those must be decided of which fewer than R can be better once each logit is
-    moved by its bound; any more may be, since the model's rows only make an answer better.
+    u / 2 <= 2^-15 m, a sum by at most 2^-15 m sum |a_i|, which is added to the bound. Whole
+    numbers below 2^15 are taken exactly.
+
+    Where the best R candidates are decided by the model's own rows (`n_rescored`), those must be
+    decided of which fewer than R can be better once each logit is moved by its bound; any more may
+    be, since the model's rows only make an answer better.
     """
 
     weights: Weights

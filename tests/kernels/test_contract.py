@@ -28,7 +28,7 @@ from flashtune.kernels.plans.parts.simd import simd_levels
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Step, Weights, stored_weights
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import EPILOGUES, Problem
@@ -325,6 +325,75 @@ def test_quantised_heads_answer_right(
     for states in workload.checks[:3]:
         out = run(step, problem, workload.sets[0], states)
         assert judge.why_wrong(out, states, slack_of(config)) is None
+
+
+def stored_head(problem: Problem, model: torch.Tensor) -> Weights:
+    """A head of these rows, by token id, in a problem's formats, with random centroids."""
+    generator = torch.Generator().manual_seed(6)
+    drawn = torch.randn(problem.n_clusters, problem.hidden_size, generator=generator)
+    centroids = format_of(problem.centroid_dtype).pack(drawn.to(model.device))
+    order = torch.randperm(problem.vocab_size, generator=generator).view(problem.n_clusters, -1)
+    ids = order.sort(dim=1).values.flatten().to(model.device)
+    return stored_weights(problem, model, centroids, ids)
+
+
+def test_the_smallest_of_tied_tokens_wins_among_the_decided(
+    runner: Runner, config: Config, token_problem: Problem
+) -> None:
+    """All candidates are decided, their logits are negative, and half of them tie."""
+    problem = quantised(token_problem, "decided-by-many")
+    problem = replace(problem, n_rescored=problem.vocab_size)
+    step = quantised_step(runner, problem, config)
+    shape = problem.vocab_size, problem.hidden_size
+    model = torch.full(shape, -2.0).bfloat16().to(runner.torch_device)
+    model[::2] = -1
+    weights = stored_head(problem, model)
+    hidden = torch.ones(1, problem.hidden_size).bfloat16().to(runner.torch_device)
+    out = run(step, problem, weights, hidden)
+    assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+
+
+def test_any_of_the_best_screened_can_win(runner: Runner, config: Config, epilogue: str) -> None:
+    """The model's rows have nothing to do with the screened ones: any of the best is as likely."""
+    problem = quantised(replace(runner.problems["sixteen"], epilogue=epilogue), "int8-decided")
+    problem = replace(problem, n_rescored=6, n_tokens=4)
+    step = quantised_step(runner, problem, config)
+    weights = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=11).sets[0]
+    assert weights.model_weight is not None
+    weights = replace(weights, model_weight=weights.model_weight.flip(0).contiguous())
+    hidden = random_states(problem, runner, seed=12)
+    out = run(step, problem, weights, hidden)
+    assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+
+
+@pytest.mark.parametrize("formats", ["int8-decided", "int4-pinned"])
+def test_rows_of_zeros_and_outliers_are_screened(
+    runner: Runner, config: Config, formats: str, epilogue: str
+) -> None:
+    problem = quantised(replace(runner.problems["twelve"], epilogue=epilogue), formats)
+    step = quantised_step(runner, problem, config)
+    shape = problem.vocab_size, problem.hidden_size
+    model = torch.randn(shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+    model[::5], model[1::5, 3] = 0, 3000
+    hidden = random_states(problem, runner, seed=8)
+    hidden[1, 3] = 1000
+    weights = stored_head(problem, model.to(runner.torch_device))
+    out = run(step, problem, weights, hidden)
+    assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+
+
+@pytest.mark.parametrize("formats", ["int8-decided", "int4-pinned"])
+def test_a_state_of_nan_spoils_its_own_row_alone(
+    runner: Runner, config: Config, formats: str, epilogue: str
+) -> None:
+    problem = quantised(replace(runner.problems["twelve"], epilogue=epilogue), formats)
+    step = quantised_step(runner, problem, config)
+    weights = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=9).sets[0]
+    hidden = random_states(problem, runner, seed=10)
+    hidden[0, 7] = float("nan")
+    out = run(step, problem, weights, hidden)
+    assert int(out[0]) == 0 if out.dim() == 1 else bool(out[0].isnan().all())
+    assert Judge(weights, problem).why_wrong(out[1:], hidden[1:], slack_of(config)) is None
 
 
 def test_each_token_probes_clusters_of_its_own(

@@ -165,7 +165,7 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     best = next(
         level
         for level in reversed(simd_levels(device.arch))
-        if _why_not_run(Candidate(problem, replace(config, simd=level), device)) is None
+        if _why_not_run(Candidate(problem, _changed(config, {"simd": level}), device)) is None
     )
     changes: dict[str, Any] = {
         "simd": best,
@@ -179,4 +179,8 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
             changes |= {f"{stage}_columns": columns, f"{stage}_prefetch": ahead}
         if columns * _block(stage, problem, best) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
+    return _changed(config, changes)
+
+
+def _changed(config: AnyConfig, changes: dict[str, Any]) -> AnyConfig:
     return replace(config, **changes)

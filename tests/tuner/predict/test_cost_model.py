@@ -124,6 +124,27 @@ def test_overlapped_launches_are_faster() -> None:
     assert predict(StagedConfig(pdl=True)) < predict(StagedConfig())
 
 
+@pytest.mark.parametrize("config", [StagedConfig(), BatchedConfig(), DenseConfig()])
+def test_fewer_bytes_are_faster_and_deciding_again_costs_little(config: Config) -> None:
+    orin = find_device("orin")
+    tokens = 1 if isinstance(config, StagedConfig) else 8
+    times = []
+    for changes in (
+        {},
+        {"weight_dtype": "int8", "centroid_dtype": "int8", "model_dtype": "bf16"},
+        {
+            "weight_dtype": "int8",
+            "centroid_dtype": "int8",
+            "model_dtype": "bf16",
+            "n_rescored": 8,
+        },
+    ):
+        candidate = Candidate(replace(QWEN, n_tokens=tokens, **changes), config, orin)
+        times.append(cost_model.predict(candidate, candidate.launches).time_us)
+    wide, narrow, decided = times
+    assert narrow < decided < 0.8 * wide
+
+
 def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
     device = replace(find_device("h200"), clock_hz=0.0)
     assert 0 < predict(StagedConfig(), QWEN, device) < math.inf
