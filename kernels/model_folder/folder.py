@@ -173,12 +173,11 @@ class ModelFolder:
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         quantised = self.config.get("quantization_config", self.text.get("quantization_config"))
         block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
-        whole = isinstance(block, list) and [type(size) for size in block] == [int, int]
         return find_head_weight(
             self.path,
             tied=tied is not False,
             dtype=self._named_dtype(),
-            block=(block[0], block[1]) if whole and min(block) > 0 else None,
+            block=tuple(block) if isinstance(block, list) else None,
         )
 
     def read_clusters(self, device: str = "cpu") -> Clusters:
