@@ -121,10 +121,14 @@ class Judge:
 
     def decided(self, ids: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of tokens by the model's own rows, and their bounds."""
-        assert self.weights.model_weight is not None
-        rows = self.weights.model_weight[ids.long()]
-        sums, bounds = self.products(rows, state[None])
-        return sums[:, 0], bounds[:, 0]
+        model = self.weights.model_weight
+        assert model is not None
+        found = [
+            self.products(model[part.long()], state[None])
+            for part in torch.split(ids, _ROWS_AT_ONCE)
+        ]
+        sums, bounds = (torch.cat(each)[:, 0] for each in zip(*found, strict=True))
+        return sums, bounds
 
     def screened(
         self, possible: torch.Tensor, must: torch.Tensor, state: torch.Tensor

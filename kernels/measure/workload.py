@@ -19,7 +19,8 @@ from flashtune.tuning_db.problem import Problem
 
 N_CHECKS = 4
 _ROWS_AT_ONCE = 2**14  # that are made at a time
-_JUDGED_ROWS = 4096  # that the judge has in float64 at a time, at least
+_JUDGED_ROWS = 4096  # that the judge has in float64 at a time
+_JUDGED_NUMBERS = 8  # that it has of every row besides, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,8 @@ class Workload:
         """
         where = weights.weight.device
         generator = torch.Generator(where).manual_seed(seed)
-        judged_rows = max(_JUDGED_ROWS, (problem.n_probes + 1) * problem.cluster_size)
-        needed = timer_bytes + 3 * 8 * problem.hidden_size * judged_rows
+        judged = 3 * problem.hidden_size * _JUDGED_ROWS + _JUDGED_NUMBERS * problem.vocab_size
+        needed = timer_bytes + 8 * judged
         if needed > free_bytes / 2:
             raise FlashtuneError(
                 f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "

@@ -184,14 +184,12 @@ class ModelFolder:
         """
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         quantised = self.config.get("quantization_config", self.text.get("quantization_config"))
-        found = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
-        block = found if isinstance(found, list) else []
-        whole = [type(size) for size in block] == [int, int] and min(block) > 0
+        block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
         return find_head_weight(
             self.path,
             tied=tied is not False,
             dtype=self._named_dtype(),
-            block=(block[0], block[1]) if whole else None,
+            block=tuple(block) if isinstance(block, list) else None,
         )
 
     def read_clusters(self, device: str = "cpu") -> Clusters:

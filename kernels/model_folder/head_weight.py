@@ -13,6 +13,7 @@ else the embedding's, also where the text model is nested in a multimodal one.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,7 @@ def find_head_weight(
     folder: Path,
     tied: bool,
     dtype: str | None = None,
-    block: tuple[int, int] | None = None,
+    block: tuple[Any, ...] | None = None,
 ) -> HeadWeight:
     """The head's weight in a model folder, of one safetensors file or of several with an index.
 
@@ -112,7 +113,7 @@ def find_head_weight(
 
 
 def _quantised(
-    place: HeadWeight, stored: str, files: dict[str, Path], block: tuple[int, int] | None
+    place: HeadWeight, stored: str, files: dict[str, Path], block: tuple[Any, ...] | None
 ) -> HeadWeight:
     """The weight with its scales, which may lie in another file; FlashtuneError without them."""
     stem = place.name.removesuffix("weight")

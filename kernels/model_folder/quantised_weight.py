@@ -10,6 +10,7 @@ Anything else needs the code that wrote it, and is refused.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,12 +55,12 @@ class Scales:
 
 
 def find_scales(
-    shapes: dict[str, list[int]], weight: str, kind: str, block: tuple[int, int] | None
+    shapes: dict[str, list[int]], weight: str, kind: str, block: tuple[Any, ...] | None
 ) -> Scales:
     """The scales of a tensor `[vocab, hidden]`, by the names and shapes of what lies beside it.
 
     kind: how the weight's numbers are called in messages. block: rows and columns that share a
-    scale, where the model's config says. Raises FlashtuneError where it is not plain.
+    scale, as the model's config says. Raises FlashtuneError where it is not plain.
     """
     stem = weight.removesuffix("weight")
     other = next((stem + name for name in _OTHER if stem + name in shapes), None)
@@ -80,7 +81,8 @@ def find_scales(
         return Scales(name=name, rows=vocab_size, columns=hidden, unit=unit)
     if shape in ([vocab_size], [vocab_size, 1]):
         return Scales(name=name, rows=1, columns=hidden, unit=unit)
-    if block and shape == [-(-vocab_size // block[0]), -(-hidden // block[1])]:
+    whole = block is not None and [type(size) for size in block] == [int, int] and min(block) > 0
+    if block and whole and shape == [-(-vocab_size // block[0]), -(-hidden // block[1])]:
         return Scales(name=name, rows=block[0], columns=block[1], unit=unit)
     raise FlashtuneError(
         f"{weight} is {kind} of shape {shapes[weight]} with {name} of shape {shape}, which is "

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels.backends.torch import decode
+from flashtune.kernels.backends.torch import TorchStep, decode
 from flashtune.kernels.formats.format import format_of, plain_formats
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.weights import Step, Weights
@@ -179,7 +180,7 @@ def test_an_answer_that_was_judged_right_is_not_judged_again(
     assert len(judged) == len(workload.checks)
 
 
-JUDGED = 3 * 8 * 64 * 4096  # bytes that the judge needs
+JUDGED = 8 * (3 * 64 * 4096 + 8 * 384)  # bytes that the judge needs
 
 
 def around(free_bytes: int) -> tuple[Weights, Workload]:
@@ -219,3 +220,12 @@ def test_without_room_for_copies_all_sets_share_the_centroids() -> None:
 def test_without_room_for_the_judge_there_is_no_workload() -> None:
     with pytest.raises(FlashtuneError, match=r"12 MiB are free on cpu, and .* takes 6"):
         around(2 * JUDGED - 1)
+
+
+def test_a_head_that_probes_everything_is_judged_a_few_rows_at_a_time() -> None:
+    """Its 2**15 rows are not all in float64 at once, which would take 48 MiB."""
+    every = replace(PROBLEM, vocab_size=2**15, n_clusters=2**11, n_probes=2**11, n_tokens=1)
+    screened = Screen.parse("int8").problem(replace(every, epilogue="logits"))
+    weights = Workload.create(screened, CPU, cold_bytes=1, seed=0).sets[0]
+    workload = Workload.around(weights, screened, 1, free_bytes=2**26, seed=1)
+    assert workload.why_wrong(TorchStep(screened), slack=0) is None
