@@ -5,6 +5,8 @@ Usage:
     token = head(hidden)     # int64 [tokens], from hidden [tokens, hidden_size]
     head.logits(hidden)      # [tokens, vocab], for sampling
     head.explain()           # what runs, and why
+    FlashHead(weight, centroids, cluster_assignments, screen="int8")    # docs/formats.md
+    FlashHead.screened(weight, "int4")                                  # without clusters
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
 does so ahead of time. What was never measured here is raced for then (docs/tables.md). Later
@@ -14,6 +16,8 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +25,31 @@ import torch
 from torch import nn
 
 from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.formats.format import Stored, format_of
+from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.runtime import custom_op
 from flashtune.kernels.runtime.decoder import MOST_TOKENS, Allowance, Decoder
-from flashtune.kernels.special_token import SpecialTokens, checked_special_tokens
+from flashtune.kernels.special_token import FEW, checked_special_tokens, most_pinned, pin
 from flashtune.kernels.weights import (
-    ALIGNMENT,
     Weights,
     aligned,
     check_finite,
     checked_problem,
+    enough_rows,
     in_order,
     order_of,
+    posed,
+    stored_weights,
 )
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES
+from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
 
 TUNE = ("race", "never")
+# Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that
+# no row is there twice. Every cluster is probed, and its centroid only fills its place: large
+# clusters keep these small. Those of 16 are what tables have records for, and will do at worst.
+_SCREENED_TOGETHER = (128, 64, 32, 16)
 
 
 class FlashHead(nn.Module):
@@ -49,12 +61,17 @@ class FlashHead(nn.Module):
     all of the same size; only where n_clusters does not divide vocab may some, given by
     cluster_assignments, have fewer tokens.
 
-    special_token_ids are candidates of every call, whatever is probed. They are compared by a
-    few operations of torch after the kernel (see docs/model-folders.md for what that costs).
+    special_token_ids are candidates of every call, whatever is probed: the clusters that hold them
+    are probed too (docs/model-folders.md says what that costs).
+
+    screen: centroids and rows are stored in 8 or 4 bits, and find the candidates; the best few are
+    decided by the rows of `weight`, which the head refers to and never copies: it must stay as it
+    is. A Screen or its text, like `int8` or `int4/int8:16` (docs/formats.md).
 
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
-    weight that is tied to the input embedding. It needs clusters all of the same size.
+    weight that is tied to the input embedding. It needs clusters all of the same size, and no
+    screen.
 
     tune: with `race`, kernels that were only predicted for this device, or measured with other
     tools, are timed on it when they are first needed, and the winner is kept in the user's
@@ -69,8 +86,10 @@ class FlashHead(nn.Module):
     weight: torch.Tensor
     centroids: torch.Tensor
     ids: torch.Tensor
-    places: torch.Tensor
-    special_token_ids: torch.Tensor
+    like: torch.Tensor  # empty, [0, hidden], in the dtype of hidden states and logits
+    problem: Problem  # of one token, as the head was made: `explain` tells what it is now
+    _weight_scales: torch.Tensor | None
+    _centroid_scales: torch.Tensor | None
 
     def __init__(
         self,
@@ -81,6 +100,7 @@ class FlashHead(nn.Module):
         vocab_maps: torch.Tensor | None = None,
         n_probes: int = DEFAULT_PROBES,
         special_token_ids: Sequence[int] = (),
+        screen: Screen | str | None = None,
         release_weight: bool = False,
         tune: str = "race",
     ) -> None:
@@ -88,24 +108,100 @@ class FlashHead(nn.Module):
         super().__init__()
         if tune not in TUNE:
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
+        self.screen = screen_of(screen)
+        if self.screen and release_weight:
+            raise FlashtuneError(
+                "release_weight permutes the weight, and a screen leaves it to the model: "
+                "give one of them"
+            )
+        model = weight
         weight, centroids = weight.detach(), centroids.detach()
         problem = checked_problem(weight, centroids, n_probes)
-        self.vocab_size = weight.shape[0]
+        self.vocab_size, self.n_probes, self.tune = weight.shape[0], n_probes, tune
         order = order_of(problem, self.vocab_size, cluster_assignments, vocab_maps)
-        order = order.to(weight.device)
         special = checked_special_tokens(special_token_ids, self.vocab_size)
         check_finite("weight", weight)
         check_finite("centroids", centroids)
-        weight = in_order(weight, order, problem.n_clusters, in_place=release_weight)
-        self.n_probes = n_probes
-        self.tune = tune
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("centroids", aligned(centroids), persistent=False)
-        self.register_buffer("ids", order.to(torch.int32), persistent=False)
-        tokens = SpecialTokens.of(special, order)
-        self.register_buffer("special_token_ids", tokens.ids, persistent=False)
-        self.register_buffer("places", tokens.places, persistent=False)
+        all_probed = n_probes == problem.n_clusters
+        most = problem.n_clusters if release_weight else most_pinned(n_probes)
+        pinned = pin(
+            order.to(weight.device), problem.n_clusters, () if all_probed else special, most
+        )
+        self.problem = self._screened(
+            replace(
+                problem,
+                vocab_size=pinned.order.numel(),
+                n_clusters=problem.n_clusters + pinned.n_added,
+                n_probes=n_probes
+                + pinned.n_added,  # which of the added are the best, nobody knows
+                n_pinned=pinned.n_pinned,
+            ),
+            pinned.order,
+        )
+        self.special_token_ids = tuple(special)
+        scored = format_of(self.problem.centroid_dtype).pack(pinned.centroids(centroids))
+        self._released = release_weight
+        self._keep(self._laid_out(model, scored, pinned.order))
+        self.register_buffer("like", weight.new_empty(0, weight.shape[1]), persistent=False)
         self._start()
+
+    def _screened(self, problem: Problem, order: torch.Tensor) -> Problem:
+        """The problem with the screen's formats; enough rows are decided where some repeat."""
+        if self.screen is None:
+            return problem
+        problem = self.screen.problem(problem)
+        return replace(problem, n_rescored=enough_rows(order, problem.n_rescored))
+
+    def _laid_out(self, model: torch.Tensor, scored: Stored, order: torch.Tensor) -> Weights:
+        """The tensors in the order of clusters, and what is referred to of the model's."""
+        weight = model.detach()
+        self._referred: tuple[torch.Tensor, ...] = ()
+        self._copied = ""
+        if self.problem.n_rescored:
+            whole = aligned(weight)
+            # The caller's own tensor, so that copies of its model and moves find it to be one
+            self._referred = (model if whole is weight and model.is_leaf else whole,)
+            if whole is not weight:
+                self._copied = "the one given is not contiguous, or not 16-byte aligned"
+            weight = whole
+        if self._released:
+            n_clusters = self.problem.n_clusters
+            return Weights(
+                weight=in_order(weight, order, n_clusters, in_place=True),
+                centroids=aligned(scored.data),
+                ids=order.to(torch.int32),
+            )
+        stored = Stored(aligned(scored.data), scored.scales)
+        return stored_weights(self.problem, weight, stored, order)
+
+    def _keep(self, weights: Weights) -> None:
+        """Register the tensors. Scales go by their bits, which no change of dtype may touch."""
+        for name in ("weight", "centroids", "ids"):
+            self.register_buffer(name, getattr(weights, name), persistent=False)
+        for name in ("weight_scales", "centroid_scales"):
+            scales: torch.Tensor | None = getattr(weights, name)
+            bits = None if scales is None else scales.view(_bits(scales.dtype))
+            self.register_buffer(f"_{name}", bits, persistent=False)
+
+    @classmethod
+    def screened(
+        cls, weight: torch.Tensor, screen: Screen | str = "int4", *, tune: str = "race"
+    ) -> "FlashHead":
+        """A head without clusters: all rows are screened, and the model's own decide the best.
+
+        weight `[vocab, hidden]`, as for the class; of any model, for there is nothing to prepare.
+        Every token has a logit, those that are not decided by the screen's.
+        """
+        if screen_of(screen) is None:
+            raise FlashtuneError("a head without clusters needs a screen: int4, int8 or the like")
+        if weight.dim() != 2 or not weight.numel():
+            raise FlashtuneError(f"weight must be [vocab, hidden], not {list(weight.shape)}")
+        vocab_size, hidden = weight.shape
+        size = next((s for s in _SCREENED_TOGETHER if vocab_size % s == 0), _SCREENED_TOGETHER[-1])
+        n_clusters = -(-vocab_size // size)
+        assignments = torch.arange(vocab_size) // -(-vocab_size // n_clusters)
+        centroids = weight.new_zeros(n_clusters, hidden)
+        return cls(weight, centroids, assignments, n_probes=n_clusters, screen=screen, tune=tune)
 
     @classmethod
     def from_pretrained(
@@ -114,6 +210,7 @@ class FlashHead(nn.Module):
         *,
         device: torch.device | str | None = None,
         n_probes: int | None = None,
+        screen: Screen | str | None = None,
         revision: str | None = None,
         tune: str = "race",
     ) -> "FlashHead":
@@ -121,13 +218,16 @@ class FlashHead(nn.Module):
 
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
-        as many as the model's config says unless given. tune: as for the class. Only the head is
+        as many as the model's config says unless given. screen: the config's unless given, and
+        `none` for none. tune: as for the class. Only the head is
         read, with the config's dtype; docs/model-folders.md says from where. Raises
         FlashtuneError naming the file and the tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
-        parts = ModelFolder.open(source, revision).read_head(where)
-        weight, centroids = parts.weight, parts.clusters.centroids
+        folder = ModelFolder.open(source, revision)
+        own_screen = screen_of(screen) if screen is not None else folder.screen
+        parts = folder.read_head(where)
+        weight, centroids = aligned(parts.weight), parts.clusters.centroids
         return cls(
             weight,
             centroids,
@@ -135,8 +235,10 @@ class FlashHead(nn.Module):
             n_probes=parts.n_probes if n_probes is None else n_probes,
             special_token_ids=parts.special_token_ids,
             tune=tune,
-            release_weight=weight.shape[0] % centroids.shape[0] == 0
-            and weight.data_ptr() % ALIGNMENT == 0,
+            screen=own_screen,
+            release_weight=own_screen is None
+            and weight.shape[0] % centroids.shape[0] == 0
+            and len(parts.special_token_ids) <= FEW,  # else clusters may be added for them
         )
 
     def _start(self) -> None:
@@ -147,20 +249,59 @@ class FlashHead(nn.Module):
 
     def _new_decoder(self) -> Decoder:
         """A decoder of the tensors as they are now."""
-        special = None
-        if self.special_token_ids.numel():
-            special = SpecialTokens(ids=self.special_token_ids, places=self.places)
+        scales = {}
+        for name, kind in (("weight", "weight_dtype"), ("centroid", "centroid_dtype")):
+            bits = getattr(self, f"_{name}_scales")
+            dtype = format_of(getattr(self.problem, kind)).scale_dtype
+            scales[name] = None if bits is None else bits.view(dtype)
+        weights = Weights(
+            weight=self.weight,
+            centroids=self.centroids,
+            ids=self.ids,
+            weight_scales=scales["weight"],
+            centroid_scales=scales["centroid"],
+            model_weight=None if self.model_weight is None else self.model_weight.detach(),
+        )
         return Decoder(
-            Weights(weight=self.weight, centroids=self.centroids, ids=self.ids),
+            weights,
+            self.like,
+            partial(posed, self.problem, weights, self.like.dtype),
             vocab_size=self.vocab_size,
-            n_probes=self.n_probes,
-            special=special,
             allowance=self._allowance,
         )
 
+    @property
+    def model_weight(self) -> torch.Tensor | None:
+        """The weight `[vocab, hidden]` that decides among candidates, where there is a screen.
+
+        The tensor that was given, not a copy. As a model's parameter is converted, so is this.
+        """
+        return self._referred[0] if self._referred else None
+
+    def refer_to(self, weight: torch.Tensor) -> None:
+        """Take another tensor with the same values as the model's weight."""
+        self._referred = (weight,)
+        self.decoder = self._new_decoder()
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes that the head keeps beyond the model's own weight."""
+        kept = [self.centroids, self.ids, self._weight_scales, self._centroid_scales]
+        kept += [] if self._released else [self.weight]
+        kept += self._referred if self._copied else ()
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
-        """Move or convert the tensors. Calls that other threads are in end with the old ones."""
+        """Move or convert the tensors. Calls that other threads are in end with the old ones.
+
+        A screen stays as it is, and its candidates are decided by the weight that was converted.
+        """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():  # what is there already, as its model was converted, stays itself
+            referred = tuple(fn(weight) for weight in self._referred)
+        if any(new is not old for new, old in zip(referred, self._referred, strict=True)):
+            self._copied = "the head was moved or converted apart from its model"
+        self._referred = referred
         self.decoder = self._new_decoder()
         return self
 
@@ -176,8 +317,12 @@ class FlashHead(nn.Module):
 
     def extra_repr(self) -> str:
         """The shape, for `print`."""
-        n_clusters, hidden = self.centroids.shape
-        return f"{self.vocab_size}x{hidden}, n_clusters={n_clusters}, n_probes={self.n_probes}"
+        problem = self.problem
+        text = (
+            f"{self.vocab_size}x{problem.hidden_size}, n_clusters={problem.n_clusters}, "
+            f"n_probes={self.n_probes}"
+        )
+        return text if self.screen is None else f"{text}, screen={self.screen}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
@@ -198,7 +343,7 @@ class FlashHead(nn.Module):
         """
         if torch.compiler.is_compiling():
             logits: torch.Tensor = custom_op.logits(
-                hidden, self.weight, self.vocab_size, self._handle
+                hidden, self.like, self.vocab_size, self._handle
             )
             return logits
         return self.decoder.decode(hidden, "logits")
@@ -218,16 +363,29 @@ class FlashHead(nn.Module):
         what went wrong on the way. `raced` says that the config once won a race here, `stale`
         that it was measured with tools that have changed since, and `race` what this process
         timed, if it did, and why each other config was dropped. More tokens than one step takes
-        run in several.
+        run in several. `screen` is None without one, `added_bytes` what the head keeps beyond the
+        model's own weight, and `model_weight` says, where there is a screen, whether it is that.
         """
         decoder = self.decoder
         bound = decoder.bound(epilogue, min(n_tokens, MOST_TOKENS))
-        where = decoder.weights.weight.device
-        device = device_of(where)
+        device = device_of(decoder.like.device)
         return {
             "problem": bound.problem.data(),
             "device": device.name,
+            "screen": None if self.screen is None else str(self.screen),
+            "added_bytes": self.added_bytes,
+            "model_weight": self._whose_weight(),
             **bound.choice.explain(),
             "race": bound.race.explain() if bound.race else None,
             "troubles": list(bound.troubles),
         }
+
+    def _whose_weight(self) -> str | None:
+        if not self._referred:
+            return None
+        return f"a copy: {self._copied}" if self._copied else "the one given"
+
+
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    """Whole numbers of the same size."""
+    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]

@@ -1,8 +1,10 @@
-"""Tokens that are candidates of every decode step, whatever clusters are probed.
+"""Special tokens: candidates of every decode step, since clusters that hold them are pinned.
 
 Usage:
-    special = SpecialTokens.of(ids, order)
-    out = special(weights, hidden, out)     # after a step has written `out`, tokens or logits
+    pinned = pin(order, n_clusters, ids, most=most_pinned(n_probes))
+    pinned.order, pinned.clusters, pinned.n_pinned
+
+Pinned clusters come first and are probed in any case, by the same kernels as all others.
 """
 
 from collections.abc import Sequence
@@ -10,57 +12,75 @@ from dataclasses import dataclass
 
 import torch
 
-from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.errors import FlashtuneError
 
-_MOST_ROWS = 32  # at once: each row's product is taken with the tokens of all
+FEW = 8  # clusters, which are always pinned as they are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SpecialTokens:
-    """Compares a step's tokens with these, or adds their logits. Can be captured in a graph.
+class Pinned:
+    """An order of tokens in which the first n_pinned clusters hold the special ones.
 
-    ids: int64 `[n]`, ascending. places: int64 `[vocab]`, the row of the permuted weight that
-    each token's row is.
+    order: int64, the token of each row, ascending inside a cluster. clusters: of each cluster,
+    which it was before, or -1 for one of the n_added that were made for special tokens.
     """
 
-    ids: torch.Tensor
-    places: torch.Tensor
+    order: torch.Tensor
+    clusters: torch.Tensor
+    n_pinned: int = 0
+    n_added: int = 0
 
-    @classmethod
-    def of(cls, ids: Sequence[int], order: torch.Tensor) -> "SpecialTokens":
-        """From ids in ascending order, and the token of each row of the permuted weight."""
-        rows = torch.arange(order.numel(), device=order.device)
-        places = torch.empty(int(order.max()) + 1, dtype=torch.int64, device=order.device)
-        places[order] = rows  # of a token with several rows, which are alike, any one
-        return cls(ids=torch.tensor(ids, dtype=torch.int64, device=order.device), places=places)
+    def centroids(self, centroids: torch.Tensor) -> torch.Tensor:
+        """The centroids in this order of clusters; zeros for those that were added."""
+        if not self.n_pinned:
+            return centroids
+        return centroids[self.clusters.clamp(min=0)] * (self.clusters >= 0)[:, None]
 
-    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """What a step wrote, with the special tokens among the candidates."""
-        if out.dim() == 1:
-            return self._better(weights, hidden, out)
-        own = hidden.float() @ weights.weight[self.places[self.ids]].float().T
-        return out.index_copy_(1, self.ids, own.to(out.dtype))
 
-    def _better(
-        self, weights: Weights, hidden: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """The better one of each of `tokens` `[n_tokens]` and the special tokens.
+def most_pinned(n_probes: int) -> int:
+    """How many clusters may be pinned as they are, so that they cost a step little."""
+    return max(FEW, n_probes // 8)
 
-        Both logits come from one product in float32, so that rounding favours neither; ties
-        give the smaller id. A hidden state with a NaN keeps its token, whatever a step made it.
-        """
-        if len(tokens) > _MOST_ROWS:
-            states, chosen = (torch.split(rows, _MOST_ROWS) for rows in (hidden, tokens))
-            return torch.cat(list(map(self._better, [weights] * len(states), states, chosen)))
-        n = self.ids.numel()
-        known = tokens.clamp(0, self.places.numel() - 1)  # no id, after a NaN, must not be read
-        places = self.places[torch.cat([self.ids, known])]
-        logits = hidden.float() @ weights.weight[places].float().T
-        best = logits[:, :n].max(dim=1)  # the first of those that tie
-        ids, own = self.ids[best.indices], logits[:, n:].diagonal()
-        better = (best.values > own) | ((best.values == own) & (ids < tokens))
-        return torch.where(better, ids, tokens)
+
+def pin(order: torch.Tensor, n_clusters: int, ids: Sequence[int], most: int) -> Pinned:
+    """Bring clusters with special tokens to the front.
+
+    order: the token of each row, `[n_clusters * cluster_size]`. Where the tokens lie in more than
+    `most` clusters, they move to clusters of their own, which are added in front: pinning all of
+    theirs would cost many times as many rows. In the place that a token leaves, and at the end of
+    an added cluster, another token of the cluster is repeated, as in `weights.token_order`.
+    """
+    rows = order.view(n_clusters, -1)
+    clusters = torch.arange(n_clusters, device=order.device)
+    if not ids:
+        return Pinned(order=order, clusters=clusters)
+    special = torch.isin(rows, torch.tensor(ids, dtype=order.dtype, device=order.device))
+    holding, whole = special.any(dim=1), special.all(dim=1)
+    n_holding, n_whole = int(holding.sum()), int(whole.sum())
+    moved = torch.unique(rows[special & ~whole[:, None]])
+    n_added = -(-len(moved) // rows.shape[1])
+    if n_holding <= most or n_added + n_whole >= n_holding:
+        first = torch.argsort(~holding, stable=True)
+        return Pinned(order=rows[first].flatten(), clusters=first, n_pinned=n_holding)
+    last = torch.iinfo(order.dtype).max
+    kept = torch.where(special & ~whole[:, None], last, rows).sort(dim=1).values
+    kept = _filled(kept, (kept != last).sum(dim=1))
+    places = torch.arange(n_added * rows.shape[1], device=order.device)
+    added = moved[places.clamp(max=len(moved) - 1)].view(n_added, -1)
+    first = torch.argsort(~whole, stable=True)
+    new = torch.full((n_added,), -1, device=order.device)
+    return Pinned(
+        order=torch.cat([added, kept[first]]).flatten(),
+        clusters=torch.cat([new, first]),
+        n_pinned=n_added + n_whole,
+        n_added=n_added,
+    )
+
+
+def _filled(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Rows whose first `counts` numbers are followed by repetitions of the last of these."""
+    places = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return rows.gather(1, torch.minimum(places, counts[:, None] - 1))
 
 
 def checked_special_tokens(ids: Sequence[int], vocab_size: int) -> list[int]:

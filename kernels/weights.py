@@ -8,7 +8,7 @@ Usage:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,10 @@ from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
-_PACKED_ROWS = 2**14  # at a time
+_PACKED_ROWS = 2**12  # at a time
+# How far a packed number may be off: half a step and float32's rounding, what bf16 rounds, and
+# what is lost of numbers so small that their scale is not a normal float16.
+_HALF, _CONVERTED, _TINY = 0.501, 2.0**-8, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,19 @@ class Weights:
         scales = None if self.centroid_scales is None else self.centroid_scales[which]
         stored = Stored(self.centroids[which], scales)
         return format_of(problem.centroid_dtype).unpack(stored, problem.hidden_size, dtype)
+
+    def holds(self, problem: Problem, which: slice, rows: torch.Tensor) -> bool:
+        """Whether some rows of the weight stand for these, `[rows, hidden]`.
+
+        Quantised numbers may be off by half of one, and by what a conversion of the model's weight
+        to another dtype has rounded since.
+        """
+        if self.weight_scales is None:
+            return torch.equal(self.weight[which], rows)
+        steps = format_of(problem.weight_dtype).steps(self.weight_scales[which], rows.shape[1])
+        wide = rows.float()
+        off = (self.rows(problem, which, torch.float32) - wide).abs()
+        return bool((off <= _HALF * steps + _CONVERTED * wide.abs() + _TINY).all())
 
     def put(self, problem: Problem, row: int, values: torch.Tensor) -> None:
         """Store a row `[hidden]` in place of another, here and in the model's own weight."""
@@ -158,6 +174,30 @@ def problem_of(
         weight_dtype=dtype_name(weight),
         centroid_dtype=dtype_name(centroids),
     )
+
+
+def posed(problem: Problem, weights: Weights, dtype: torch.dtype) -> Problem:
+    """A head's problem once it was converted: the model's dtype is another, not what screens it.
+
+    Raises FlashtuneError for a dtype that is no format.
+    """
+    found = format_named(dtype)
+    if found is None:
+        known = ", ".join(each.name for each in plain_formats())
+        raise FlashtuneError(f"the head must be one of {known}, not {dtype}")
+    if problem.model_dtype:
+        return replace(problem, model_dtype=found.name)
+    centroids = dtype_name(weights.centroids)
+    return replace(problem, weight_dtype=found.name, centroid_dtype=centroids)
+
+
+def enough_rows(order: torch.Tensor, n_tokens: int) -> int:
+    """How many rows hold at least so many distinct tokens, whichever these rows are.
+
+    Rows that fill up a cluster repeat a token, and count as it does.
+    """
+    counts = torch.bincount(order)
+    return int(counts.topk(min(n_tokens, len(counts))).values.sum())
 
 
 def checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int) -> Problem:

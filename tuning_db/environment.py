@@ -1,7 +1,8 @@
 """The environment variables, read here and nowhere else.
 
 `FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources and
-compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments.
+compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments. Of vLLM's plugin,
+`FLASHHEAD_ENABLED` is 0 to turn it off, and `FLASHTUNE_SCREEN` says what heads are screened in.
 All are read at each call, and an empty value counts as unset.
 """
 
@@ -57,3 +58,13 @@ def _placed(find: Callable[[], str], cure: str) -> Path:
 def named_compiler() -> str:
     """CXX, or nothing. May hold arguments after the program."""
     return os.environ.get("CXX", "")
+
+
+def flash_head_enabled() -> bool:
+    """Whether vLLM's plugin may use FlashHead."""
+    return os.environ.get("FLASHHEAD_ENABLED", "1") != "0"
+
+
+def named_screen() -> str:
+    """FLASHTUNE_SCREEN, or nothing."""
+    return os.environ.get("FLASHTUNE_SCREEN", "").strip()

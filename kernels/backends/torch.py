@@ -32,17 +32,23 @@ class TorchStep:
         self._problem = problem
         self._epilogue = epilogue_of(problem.epilogue)
         probed = min(problem.n_probes + problem.n_pinned, problem.n_clusters)
-        row_bytes = 4 * probed * problem.cluster_size * problem.hidden_size
-        self._tokens_at_once = max(1, _ROWS_BYTES // row_bytes)
+        row_bytes = 4 * problem.hidden_size
+        self._probes_all = problem.n_probes == problem.n_clusters
+        self._rows_at_once = max(1, _ROWS_BYTES // row_bytes)
+        cluster_rows = 1 if self._probes_all else probed * problem.cluster_size
+        self._tokens_at_once = max(1, _ROWS_BYTES // (row_bytes * cluster_rows))
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
-        centroids, at_once = self._centroids(weights), self._tokens_at_once
+        at_once = self._tokens_at_once
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
         for states, part in parts:
-            clusters = self._clusters(states.float() @ centroids.T)
-            ids, logits = self._candidates(weights, clusters, states)
+            if self._probes_all:
+                ids, logits = self._every_row(weights, states)
+            else:
+                clusters = self._clusters(states.float() @ self._centroids(weights).T)
+                ids, logits = self._candidates(weights, clusters, states)
             self._epilogue.combine(*self._decided(weights, ids, logits, states), part)
 
     def _centroids(self, weights: Weights) -> torch.Tensor:
@@ -63,6 +69,18 @@ class TorchStep:
             return best
         pinned = torch.arange(n_pinned, device=scores.device).expand(len(scores), -1)
         return torch.cat([best, pinned], dim=1)
+
+    def _every_row(
+        self, weights: Weights, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_candidates` where every cluster is probed: no scores, and no rows are gathered."""
+        states, n_rows = hidden.float(), weights.ids.numel()
+        logits = [
+            states @ weights.rows(self._problem, slice(first, last), torch.float32).T
+            for first in range(0, n_rows, self._rows_at_once)
+            for last in (min(first + self._rows_at_once, n_rows),)
+        ]
+        return weights.ids.expand(len(hidden), -1), torch.cat(logits, dim=1)
 
     def _candidates(
         self, weights: Weights, clusters: torch.Tensor, hidden: torch.Tensor

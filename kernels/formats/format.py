@@ -62,6 +62,19 @@ class Format:
         """The dtype that the data is stored in."""
         return _dtype(self.torch_name)
 
+    @property
+    def scale_dtype(self) -> "torch.dtype | None":
+        """The dtype of its scales, if it has any."""
+        return _dtype(self.scale_name) if self.scale_name else None
+
+    def steps(self, scales: "torch.Tensor", width: int) -> "torch.Tensor":
+        """How far apart the numbers are that each weight may stand for: `[rows, width]`, or
+        `[rows, 1]` where all of a row share a scale.
+        """
+        if not self.group:
+            return scales.float()[:, None]
+        return scales.float().repeat_interleave(self.group, dim=1)[:, :width]
+
     def bytes_of(self, rows: int, width: int) -> int:
         """Bytes of a matrix `[rows, width]`, scales included."""
         return rows * self.row_bytes(width)

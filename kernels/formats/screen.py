@@ -4,6 +4,7 @@ Usage:
     Screen.parse("int8")              # int8 centroids, int8 rows, the best 8 decided again
     Screen.parse("int4/int8:16")      # int4 centroids, int8 rows, the best 16 decided again
     Screen.parse("int8").problem(problem)
+    screen_of(given)                  # a Screen, its text, "none" or None
 """
 
 import re
@@ -72,3 +73,18 @@ class Screen:
         """As `parse` reads it."""
         formats = self.rows if self.centroids == self.rows else f"{self.centroids}/{self.rows}"
         return f"{formats}:{self.n_rescored}"
+
+
+NO_SCREEN = "none"
+
+
+def screen_of(given: Screen | str | None) -> Screen | None:
+    """The screen that is given as such or as text; None and `none` are none at all.
+
+    Raises FlashtuneError for anything else.
+    """
+    if given is None or isinstance(given, Screen):
+        return given
+    if not isinstance(given, str):
+        raise FlashtuneError(f"a screen must be a Screen or a text like int8, not {given!r}")
+    return None if given == NO_SCREEN else Screen.parse(given)

@@ -33,16 +33,29 @@ _NOTHING: Identity = (lambda: None, None)  # the identity of no weight
 
 
 def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None) -> bool:
-    """Whether a FlashHead has the rows of this weight; of so many rows, evenly spaced, or all."""
-    if [head.vocab_size, head.centroids.shape[1]] != list(weight.shape):
+    """Whether a FlashHead has the rows of this weight; of so many rows, evenly spaced, or all.
+
+    A screen has them if no number is further off than packing may have moved it.
+    """
+    like = head.like
+    if [head.vocab_size, like.shape[1]] != list(weight.shape):
         return False
-    if (head.weight.device, head.weight.dtype) != (weight.device, weight.dtype):
+    if (like.device, like.dtype) != (weight.device, weight.dtype):
         return False
     step = 1 if most_rows is None else max(1, len(head.ids) // most_rows)
+    weights, problem = head.decoder.weights, head.problem
+    model = weights.model_weight
+    copied = model is not None and model.data_ptr() != weight.data_ptr()
     with torch.no_grad():
-        rows, ids = head.weight[::step], head.ids[::step].long()
-        parts = zip(torch.split(rows, _ROWS_AT_ONCE), torch.split(ids, _ROWS_AT_ONCE), strict=True)
-        return all(torch.equal(part, weight[own]) for part, own in parts)
+        for first in range(0, len(head.ids), _ROWS_AT_ONCE * step):
+            part = slice(first, first + _ROWS_AT_ONCE * step, step)
+            ids = head.ids[part].long()
+            own = weight[ids]
+            if not weights.holds(problem, part, own):
+                return False
+            if model is not None and copied and not torch.equal(model[ids], own):
+                return False
+    return True
 
 
 class FlashLinear(nn.Linear):
@@ -52,9 +65,9 @@ class FlashLinear(nn.Linear):
     position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
     goes through the weight: scoring and training read logits of every token, at every position.
 
-    FlashHead holds a copy of the weight. Where the weight is another one, or has other values, the
-    dense layer answers, with one warning, until it has the old values again: a copy made from new
-    values would still have the clusters of the old ones.
+    FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another
+    one, or has other values, the dense layer answers, with one warning, until it has the old
+    values again: a copy made from new values would still have the clusters of the old ones.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead) -> None:
@@ -86,8 +99,16 @@ class FlashLinear(nn.Linear):
         self._start()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlashLinear":
-        """Move or convert weight and FlashHead alike, and compare them again."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Move or convert weight and FlashHead alike, and compare them again.
+
+        The weight goes first: a FlashHead that refers to it finds it converted.
+        """
+        referred = self.head.model_weight is self.weight
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        if referred and self.head.model_weight is not self.weight:
+            self.head.refer_to(self.weight)
+        if recurse:
+            self.head._apply(fn)
         self._compared = _NOTHING
         return self
 
@@ -107,7 +128,7 @@ class FlashLinear(nn.Linear):
     def answer_compiled(self, hidden: torch.Tensor) -> torch.Tensor:
         """`forward` of rows that decode, where compiled code runs it as one operator."""
         head = self.head
-        whole = (head.weight, head.vocab_size, head._handle)
+        whole = (head.like, head.vocab_size, head._handle)
         return self._answer(hidden, lambda rows: torch.ops.flashtune.logits(rows, *whole))
 
     def _answer(

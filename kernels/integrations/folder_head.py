@@ -6,6 +6,7 @@ Usage:
 
 import torch
 
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
@@ -13,12 +14,15 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 
 def flash_head_of(
-    folder: ModelFolder, weight: torch.Tensor, n_probes: int | None = None
+    folder: ModelFolder,
+    weight: torch.Tensor,
+    n_probes: int | None = None,
+    screen: Screen | str | None = None,
 ) -> FlashHead:
     """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
 
-    n_probes: as many as the folder's config says unless given. Raises FlashtuneError where the
-    folder has no clusters, or they were made for another weight.
+    n_probes, screen: those of the folder's config unless given; `none` is no screen. Raises
+    FlashtuneError where the folder has no clusters, or they were made for another weight.
     """
     clusters, path = folder.read_clusters(), folder.clustering_file
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
@@ -37,5 +41,6 @@ def flash_head_of(
         clusters.centroids.to(weight),
         clusters.assignments,
         n_probes=folder.probes(len(clusters.centroids)) if n_probes is None else n_probes,
-        special_token_ids=folder.special_token_ids,
+        special_token_ids=folder.special_token_ids(len(weight)),
+        screen=folder.screen if screen is None else screen,
     )

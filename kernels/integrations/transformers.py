@@ -2,6 +2,7 @@
 
 Usage:
     flashtune.apply(model, assets="path/to/flash-head-model")
+    flashtune.apply(model, screen="int4")      # any model, without clusters
     model.generate(…)          # greedy or sampled, with any cache, compiled or not
     flashtune.remove(model)    # the dense head is back
 
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.flash_linear import LOG, FlashLinear, made_of
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.generation import Generation
 from flashtune.kernels.integrations.model_logits import ModelLogits
-from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.model_folder.folder import END_KEY, ModelFolder, end_tokens
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 
@@ -35,43 +37,85 @@ def apply(
     *,
     assets: str | Path | None = None,
     n_probes: int | None = None,
+    screen: Screen | str | None = None,
 ) -> FlashHead:
     """Let a model decode with FlashHead, and return the FlashHead, to `explain` or `prepare`.
 
     assets: a FlashHead model folder, as `flashtune cluster` writes it, or its name in Hugging
     Face's cache, of which only the clusters are read. Instead of it, head: a FlashHead made of
     this model's output head, or centroids `[n_clusters, hidden]` and the cluster of each token
-    `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors.
+    `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors. screen: of
+    rows and centroids in 8 or 4 bits (docs/formats.md), unless given as the folder's config says,
+    and none for tensors; without head and assets, of the whole vocabulary. The end tokens of the
+    model, or of the folder's config, are candidates of every step.
 
     The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
-    of it and the centroids. Apply it once the weights are final and where they will be used.
+    of it and the centroids; with a screen by that alone. Apply it once the weights are final and
+    where they will be used.
     Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
     quantised, wrapped by an adapter, split over devices, with a bias, or with logits that the
     model caps. To find that out the model is run on one token.
     """
     dense = _dense_head(model)
-    _check_logits(model, dense)
-    if (head is None) == (assets is None):
-        raise FlashtuneError("give just one of head and assets")
-    if isinstance(head, FlashHead):
-        if n_probes not in (None, head.n_probes):
-            raise FlashtuneError(
-                f"n_probes {n_probes} is not the FlashHead's {head.n_probes}: give it where the "
-                "FlashHead is made"
-            )
-        _check_same(head, dense.weight)
-    elif assets is not None:
-        head = flash_head_of(ModelFolder.open(assets), dense.weight, n_probes)
+    screened = screen_of(screen)
+    if head is None and assets is None and screened:
+        head = FlashHead.screened(dense.weight, screened)  # whose logits no fill is among
     else:
-        assert head is not None
-        centroids, assignments = head
-        probes = DEFAULT_PROBES if n_probes is None else n_probes
-        head = FlashHead(dense.weight, centroids.to(dense.weight), assignments, n_probes=probes)
+        _check_logits(model, dense)
+        head = _made(model, dense.weight, head, assets, n_probes, screen)
     linear = FlashLinear(dense, head)
     _replace(model, dense, linear)
     if hasattr(model, "generate"):
         model.generate = Generation(model, linear)
     return head
+
+
+def _made(
+    model: Any,
+    weight: torch.Tensor,
+    head: FlashHead | Clusters | None,
+    assets: str | Path | None,
+    n_probes: int | None,
+    screen: Screen | str | None,
+) -> FlashHead:
+    """The FlashHead that is given, or of the clusters that are."""
+    if (head is None) == (assets is None):
+        raise FlashtuneError("give just one of head and assets, or a screen for neither")
+    if assets is not None:
+        return flash_head_of(ModelFolder.open(assets), weight, n_probes, screen)
+    if isinstance(head, FlashHead):
+        for name, wanted, found in (
+            ("n_probes", n_probes, head.n_probes),
+            ("screen", screen and screen_of(screen), head.screen),
+        ):
+            if wanted is not None and wanted != found:
+                raise FlashtuneError(
+                    f"{name} {wanted} is not the FlashHead's {found}: give it where the "
+                    "FlashHead is made"
+                )
+        _check_same(head, weight)
+        return head
+    assert head is not None
+    centroids, assignments = head
+    return FlashHead(
+        weight,
+        centroids.to(weight),
+        assignments,
+        n_probes=DEFAULT_PROBES if n_probes is None else n_probes,
+        special_token_ids=_end_tokens(model, len(weight)),
+        screen=screen,
+    )
+
+
+def _end_tokens(model: Any, vocab_size: int) -> list[int]:
+    """The tokens that end the model's texts, by its config and its generation config."""
+    config = getattr(model, "config", None)
+    places = (
+        config,
+        getattr(config, "text_config", None),
+        getattr(model, "generation_config", None),
+    )
+    return end_tokens((getattr(each, END_KEY, None) for each in places), vocab_size)
 
 
 def remove(model: Any) -> None:
@@ -141,16 +185,16 @@ def _check_logits(model: Any, dense: nn.Linear) -> None:
 
 def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
     """Raise FlashtuneError unless the FlashHead was made of this weight, by its looks."""
-    shape = [head.vocab_size, head.centroids.shape[1]]
+    shape = [head.vocab_size, head.like.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(
             f"the FlashHead is {shape[0]}x{shape[1]} (vocabulary x hidden size), the model's "
             f"output head {weight.shape[0]}x{weight.shape[1]}: it is of another model"
         )
     for name in ("device", "dtype"):
-        if getattr(head.weight, name) != getattr(weight, name):
+        if getattr(head.like, name) != getattr(weight, name):
             raise FlashtuneError(
-                f"the FlashHead's {name} is {getattr(head.weight, name)}, the model's "
+                f"the FlashHead's {name} is {getattr(head.like, name)}, the model's "
                 f"{getattr(weight, name)}: convert one with `.to`"
             )
     if not made_of(head, weight, _SAMPLED_ROWS):

@@ -1,7 +1,7 @@
 """The head of one model that vLLM serves: FlashHead where it may answer, else None for dense.
 
 Usage, by the layers in `vllm.py`:
-    served = served_head(vllm_config)      # None unless this is a FlashHead model
+    served = served_head(vllm_config)      # None unless this is a FlashHead model, or screened
     served.build(lm_head)                  # when the weights are loaded
     logits = served.logits(layer, lm_head, hidden)     # None: use the dense head
 
@@ -9,7 +9,6 @@ Whatever is wrong, or not supported, is one warning and the dense head.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 from torch.nn import functional
 
 from flashtune.kernels.epilogues.epilogue import FILL
+from flashtune.kernels.formats.screen import NO_SCREEN, screen_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
-from flashtune.kernels.model_folder.folder import ASSETS_KEY, ModelFolder
-from flashtune.kernels.model_folder.own_class import PREFIX
+from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
 from flashtune.kernels.runtime.decoder import MOST_TOKENS
+from flashtune.tuning_db.environment import flash_head_enabled, named_screen
 from flashtune.tuning_db.errors import FlashtuneError
 
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
@@ -34,28 +34,30 @@ _SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()
 
 
 def served_head(vllm_config: Any) -> "ServedHead | None":
-    """The one head of an engine, or None where the model is no FlashHead model or it is off."""
-    if os.environ.get("FLASHHEAD_ENABLED", "1") == "0":
+    """The one head of an engine, or None where it is off, or nothing asks for one.
+
+    Asked for by a FlashHead model, or for any model by a screen, of FLASHTUNE_SCREEN or the
+    model's config.
+    """
+    if not flash_head_enabled():
         return None
     # The text part of a vision model has a config of its own, but shares this one
     key = id(vllm_config.compilation_config)
     served = _SERVED.get(key)
     if served is None:
-        folder = flash_head_folder(vllm_config.model_config)
-        if folder is not None:
-            served = _SERVED[key] = ServedHead(vllm_config, folder)
+        folder, screen = flash_head_folder(vllm_config.model_config), named_screen()
+        if folder is not None or screen not in ("", NO_SCREEN):
+            served = _SERVED[key] = ServedHead(vllm_config, folder, screen or None)
     return served
 
 
 def flash_head_folder(model_config: Any) -> ModelFolder | None:
-    """The folder of vLLM's model if its config says that it is a FlashHead model, else None."""
+    """The folder of vLLM's model if its config says that its head is FlashHead's, else None."""
     try:
         folder = ModelFolder.open(model_config.model, getattr(model_config, "revision", None))
     except FlashtuneError:  # of no format that has clusters
         return None
-    names = folder.config.get("architectures") or []
-    named = any(str(name).startswith(PREFIX) for name in names)
-    return folder if named or ASSETS_KEY in folder.config else None
+    return folder if folder.has_clusters or SCREEN_KEY in folder.config else None
 
 
 def why_unsupported(vllm_config: Any) -> str | None:
@@ -74,12 +76,18 @@ class ServedHead:
     """Decides call by call between FlashHead and the dense head of one engine.
 
     Gives up for good, with one warning, on what can't change while the engine runs. FlashHead's
-    copy of the weight, in the order of clusters, comes on top of the dense head's.
+    copy of the weight, in the order of clusters, or its screen, comes on top of the dense head's.
     """
 
-    def __init__(self, vllm_config: Any, folder: ModelFolder) -> None:
-        """For the engine with this config, which serves the model in `folder`."""
-        self._config, self._folder = vllm_config, folder
+    def __init__(
+        self, vllm_config: Any, folder: ModelFolder | None, screen: str | None = None
+    ) -> None:
+        """For the engine with this config.
+
+        folder: of its model, where that asks for FlashHead. screen: instead of the folder's.
+        """
+        self._config, self._folder, self._screen = vllm_config, folder, screen
+        self._fills = folder is not None and folder.has_clusters
         self._given_up = False
         self._lm_head: Any = None
         self._head: FlashHead | None = None
@@ -110,7 +118,7 @@ class ServedHead:
         if self._given_up or not 0 < hidden.shape[0] <= SIZES[-1] or hidden.dim() != 2:
             return None
         gate = gate_of(self._config)
-        why = _why_never(processor, gate, hidden, [*args, *kwargs.values()])
+        why = _why_never(processor, gate, hidden, [*args, *kwargs.values()], self._fills)
         if why:
             self._give_up(why)
         if self._given_up or gate is None or gate.dense:
@@ -137,10 +145,30 @@ class ServedHead:
         most = self._config.scheduler_config.max_num_seqs
         with _usual_defaults():
             weight = lm_head.weight.detach()[: lm_head.org_vocab_size]
-            head = flash_head_of(self._folder, weight)
+            head = self._made(weight)
             head.prepare(*[size for size in SIZES if size < 2 * most], epilogue="logits")
-        LOG.info("FlashHead answers for up to %d rows: %s", SIZES[-1], head.extra_repr())
+        LOG.info(
+            "FlashHead answers for up to %d rows: %s, %.0f MiB beside the weight",
+            SIZES[-1],
+            head.extra_repr(),
+            head.added_bytes / 2**20,
+        )
         return head
+
+    def _made(self, weight: torch.Tensor) -> FlashHead:
+        """The FlashHead of the folder's clusters, or without clusters where it has none."""
+        folder = self._folder
+        try:
+            screen_of(self._screen)
+        except FlashtuneError as error:
+            raise FlashtuneError(f"FLASHTUNE_SCREEN: {error}") from error
+        if folder is not None and folder.has_clusters:
+            return flash_head_of(folder, weight, screen=self._screen)
+        own = folder.screen if folder is not None else None
+        screen = screen_of(self._screen) if self._screen else own
+        if screen is None:
+            raise FlashtuneError("the model has no clusters, and its screen is none")
+        return FlashHead.screened(weight, screen)
 
     def _give_up(self, why: str) -> None:
         self._given_up, self._head = True, None
@@ -159,15 +187,20 @@ def _usual_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _why_never(processor: Any, gate: Any, hidden: torch.Tensor, biases: list[Any]) -> str | None:
-    """Why this engine's head can never be FlashHead, as its first call shows, or None."""
+def _why_never(
+    processor: Any, gate: Any, hidden: torch.Tensor, biases: list[Any], fills: bool
+) -> str | None:
+    """Why this engine's head can never be FlashHead, as its first call shows, or None.
+
+    fills: whether tokens that are no candidates have the fill for their logits.
+    """
     if gate is None:
         return "this vLLM did not load the logits processor that tells which requests need it"
     if any(bias is not None for bias in biases):
         return "the head has a bias"
-    if getattr(processor, "soft_cap", None) is not None:
+    if fills and getattr(processor, "soft_cap", None) is not None:
         return "the logits are soft-capped, which would lift tokens that are no candidates"
-    if getattr(processor, "scale", 1.0) != 1.0:
+    if fills and getattr(processor, "scale", 1.0) != 1.0:
         return "the logits are scaled, which would lift tokens that are no candidates"
     if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
         return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"

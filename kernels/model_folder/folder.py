@@ -11,7 +11,7 @@ docs/model-folders.md describes it.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from flashtune.kernels.formats.format import format_of, plain_formats
+from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.model_folder.clusters import (
     ASSIGNMENTS,
     CENTROIDS,
@@ -30,14 +31,16 @@ from flashtune.kernels.model_folder.clusters import (
     read_shapes,
 )
 from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight
+from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.special_token import checked_special_tokens
 from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+END_KEY = "eos_token_id"
 ASSETS_KEY, PROBES_KEY = "flash_head_cache_dir", "n_probes"
-SPECIAL_KEY = "flash_head_special_token_ids"
+SPECIAL_KEY, SCREEN_KEY = "flash_head_special_token_ids", "flash_head_screen"
 CENTROIDS_KEY, MEAN_ROWS = "flash_head_centroids", "mean_rows"
 ASSETS_FOLDER = "flash_head_assets"
 CLUSTERING_FILE = "clustering_cache.safetensors"
@@ -86,6 +89,12 @@ class ModelFolder:
         return beside if beside.exists() and not named.exists() else named
 
     @property
+    def has_clusters(self) -> bool:
+        """Whether the config says that this is a FlashHead model."""
+        names = self.config.get("architectures") or []
+        return ASSETS_KEY in self.config or any(str(name).startswith(PREFIX) for name in names)
+
+    @property
     def dtype(self) -> str:
         """The model's dtype, as problems name it; the stored one where the config does not say."""
         name = self.text.get("dtype") or self.text.get("torch_dtype")
@@ -96,15 +105,31 @@ class ModelFolder:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
         return known[name]
 
-    @property
-    def special_token_ids(self) -> list[int]:
-        """Tokens that must be candidates always, as the config lists them."""
+    def special_token_ids(self, vocab_size: int) -> list[int]:
+        """Tokens that must be candidates always: as the config lists them, else the end tokens.
+
+        Raises FlashtuneError for a list of what are no tokens of such a vocabulary.
+        """
         ids = self.config.get(SPECIAL_KEY)
         if ids is None:
-            return []
-        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
-            raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
-        return ids
+            return self._end_tokens(vocab_size)
+        with _blaming(self.path / CONFIG):
+            if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+                raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
+            return checked_special_tokens(ids, vocab_size)
+
+    def _end_tokens(self, vocab_size: int) -> list[int]:
+        """The tokens that end a text, by the model's config and its generation config."""
+        path = self.path / GENERATION_CONFIG
+        usual = _read_config(path) if path.exists() else {}
+        named = (each.get(END_KEY) for each in (self.config, self.text, usual))
+        return end_tokens(named, vocab_size)
+
+    @property
+    def screen(self) -> Screen | None:
+        """What the config has the head screened in, if it has."""
+        with _blaming(f"{self.path / CONFIG}: {SCREEN_KEY}"):
+            return screen_of(self.config.get(SCREEN_KEY))
 
     def probes(self, n_clusters: int) -> int:
         """The number of clusters to probe of so many."""
@@ -176,8 +201,7 @@ class ModelFolder:
             )
         with _blaming(path):
             token_order(clusters.assignments, problem.n_clusters)
-        with _blaming(self.path / CONFIG):
-            special = checked_special_tokens(self.special_token_ids, vocab_size)
+        special = self.special_token_ids(vocab_size)
         weight = place.read(device)
         if not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
             raise FlashtuneError(f"{place.path}: {place.name} has a NaN or an infinity")
@@ -215,6 +239,16 @@ class ModelFolder:
 def read_model(source: str) -> Problem:
     """The problem that a model folder poses. Raises FlashtuneError."""
     return ModelFolder.open(source).problem()
+
+
+def end_tokens(named: Iterable[Any], vocab_size: int) -> list[int]:
+    """Token ids in ascending order from values of `eos_token_id`: a number, a list, or nothing.
+
+    What is no token of the vocabulary ends no text, and is left out.
+    """
+    listed = (value if isinstance(value, list | tuple) else [value] for value in named)
+    ids = {token for tokens in listed for token in tokens if type(token) is int}
+    return sorted(token for token in ids if 0 <= token < vocab_size)
 
 
 @contextmanager

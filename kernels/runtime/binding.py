@@ -145,12 +145,16 @@ def compile_step(candidate: Candidate, torch_device: torch.device) -> Callable[[
 def _check(step: Step, problem: Problem, weights: Weights) -> None:
     """Run a step twice on centroids as hidden states; raise unless its tokens can be right.
 
+    Where every cluster is probed no centroid is read, and rows of the weight are the states.
+
     A step may probe more clusters than asked, so its token's logit is at least the reference's.
     Of logits, the best one's token is what is looked at, and that each was written.
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
     dtype = format_of(problem.state_dtype).torch_dtype
-    hidden = weights.centroid_rows(problem, rows, torch.float32).to(dtype)
+    probes_all = problem.n_probes == problem.n_clusters
+    states = weights.rows if probes_all else weights.centroid_rows
+    hidden = states(problem, rows, torch.float32).to(dtype)
     epilogue = epilogue_of(problem.epilogue)
     out = new_out(problem, hidden.device)
     TorchStep(problem)(weights, hidden, out)

@@ -33,8 +33,10 @@ from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
 NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
-_SAME_FIELDS = ("weight_dtype", "centroid_dtype")
-EPILOGUE_OCTAVES = 0.1  # distance of another epilogue: it changes little of what is fast
+_SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
+SMALL_FIELDS = ("epilogue", "n_rescored", "n_pinned")  # which change little of what is fast
+SMALL_OCTAVES = 0.1  # distance of another one
+PROBLEM_FIELDS = ("vocab_size", *SHAPE_FIELDS, *SMALL_FIELDS)
 
 
 class Level(str, Enum):
@@ -88,9 +90,14 @@ class Choice:
 
     @property
     def settled(self) -> bool:
-        """Whether the config was measured for just this problem, here, with these tools."""
+        """Whether the config was measured for just this problem, here, with these tools.
+
+        Clusters that are pinned make no difference: they are a few of those that are probed.
+        """
         measured = self.record is not None and self.record.provenance is Provenance.MEASURED
-        return self.level is Level.EXACT and measured and not self.stale
+        here = self.level in (Level.EXACT, Level.NEAREST_SHAPE)
+        differing = {one.field for one in self.differences} & {*PROBLEM_FIELDS}
+        return here and measured and not self.stale and differing <= {"n_pinned"}
 
     def explain(self) -> dict[str, Any]:
         """The choice as plain data that `json.dumps` takes."""
@@ -115,12 +122,13 @@ class Choice:
 def shape_distance(wanted: Problem, found: Problem) -> float | None:
     """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
 
-    Every config runs with every epilogue, so that another one is but a little way off.
+    Other values of `SMALL_FIELDS` are but a little way off.
     """
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
     octaves = sum(_octaves(getattr(wanted, name), getattr(found, name)) for name in SHAPE_FIELDS)
-    return octaves + EPILOGUE_OCTAVES * (wanted.epilogue != found.epilogue)
+    small = [name for name in SMALL_FIELDS if getattr(wanted, name) != getattr(found, name)]
+    return octaves + SMALL_OCTAVES * len(small)
 
 
 def device_distance(wanted: Device, found: Device) -> float:
@@ -317,7 +325,7 @@ def _chosen(
     record = candidate.record
     differences = [
         Difference(name, getattr(problem, name), getattr(record.problem, name))
-        for name in ("vocab_size", *SHAPE_FIELDS, "epilogue")
+        for name in PROBLEM_FIELDS
     ]
     differences.append(Difference("device", device.name, record.device))
     differences += [

@@ -3,7 +3,7 @@
 Usage:
     handle = register(head)
     decode(hidden, handle)
-    logits(hidden, head.weight, head.vocab_size, handle)
+    logits(hidden, head.like, head.vocab_size, handle)
 
 Operators take tensors and numbers, so that a head is known to them by its handle.
 """
@@ -56,13 +56,11 @@ def _(hidden: torch.Tensor, handle: int) -> torch.Tensor:
 
 
 @torch.library.custom_op("flashtune::logits", mutates_args=())
-def logits(
-    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int
-) -> torch.Tensor:
-    """A head's logits as one operator; the weight tells tracers the dtype."""
+def logits(hidden: torch.Tensor, like: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    """A head's logits as one operator; `like` tells tracers the dtype."""
     return _decoder_of(handle).decode_compiled(hidden, "logits")
 
 
 @logits.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
-    return weight.new_empty(hidden.shape[0], vocab_size)
+def _(hidden: torch.Tensor, like: torch.Tensor, vocab_size: int, handle: int) -> torch.Tensor:
+    return like.new_empty(hidden.shape[0], vocab_size)

@@ -1,7 +1,7 @@
 """What a head's calls run: the tensors as they are now, with the steps made for them.
 
 Usage:
-    decoder = Decoder(weights, vocab_size=…, n_probes=256, special=None, allowance=allowance)
+    decoder = Decoder(weights, like, problem, vocab_size=151936, allowance=allowance)
     token = decoder.decode(hidden, "argmax")     # or "logits"
     decoder.bound("argmax", 1).choice            # what runs for one token
 
@@ -12,7 +12,7 @@ steps or the new ones with theirs, and never a mixture.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,8 +23,7 @@ from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.runtime.binding import LOG, Bound, bind, give_up
 from flashtune.kernels.runtime.choice import Level
 from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
-from flashtune.kernels.special_token import SpecialTokens
-from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned, problem_of
+from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -83,33 +82,36 @@ class Decoder:
     def __init__(
         self,
         weights: Weights,
+        like: torch.Tensor,
+        problem: Callable[[], Problem],
         *,
         vocab_size: int,
-        n_probes: int,
-        special: SpecialTokens | None,
         allowance: Allowance,
     ) -> None:
-        """Nothing is chosen or compiled yet. vocab_size: without what pads the last cluster."""
-        self.weights = weights
-        self._vocab_size, self._n_probes = vocab_size, n_probes
-        self._special, self._allowance = special, allowance
+        """Nothing is chosen or compiled yet.
+
+        like: an empty tensor `[0, hidden]`, in the dtype of hidden states and logits. problem: of
+        one token; it raises FlashtuneError, as every call then does, where there is none in that
+        dtype. vocab_size: without what pads clusters.
+        """
+        self.weights, self.like, self._posed = weights, like, problem
+        self._vocab_size, self._allowance = vocab_size, allowance
         self._index = weights.weight.device.index if weights.weight.is_cuda else None
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
 
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
-        weights, index = self.weights, self._index
-        weight = weights.weight
-        if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        weights, like, index = self.weights, self.like, self._index
+        if hidden.dim() != 2 or hidden.shape[1] != like.shape[1]:
             raise FlashtuneError(
-                f"hidden must be [tokens, {weight.shape[1]}], not {list(hidden.shape)}: "
+                f"hidden must be [tokens, {like.shape[1]}], not {list(hidden.shape)}: "
                 "give hidden[None] for a single token, or flatten the leading dimensions"
             )
-        if hidden.device != weight.device:
-            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {weight.device}")
-        if hidden.requires_grad or hidden.dtype is not weight.dtype:
-            hidden = hidden.detach().to(weight.dtype)
+        if hidden.device != like.device:
+            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {like.device}")
+        if hidden.requires_grad or hidden.dtype is not like.dtype:
+            hidden = hidden.detach().to(like.dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
             hidden = aligned(hidden)
         stream = 0
@@ -120,10 +122,10 @@ class Decoder:
             stream = torch._C._cuda_getCurrentRawStream(index)
         n_tokens = hidden.shape[0]
         if epilogue == "argmax":
-            out = torch.empty(n_tokens, dtype=torch.int64, device=weight.device)
+            out = torch.empty(n_tokens, dtype=torch.int64, device=like.device)
         else:
-            shape = (n_tokens, weight.shape[0])
-            out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            shape = (n_tokens, weights.weight.shape[0])
+            out = torch.empty(shape, dtype=like.dtype, device=like.device)
         for first in range(0, n_tokens, MOST_TOKENS):
             number = min(MOST_TOKENS, n_tokens - first)
             key = (epilogue, number, stream)
@@ -136,8 +138,6 @@ class Decoder:
                 step(*call)
             except Exception as error:  # whatever a driver raises at a launch
                 self._rescue(step, key, call, error)
-        if self._special is not None:
-            out = self._special(weights, hidden, out)
         if out.dim() == 2 and out.shape[1] > self._vocab_size:
             return out[:, : self._vocab_size].contiguous()
         return out
@@ -227,9 +227,7 @@ class Decoder:
         return TorchStep(self._problem(epilogue, n_tokens))
 
     def _problem(self, epilogue: str, n_tokens: int) -> Problem:
-        weights = self.weights
-        problem = problem_of(weights.weight, weights.centroids, self._n_probes, n_tokens)
-        return replace(problem, epilogue=epilogue)
+        return replace(self._posed(), n_tokens=n_tokens, epilogue=epilogue)
 
 
 @contextmanager

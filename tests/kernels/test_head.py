@@ -165,18 +165,62 @@ class TestSpecialTokens:
 
     @pytest.mark.parametrize("special", [[5], [90, 3, 3, 40], list(range(VOCAB))])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_they_are_candidates_always(self, special: list[int], dtype: torch.dtype) -> None:
+    def test_their_clusters_are_candidates_always(
+        self, special: list[int], dtype: torch.dtype
+    ) -> None:
         weight, centroids, assignments = parts(dtype=dtype)
         hidden = whole_numbers(40, WIDTH, seed=8, dtype=dtype)
         head = FlashHead(weight, centroids, assignments, n_probes=1, special_token_ids=special)
         plain = reference(weight, centroids, assignments, hidden, 1)
         logits = hidden.double() @ weight.double().T
+        pinned = torch.isin(assignments, assignments[special]).nonzero()[:, 0].tolist()
         expected = [
-            min({*special, token}, key=lambda token, row=row: (-row[token], token))
+            min({*pinned, token}, key=lambda token, row=row: (-row[token], token))
             for row, token in zip(logits.tolist(), plain, strict=True)
         ]
         assert expected != plain
         assert head(hidden).tolist() == expected
+        problem = head.explain()["problem"]
+        assert problem["n_pinned"] == len(set(assignments[special].tolist()))
+        assert (problem["n_probes"], problem["n_clusters"]) == (1, CLUSTERS)
+
+    def test_of_many_clusters_the_tokens_alone_are_pinned(self) -> None:
+        """12 of 12 clusters would be a dense head: two clusters of their own have all of them."""
+        weight, centroids, assignments = parts()
+        weight, assignments = weight[:-5], assignments[:-5]  # some clusters are padded already
+        special = [int((assignments == cluster).nonzero()[2]) for cluster in range(CLUSTERS)]
+        head = FlashHead(weight, centroids, assignments, n_probes=2, special_token_ids=special)
+        problem = head.explain()["problem"]
+        assert (problem["n_pinned"], problem["n_clusters"]) == (2, CLUSTERS + 2)
+        assert problem["n_probes"] == 2 + 2  # the best two of the others, whatever these score
+        hidden = whole_numbers(60, WIDTH, seed=8)
+        logits = head.logits(hidden)
+        dense = hidden @ weight.T
+        probed = (hidden @ centroids.T).topk(2).indices
+        least = (assignments == probed[:, :, None]).any(dim=1)
+        least[:, special] = True
+        known = logits != -1e4
+        assert bool(known[least].all())
+        assert torch.equal(logits[known], dense[known])
+        most = (assignments == (hidden @ centroids.T).topk(4).indices[:, :, None]).any(dim=1)
+        most[:, special] = True
+        assert not bool(known[~most].any())
+        assert torch.equal(head(hidden), logits.argmax(dim=1))
+
+    def test_where_all_clusters_are_probed_none_is_pinned(self) -> None:
+        head = FlashHead(**_with(n_probes=CLUSTERS, special_token_ids=range(30)))
+        assert "n_pinned" not in head.explain()["problem"]
+
+    def test_a_released_weight_has_their_clusters_first(self) -> None:
+        weight, centroids, assignments = parts()
+        options = {"n_probes": 2, "special_token_ids": range(30)}
+        kept = FlashHead(weight, centroids, assignments, **options)
+        owned = weight.clone()
+        head = FlashHead(owned, centroids, assignments, release_weight=True, **options)
+        assert head.weight.data_ptr() == owned.data_ptr()
+        assert head.explain()["problem"]["n_pinned"] == len(set(assignments[:30].tolist())) > 8
+        hidden = whole_numbers(9, WIDTH, seed=8)
+        assert bool((kept.logits(hidden)[:, :30] == head.logits(hidden)[:, :30]).all())
 
     def test_they_never_win_by_padding_or_by_another_rows_token(self) -> None:
         weight, centroids, assignments = parts()
@@ -193,12 +237,13 @@ class TestSpecialTokens:
         plain = int(FlashHead(weight, centroids, **options)(hidden))
         for special in (0, VOCAB - 1):
             head = FlashHead(weight, centroids, special_token_ids=[special], **options)
-            assert int(head(hidden)) == min(plain, special)
+            least = int((assignments == assignments[special]).nonzero()[0])
+            assert int(head(hidden)) == min(plain, least)
 
     def test_a_hidden_state_of_nan_changes_nothing(self) -> None:
         hidden = torch.full((2, WIDTH), float("nan"))
         head = FlashHead(**_with(special_token_ids=[3]))
-        assert torch.equal(head(hidden), FlashHead(**_with())(hidden))
+        assert bool(head.logits(hidden).isnan().all())
 
     def test_they_survive_a_copy_and_a_change_of_dtype(self) -> None:
         head = FlashHead(**_with(special_token_ids=[3, 90]))

@@ -105,9 +105,9 @@ def _model_problem(source: str) -> Problem:
 
 def _screen(text: str) -> Any:
     """What screens a head; None for `none`."""
-    from flashtune.kernels.formats.screen import Screen
+    from flashtune.kernels.formats.screen import screen_of
 
-    return None if text == "none" else Screen.parse(text)
+    return screen_of(text)
 
 
 def _fixed(text: str) -> tuple[str, Any]:

@@ -29,6 +29,7 @@ from flashtune.kernels.model_folder.folder import (
     CONFIG,
     MEAN_ROWS,
     PROBES_KEY,
+    SCREEN_KEY,
     ModelFolder,
 )
 from flashtune.kernels.model_folder.own_class import PREFIX
@@ -37,7 +38,6 @@ from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
-SCREEN_KEY = "flash_head_screen"  # of the config: what screens the head, as Screen.parse reads it
 CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
 _METADATA = "flashtune"
 _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)

@@ -10,7 +10,7 @@ dense heads alone, to compare with: no kernel here reads it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -50,32 +50,30 @@ class HeadForm:
         centroids = self.centroids or self.rows
         return Screen(centroids=centroids, rows=self.rows, n_rescored=self.n_rescored)
 
-    def problem(self, problem: Problem, vocab_size: int) -> Problem:
-        """What a step of it solves, from the problem of a plain head with clusters.
-
-        vocab_size: of the model, which the problem may have rounded up. Not for dense heads.
-        """
-        if not self.clustered:
-            problem = replace(problem, vocab_size=vocab_size, n_clusters=1, n_probes=1)
-        return problem if self.screen is None else self.screen.problem(problem)
-
     def read_bytes(self, problem: Problem, vocab_size: int) -> int:
-        """The fewest bytes that a step of one token reads; problem as for `problem`."""
+        """The fewest bytes that a step of one token reads.
+
+        problem: that of the plain head with clusters; vocab_size: which it may have rounded up.
+        """
         if self.clustered:
-            return self.problem(problem, vocab_size).read_bytes
+            screen = self.screen
+            return (problem if screen is None else screen.problem(problem)).read_bytes
         again = format_of(problem.state_dtype).bytes_of(self.n_rescored, problem.hidden_size)
         return stored_bytes(self.rows, vocab_size, problem.hidden_size) + again
 
     def added_bytes(self, problem: Problem, vocab_size: int) -> int:
-        """Bytes that it keeps in memory beside the model's own weight."""
+        """Bytes that it keeps in memory beside the model's own weight; both as in `read_bytes`.
+
+        Without the clusters that many special tokens need.
+        """
+        width, ids = problem.hidden_size, 4 * problem.vocab_size
         if self.clustered:
-            ids = 4 * problem.vocab_size
-            centroids = stored_bytes(self.centroids, problem.n_clusters, problem.hidden_size)
-            rows = stored_bytes(self.rows, problem.vocab_size, problem.hidden_size)
-            return rows + centroids + ids
+            centroids = stored_bytes(self.centroids, problem.n_clusters, width)
+            return stored_bytes(self.rows, problem.vocab_size, width) + centroids + ids
         if self.rows == problem.state_dtype:
             return 0
-        return stored_bytes(self.rows, vocab_size, problem.hidden_size)
+        rows = stored_bytes(self.rows, vocab_size, width)
+        return rows if self.screen is None else rows + ids
 
     def __str__(self) -> str:
         """As tables name it: `bf16`, `int4/int8:8`, `no clusters int4:32`, `dense int8`."""

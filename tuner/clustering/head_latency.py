@@ -17,14 +17,14 @@ import torch
 
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import target_of
-from flashtune.kernels.formats.format import format_of
+from flashtune.kernels.formats.format import dtype_name
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.kernels.runtime.binding import bind
-from flashtune.kernels.special_token import SpecialTokens
-from flashtune.kernels.weights import Step, Weights, problem_of, stored_weights, token_order
+from flashtune.kernels.weights import Step, Weights
 from flashtune.tuner.clustering.dense_step import dense_step
 from flashtune.tuner.clustering.head_form import HeadForm, with_clusters
 from flashtune.tuning_db.errors import FlashtuneError
@@ -39,15 +39,10 @@ class HeadLatency:
 
     def __init__(self, parts: HeadParts, states: torch.Tensor) -> None:
         """Nothing is laid out yet."""
-        self._weight, self._centroids = parts.weight, parts.clusters.centroids
-        self._order = token_order(parts.clusters.assignments, len(self._centroids)).to(
-            self._weight.device
-        )
-        self._special = parts.special_token_ids
-        self._problem = problem_of(self._weight, self._centroids, parts.n_probes, n_tokens=1)
-        self._plain = with_clusters(self._problem.weight_dtype, None)
-        self._states = states.to(self._weight.device, self._weight.dtype)
-        self._laid_out: tuple[HeadForm, Weights] | None = None
+        self._parts = parts
+        self._plain = with_clusters(dtype_name(parts.weight), None)
+        self._states = states.to(parts.weight.device, parts.weight.dtype)
+        self._laid_out: tuple[HeadForm, FlashHead] | None = None
 
     def of(self, form: HeadForm, n_probes: int) -> tuple[Timing, str] | None:
         """The timing of a form, and what ran: as `probing`, or `torch` for a dense head.
@@ -62,9 +57,9 @@ class HeadLatency:
     def dense(self, rows: str | None = None) -> Timing | None:
         """The dense head, its rows in the weight's dtype or another format."""
         rows = rows or self._plain.rows
-        step = dense_step(rows, self._weight)
-        weights = self._weights(self._plain)
-        return step and self._time(self._problem, weights, step, f"the dense head in {rows}")
+        step = dense_step(rows, self._parts.weight)
+        head = self._head(self._plain)
+        return step and self._time(head.problem, head.decoder.weights, step, f"dense {rows}")
 
     def probing(self, n_probes: int, form: HeadForm | None = None) -> tuple[Timing, str]:
         """FlashHead with that many probes, and the level of its choice: exact … torch.
@@ -72,51 +67,44 @@ class HeadLatency:
         form: plain unless given. Without clusters n_probes says nothing.
         """
         form = form or self._plain
-        problem = replace(self._problem, n_probes=n_probes)
-        problem = form.problem(problem, len(self._weight))
-        weights = self._weights(form)
-        bound = bind(problem, weights)
-        step = self._with_special(bound.take_step(), form)
-        what = f"the head with {n_probes} probes" if form.clustered else "the head"
+        head = self._head(form)
+        problem, what = head.problem, "the head"
+        if form.clustered:  # beside clusters that were added for special tokens
+            problem = replace(problem, n_probes=problem.n_probes + n_probes - head.n_probes)
+            what = f"the head with {n_probes} probes"
         if form != self._plain:
             what = f"{what} in {form}"
-        return self._time(problem, weights, step, what), bound.choice.level.value
+        bound = bind(problem, head.decoder.weights)
+        timing = self._time(problem, head.decoder.weights, bound.take_step(), what)
+        return timing, bound.choice.level.value
 
-    def _weights(self, form: HeadForm) -> Weights:
-        """The weights as FlashHead lays them out, kept until those of another form are."""
+    def _head(self, form: HeadForm) -> FlashHead:
+        """A FlashHead of the form, kept until one of another form is needed."""
         if self._laid_out is None or self._laid_out[0] != form:
             self._laid_out = None
-            problem = form.problem(self._problem, len(self._weight))
-            order, centroids = self._order, self._centroids
-            if not form.clustered:
-                order = torch.arange(len(self._weight), device=order.device)
-                centroids = torch.zeros_like(centroids[:1])
-            scored = format_of(problem.centroid_dtype).pack(centroids)
-            self._laid_out = form, stored_weights(problem, self._weight, scored, order)
+            parts, clusters = self._parts, self._parts.clusters
+            if form.clustered:
+                head = FlashHead(
+                    parts.weight,
+                    clusters.centroids,
+                    clusters.assignments,
+                    n_probes=parts.n_probes,
+                    special_token_ids=parts.special_token_ids,
+                    screen=form.screen,
+                    tune="never",
+                )
+            else:
+                assert form.screen is not None
+                head = FlashHead.screened(parts.weight, form.screen, tune="never")
+            self._laid_out = form, head
         return self._laid_out[1]
 
-    def _with_special(self, step: Step, form: HeadForm) -> Step:
-        """The step and what special tokens add to it, decided by the model's own rows."""
-        if not (self._special and form.clustered):
-            return step
-        plain = form == self._plain
-        order = (
-            self._order if plain else torch.arange(len(self._weight), device=self._order.device)
-        )
-        special = SpecialTokens.of(self._special, order)
-
-        def both(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-            step(weights, hidden, out)
-            rows = weights if plain else replace(weights, weight=self._weight)
-            out.copy_(special(rows, hidden, out))
-
-        return both
-
     def _time(self, problem: Problem, weights: Weights, step: Step, what: str) -> Timing:
-        """The step's timing. No checks: `bind` has verified it, and special tokens change what
-        is right. Raises FlashtuneError with the outcome where it fails.
+        """The step's timing. No checks: `bind` has verified it.
+
+        Raises FlashtuneError with the outcome where it fails.
         """
-        device = device_of(self._weight.device)
+        device = device_of(weights.weight.device)
         cold_bytes = device.l2_bytes
         n_sets = max(2, -(-2 * cold_bytes // problem.minimum_bytes) + 1)
         sets = tuple(replace(weights, centroids=weights.centroids.clone()) for _ in range(n_sets))

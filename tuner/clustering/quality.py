@@ -87,8 +87,9 @@ class Study:
     ) -> "Study":
         """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
 
-        forms: that of the weight's own dtype unless given. Special tokens are candidates always.
-        logits_of: what the model makes of its head's logits `[states, vocab]`, which changes the
+        forms: that of the weight's own dtype unless given. Special tokens are candidates always;
+        of other tokens in the clusters that are pinned for them this is not counted. logits_of:
+        what the model makes of its head's logits `[states, vocab]`, which changes the
         probabilities. Raises FlashtuneError for states that do not fit.
         """
         weight = parts.weight

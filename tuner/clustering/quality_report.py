@@ -14,7 +14,6 @@ from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
 from flashtune.kernels.weights import problem_of
-from flashtune.tuner.clustering.clustered_folder import SCREEN_KEY
 from flashtune.tuner.clustering.decode_state import RunningModel, require_transformers
 from flashtune.tuner.clustering.head_form import HeadForm, forms_of, with_clusters
 from flashtune.tuner.clustering.head_latency import HeadLatency
@@ -89,7 +88,7 @@ class QualityReport:
 
 def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     """Run a FlashHead model on text and judge its head. Raises FlashtuneError."""
-    parts, own = folder.read_head(request.device), _own_screen(folder)
+    parts, own = folder.read_head(request.device), folder.screen
     require_transformers()
     n_clusters = len(parts.clusters.centroids)
     for number in request.n_probes:
@@ -127,17 +126,6 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
         pick=None if request.recall is None else _fastest(clustered, request.recall),
         interrupted=interrupted,
     )
-
-
-def _own_screen(folder: ModelFolder) -> Screen | None:
-    """What the model's config says that its head is screened by."""
-    said = folder.config.get(SCREEN_KEY)
-    if said is None:
-        return None
-    try:
-        return Screen.parse(str(said))
-    except FlashtuneError as error:
-        raise FlashtuneError(f"{folder.path}: {SCREEN_KEY} of its config: {error}") from error
 
 
 def _rows(

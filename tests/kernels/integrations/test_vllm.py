@@ -177,6 +177,12 @@ def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
 
 
+@pytest.fixture(autouse=True)
+def unscreened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment of the tests asks for."""
+    monkeypatch.delenv("FLASHTUNE_SCREEN", raising=False)
+
+
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> StubVllm:
     """A vLLM that has loaded the plugin."""
@@ -506,6 +512,91 @@ def test_the_environment_turns_it_off(
     assert (probed(engine(states(1))) == [VOCAB // CLUSTERS]) is on
     assert warnings(caplog) == []
     del gate
+
+
+class TestScreens:
+    """A screen for any model, by the environment or by the model's config."""
+
+    def engine(self, vllm: StubVllm, model: str, **layer: Any) -> tuple[RequestGate, Engine]:
+        config = Config(model)
+        gate = RequestGate(config)
+        engine = vllm.engine(config, weight(), padding=32, **layer)
+        engine.load()
+        return gate, engine
+
+    @pytest.fixture
+    def plain(self, tmp_path: Path) -> str:
+        (tmp_path / "plain").mkdir()
+        config = tmp_path / "plain" / "config.json"
+        config.write_text('{"architectures": ["LlamaForCausalLM"]}')
+        return str(config.parent)
+
+    @pytest.mark.parametrize("by", ["environment", "config"])
+    @pytest.mark.parametrize("soft_cap", [None, 30.0])
+    def test_a_model_without_clusters_is_screened_whole(
+        self,
+        vllm: StubVllm,
+        plain: str,
+        by: str,
+        soft_cap: float | None,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        if by == "environment":
+            monkeypatch.setenv("FLASHTUNE_SCREEN", "int8")
+        else:
+            path = Path(plain) / "config.json"
+            path.write_text('{"flash_head_screen": "int8"}')
+        gate, engine = self.engine(vllm, plain, soft_cap=soft_cap)
+        head = engine.lm_head._served._head
+        assert head.model_weight.data_ptr() == engine.lm_head.weight.data_ptr()
+        logits = engine(states(5))
+        assert torch.equal(logits.argmax(dim=1), engine.dense(states(5)).argmax(dim=1))
+        assert not torch.equal(logits, engine.dense(states(5)))  # of those not decided again
+        assert bool((logits != FILL).all())
+        assert warnings(caplog) == []
+        del gate
+
+    def test_a_flash_head_models_screen_is_replaced(
+        self, vllm: StubVllm, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = folder(n_probes=2)
+        config = Path(model) / "config.json"
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), "flash_head_screen": "int8"})
+        )
+        for named, kept in ((None, "int8:8"), ("int4:9", "int4:9"), ("none", "None")):
+            if named:
+                monkeypatch.setenv("FLASHTUNE_SCREEN", named)
+            gate, engine = self.engine(vllm, model)
+            assert str(engine.lm_head._served._head.screen) == kept
+            assert probed(engine(states(2))) == [2 * VOCAB // CLUSTERS] * 2
+            del gate
+
+    def test_another_value_is_one_warning_and_the_dense_head(
+        self,
+        vllm: StubVllm,
+        plain: str,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setenv("FLASHTUNE_SCREEN", "four bits")
+        gate, engine = self.engine(vllm, plain)
+        for _ in range(2):
+            assert torch.equal(engine(states(2)), engine.dense(states(2)))
+        (warning,) = warnings(caplog)
+        assert "FLASHTUNE_SCREEN: a screen must be like int8" in warning
+        assert "\n" not in warning
+        del gate
+
+    @pytest.mark.parametrize("value", ["", "none", " "])
+    def test_none_asks_for_nothing(
+        self, vllm: StubVllm, plain: str, monkeypatch: pytest.MonkeyPatch, value: str
+    ) -> None:
+        monkeypatch.setenv("FLASHTUNE_SCREEN", value)
+        gate, engine = self.engine(vllm, plain)
+        assert engine.lm_head._served is None
+        del gate
 
 
 def test_other_models_are_left_alone(

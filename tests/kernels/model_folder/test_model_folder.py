@@ -200,7 +200,63 @@ class TestReading:
 
     def test_special_tokens_are_the_configs(self, write: Write) -> None:
         folder = write({"flash_head_special_token_ids": [50, 4]})
-        assert FlashHead.from_pretrained(folder).special_token_ids.tolist() == [4, 50]
+        assert FlashHead.from_pretrained(folder).special_token_ids == (4, 50)
+
+    @pytest.mark.parametrize(
+        ("config", "usual", "special"),
+        [
+            ({"eos_token_id": 5}, None, (5,)),
+            ({"eos_token_id": [5, 9]}, {"eos_token_id": [9, 3]}, (3, 5, 9)),
+            ({"eos_token_id": None}, {"eos_token_id": 7}, (7,)),
+            ({"text_config": {"eos_token_id": 8}}, None, (8,)),
+            ({"eos_token_id": 60}, {"eos_token_id": -1}, ()),
+            ({"eos_token_id": 5, "flash_head_special_token_ids": [4]}, None, (4,)),
+            ({"eos_token_id": 5, "flash_head_special_token_ids": []}, None, ()),
+        ],
+    )
+    def test_end_tokens_are_special_unless_the_config_lists_others(
+        self,
+        write: Write,
+        config: dict[str, Any],
+        usual: dict[str, Any] | None,
+        special: tuple[int, ...],
+    ) -> None:
+        folder = write({**config, "n_probes": 1})
+        if usual is not None:
+            (folder / "generation_config.json").write_text(json.dumps(usual))
+        head = FlashHead.from_pretrained(folder)
+        assert head.special_token_ids == special
+        assert flash_head_of(ModelFolder.open(folder), weight()).special_token_ids == special
+        assert bool((head.logits(HIDDEN)[:, list(special)] != -1e4).all())
+
+    def test_many_special_tokens_are_read_without_permuting_in_place(self, write: Write) -> None:
+        """Clusters are added for those of 12 clusters, and rows with them."""
+        head = FlashHead.from_pretrained(
+            write({"flash_head_special_token_ids": [*range(0, 60, 3)]})
+        )
+        assert bool((head.logits(HIDDEN)[:, ::3] != -1e4).all())
+
+    @pytest.mark.parametrize(
+        ("named", "given", "kept"),
+        [
+            ("int8", None, "int8:8"),
+            ("int8", "int4/int8", "int4/int8:8"),
+            ("int8", "none", "None"),
+            (None, "int4", "int4:32"),
+            ("none", None, "None"),
+            (None, None, "None"),
+        ],
+    )
+    def test_the_screen_is_the_configs_unless_given(
+        self, write: Write, named: str | None, given: str | None, kept: str
+    ) -> None:
+        folder = write({"flash_head_screen": named, "n_probes": CLUSTERS})
+        head = FlashHead.from_pretrained(folder, screen=given)
+        assert str(head.screen) == kept
+        applied = flash_head_of(ModelFolder.open(folder), weight(), screen=given)
+        assert str(applied.screen) == kept
+        assert head(HIDDEN).tolist() == applied(HIDDEN).tolist()
+        assert head(HIDDEN).tolist() == (HIDDEN @ weight().T).argmax(dim=1).tolist()
 
     def test_a_vocabulary_that_clusters_do_not_divide(self, write: Write) -> None:
         folder = write(clusters=assets(VOCAB - 5), tensors={"lm_head.weight": weight()[:-5]})
@@ -350,6 +406,8 @@ class TestRefusals:
             ({"n_probes": "many"}, "n_probes must be a positive whole number, not 'many'"),
             ({"flash_head_centroids": "medians"}, "must be mean_rows or absent, not 'medians'"),
             ({"n_probes": 0}, "n_probes must be a positive whole number"),
+            ({"flash_head_screen": "8 bits"}, "flash_head_screen: a screen must be like int8"),
+            ({"flash_head_screen": 8}, "a Screen or a text like int8, not 8"),
             ({"flash_head_special_token_ids": 3}, "must be a list of token ids, not 3"),
             ({"flash_head_special_token_ids": ["</s>"]}, "must be a list of token ids"),
             ({"flash_head_special_token_ids": [60]}, "whole numbers from 0 to 59, not 60"),

@@ -9,6 +9,7 @@ import torch
 
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import default_config, known_good
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.plans.persistent import PersistentConfig
@@ -236,6 +237,27 @@ def test_records_of_tokens_serve_for_logits_until_there_are_others() -> None:
     assert pick([smaller, tokens], problem=LOGITS).config == staged(4)
 
 
+def test_records_without_pinned_clusters_serve_where_some_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They need no race either: a few clusters more change nothing of what is fast."""
+    monkeypatch.setattr(Candidate, "why_invalid", lambda self: None)
+    pinned = replace(PROBLEM, n_pinned=2)
+    choice = pick([record(staged(4))], problem=pinned)
+    assert (choice.level, choice.config) == (Level.NEAREST_SHAPE, staged(4))
+    assert [(one.field, one.wanted, one.found) for one in choice.differences] == [
+        ("n_pinned", 2, 0)
+    ]
+    assert choice.settled
+    assert not pick([record(staged(4), provenance=Provenance.PREDICTED)], problem=pinned).settled
+    newer = replace(TOOLS, triton="3.7.0")
+    assert not pick([record(staged(4))], problem=pinned, toolchain=newer).settled
+    assert not pick([record(staged(4), device=ORIN.name)], problem=pinned).settled
+    assert not pick([record(staged(4))], problem=replace(pinned, n_probes=128)).settled
+    own = record(staged(8), problem=pinned, median_us=99.0)
+    assert pick([record(staged(4)), own], problem=pinned).config == staged(8)
+
+
 def test_distances_are_octaves() -> None:
     assert shape_distance(PROBLEM, PROBLEM) == 0
     assert shape_distance(PROBLEM, replace(SMALLER, n_tokens=4)) == pytest.approx(3)
@@ -244,6 +266,11 @@ def test_distances_are_octaves() -> None:
     assert shape_distance(PROBLEM, split) == pytest.approx(2)
     assert shape_distance(PROBLEM, replace(PROBLEM, weight_dtype="fp16")) is None
     assert shape_distance(PROBLEM, LOGITS) == pytest.approx(0.1)
+    assert shape_distance(PROBLEM, replace(PROBLEM, n_pinned=3)) == pytest.approx(0.1)
+    screened = Screen.parse("int8").problem(PROBLEM)
+    assert shape_distance(PROBLEM, screened) is None
+    assert shape_distance(screened, replace(screened, n_rescored=9)) == pytest.approx(0.1)
+    assert shape_distance(screened, replace(screened, model_dtype="fp16")) is None
     twice = replace(H200, memory_bandwidth=2 * H200.memory_bandwidth, sm_count=66)
     assert device_distance(H200, twice) == pytest.approx(2)
     assert device_distance(H200, replace(H200, memory_bandwidth=0.0)) == 0

@@ -9,25 +9,27 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashtune.kernels.backends.torch import TorchStep
-from flashtune.kernels.epilogues.epilogue import new_out
-from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.formats.screen import Screen
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.clusters import Clusters
 from flashtune.kernels.model_folder.folder import HeadParts
-from flashtune.kernels.weights import Weights, problem_of, stored_weights, token_order
+from flashtune.kernels.weights import problem_of
 from flashtune.tuner.clustering import head_latency, six_bits
 from flashtune.tuner.clustering.dense_step import dense_step
 from flashtune.tuner.clustering.head_form import HeadForm, forms_of, rounded, with_clusters
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import Agreement, QualityRow, Study
 from flashtune.tuner.clustering.quality_report import TimedRow, _fastest
-from flashtune.tuning_db.problem import Problem
 
 VOCAB, WIDTH, CLUSTERS = 208, 32, 26
 PLAIN = with_clusters("fp32", None)
 SCREENS = ("int8", "int4/int8:2", "int4:3", "int8:0", "int4:0", "int8/int4:6")
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(without_kernels: None) -> None:
+    """A CPU without kernels, so that nothing is compiled."""
 
 
 def screened(text: str) -> HeadForm:
@@ -58,28 +60,23 @@ def dense(parts: HeadParts, states: torch.Tensor) -> torch.Tensor:
     return states @ parts.weight.T
 
 
-def laid_out(
-    parts: HeadParts, form: HeadForm, n_probes: int, epilogue: str = "argmax"
-) -> tuple[Problem, Weights]:
-    """What a step of the form solves and reads."""
-    plain = problem_of(parts.weight, parts.clusters.centroids, n_probes, 1)
-    problem = replace(form.problem(plain, VOCAB), epilogue=epilogue)
-    order, centroids = token_order(parts.clusters.assignments, CLUSTERS), parts.clusters.centroids
+def head_of(parts: HeadParts, form: HeadForm, n_probes: int) -> FlashHead:
     if not form.clustered:
-        order, centroids = torch.arange(VOCAB), torch.zeros(1, WIDTH)
-    packed = format_of(problem.centroid_dtype).pack(centroids)
-    return problem, stored_weights(problem, parts.weight, packed, order)
+        screen = Screen(centroids=form.rows, rows=form.rows, n_rescored=form.n_rescored)
+        return FlashHead.screened(parts.weight, screen)
+    clusters = parts.clusters
+    return FlashHead(
+        parts.weight,
+        clusters.centroids,
+        clusters.assignments,
+        n_probes=n_probes,
+        screen=form.screen,
+    )
 
 
-def answer(
-    parts: HeadParts, form: HeadForm, n_probes: int, states: torch.Tensor, epilogue: str = "argmax"
-) -> torch.Tensor:
-    """What a step of the form writes for all the states."""
-    problem, weights = laid_out(parts, form, n_probes, epilogue)
-    problem = replace(problem, n_tokens=len(states))
-    out = new_out(problem, states.device)
-    TorchStep(problem)(weights, states, out)
-    return out
+def answer(parts: HeadParts, form: HeadForm, n_probes: int, states: torch.Tensor) -> torch.Tensor:
+    """What a head of the form answers."""
+    return head_of(parts, form, n_probes)(states)
 
 
 @pytest.mark.parametrize("text", ["plain", *SCREENS])
@@ -111,7 +108,7 @@ def test_the_top_five_are_all_among_those_that_are_decided(
     five = dense.topk(5).indices
     for n_probes in (1, 3, 9, CLUSTERS):
         plain = replace(form, n_rescored=0)
-        logits = answer(parts, plain, n_probes, states, "logits")
+        logits = head_of(parts, plain, n_probes).logits(states)
         decided = logits.topk(max(5, form.n_rescored)).indices
         inside = (five[:, :, None] == decided[:, None]).any(dim=2).all(dim=1).double().mean()
         assert study.row(n_probes, form).top5 == pytest.approx(float(inside), abs=1e-12)
@@ -157,15 +154,14 @@ def test_forms_and_their_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["plain", "int8", "int4/int8:2", "int4", "no clusters"])
-def test_added_bytes_are_those_of_the_tensors(parts: HeadParts, text: str) -> None:
+def test_added_bytes_are_those_of_the_head(parts: HeadParts, text: str) -> None:
     forms = {"plain": PLAIN, "no clusters": HeadForm(rows="int4", n_rescored=4)}
     form = forms[text] if text in forms else screened(text)
-    _, weights = laid_out(parts, form, 4)
-    own = [weights.weight, weights.weight_scales]
-    if form.clustered:
-        own += [weights.centroids, weights.centroid_scales, weights.ids]
+    head, exact = head_of(parts, form, 4), form.clustered
     problem = problem_of(parts.weight, parts.clusters.centroids, 4, 1)
-    assert form.added_bytes(problem, VOCAB) == sum(each.nbytes for each in own if each is not None)
+    # Without clusters it has empty ones all the same, 13 of 16 tokens
+    right = head.added_bytes - (0 if exact else head.centroids.nbytes + 13 * 2)
+    assert form.added_bytes(problem, VOCAB) == right
 
 
 def test_read_bytes() -> None:
@@ -217,7 +213,7 @@ class TestDenseStep:
         if step is None:
             pytest.skip(f"this torch has no product of {rows}")
         out = torch.empty(len(states), dtype=torch.int64)
-        weights = laid_out(parts, PLAIN, 4)[1]
+        weights = head_of(parts, PLAIN, 4).decoder.weights
         for state, token in zip(states.split(1), out.split(1), strict=True):
             step(weights, state, token)
         right = (states @ rounded(rows, parts.weight).T).argmax(dim=1)
@@ -235,7 +231,6 @@ class TestDenseStep:
         assert dense_step("int8", parts.weight) is None
 
 
-@pytest.mark.usefixtures("without_kernels")
 class TestLatency:
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,20 +247,6 @@ class TestLatency:
                 assert found is None
             elif found is not None:
                 assert found[0].median_us > 0 and found[1] == "torch"
-
-    def test_special_tokens_are_decided_by_the_models_own_rows(
-        self, parts: HeadParts, states: torch.Tensor, dense: torch.Tensor
-    ) -> None:
-        special = dense[:20].argmax(dim=1).unique().tolist()
-        latency = HeadLatency(replace(parts, special_token_ids=special), states)
-        for form in (PLAIN, screened("int4:1")):
-            weights = latency._weights(form)
-            problem = form.problem(replace(latency._problem, n_probes=1), VOCAB)
-            step = latency._with_special(TorchStep(problem), form)
-            for state in states[:20].split(1):
-                out = torch.empty(1, dtype=torch.int64)
-                step(weights, state, out)
-                assert int(out) == int((state @ parts.weight.T).argmax())
 
 
 class TestFastest:
@@ -322,7 +303,7 @@ def test_the_benchmark_takes_the_tokens_and_logits_of_the_step(
     for each in (PLAIN, form):
         logits = heads.logits(each, 5)
         assert torch.equal(heads.token(each, logits), answer(parts, each, 5, states))
-        written = answer(parts, each, 5, states, "logits")
+        written = head_of(parts, each, 5).logits(states)
         candidates = written > -1e4
         assert torch.equal(candidates, logits > module._NEVER)
         torch.testing.assert_close(logits[candidates], written[candidates])
