@@ -1,4 +1,4 @@
-"""What special tokens cost a step: `FlashHead` with some, and without.
+"""What special tokens cost a step: `FlashHead` with some, whose clusters are pinned, and without.
 
     python benchmarks/special_tokens.py [--shape NAME] [--special N]… [--device cpu|cuda]
 

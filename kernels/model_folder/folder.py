@@ -97,9 +97,12 @@ class ModelFolder:
     @property
     def dtype(self) -> str:
         """The model's dtype, as problems name it; the stored one where the config does not say."""
+        return self._named_dtype() or self.head_weight().dtype
+
+    def _named_dtype(self) -> str | None:
         name = self.text.get("dtype") or self.text.get("torch_dtype")
         if name is None:
-            return self.head_weight().dtype
+            return None
         known = {each.torch_name: each.name for each in plain_formats()}
         if name not in known:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
@@ -163,9 +166,19 @@ class ModelFolder:
             )
 
     def head_weight(self) -> HeadWeight:
-        """Where the head's weight is, and its shape and dtype, from headers alone."""
+        """Where the head's weight is, and its shape and dtype, from headers alone.
+
+        A quantised one is read in the config's dtype, or bf16.
+        """
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        return find_head_weight(self.path, tied=tied is not False)
+        quantised = self.config.get("quantization_config", self.text.get("quantization_config"))
+        block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
+        return find_head_weight(
+            self.path,
+            tied=tied is not False,
+            dtype=self._named_dtype(),
+            block=tuple(block) if isinstance(block, list) else None,
+        )
 
     def read_clusters(self, device: str = "cpu") -> Clusters:
         """The clusters, with centroids as they are to be scored, in any dtype.

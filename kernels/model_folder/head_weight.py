@@ -2,7 +2,7 @@
 
 Usage:
     place = find_head_weight(folder, tied=True)
-    place.path, place.name, place.shape, place.dtype
+    place.path, place.name, place.shape, place.dtype    # bf16, whatever it is stored in
     weight = place.read()           # [vocab, hidden]
 
 The model's own class says what the weight is called and whether it is tied to the embedding
@@ -11,13 +11,21 @@ else the embedding's, also where the text model is nested in a multimodal one.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flashtune.kernels.formats.format import plain_formats
+from flashtune.kernels.formats.format import format_of, plain_formats
 from flashtune.kernels.model_folder.own_class import OwnHead, ask_model
+from flashtune.kernels.model_folder.quantised_weight import (
+    CURE,
+    PACKED,
+    QUANTISED,
+    Scales,
+    find_scales,
+)
 from flashtune.kernels.model_folder.tensor_file import dtype_of, open_tensors, shape_of
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -34,30 +42,47 @@ EMBEDDINGS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadWeight:
-    """A tensor in a file: its name, its shape `[vocab, hidden]` and the dtype it is stored in."""
+    """A tensor in a file: its name, its shape `[vocab, hidden]`, and the dtype that it is read in.
+
+    scales: what its numbers are multiplied with, in a file of its own, where it is quantised.
+    """
 
     path: Path
     name: str
     shape: tuple[int, int]
     dtype: str
+    scales: Scales | None = None
+    scales_path: Path | None = None
 
     def read(self, device: str = "cpu") -> torch.Tensor:
-        """The tensor, in the dtype it is stored in."""
+        """The tensor in its dtype: the one it is stored in, unless it is quantised."""
         with open_tensors(self.path, device) as tensors:
             weight: torch.Tensor = tensors.get_tensor(self.name)
-        return weight
+        if self.scales is None or self.scales_path is None:
+            return weight
+        with open_tensors(self.scales_path, device) as tensors:
+            scales = tensors.get_tensor(self.scales.name)
+        return self.scales.times(weight, scales, format_of(self.dtype).torch_dtype)
 
 
-def find_head_weight(folder: Path, tied: bool) -> HeadWeight:
+def find_head_weight(
+    folder: Path,
+    tied: bool,
+    dtype: str | None = None,
+    block: tuple[Any, ...] | None = None,
+) -> HeadWeight:
     """The head's weight in a model folder, of one safetensors file or of several with an index.
 
     tied: whether the embedding may stand in where the head has no weight of its own, unless the
-    model's class says so itself. Raises FlashtuneError naming the file and what it should hold.
+    model's class says so itself. dtype: what a quantised weight is read in, bf16 unless given.
+    block: rows and columns of such a weight that share a scale, where the config says. Raises
+    FlashtuneError naming the file and what it should hold.
     """
     files = _tensor_files(folder)
     own = ask_model(folder)
     if own is not None:
         tied = own.tied
+    _check_packed(files, own)
     wanted = (*HEADS, *EMBEDDINGS) if tied else HEADS
     name = own.find(list(files)) if own else None
     if name is None:
@@ -74,16 +99,50 @@ def find_head_weight(folder: Path, tied: bool) -> HeadWeight:
     with open_tensors(path) as tensors:
         if name not in list(tensors.keys()):
             raise FlashtuneError(f"{path}: lacks {name}, which {INDEX} says it holds")
-        shape, dtype = shape_of(tensors, name), dtype_of(tensors, name)
+        shape, stored = shape_of(tensors, name), dtype_of(tensors, name)
     if len(shape) != 2:
         raise FlashtuneError(f"{path}: {name} has shape {shape}, not [vocab, hidden]")
     known = {each.stored_name: each.name for each in plain_formats()}
+    place = HeadWeight(path=path, name=name, shape=(shape[0], shape[1]), dtype=dtype or "bf16")
+    if stored in known:
+        return replace(place, dtype=known[stored])
+    if stored not in QUANTISED:
+        kinds = ", ".join((*known, *QUANTISED))
+        raise FlashtuneError(f"{path}: {name} is {stored}, not one of {kinds}: {CURE}")
+    return _quantised(place, stored, files, block)
+
+
+def _quantised(
+    place: HeadWeight, stored: str, files: dict[str, Path], block: tuple[Any, ...] | None
+) -> HeadWeight:
+    """The weight with its scales, which may lie in another file; FlashtuneError without them."""
+    stem = place.name.removesuffix("weight")
+    shapes = {}
+    for name in [each for each in files if each.startswith(stem)]:
+        with open_tensors(files[name]) as tensors:
+            shapes[name] = shape_of(tensors, name)
+    try:
+        scales = find_scales(shapes, place.name, QUANTISED[stored], block)
+    except FlashtuneError as error:
+        raise FlashtuneError(f"{place.path}: {error}") from error
+    path = files[scales.name]
+    with open_tensors(path) as tensors:
+        dtype = dtype_of(tensors, scales.name)
+    known = [each.stored_name for each in plain_formats()]
     if dtype not in known:
-        raise FlashtuneError(
-            f"{path}: {name} is {dtype}, not one of {', '.join(known)}: "
-            "a quantized head cannot be used"
-        )
-    return HeadWeight(path=path, name=name, shape=(shape[0], shape[1]), dtype=known[dtype])
+        raise FlashtuneError(f"{path}: {scales.name} is {dtype}, not one of {', '.join(known)}")
+    return replace(place, scales=scales, scales_path=path)
+
+
+def _check_packed(files: dict[str, Path], own: OwnHead | None) -> None:
+    """Refuse a head whose numbers are packed: none of its tensors is a matrix of them."""
+    for head in (*(own.names[:1] if own else ()), *HEADS):
+        stem = head.removesuffix("weight")
+        packed = next((stem + name for name in PACKED if stem + name in files), None)
+        if packed is not None:
+            raise FlashtuneError(
+                f"{files[packed]}: the head is quantised, its numbers packed in {packed}: {CURE}"
+            )
 
 
 def _check_bias(name: str, files: dict[str, Path], own: OwnHead | None) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,3 +301,27 @@ def test_a_hidden_state_of_nan_gives_nan() -> None:
     for head in (screened(), FlashHead.screened(parts()[0])):
         assert bool(head.logits(hidden).isnan().all())
         assert bool(((head(hidden) >= 0) & (head(hidden) < VOCAB)).all())
+
+
+@pytest.mark.parametrize(
+    ("screen", "clusters", "share"),
+    [
+        ("int8", True, 0.53),
+        ("int4", True, 0.30),
+        ("int8", False, 0.51),
+        ("int4", False, 0.28),
+        (None, True, 1.06),
+    ],
+)
+def test_the_docs_say_what_a_head_adds(screen: str | None, clusters: bool, share: float) -> None:
+    """At Qwen3-VL-2B's width; the vocabulary matters little."""
+    weight = torch.zeros(4096, 2048, dtype=torch.bfloat16)
+    if clusters:
+        centroids, assignments = weight[::16].clone(), torch.arange(4096) // 16
+        head = FlashHead(weight, centroids, assignments, n_probes=8, screen=screen)
+    else:
+        head = FlashHead.screened(weight, screen or "")
+    assert round(head.added_bytes / weight.nbytes, 2) == share
+    format_name = f"`{screen}`" if screen else "16-bit"
+    line = f"| {format_name}{'' if clusters else ', without clusters'} | {share:.2f} |"
+    assert line in (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")

@@ -377,7 +377,7 @@ class TestRefusals:
             (
                 {"lm_head.weight": torch.ones(VOCAB, WIDTH).to(torch.float8_e4m3fn)},
                 "model.safetensors",
-                "F8_E4M3, not one of BF16, F16, F32",
+                "lm_head.weight is fp8 with no scales beside it",
             ),
             (
                 {"lm_head.weight": weight(), "lm_head.bias": torch.ones(VOCAB)},
