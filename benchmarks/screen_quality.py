@@ -2,8 +2,9 @@
 
     python benchmarks/screen_quality.py --model DIR [--probes N …] [--tokens N] [--states FILE]
 
-Prints a Markdown table: each screened head beside the 16-bit FlashHead with the number of probes
-that the line begins with. *same token*: in what share of decode steps both take the same one;
+Prints two Markdown tables. The first: how often each form of the head takes the dense head's
+token, by number of probes. The second: each screened head beside the 16-bit FlashHead with the
+number of probes that the line begins with. *same token*: in what share of decode steps both take the same one;
 *recall*: how often the dense head's token is taken, and how that differs from the 16-bit head's
 in points; *distance*: between the distributions that the two heads' logits give at temperature 1,
 as total variation, and as Kullback-Leibler divergence (nats) over the tokens that are
@@ -23,8 +24,8 @@ from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
 from flashtune.kernels.weights import token_order
 from flashtune.tuner.clustering.decode_state import decode_states, read_prompts
-from flashtune.tuner.clustering.head_form import HeadForm, rounded, with_clusters
-from flashtune.tuner.clustering.quality import Study
+from flashtune.tuner.clustering.head_form import HeadForm, forms_of, rounded, with_clusters
+from flashtune.tuner.clustering.quality import Study, usual_probes
 
 SCREENS = ("int8:8", "int8/int4:32", "int4/int8:8", "int4:32", "int8:0", "int8/int4:0", "int4:0")
 _STATES_AT_ONCE = 64
@@ -117,13 +118,24 @@ def lines_of(study: Study, plain: HeadForm, probes: list[int]) -> Iterator[Line]
     for beside in probes:
         aim = study.row(beside).top1
         for form, agreement in study.forms.items():
+            if not form.clustered or form == plain:
+                continue
             numbers = [beside]
             if form.centroids == "int4" and form.n_rescored:
                 numbers += [agreement.least_probes(aim) or beside]
             for number in dict.fromkeys(numbers):
-                if form != plain:
-                    recall = agreement.row(number).top1
-                    yield Line(form=form, n_probes=number, beside=beside, recall=recall)
+                recall = agreement.row(number).top1
+                yield Line(form=form, n_probes=number, beside=beside, recall=recall)
+
+
+def show_recall(study: Study, probes: list[int]) -> None:
+    """How often each form takes the dense head's token; the same for any probes without clusters."""
+    print(f"| head | {' | '.join(str(number) for number in probes)} |")
+    print("|" + "---|" * (len(probes) + 1))
+    for form in study.forms:
+        shares = [study.row(number if form.clustered else 1, form).top1 for number in probes]
+        print(f"| {form} | {' | '.join(f'{share:.4f}' for share in shares)} |")
+    print()
 
 
 def show(lines: list[Line], study: Study, n_states: int) -> None:
@@ -163,10 +175,8 @@ def main(
             torch.save(states, kept)
     dtype = folder.dtype
     plain = with_clusters(dtype, None)
-    forms = [plain, *(with_clusters(dtype, Screen.parse(text)) for text in screens)]
+    forms = forms_of(dtype, [Screen.parse(text) for text in screens])
     study = Study.of(parts, states, forms=forms)
-    lines = list(lines_of(study, plain, sorted(probes) or [parts.n_probes]))
-    compare(lines, Heads(parts, forms), plain, states)
     vocab, hidden = parts.weight.shape
     print(
         f"{len(states)} decode steps, {vocab}x{hidden}, {len(parts.clusters.centroids)} clusters\n"
