@@ -4,9 +4,9 @@
 
 Prints two Markdown tables. The first: how often each form of the head takes the dense head's
 token, by number of probes. The second: each screened head beside the 16-bit FlashHead with the
-number of probes that the line begins with. *same token*: in what share of decode steps both take the same one;
-*recall*: how often the dense head's token is taken, and how that differs from the 16-bit head's
-in points; *distance*: between the distributions that the two heads' logits give at temperature 1,
+number of probes that the line begins with. *same token*: in what share of decode steps both take
+the same one; *recall*: how often the dense head's token is taken, and how that differs from the
+16-bit head's in points; *distance*: between the distributions that the two heads' logits give at temperature 1,
 as total variation, and as Kullback-Leibler divergence (nats) over the tokens that are
 candidates of both. With centroids of 4 bits a second line has as many probes as bring the recall
 back. DIR is a folder that `flashtune cluster` made; the steps are greedy continuations of the
@@ -129,7 +129,7 @@ def lines_of(study: Study, plain: HeadForm, probes: list[int]) -> Iterator[Line]
 
 
 def show_recall(study: Study, probes: list[int]) -> None:
-    """How often each form takes the dense head's token; the same for any probes without clusters."""
+    """How often each form takes the dense head's token; without clusters always the same."""
     print(f"| head | {' | '.join(str(number) for number in probes)} |")
     print("|" + "---|" * (len(probes) + 1))
     for form in study.forms:
@@ -178,9 +178,13 @@ def main(
     forms = forms_of(dtype, [Screen.parse(text) for text in screens])
     study = Study.of(parts, states, forms=forms)
     vocab, hidden = parts.weight.shape
-    print(
-        f"{len(states)} decode steps, {vocab}x{hidden}, {len(parts.clusters.centroids)} clusters\n"
-    )
+    n_clusters = len(parts.clusters.centroids)
+    print(f"{len(states)} decode steps, {vocab}x{hidden}, {n_clusters} clusters\n")
+    numbers = sorted(probes) or [parts.n_probes]
+    show_recall(study, sorted({*numbers, *usual_probes(n_clusters)}))
+    lines = list(lines_of(study, plain, numbers))
+    clustered = [form for form in forms if form.clustered]
+    compare(lines, Heads(parts, clustered), plain, states)
     show(lines, study, len(states))
 
 
