@@ -6,11 +6,11 @@ Prints two Markdown tables. The first: how often each form of the head takes the
 token, by number of probes. The second: each screened head beside the 16-bit FlashHead with the
 number of probes that the line begins with. *same token*: in what share of decode steps both take
 the same one; *recall*: how often the dense head's token is taken, and how that differs from the
-16-bit head's in points; *distance*: between the distributions that the two heads' logits give at temperature 1,
-as total variation, and as Kullback-Leibler divergence (nats) over the tokens that are
-candidates of both. With centroids of 4 bits a second line has as many probes as bring the recall
-back. DIR is a folder that `flashtune cluster` made; the steps are greedy continuations of the
-shipped prompts.
+16-bit head's in points; *variation*, *divergence*: how far apart the distributions are that the
+two heads' logits give at temperature 1, as total variation, and as Kullback-Leibler divergence
+(nats) over the tokens that are candidates of both. With centroids of 4 bits a second line has as
+many probes as bring the recall back. DIR is a folder that `flashtune cluster` made; the steps are
+greedy continuations of the shipped prompts.
 """
 
 from collections.abc import Iterator
