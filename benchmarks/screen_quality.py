@@ -41,8 +41,8 @@ class Line:
     beside: int
     recall: float
     same: int = 0
-    variations: list[torch.Tensor] = field(default_factory=list)
-    divergences: list[torch.Tensor] = field(default_factory=list)
+    variations: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
 
 
 class Heads:
@@ -102,8 +102,8 @@ def compare(lines: list[Line], heads: Heads, plain: HeadForm, states: torch.Tens
                 own = heads.logits(line.form, line.n_probes)
                 line.same += int((heads.token(line.form, own) == token).sum())
                 change = (own.softmax(dim=1) - chances).abs().sum(dim=1) / 2
-                line.variations.append(change)
-                line.divergences.append(divergence(logits, own))
+                line.variations += change.tolist()  # small tensors would fragment the memory
+                line.divergences += divergence(logits, own).tolist()
 
 
 def divergence(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def show(lines: list[Line], study: Study, n_states: int) -> None:
     print("|" + "---|" * 10)
     for line in lines:
         right = study.row(line.beside).top1
-        changes, divergences = torch.cat(line.variations), torch.cat(line.divergences)
+        changes, divergences = map(torch.tensor, (line.variations, line.divergences))
         far = changes.quantile(0.99)
         print(
             f"| {line.beside} | {right:.4f} | {line.form} | {line.n_probes} "
