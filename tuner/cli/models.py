@@ -11,7 +11,9 @@ import click
 from flashtune.tuner.cli import options
 
 if TYPE_CHECKING:
+    from flashtune.kernels.formats.screen import Screen
     from flashtune.kernels.model_folder.folder import ModelFolder
+    from flashtune.tuner.clustering.clustered_folder import Chosen
 
 INTERRUPTED = 130
 
@@ -25,7 +27,10 @@ INTERRUPTED = 130
 @click.option(
     "--probes", "n_probes", type=click.IntRange(1), help="Else a sixteenth of the clusters."
 )
-@click.option("--recall", type=options.SHARE, help="Choose the probes so that this share agrees.")
+@click.option(
+    "--recall", type=options.SHARE, help="Choose probes and screen so that this share agrees."
+)
+@options.screens("Of those to choose from with --recall; else what the folder's head gets.")
 @options.prompts
 @options.tokens
 @options.run_device
@@ -41,6 +46,7 @@ def cluster(
     n_clusters: int | None,
     n_probes: int | None,
     recall: float | None,
+    screens: "tuple[Screen | None, ...]",
     prompts: Path | None,
     n_tokens: int,
     device: str | None,
@@ -52,38 +58,32 @@ def cluster(
     """Make a FlashHead model of any causal language model.
 
     Clusters the rows of its head and writes a folder with the model and its clusters. Run the
-    same command again to go on where an interrupted one was.
+    same command again to go on where an interrupted one was. With --recall, what is fastest
+    here is taken of the screens and of their fewest probes that reach it.
 
     \b
     Examples:
       flashtune cluster --model ./smollm2 --out ./smollm2-flash
       flashtune cluster --model ./smollm2 --out ./smollm2-flash --clusters 3072 --recall 0.99
+      flashtune cluster --model ./smollm2 --out ./smollm2-flash --probes 256 --screen int8
     """
     from flashtune.tuner.clustering.clustered_folder import ClusterRequest, cluster_model
-    from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
-    from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
     from flashtune.tuner.here import torch_device_named
 
     if n_probes and recall:
         raise click.UsageError("give one of --probes and --recall")
+    if not recall and len(screens) > 1:
+        raise click.UsageError("give one --screen, or --recall to choose among several")
     where = device or torch_device_named(None)
-    choose: Callable[[ModelFolder], int] | None = None
+    choose = None
     if recall is not None:
-        require_transformers()
-        texts, share = read_prompts(prompts), recall
-
-        def choose(folder: "ModelFolder") -> int:
-            request = QualityRequest(prompts=texts, n_tokens=n_tokens, device=where, timed=False)
-            report = study_model(folder, request)
-            if report.interrupted:
-                raise KeyboardInterrupt
-            return report.study.least_probes(share)
-
+        choose = _fastest_of(recall, screens, prompts, n_tokens, where)
     request = ClusterRequest(
         model=model,
         out=out,
         n_clusters=n_clusters,
         n_probes=n_probes,
+        screen=screens[0] if screens and recall is None else None,
         device=where,
         seed=seed,
         iterations=iterations,
@@ -99,8 +99,50 @@ def cluster(
         return
     click.echo(
         f"{out}: {result.vocab_size}x{result.hidden_size} in {result.n_clusters} clusters, "
-        f"{result.n_probes} probes"
+        f"{result.n_probes} probes{f', screened in {result.screen}' if result.screen else ''}"
     )
+
+
+def _fastest_of(
+    recall: float,
+    screens: "tuple[Screen | None, ...]",
+    prompts: Path | None,
+    n_tokens: int,
+    device: str,
+) -> "Callable[[ModelFolder], Chosen]":
+    """What chooses a folder's probes and screen for a recall."""
+    from flashtune.tuner.clustering.clustered_folder import Chosen
+    from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
+    from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
+
+    require_transformers()
+    request = QualityRequest(
+        prompts=read_prompts(prompts),
+        n_tokens=n_tokens,
+        device=device,
+        recall=recall,
+        screens=_looked_at(screens),
+        survey=False,
+    )
+
+    def choose(folder: "ModelFolder") -> Chosen:
+        report = study_model(folder, request)
+        if report.interrupted:
+            raise KeyboardInterrupt
+        assert report.pick is not None
+        return Chosen(n_probes=report.pick.quality.n_probes, screen=report.pick.form.screen)
+
+    return choose
+
+
+def _looked_at(screens: "tuple[Screen | None, ...]") -> "list[Screen]":
+    """The screens that are given, or the usual ones."""
+    from flashtune.kernels.formats.screen import Screen
+    from flashtune.tuner.clustering.head_form import USUAL_SCREENS
+
+    if not screens:
+        return [Screen.parse(text) for text in USUAL_SCREENS]
+    return [screen for screen in screens if screen is not None]
 
 
 @click.command()
@@ -114,7 +156,10 @@ def cluster(
     multiple=True,
     help="Numbers of probes to report; else powers of two, and the model's own.",
 )
-@click.option("--recall", type=options.SHARE, help="Find the fewest probes for this share.")
+@click.option(
+    "--recall", type=options.SHARE, help="Find the fastest screen and probes for this share."
+)
+@options.screens("What screens to look at, as int4/int8:8; none: no screen; else the usual ones.")
 @click.option("--plot", "picture", type=options.FILE, help="Draw it to a file.")
 @options.run_device
 @options.as_json
@@ -124,6 +169,7 @@ def quality(
     n_tokens: int,
     n_probes: tuple[int, ...],
     recall: float | None,
+    screens: "tuple[Screen | None, ...]",
     picture: Path | None,
     device: str | None,
     as_json: bool,
@@ -131,25 +177,27 @@ def quality(
     """Say how often a FlashHead model's probes find what its dense head would take.
 
     Runs the model on text, and reports for numbers of probes how often the top token and the
-    five best agree, how much of the probability is among the candidates, and how long the head
-    takes here. Ctrl-C ends it early, and shows what was counted until then.
+    five best agree, how much of the probability is among the candidates, how long the head
+    takes here, and how many bytes it reads and adds: in the model's own dtype, screened, without
+    clusters, and dense. Ctrl-C ends it early, and shows what was counted until then.
 
     \b
     Examples:
       flashtune quality --model ./smollm2-flash
       flashtune quality --model ./smollm2-flash --recall 0.99 --json
       flashtune quality --model ./smollm2-flash --probes 128 --probes 256 --plot quality.png
+      flashtune quality --model ./smollm2-flash --screen int8 --screen int4/int8:16
     """
     from flashtune.kernels.model_folder.folder import ModelFolder
     from flashtune.tuner.cli.terminal import print_table
     from flashtune.tuner.clustering.decode_state import read_prompts
-    from flashtune.tuner.clustering.quality_report import (
-        QualityRequest,
+    from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
+    from flashtune.tuner.clustering.quality_table import (
         check_picture,
+        pick_line,
         plot,
         quality_data,
         quality_table,
-        study_model,
     )
     from flashtune.tuner.here import torch_device_named
 
@@ -161,6 +209,7 @@ def quality(
         device=device or torch_device_named(None),
         n_probes=n_probes,
         recall=recall,
+        screens=_looked_at(screens),
         keep_interrupted=True,
     )
     report = study_model(ModelFolder.open(model), request)
@@ -172,7 +221,7 @@ def quality(
     else:
         print_table(quality_table(report))
         if recall is not None:
-            click.echo(f"{report.recall_probes} probes are the fewest that agree in {recall:.2%}")
+            click.echo(pick_line(report))
     if report.interrupted:
         click.echo("interrupted: this is what was counted until then", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

@@ -103,6 +103,13 @@ def _model_problem(source: str) -> Problem:
     return read_model(source)
 
 
+def _screen(text: str) -> Any:
+    """What screens a head; None for `none`."""
+    from flashtune.kernels.formats.screen import screen_of
+
+    return screen_of(text)
+
+
 def _fixed(text: str) -> tuple[str, Any]:
     from flashtune.tuner.search.space import parse_fixed
 
@@ -134,6 +141,9 @@ def _seconds(text: str) -> float:
 DEVICE = Parsed("device", _device, _device_names)
 SHAPE = Parsed("shape", parse_shape, lambda: PRESETS)
 FIX = Parsed("knob=value", _fixed, _known_fixings)
+SCREEN = Parsed(
+    "format", _screen, lambda: ["none", "int8", "int4/int8", "int4", "int8:0", "int4:0"]
+)
 SECONDS = Parsed("seconds", _seconds)
 SHAPE_HELP = "A preset, or vocab=…,hidden=…,clusters=… pairs."
 SHAPE_EPILOG = f"Presets: {', '.join(PRESETS)}; pairs may follow one, as qwen3-0.6b,probes=512."
@@ -207,6 +217,11 @@ tokens: Decorator[Any] = click.option(
     show_default=True,
     help="Tokens to continue each prompt by.",
 )
+
+
+def screens(text: str) -> Decorator[Any]:
+    """`--screen`: what may screen a head, any number of times; `none` for nothing."""
+    return click.option("--screen", "screens", type=SCREEN, multiple=True, help=text)
 
 
 def device(text: str, *, required: bool = False) -> Decorator[Any]:

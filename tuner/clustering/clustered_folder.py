@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, write_clusters
 from flashtune.kernels.model_folder.folder import (
     ASSETS_FOLDER,
@@ -28,6 +29,7 @@ from flashtune.kernels.model_folder.folder import (
     CONFIG,
     MEAN_ROWS,
     PROBES_KEY,
+    SCREEN_KEY,
     ModelFolder,
 )
 from flashtune.kernels.model_folder.own_class import PREFIX
@@ -40,21 +42,31 @@ CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
 _METADATA = "flashtune"
 _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
 
-ChooseProbes = Callable[[ModelFolder], int]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """The number of probes, and what screens the head: None where it is read as it is."""
+
+    n_probes: int
+    screen: Screen | None = None
+
+
+Choose = Callable[[ModelFolder], Chosen]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRequest:
     """What to make of which folder.
 
-    n_clusters: a sixteenth of the vocabulary unless given; n_probes: a sixteenth of that. link:
-    hard links to the weight files instead of copies.
+    n_clusters: a sixteenth of the vocabulary unless given; n_probes: a sixteenth of that. screen:
+    the head is read as it is unless given. link: hard links to the weight files instead of copies.
     """
 
     model: str
     out: Path
     n_clusters: int | None = None
     n_probes: int | None = None
+    screen: Screen | None = None
     device: str = "cpu"
     seed: int = 0
     iterations: int = ITERATIONS
@@ -70,16 +82,15 @@ class ClusterResult:
     hidden_size: int
     n_clusters: int
     n_probes: int
+    screen: str | None
     iterations: int
     fit: float
 
 
-def cluster_model(
-    request: ClusterRequest, choose_probes: ChooseProbes | None = None
-) -> ClusterResult:
+def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> ClusterResult:
     """Cluster a model's head and write the folder. Raises FlashtuneError.
 
-    choose_probes is asked for the number of probes once the clusters are there.
+    choose is asked for the number of probes and the screen once the clusters are there.
     """
     source = ModelFolder.open(request.model)
     place = source.head_weight()
@@ -91,7 +102,8 @@ def cluster_model(
     kmeans = BalancedKMeans(place.read(request.device), n_clusters, request.seed)
     try:
         checkpoint = _cluster(kmeans, request)
-        n_probes = _write(kmeans, source, request, n_probes, choose_probes)
+        usual = Chosen(n_probes=n_probes, screen=request.screen)
+        chosen = _write(kmeans, source, request, usual, choose)
         checkpoint.path.unlink(missing_ok=True)
     except (OSError, shutil.Error) as error:
         hint = ": leave --link off" if request.link else ""
@@ -101,7 +113,8 @@ def cluster_model(
         vocab_size=place.shape[0],
         hidden_size=place.shape[1],
         n_clusters=n_clusters,
-        n_probes=n_probes,
+        n_probes=chosen.n_probes,
+        screen=None if chosen.screen is None else str(chosen.screen),
         iterations=kmeans.iteration,
         fit=kmeans.fit(),
     )
@@ -124,20 +137,20 @@ def _write(
     kmeans: BalancedKMeans,
     source: ModelFolder,
     request: ClusterRequest,
-    n_probes: int,
-    choose_probes: ChooseProbes | None,
-) -> int:
+    chosen: Chosen,
+    choose: Choose | None,
+) -> Chosen:
     """Write the folder where no other process does, and give it its name when it is whole."""
     scratch = Path(tempfile.mkdtemp(dir=request.out.parent, prefix=_partial(request.out)))
     partial = scratch / request.out.name
     try:
         _copy_model(source, partial, request.link)
-        _write_config(source, partial, n_probes)
+        _write_config(source, partial, chosen)
         (partial / ASSETS_FOLDER).mkdir()
         write_clusters(partial / ASSETS_FOLDER / CLUSTERING_FILE, kmeans.clusters())
-        if choose_probes is not None:
-            n_probes = choose_probes(ModelFolder.open(partial))
-            _write_config(source, partial, n_probes)
+        if choose is not None:
+            chosen = choose(ModelFolder.open(partial))
+            _write_config(source, partial, chosen)
         try:
             partial.rename(request.out)
         except OSError as error:
@@ -149,7 +162,7 @@ def _write(
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return n_probes
+    return chosen
 
 
 def _partial(out: Path) -> str:
@@ -196,16 +209,18 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
     shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)
 
 
-def _write_config(source: ModelFolder, target: Path, n_probes: int) -> None:
+def _write_config(source: ModelFolder, target: Path, chosen: Chosen) -> None:
     """The source's config with what makes it a FlashHead model's."""
     names = source.config.get("architectures") or []
     config: dict[str, Any] = {
-        **source.config,
+        **{name: value for name, value in source.config.items() if name != SCREEN_KEY},
         "architectures": [PREFIX + str(name).removeprefix(PREFIX) for name in names],
         ASSETS_KEY: ASSETS_FOLDER,
         CENTROIDS_KEY: MEAN_ROWS,
-        PROBES_KEY: n_probes,
+        PROBES_KEY: chosen.n_probes,
     }
+    if chosen.screen is not None:
+        config[SCREEN_KEY] = str(chosen.screen)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 

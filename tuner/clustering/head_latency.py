@@ -1,96 +1,119 @@
-"""What a head takes a step on this machine, by number of probes, beside the dense head.
+"""What a head takes a step on this machine, by form and number of probes, beside dense heads.
 
 Usage:
     latency = HeadLatency(parts, states)
-    latency.dense(), latency.probing(256)      # Timing, in microseconds a call of one token
+    latency.dense()                       # Timing, in microseconds a call of one token
+    latency.probing(256), latency.probing(256, form)
+    latency.of(form, n_probes)            # any form's, or None where nothing runs it here
 
 As in a search, weights are cold (copies of the centroids rotate, together larger than the cache),
-and steps are timed by measure/trial.py.
-What runs is what FlashHead chooses here.
+and steps are timed by measure/trial.py. What runs is what FlashHead chooses here.
 """
 
+import time
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import linear
 
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.formats.format import dtype_name
+from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.measure.trial import Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.model_folder.folder import HeadParts
 from flashtune.kernels.runtime.binding import bind
-from flashtune.kernels.special_token import most_pinned, pin
-from flashtune.kernels.weights import Step, Weights, problem_of, token_order
+from flashtune.kernels.weights import Step, Weights
+from flashtune.tuner.clustering.dense_step import dense_step
+from flashtune.tuner.clustering.head_form import HeadForm, with_clusters
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 _REPLAYS = 30
+_LEAST_REPLAYS, _SECONDS = 3, 5.0  # of a step that is slow
 
 
 class HeadLatency:
     """Times the steps of one head on its weight's device."""
 
     def __init__(self, parts: HeadParts, states: torch.Tensor) -> None:
-        """Lay the weights out as FlashHead does."""
-        weight, centroids = parts.weight, parts.clusters.centroids
-        problem = problem_of(weight, centroids, parts.n_probes, n_tokens=1)
-        order = token_order(parts.clusters.assignments, problem.n_clusters).to(weight.device)
-        most = most_pinned(parts.n_probes)
-        pinned = pin(order, problem.n_clusters, parts.special_token_ids, most)
-        self._weights = Weights(
-            weight=weight[pinned.order],
-            centroids=pinned.centroids(centroids),
-            ids=pinned.order.to(torch.int32),
-        )
-        self._dense_weight = weight
-        self._problem = replace(
-            problem,
-            vocab_size=pinned.order.numel(),
-            n_clusters=problem.n_clusters + pinned.n_added,
-            n_pinned=pinned.n_pinned,
-        )
-        self._n_added = pinned.n_added
-        self._states = states.to(weight.device, weight.dtype)
+        """Nothing is laid out yet."""
+        self._parts = parts
+        self._plain = with_clusters(dtype_name(parts.weight), None)
+        self._states = states.to(parts.weight.device, parts.weight.dtype)
+        self._laid_out: tuple[HeadForm, FlashHead] | None = None
 
-    def dense(self) -> Timing:
-        """The dense head: a product with all of the weight, then argmax."""
+    def of(self, form: HeadForm, n_probes: int) -> tuple[Timing, str] | None:
+        """The timing of a form, and what ran: as `probing`, or `torch` for a dense head.
 
-        def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-            torch.argmax(linear(hidden, self._dense_weight), dim=-1, out=out)
+        None for a quantised dense head that torch has no product for here.
+        """
+        if form.clustered or form.screen:
+            return self.probing(n_probes, form)
+        timing = self.dense(form.rows)
+        return None if timing is None else (timing, "torch")
 
-        return self._time(self._problem, step, "the dense head")
+    def dense(self, rows: str | None = None) -> Timing | None:
+        """The dense head, its rows in the weight's dtype or another format."""
+        rows = rows or self._plain.rows
+        step = dense_step(rows, self._parts.weight)
+        head = self._head(self._plain)
+        return step and self._time(head.problem, head.decoder.weights, step, f"dense {rows}")
 
-    def probing(self, n_probes: int) -> tuple[Timing, str]:
-        """FlashHead with that many probes, and the level of its choice: exact … torch."""
-        problem = replace(self._problem, n_probes=n_probes + self._n_added)
-        bound = bind(problem, self._weights)
-        timing = self._time(problem, bound.take_step(), f"the head with {n_probes} probes")
+    def probing(self, n_probes: int, form: HeadForm | None = None) -> tuple[Timing, str]:
+        """FlashHead with that many probes, and the level of its choice: exact … torch.
+
+        form: plain unless given. Without clusters n_probes says nothing.
+        """
+        form = form or self._plain
+        head = self._head(form)
+        problem, what = head.problem, "the head"
+        if form.clustered:  # beside clusters that were added for special tokens
+            problem = replace(problem, n_probes=problem.n_probes + n_probes - head.n_probes)
+            what = f"the head with {n_probes} probes"
+        if form != self._plain:
+            what = f"{what} in {form}"
+        bound = bind(problem, head.decoder.weights)
+        timing = self._time(problem, head.decoder.weights, bound.take_step(), what)
         return timing, bound.choice.level.value
 
-    def _time(self, problem: Problem, step: Step, what: str) -> Timing:
+    def _head(self, form: HeadForm) -> FlashHead:
+        """A FlashHead of the form, kept until one of another form is needed."""
+        if self._laid_out is None or self._laid_out[0] != form:
+            self._laid_out = None
+            parts, clusters = self._parts, self._parts.clusters
+            if form.clustered:
+                head = FlashHead(
+                    parts.weight,
+                    clusters.centroids,
+                    clusters.assignments,
+                    n_probes=parts.n_probes,
+                    special_token_ids=parts.special_token_ids,
+                    screen=form.screen,
+                    tune="never",
+                )
+            else:
+                assert form.screen is not None
+                head = FlashHead.screened(parts.weight, form.screen, tune="never")
+            self._laid_out = form, head
+        return self._laid_out[1]
+
+    def _time(self, problem: Problem, weights: Weights, step: Step, what: str) -> Timing:
         """The step's timing. No checks: `bind` has verified it.
 
         Raises FlashtuneError with the outcome where it fails.
         """
-        device = device_of(self._weights.weight.device)
+        device = device_of(weights.weight.device)
         cold_bytes = device.l2_bytes
         n_sets = max(2, -(-2 * cold_bytes // problem.minimum_bytes) + 1)
-        sets = tuple(
-            Weights(
-                weight=self._weights.weight,
-                centroids=self._weights.centroids.clone(),
-                ids=self._weights.ids,
-            )
-            for _ in range(n_sets)
-        )
+        sets = tuple(replace(weights, centroids=weights.centroids.clone()) for _ in range(n_sets))
         states = tuple(self._states[index % len(self._states)][None] for index in range(n_sets))
         workload = Workload(problem, sets, states, ())
         trial: Trial[str] = Trial(workload, target_of(device).timer, policy="quality")
         trial.load(what, lambda: step)
         trial.admit(what, slack=0)
-        trial.take_turns(_REPLAYS)
+        trial.take_turns(_REPLAYS, least=_LEAST_REPLAYS, until=time.monotonic() + _SECONDS)
         found = trial.finish()[what]
         if found.median_us is None or found.spread_us is None:
             raise FlashtuneError(f"{what} cannot be timed: {found.outcome.value}: {found.error}")

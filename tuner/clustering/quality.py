@@ -1,22 +1,26 @@
-"""How good a head's clusters are: what the dense head would take, and whether probes find it.
+"""How good a head is in one form or another: how often it takes what the dense head would take.
 
 Usage:
-    study = Study.of(parts, states)
-    study.row(256)                    # agreement and probability mass with 256 probes
-    study.least_probes(0.995)         # the fewest probes whose top token agrees that often
+    study = Study.of(parts, states, forms=forms)
+    study.row(256)                      # agreement and probability mass with 256 probes
+    study.row(256, forms[1])            # of another form than the first
+    study.least_probes(0.995)           # the fewest probes whose top token agrees that often
 
 A FlashHead takes the dense head's token if, and unless logits tie only if, that token's cluster
-is probed. So the rank of its cluster among all says at once for every number of probes whether
-the two agree.
+is probed. A screened one must also have it among those that are decided in 16 bits: so it loses
+the token again with the probe by which so many better screened ones are there. A state thus agrees
+between two numbers of probes, and two counts give all numbers of probes at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from flashtune.kernels.formats.format import dtype_name
 from flashtune.kernels.model_folder.folder import HeadParts
+from flashtune.tuner.clustering.head_form import HeadForm, rounded, with_clusters
 from flashtune.tuning_db.errors import FlashtuneError
 
 TOP = 5
@@ -28,8 +32,9 @@ _STATES_AT_ONCE = 64
 class QualityRow:
     """Shares of the states, for one number of probes.
 
-    top1: the dense head's token is found. top5: so are all of its five best tokens. mass: the
-    mean probability that the dense head gives to the candidates.
+    top1: the dense head's token is taken. top5: all of its five best tokens are among those that
+    are decided in 16 bits; where none are, they are the five best. mass: the mean probability that
+    the dense head gives to the candidates.
     """
 
     n_probes: int
@@ -39,66 +44,202 @@ class QualityRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
-    """For each state, the rank of the cluster of the dense head's token and the worst rank of
-    its five best, counted from 0; and by number of probes, less one, the mean mass found.
+class Agreement:
+    """By number of probes, less one: in how many of n_states each agrees, and the mean mass.
+
+    A head without clusters is as one with a single cluster.
     """
 
-    top1_ranks: torch.Tensor
-    top5_ranks: torch.Tensor
+    n_states: int
+    top1: torch.Tensor
+    top5: torch.Tensor
     mass: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, parts: HeadParts, states: torch.Tensor, logits_of: LogitsOf = lambda raw: raw
-    ) -> "Study":
-        """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
-
-        Special tokens count as found always; of other tokens in the clusters that are pinned for
-        them this is not counted. logits_of: what the model makes of its head's
-        logits `[states, vocab]`, which changes the probabilities. Raises FlashtuneError for states
-        that do not fit.
-        """
-        weight, centroids = parts.weight.float(), parts.clusters.centroids.float()
-        if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):
-            raise FlashtuneError(
-                f"states must be [states, {weight.shape[1]}], not {list(states.shape)}"
-            )
-        clusters = parts.clusters.assignments.to(weight.device, torch.int64)
-        special = torch.tensor(parts.special_token_ids, dtype=torch.int64, device=weight.device)
-        top_ranks = []
-        total = torch.zeros(len(centroids), device=weight.device, dtype=torch.float64)
-        for part in torch.split(states.to(weight.device, torch.float32), _STATES_AT_ONCE):
-            logits = part @ weight.T
-            ranks = _ranks(part @ centroids.T)[:, clusters]  # of each token's cluster
-            ranks[:, special] = 0
-            top = logits.topk(min(TOP, len(weight)), dim=1).indices
-            top_ranks.append(ranks.gather(1, top).cpu())
-            returned = logits_of(logits).to(logits)
-            mass = torch.zeros(len(part), len(centroids), device=weight.device)
-            mass.scatter_add_(1, ranks, returned.softmax(dim=1))
-            total += mass.cumsum(dim=1, dtype=torch.float64).sum(dim=0)
-        found = torch.cat(top_ranks)
-        return cls(
-            top1_ranks=found[:, 0],
-            top5_ranks=found.amax(dim=1),
-            mass=(total / len(states)).cpu(),
-        )
 
     def row(self, n_probes: int) -> QualityRow:
         """The shares with that many probes."""
         return QualityRow(
             n_probes=n_probes,
-            top1=float((self.top1_ranks < n_probes).double().mean()),
-            top5=float((self.top5_ranks < n_probes).double().mean()),
+            top1=int(self.top1[n_probes - 1]) / self.n_states,
+            top5=int(self.top5[n_probes - 1]) / self.n_states,
             mass=float(self.mass[n_probes - 1]),
         )
 
-    def least_probes(self, recall: float) -> int:
+    def least_probes(self, recall: float) -> int | None:
         """The fewest probes with which a share `recall` of the states agrees in the top token."""
-        ranks = self.top1_ranks.sort().values
-        needed = math.ceil(recall * len(ranks) - 1e-9)
-        return int(ranks[max(1, needed) - 1]) + 1
+        needed = math.ceil(recall * self.n_states - 1e-9)
+        enough = (self.top1 >= needed).nonzero()
+        return int(enough[0]) + 1 if len(enough) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """How each form of a head agrees with the dense head; the first one is meant unless said."""
+
+    forms: dict[HeadForm, Agreement]
+
+    @classmethod
+    def of(
+        cls,
+        parts: HeadParts,
+        states: torch.Tensor,
+        logits_of: LogitsOf = lambda raw: raw,
+        forms: Sequence[HeadForm] = (),
+    ) -> "Study":
+        """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
+
+        forms: that of the weight's own dtype unless given. Special tokens are candidates always;
+        of other tokens in the clusters that are pinned for them this is not counted. logits_of:
+        what the model makes of its head's logits `[states, vocab]`, which changes the
+        probabilities. Raises FlashtuneError for states that do not fit.
+        """
+        weight = parts.weight
+        if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):
+            raise FlashtuneError(
+                f"states must be [states, {weight.shape[1]}], not {list(states.shape)}"
+            )
+        forms = list(forms) or [with_clusters(dtype_name(weight), None)]
+        states = states.to(weight.device, torch.float32)
+        dense = _Dense(parts, states, logits_of)
+        scores: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(form.centroids for form in forms):
+            scores[name] = dense.cluster_ranks(parts, name)
+        found: dict[HeadForm, Agreement] = {}
+        for name in dict.fromkeys(form.rows for form in forms):
+            alike = [form for form in forms if form.rows == name]
+            found |= dense.agreements(rounded(name, weight), alike, scores)
+        return cls(forms={form: found[form] for form in forms})
+
+    def of_form(self, form: HeadForm | None = None) -> Agreement:
+        """What was found of a form."""
+        return next(iter(self.forms.values())) if form is None else self.forms[form]
+
+    def row(self, n_probes: int, form: HeadForm | None = None) -> QualityRow:
+        """The shares with that many probes."""
+        return self.of_form(form).row(n_probes)
+
+    def least_probes(self, recall: float, form: HeadForm | None = None) -> int | None:
+        """The fewest probes with which a share `recall` of the states agrees in the top token.
+
+        None where no number does.
+        """
+        return self.of_form(form).least_probes(recall)
+
+
+class _Dense:
+    """The dense head's best tokens for some states, and what probability each cluster has."""
+
+    def __init__(self, parts: HeadParts, states: torch.Tensor, logits_of: LogitsOf) -> None:
+        weight, device = parts.weight.float(), parts.weight.device
+        self._states = states
+        self._clusters = parts.clusters.assignments.to(device, torch.int64)
+        self._n_clusters = len(parts.clusters.centroids)
+        self._special = torch.tensor(parts.special_token_ids, dtype=torch.int64, device=device)
+        tops, masses, always = [], [], []
+        for part in torch.split(states, _STATES_AT_ONCE):
+            logits = part @ weight.T
+            tops.append(logits.topk(min(TOP, len(weight)), dim=1).indices)
+            shares = logits_of(logits).to(logits).softmax(dim=1)
+            always.append(shares[:, self._special].sum(dim=1))
+            shares[:, self._special] = 0
+            mass = torch.zeros(len(part), self._n_clusters, device=device)
+            masses.append(mass.index_add_(1, self._clusters, shares))
+        self._top, self._mass, self._always = map(torch.cat, (tops, masses, always))
+
+    def cluster_ranks(self, parts: HeadParts, name: str) -> torch.Tensor:
+        """The rank of each cluster for each state, by centroids in a format, the best 0.
+
+        int32 `[states, n_clusters]`; of a head without clusters `[states, 1]`.
+        """
+        if not name:
+            return torch.zeros(len(self._states), 1, dtype=torch.int32, device=self._mass.device)
+        centroids = rounded(name, parts.clusters.centroids)
+        return torch.cat(
+            [
+                _ranks(part @ centroids.T).to(torch.int32)
+                for part in torch.split(self._states, _STATES_AT_ONCE)
+            ]
+        )
+
+    def agreements(
+        self, rows: torch.Tensor, forms: Sequence[HeadForm], ranks: dict[str, torch.Tensor]
+    ) -> dict[HeadForm, Agreement]:
+        """What forms with these rows `[vocab, hidden]` find."""
+        sums = {form: _Sums(ranks[form.centroids].shape[1]) for form in forms}
+        for start in range(0, len(self._states), _STATES_AT_ONCE):
+            part = slice(start, start + _STATES_AT_ONCE)
+            logits = self._states[part] @ rows.T
+            for form, sum_ in sums.items():
+                of_clusters = ranks[form.centroids][part]
+                of_tokens = self._token_ranks(of_clusters)
+                for k, counts in ((1, sum_.top1), (self._top.shape[1], sum_.top5)):
+                    decided = max(k, form.n_rescored)
+                    tokens = self._top[part, :k]
+                    _count(counts, *_between(logits, of_tokens, tokens, decided, sum_.n))
+                sum_.add_mass(of_clusters, self._mass[part], self._always[part])
+        return {form: sum_.agreement(len(self._states)) for form, sum_ in sums.items()}
+
+    def _token_ranks(self, of_clusters: torch.Tensor) -> torch.Tensor:
+        """The rank of each token's cluster `[states, vocab]`; special tokens have the best."""
+        if of_clusters.shape[1] == 1:
+            return of_clusters.expand(-1, len(self._clusters))
+        ranks = of_clusters[:, self._clusters]
+        ranks[:, self._special] = 0
+        return ranks
+
+
+class _Sums:
+    """Sums over states for each number of probes; of counts, what each number changes."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.top1 = torch.zeros(n + 1, dtype=torch.int64)
+        self.top5 = torch.zeros(n + 1, dtype=torch.int64)
+        self._mass = torch.zeros(n, dtype=torch.float64)
+
+    def add_mass(
+        self, of_clusters: torch.Tensor, mass: torch.Tensor, always: torch.Tensor
+    ) -> None:
+        if self.n == 1:  # all of the vocabulary
+            self._mass += len(of_clusters)
+            return
+        by_rank = torch.zeros_like(mass).scatter_(1, of_clusters.long(), mass)
+        found = by_rank.cumsum(dim=1, dtype=torch.float64) + always[:, None]
+        self._mass += found.sum(dim=0).cpu()
+
+    def agreement(self, n_states: int) -> Agreement:
+        return Agreement(
+            n_states=n_states,
+            top1=self.top1.cumsum(0)[: self.n],
+            top5=self.top5.cumsum(0)[: self.n],
+            mass=self._mass / n_states,
+        )
+
+
+def _between(
+    logits: torch.Tensor, ranks: torch.Tensor, tokens: torch.Tensor, decided: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between which numbers of probes a state's tokens are all among the best `decided`.
+
+    logits `[states, vocab]` as they are screened, ranks of each token's cluster of n, tokens
+    `[states, k]`. They are from one more than the first number to the second: from when the
+    last one's cluster is probed, until better ones fill all places. Equal logits fill none.
+    """
+    first = ranks.gather(1, tokens).amax(dim=1).long()
+    better = logits > logits.gather(1, tokens).amin(dim=1, keepdim=True)
+    last = torch.full_like(first, n)
+    crowded = (better.sum(dim=1) >= decided).nonzero()[:, 0]
+    if len(crowded):
+        others = ranks[crowded].masked_fill(~better[crowded], n)
+        last[crowded] = others.kthvalue(decided, dim=1).values.long()
+    return first, last
+
+
+def _count(changes: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> None:
+    """Note where states begin to agree and where they end, if they do at all."""
+    agree = last > first
+    one = torch.ones(int(agree.sum()), dtype=torch.int64)
+    changes.index_add_(0, first[agree].cpu(), one)
+    changes.index_add_(0, last[agree].cpu(), -one)
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,21 @@
-"""A study of a model's head as a table, as data and as a picture.
+"""A study of a model's head: each form of it by number of probes, timed, and which to take.
 
 Usage:
     report = study_model(ModelFolder.open("model"), QualityRequest(prompts=read_prompts(None)))
-    Console().print(quality_table(report))
+    report.rows, report.whole      # heads with clusters, and without
+    report.pick                    # the fastest that reaches the recall asked for
 """
 
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from rich.table import Table
-
+from flashtune.kernels.formats.format import dtype_name
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.measure.timing import Timing
-from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
+from flashtune.kernels.weights import problem_of
 from flashtune.tuner.clustering.decode_state import RunningModel, require_transformers
+from flashtune.tuner.clustering.head_form import HeadForm, forms_of, with_clusters
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import QualityRow, Study, usual_probes
 from flashtune.tuner.progress import StepProgress
@@ -26,7 +26,9 @@ from flashtune.tuning_db.errors import FlashtuneError
 class QualityRequest:
     """What to find out: on which text, for how many probes, on which device, timed or not.
 
-    keep_interrupted: after Ctrl-C, report what was counted until then.
+    screens: what to look at beside the plain head. survey: report numbers of probes and heads
+    without clusters; else only what reaches the recall. keep_interrupted: after Ctrl-C, report
+    what was counted until then.
     """
 
     prompts: Sequence[str]
@@ -34,181 +36,163 @@ class QualityRequest:
     device: str = "cpu"
     n_probes: Sequence[int] = ()
     recall: float | None = None
+    screens: Sequence[Screen] = ()
+    survey: bool = True
     timed: bool = True
     keep_interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRow:
-    """Quality with a number of probes, and what a step takes; level says what ran.
+    """Quality of a form with a number of probes, and what a step takes; level says what ran.
 
-    Not timed: None, and no level.
+    Not timed: None, and no level. read_bytes: of a step; added_bytes: in memory, beside the
+    model's own weight.
     """
 
+    form: HeadForm
     quality: QualityRow
+    read_bytes: int
+    added_bytes: int
     timing: Timing | None = None
     level: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityReport:
-    """What was found. `own_probes` are the model's; recall_probes the fewest for the recall."""
+    """What was found; own_form and own_probes are the model's.
+
+    rows: heads with clusters; whole: heads without, the dense one among them. pick: of the rows
+    that reach the recall the one to take.
+    """
 
     study: Study
     device: str
     n_states: int
     n_clusters: int
+    own_form: HeadForm
     own_probes: int
     rows: tuple[TimedRow, ...] = ()
-    dense: Timing | None = None
+    whole: tuple[TimedRow, ...] = ()
     recall: float | None = None
-    recall_probes: int | None = None
+    pick: TimedRow | None = None
     interrupted: bool = False
+
+    @property
+    def dense(self) -> Timing | None:
+        """What the dense head takes, in the model's dtype."""
+        plain = next(iter(self.study.forms)).rows
+        dense = (row.timing for row in self.whole if row.form == HeadForm(rows=plain))
+        return next(dense, None)
 
 
 def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     """Run a FlashHead model on text and judge its head. Raises FlashtuneError."""
-    parts = folder.read_head(request.device)
+    parts, own = folder.read_head(request.device), folder.screen
     require_transformers()
     n_clusters = len(parts.clusters.centroids)
     for number in request.n_probes:
         if number > n_clusters:
             raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
+    dtype = dtype_name(parts.weight)
+    own_form = with_clusters(dtype, own)
+    screens = [*request.screens, *([own] if own and request.survey else [])]
+    forms = forms_of(dtype, screens)
+    if not request.survey:
+        forms = [form for form in forms if form.clustered]
     model = RunningModel.load(folder, request.device)
     states = model.states(request.prompts, request.n_tokens, request.keep_interrupted)
-    study = Study.of(parts, states, model.logits)
-    found = None if request.recall is None else study.least_probes(request.recall)
-    more = [parts.n_probes] if found is None else [parts.n_probes, found]
-    numbers = sorted(set(request.n_probes)) or usual_probes(n_clusters, *more)
-    rows = [TimedRow(quality=study.row(number)) for number in numbers]
-    dense, interrupted = None, model.interrupted
+    study = Study.of(parts, states, model.logits, forms)
+    rows = _rows(parts, study, request, own_form)
+    interrupted = model.interrupted
     if request.timed and not interrupted:
         try:
-            dense = _time(rows, HeadLatency(parts, states))
+            _time(rows, HeadLatency(parts, states))
         except KeyboardInterrupt:
             if not request.keep_interrupted:
                 raise
             interrupted = True
+    clustered = tuple(row for row in rows if row.form.clustered)
     return QualityReport(
         study=study,
         device=request.device,
         n_states=len(states),
         n_clusters=n_clusters,
+        own_form=own_form,
         own_probes=parts.n_probes,
-        rows=tuple(rows),
-        dense=dense,
+        rows=clustered,
+        whole=tuple(row for row in rows if not row.form.clustered),
         recall=request.recall,
-        recall_probes=found,
+        pick=None if request.recall is None else _fastest(clustered, request.recall),
         interrupted=interrupted,
     )
 
 
-def _time(rows: list[TimedRow], latency: HeadLatency) -> Timing:
-    """Time the rows one after the other, in place, and the dense head."""
-    dense = latency.dense()
+def _rows(
+    parts: HeadParts, study: Study, request: QualityRequest, own_form: HeadForm
+) -> list[TimedRow]:
+    """What is to be reported, not timed yet: each form's numbers of probes, fewest first."""
+    n_clusters = len(parts.clusters.centroids)
+    rows = []
+    for form, agreement in study.forms.items():
+        numbers = {1}
+        if form.clustered:
+            numbers = set(request.n_probes)
+            if request.survey and not numbers:
+                own = [parts.n_probes] if form == own_form else []
+                numbers = set(usual_probes(n_clusters, *own))
+            if request.recall is not None:
+                least = agreement.least_probes(request.recall)
+                numbers |= set() if least is None else {least}
+        for number in sorted(numbers):
+            row = agreement.row(number)
+            rows.append(_row(parts, form, row))
+    if request.survey:
+        dense = HeadForm(rows=dtype_name(parts.weight))
+        right = QualityRow(n_probes=1, top1=1.0, top5=1.0, mass=1.0)
+        rows.append(_row(parts, dense, right))
+    return rows
+
+
+def _row(parts: HeadParts, form: HeadForm, quality: QualityRow) -> TimedRow:
+    n_probes = quality.n_probes
+    problem = problem_of(parts.weight, parts.clusters.centroids, n_probes, n_tokens=1)
+    return TimedRow(
+        form=form,
+        quality=quality,
+        read_bytes=form.read_bytes(problem, len(parts.weight)),
+        added_bytes=form.added_bytes(problem, len(parts.weight)),
+    )
+
+
+def _time(rows: list[TimedRow], latency: HeadLatency) -> None:
+    """Time the rows one after the other, in place."""
     with StepProgress("timing the head", len(rows)) as progress:
         for number, row in enumerate(rows):
-            timing, level = latency.probing(row.quality.n_probes)
-            rows[number] = replace(row, timing=timing, level=level)
+            timed = latency.of(row.form, row.quality.n_probes)
+            if timed is not None:
+                rows[number] = replace(row, timing=timed[0], level=timed[1])
             progress.show(number + 1)
-    return dense
 
 
-def quality_table(report: QualityReport) -> Table:
-    """A line for each number of probes, and one for the dense head."""
-    table = Table(
-        title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
-        f"on this machine's {report.device}, microseconds a token"
-    )
-    for heading in ("probes", "top token", "top five", "probability", "median us", "spread"):
-        table.add_column(heading, justify="right")
-    table.add_column("runs")
-    for row in report.rows:
-        quality = row.quality
-        own = "*" if quality.n_probes == report.own_probes else ""
-        shares = (f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass))
-        times = _times(row.timing)
-        table.add_row(f"{quality.n_probes}{own}", *shares, *times, row.level)
-    if report.dense is not None:
-        table.add_row("dense", "1", "1", "1", *_times(report.dense), "torch")
-    table.caption = "* the model's own number of probes"
-    return table
+def _fastest(rows: Iterable[TimedRow], recall: float) -> TimedRow:
+    """Of the rows that reach the recall the fastest; of equally fast ones that of fewest bytes.
 
+    Two are equally fast where they differ by less than the larger one's spread. Where not all are
+    timed, the fewest bytes read in a step count as the fastest.
+    """
+    enough = [row for row in rows if row.quality.top1 >= recall - 1e-9]
+    timed = {row: row.timing for row in enough if row.timing}
 
-def _times(timing: Timing | None) -> tuple[str, str]:
-    if timing is None:
-        return "not timed", ""
-    return f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
+    def size(row: TimedRow) -> tuple[int, int, int]:
+        return row.added_bytes, row.read_bytes, row.quality.n_probes
 
-
-def quality_data(report: QualityReport) -> dict[str, Any]:
-    """The report as plain data."""
-    recall = None
-    if report.recall is not None:
-        recall = {"target": report.recall, "n_probes": report.recall_probes}
-    return {
-        "device": report.device,
-        "states": report.n_states,
-        "n_clusters": report.n_clusters,
-        "n_probes": report.own_probes,
-        "dense": asdict(report.dense) if report.dense else None,
-        "rows": [
-            {
-                **asdict(row.quality),
-                **(asdict(row.timing) if row.timing else {}),
-                "level": row.level,
-            }
-            for row in report.rows
-        ],
-        "recall": recall,
-        "interrupted": report.interrupted,
-    }
-
-
-def require_matplotlib() -> Any:
-    """Matplotlib's figures, or FlashtuneError saying how to get them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FlashtuneError("--plot needs matplotlib: pip install 'flashtune[plot]'") from error
-    return Figure
-
-
-def check_picture(path: Path) -> None:
-    """Raise FlashtuneError where `plot` could not write a picture of this name."""
-    kinds = require_matplotlib()().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise FlashtuneError(
-            f"{path}: cannot be written: the name must end in one of {', '.join(sorted(kinds))}"
-        )
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise FlashtuneError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def plot(report: QualityReport, path: Path) -> None:
-    """Draw what probes miss, and what they cost, to a file of the kind its name ends in."""
-    figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    probes = range(1, report.n_clusters + 1)
-    rows = [report.study.row(number) for number in probes]
-    for name, title in (("top1", "top token"), ("top5", "top five"), ("mass", "probability")):
-        axes.plot(probes, [1 - getattr(row, name) for row in rows], label=f"{title} missed")
-    axes.set(xscale="log", yscale="log", xlabel="probes", ylabel="share of decode steps")
-    axes.set_ylim(0.5 / report.n_states, 1)  # below one of the steps there is nothing to see
-    times = axes.twinx()
-    times.plot(
-        [row.quality.n_probes for row in report.rows if row.timing],
-        [row.timing.median_us for row in report.rows if row.timing],
-        "k.--",
-        label="time",
-    )
-    times.set(ylabel="microseconds a token", ylim=(0, None))
-    axes.axvline(report.own_probes, color="grey", linewidth=0.5)
-    figure.legend(loc="outside upper center", ncols=4)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise FlashtuneError(f"{path}: cannot be written: {error}") from error
+    if len(timed) < len(enough):
+        return min(enough, key=lambda row: (row.read_bytes, *size(row)))
+    best = min(timed.values(), key=lambda timing: timing.median_us)
+    alike = [
+        row
+        for row, timing in timed.items()
+        if timing.median_us - best.median_us <= max(timing.spread_us, best.spread_us)
+    ]
+    return min(alike, key=size)

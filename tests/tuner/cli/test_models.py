@@ -11,12 +11,15 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.head import FlashHead
+from flashtune.kernels.measure.timing import Timing
 from flashtune.kernels.model_folder.clusters import Clusters, read_clusters
 from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
 from flashtune.tuner.cli.main import cli
-from flashtune.tuner.clustering import clustered_folder, quality_report
+from flashtune.tuner.clustering import clustered_folder, head_latency, quality_report
 from flashtune.tuner.clustering.decode_state import RunningModel, decode_states
+from flashtune.tuner.clustering.head_form import HeadForm, with_clusters
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.kmeans import BalancedKMeans
 from flashtune.tuner.clustering.quality import Study
@@ -30,6 +33,11 @@ STATES = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
 @pytest.fixture(autouse=True)
 def plain_torch(without_kernels: None) -> None:
     """A CPU without kernels, so that nothing is compiled."""
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_latency, "_REPLAYS", 3)
 
 
 class Continued:
@@ -138,6 +146,7 @@ class TestCluster:
             "hidden_size": WIDTH,
             "n_clusters": 13,
             "n_probes": 1,
+            "screen": None,
             "iterations": 15,
         }
 
@@ -222,7 +231,8 @@ class TestCluster:
     def test_a_recall_chooses_the_probes(
         self, model: Path, out: Path, states: torch.Tensor, weight: torch.Tensor
     ) -> None:
-        done("cluster", "--model", model, "--out", out, "--clusters", 20, "--recall", 0.9)
+        options = ("--clusters", 20, "--recall", 0.9, "--screen", "none")
+        done("cluster", "--model", model, "--out", out, *options)
         dense = (states @ weight.T).argmax(dim=1)
 
         def agreement(n_probes: int) -> float:
@@ -232,6 +242,41 @@ class TestCluster:
         chosen = ModelFolder.open(out).config["n_probes"]
         assert agreement(chosen) >= 0.9 > agreement(chosen - 1)
 
+    def test_a_recall_chooses_the_fastest_screen_with_its_fewest_probes(
+        self, model: Path, out: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        speed = {"fp32": 100, "int8:8": 60, "int4/int8:8": 50, "int4:2": 20, "int4:0": 5}
+        timed = []
+
+        def of(self: HeadLatency, form: HeadForm, n_probes: int) -> tuple[Timing, str]:
+            timed.append((str(form), n_probes))
+            return Timing(speed[str(form)], 1.0, 3), "torch"
+
+        monkeypatch.setattr(HeadLatency, "of", of)
+        screens = [word for text in list(speed)[1:] for word in ("--screen", text)]
+        told = done("cluster", "--model", model, "--out", out, "--clusters", 20, "--recall", 0.975,
+                    *screens, "--json")  # fmt: skip
+        config = ModelFolder.open(out).config
+        parts = ModelFolder.open(out).read_head()
+        forms = [with_clusters("fp32", Screen.parse(text)) for text in list(speed)[1:]]
+        study = Study.of(parts, states, forms=forms)
+        least = {str(form): study.least_probes(0.975, form) for form in forms}
+        assert least["int4:0"] is None, "it is fast, and does not reach the recall"
+        picked = "int4:2" if least["int4:2"] else "int4/int8:8"
+        assert config["flash_head_screen"] == picked == json.loads(told.stdout)["screen"]
+        assert config["n_probes"] == least[picked] == json.loads(told.stdout)["n_probes"]
+        assert dict(timed)["int8:8"] == least["int8:8"] and len(timed) == len(dict(timed))
+        assert "int4:0" not in dict(timed)
+
+    def test_a_screen_may_be_given_with_the_probes(self, model: Path, out: Path) -> None:
+        options = ("--clusters", 20, "--probes", 5, "--screen", "int4/int8")
+        told = done("cluster", "--model", model, "--out", out, *options)
+        assert "5 probes, screened in int4/int8:8" in told.output
+        assert ModelFolder.open(out).config["flash_head_screen"] == "int4/int8:8"
+        again = out.parent / "again"
+        done("cluster", "--model", out, "--out", again, "--clusters", 20, "--screen", "none")
+        assert "flash_head_screen" not in ModelFolder.open(again).config
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
@@ -239,6 +284,8 @@ class TestCluster:
             (["--clusters", "4", "--probes", "5"], "5 probes of 4 clusters"),
             (["--probes", "5", "--recall", "0.9"], "give one of --probes and --recall"),
             (["--recall", "1.5"], "--recall"),
+            (["--screen", "int9"], "must be of int8, int4, not 'int9'"),
+            (["--screen", "int8", "--screen", "int4"], "give one --screen, or --recall to choose"),
         ],
     )
     def test_what_cannot_be_done(
@@ -331,7 +378,8 @@ class TestQuality:
     def test_shares_are_those_of_the_head_itself(
         self, flash: Path, states: torch.Tensor, weight: torch.Tensor
     ) -> None:
-        data = self.report(flash, "--probes", 1, "--probes", 6, "--probes", 20)
+        probes = ("--probes", 1, "--probes", 6, "--probes", 20)
+        data = self.report(flash, "--screen", "none", *probes)
         assert (data["states"], data["n_clusters"], data["n_probes"]) == (40, 20, 5)
         logits = states @ weight.T
         clusters = read_clusters(ModelFolder.open(flash).clustering_file)
@@ -354,19 +402,19 @@ class TestQuality:
     def test_special_tokens_are_found_always(
         self, flash: Path, states: torch.Tensor, weight: torch.Tensor
     ) -> None:
-        plain = self.report(flash, "--probes", 1)["rows"][0]
+        plain = self.report(flash, "--screen", "none", "--probes", 1)["rows"][0]
         path = flash / "config.json"
         config = json.loads(path.read_text())
         special = (states @ weight.T).argmax(dim=1)[:30].tolist()
         path.write_text(json.dumps({**config, "flash_head_special_token_ids": special}))
-        row = self.report(flash, "--probes", 1)["rows"][0]
+        row = self.report(flash, "--screen", "none", "--probes", 1)["rows"][0]
         assert row["top1"] >= 0.75 > plain["top1"]
         assert row["mass"] > plain["mass"]
 
     def test_the_usual_probes_and_the_models_own(self, flash: Path, states: torch.Tensor) -> None:
-        numbers = [row["n_probes"] for row in self.report(flash)["rows"]]
+        numbers = [row["n_probes"] for row in self.report(flash, "--screen", "none")["rows"]]
         assert numbers == [1, 2, 4, 5, 8]
-        data = self.report(flash, "--recall", 0.95)
+        data = self.report(flash, "--screen", "none", "--recall", 0.95)
         found = data["recall"]["n_probes"]
         assert data["recall"]["target"] == 0.95
         assert found in [row["n_probes"] for row in data["rows"]]
@@ -374,15 +422,51 @@ class TestQuality:
         assert row["top1"] >= 0.95
 
     def test_a_table_for_people(self, flash: Path, states: torch.Tensor) -> None:
-        text = done("quality", "--model", flash, "--recall", "1").output
+        text = done("quality", "--model", flash, "--recall", 1, "--screen", "none").output
         assert "40 decode steps, 20 clusters" in text
         assert "5*" in text and "dense" in text
         assert "probes are the fewest that agree in 100.00%" in text
 
+    def test_each_form_has_its_lines(self, flash: Path, states: torch.Tensor) -> None:
+        options = ("--probes", 2, "--probes", 5, "--screen", "int8", "--screen", "int4:0")
+        data = self.report(flash, *options)
+        heads = [(row["head"], row["n_probes"]) for row in data["rows"]]
+        assert heads == [(head, n) for head in ("fp32", "int8:8", "int4:0") for n in (2, 5)]
+        assert [row["head"] for row in data["whole"]] == [
+            "no clusters int8:8", "dense int4", "dense int8", "dense q6_k", "dense fp32"
+        ]  # fmt: skip
+        last = data["whole"][-1]
+        assert last["median_us"] == data["dense"]["median_us"] and last["added_bytes"] == 0
+        assert data["whole"][0]["top1"] == 1 and data["whole"][0]["n_probes"] is None
+        assert "median_us" not in data["whole"][3]
+        plain, screened = data["rows"][1], data["rows"][3]
+        assert plain["read_bytes"] == (20 + 50) * 64
+        assert screened["read_bytes"] == (20 + 50) * 20 + 8 * 64
+        assert screened["added_bytes"] == (20 + 200) * 20 + 4 * 200
+        assert plain["added_bytes"] == (20 + 200) * 64 + 4 * 200
+
+    def test_the_screen_of_a_folder_is_its_own(self, flash: Path, states: torch.Tensor) -> None:
+        path = flash / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "flash_head_screen": "int8:4"}))
+        text = done("quality", "--model", flash, "--screen", "none").output
+        [line] = [line for line in text.splitlines() if "5*" in line]
+        assert "int8:4" in line
+        path.write_text(json.dumps({**config, "flash_head_screen": "int7"}))
+        error = refused("quality", "--model", flash)
+        assert "flash_head_screen" in error and "int7" in error and str(flash) in error
+
+    def test_a_recall_names_the_pair(self, flash: Path, states: torch.Tensor) -> None:
+        options = ("--recall", 0.9, "--screen", "int8", "--probes", 2)
+        text = done("quality", "--model", flash, *options).output
+        assert "is the fastest of those that agree in 90.00%" in text
+        recall = self.report(flash, *options)["recall"]
+        assert recall["target"] == 0.9 and recall["screen"] in (None, "int8:8")
+
     def test_a_picture(self, flash: Path, states: torch.Tensor, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         picture = tmp_path / "quality.png"
-        done("quality", "--model", flash, "--plot", picture)
+        done("quality", "--model", flash, "--plot", picture, "--screen", "int8")
         assert picture.read_bytes().startswith(b"\x89PNG")
         error = refused("quality", "--model", flash, "--plot", tmp_path / "quality.odd")
         assert "quality.odd: cannot be written" in error
@@ -399,17 +483,18 @@ class TestQuality:
     def test_ctrl_c_while_timing_keeps_what_was_counted(
         self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = self.report(flash)
+        whole = self.report(flash, "--screen", "none")
         probing, timed = HeadLatency.probing, []
 
-        def stopped(self: HeadLatency, n_probes: int) -> Any:
+        def stopped(self: HeadLatency, n_probes: int, form: HeadForm) -> Any:
             timed.append(n_probes)
             if len(timed) == 2:
                 raise KeyboardInterrupt
-            return probing(self, n_probes)
+            return probing(self, n_probes, form)
 
         monkeypatch.setattr(HeadLatency, "probing", stopped)
-        result = run("quality", "--model", flash, "--device", "cpu", "--json")
+        options = ("--device", "cpu", "--screen", "none")
+        result = run("quality", "--model", flash, *options, "--json")
         assert result.exit_code == 130
         assert "this is what was counted" in result.stderr
         data = json.loads(result.stdout)
@@ -422,7 +507,7 @@ class TestQuality:
             len(data["rows"]) - 1
         )
         timed.clear()
-        assert "not timed" in run("quality", "--model", flash, "--device", "cpu").stdout
+        assert "not timed" in run("quality", "--model", flash, *options).stdout
 
     def test_ctrl_c_while_decoding_keeps_what_was_counted(
         self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -430,7 +515,8 @@ class TestQuality:
         stopped = Continued()
         stopped.interrupted = True
         monkeypatch.setattr(quality_report.RunningModel, "load", lambda *_: stopped)
-        result = run("quality", "--model", flash, "--device", "cpu", "--json")
+        options = ("--device", "cpu", "--screen", "none")
+        result = run("quality", "--model", flash, *options, "--json")
         assert result.exit_code == 130
         data = json.loads(result.stdout)
         assert data["interrupted"] and data["states"] == len(STATES)

@@ -1,0 +1,169 @@
+"""A quality report as a table, as plain data and as a picture.
+
+Usage:
+    Console().print(quality_table(report))
+    json.dumps(quality_data(report))
+    plot(report, Path("quality.png"))
+"""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flashtune.kernels.measure.timing import Timing
+from flashtune.tuner.clustering.quality_report import QualityReport, TimedRow
+from flashtune.tuning_db.errors import FlashtuneError
+
+_NUMBERS = ("probes", "top token", "top five", "probability", "median us", "spread")
+_BYTES = ("MB read", "MB added")
+
+
+def quality_table(report: QualityReport) -> Table:
+    """A line for each form and number of probes, then the heads without clusters."""
+    table = Table(
+        title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
+        f"on this machine's {report.device}, microseconds a token"
+    )
+    table.add_column("head")
+    for heading in (*_NUMBERS, *_BYTES):
+        table.add_column(heading, justify="right")
+    table.add_column("runs")
+    for rows in (report.rows, report.whole):
+        for before, row in zip((None, *rows), rows, strict=False):
+            if before and before.form != row.form and row.form.clustered:
+                table.add_section()
+            table.add_row(*_cells(report, row))
+        table.add_section()
+    table.caption = "* the model's own"
+    return table
+
+
+def _cells(report: QualityReport, row: TimedRow) -> list[str]:
+    quality = row.quality
+    mine = (row.form, quality.n_probes) == (report.own_form, report.own_probes)
+    probes = f"{quality.n_probes}{'*' if mine else ''}" if row.form.clustered else ""
+    shares = [f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass)]
+    sizes = [f"{size / 1e6:.2f}" for size in (row.read_bytes, row.added_bytes)]
+    return [str(row.form), probes, *shares, *_times(row.timing), *sizes, row.level]
+
+
+def _times(timing: Timing | None) -> tuple[str, str]:
+    if timing is None:
+        return "not timed", ""
+    return f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
+
+
+def pick_line(report: QualityReport) -> str:
+    """What was picked for the recall, in words."""
+    assert report.pick is not None and report.recall is not None
+    form, quality = report.pick.form, report.pick.quality
+    if not form.screen and len({row.form for row in report.rows}) == 1:
+        return f"{quality.n_probes} probes are the fewest that agree in {report.recall:.2%}"
+    judged = "the fastest" if report.pick.timing else "that with the fewest bytes a step"
+    return (
+        f"{form} with {quality.n_probes} probes is {judged} of those that agree in "
+        f"{report.recall:.2%}"
+    )
+
+
+def quality_data(report: QualityReport) -> dict[str, Any]:
+    """The report as plain data."""
+    recall = None
+    if report.recall is not None and report.pick is not None:
+        pick = report.pick
+        recall = {
+            "target": report.recall,
+            "n_probes": pick.quality.n_probes,
+            "screen": str(pick.form.screen) if pick.form.screen else None,
+        }
+    return {
+        "device": report.device,
+        "states": report.n_states,
+        "n_clusters": report.n_clusters,
+        "n_probes": report.own_probes,
+        "head": str(report.own_form),
+        "dense": asdict(report.dense) if report.dense else None,
+        "rows": [_row_data(row) for row in report.rows],
+        "whole": [_row_data(row) for row in report.whole],
+        "recall": recall,
+        "interrupted": report.interrupted,
+    }
+
+
+def _row_data(row: TimedRow) -> dict[str, Any]:
+    data = {
+        "head": str(row.form),
+        **asdict(row.quality),
+        **(asdict(row.timing) if row.timing else {}),
+        "level": row.level,
+        "read_bytes": row.read_bytes,
+        "added_bytes": row.added_bytes,
+    }
+    return data if row.form.clustered else {**data, "n_probes": None}
+
+
+def require_matplotlib() -> Any:
+    """Matplotlib's figures, or FlashtuneError saying how to get them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlashtuneError("--plot needs matplotlib: pip install 'flashtune[plot]'") from error
+    return Figure
+
+
+def check_picture(path: Path) -> None:
+    """Raise FlashtuneError where `plot` could not write a picture of this name."""
+    kinds = require_matplotlib()().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise FlashtuneError(
+            f"{path}: cannot be written: the name must end in one of {', '.join(sorted(kinds))}"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FlashtuneError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def plot(report: QualityReport, path: Path) -> None:
+    """Draw what each form misses against its time and by its probes, to a file of the name's kind.
+
+    What was not timed is only in the second picture.
+    """
+    figure = require_matplotlib()(figsize=(11, 4.8), layout="constrained")
+    by_time, by_probes = figure.subplots(1, 2, sharey=True)
+    least = 0.5 / report.n_states  # below one of the steps there is nothing to see
+    forms = [form for form in report.study.forms if form.clustered]
+    for number, form in enumerate(forms):
+        colour = f"C{number}"
+        timed = [row for row in report.rows if row.form == form and row.timing]
+        by_time.plot(
+            [row.timing.median_us for row in timed if row.timing],
+            [_missed(row.quality.top1, least) for row in timed],
+            "o-" if form.n_rescored or form.screen is None else "o:",
+            color=colour,
+            label=str(form),
+        )
+        found = report.study.forms[form]
+        missed = [_missed(int(each) / found.n_states, least) for each in found.top1]
+        by_probes.plot(range(1, len(missed) + 1), missed, color=colour)
+    for marker, row in zip("sD^vP*XhdpH", (r for r in report.whole if r.timing), strict=False):
+        time = row.timing.median_us if row.timing else 0
+        by_time.plot([time], [_missed(row.quality.top1, least)], f"k{marker}", label=str(row.form))
+    by_time.set(xscale="log", yscale="log", xlabel="microseconds a token")
+    by_time.set(ylabel="share of decode steps with another token than the dense head's")
+    by_time.set_ylim(0.8 * least, 1)
+    by_probes.set(xscale="log", xlabel="probes")
+    by_probes.axvline(report.own_probes, color="grey", linewidth=0.5)
+    figure.legend(loc="outside right upper")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise FlashtuneError(f"{path}: cannot be written: {error}") from error
+
+
+def _missed(share: float, least: float) -> float:
+    return max(1 - share, least)
