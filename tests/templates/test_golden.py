@@ -104,6 +104,11 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
         StreamedConfig(gather_warps=8, prefetch=False, early=False),
         H200,
     ),
+    "streamed-int8-pinned": (
+        parse_shape("gemma-3-1b,weight=int8,centroids=int8,rescored=8,pinned=3"),
+        StreamedConfig(),
+        H200,
+    ),
     "cpp_fused-logits-fp16": (
         replace(FP16, epilogue="logits"),
         CppFusedConfig(simd="avx2", threads=2),

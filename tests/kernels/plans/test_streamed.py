@@ -23,6 +23,7 @@ from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.kernels.runtime.choice import USER, Level, Source, choose, contenders
 from flashtune.kernels.weights import Weights
+from flashtune.tuning_db.cached_file import whole
 from flashtune.tuning_db.device import Device, Toolchain, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import EPILOGUES, PRESETS, Problem, parse_shape
@@ -55,8 +56,11 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
     [
         ({"n_tokens": 2}, NARROW, H200, "one token at a time, not 2"),
         ({}, NARROW, ORIN, "need sm_90 or later"),
-        ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits, not bf16, fp32"),
-        ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits, not bf16, fp32"),
+        ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
+        ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
+        ({"weight_dtype": "int4", "model_dtype": "bf16"}, NARROW, H200, "not bf16, int4"),
+        ({"centroid_dtype": "int8", "hidden_size": 2040}, NARROW, H200, "a multiple of 16, not"),
+        ({"n_pinned": 1100}, NARROW, H200, "1100 pinned clusters are too many for 8 warps"),
         ({"hidden_size": 2044}, NARROW, H200, "a multiple of 8, not 2044"),
         ({"hidden_size": 32768}, NARROW, H200, "does not fit the registers of 8 warps"),
         ({"hidden_size": 8192}, NARROW, H200, "rows in flight of the score do not fit"),
@@ -125,7 +129,9 @@ def test_it_compiles_without_a_gpu(device: Device, epilogue: str, dtype: str) ->
 def test_the_compiler_counts_no_more_shared_memory_than_the_plan() -> None:
     from flashtune.kernels.backends.cubin import resource_usage
 
-    for problem in (SMALL, QWEN, parse_shape("gemma-3-1b")):
+    screens = "weight=int8,centroids=int8,rescored=8"
+    shapes = ("gemma-3-1b", f"qwen3-vl-2b,{screens}", f"gemma-3-1b,{screens},pinned=3")
+    for problem in (SMALL, QWEN, *map(parse_shape, shapes)):
         needs = resource_usage(
             compile_cuda(Candidate(problem, StreamedConfig(), H200).source, "sm_90")
         )
@@ -146,7 +152,7 @@ def test_its_binary_is_kept_and_taken_from_the_cache(
     source = Candidate(SMALL, StreamedConfig(), H200).source
     binary = compile_cuda(source, "sm_90")
     (kept,) = (tmp_path / "cuda").iterdir()
-    assert kept.read_bytes() == binary
+    assert whole(kept) == binary
     monkeypatch.setattr(nvrtc, "_compiled", lambda *_: b"anew")
     assert compile_cuda(source, "sm_90") == binary
     assert compile_cuda(source, "sm_100") == b"anew"
@@ -165,7 +171,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 def test_what_the_compiler_refuses_is_one_line() -> None:
     source = Candidate(SMALL, StreamedConfig(), H200).source
     with pytest.raises(FlashtuneError, match=r"NVRTC refuses the kernel for sm_90: .*nowhere"):
-        compile_cuda(source.replace("warp_sum(a + b", "nowhere(a + b"), "sm_90")
+        compile_cuda(source.replace("warp_sum(sums", "nowhere(sums"), "sm_90")
     with pytest.raises(FlashtuneError, match="for sm_12"):
         compile_cuda(source, "sm_12")
 
