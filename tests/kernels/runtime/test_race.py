@@ -34,7 +34,7 @@ from flashtune.tuning_db.store import RACE_POLICY, Store
 SCRIPT = Path(__file__).with_name("pretended.py")
 MEASURED = Provenance.MEASURED
 Explain = dict[str, Any]
-JUDGED = 3 * 8 * 64 * 4096 + 2 * 20 * 8  # bytes that judge and timers need here
+JUDGED = 8 * (3 * 64 * 4096 + 8 * 512) + 2 * 20 * 8  # bytes that judge and timers need here
 
 pytestmark = pytest.mark.usefixtures("racing")
 
