@@ -1,8 +1,10 @@
 """The decode head on this machine's CPU, side by side: dense, plain torch, flashtune.
 
     python benchmarks/cpu_decode.py [--shape NAME]… [--rounds N] [--json FILE]
+    python benchmarks/cpu_decode.py --formats [--rounds N]
 
-Prints a Markdown table a shape. All rows are taken in turns in one process, on cold weights, by
+Prints a Markdown table a shape; with --formats a table of the number formats instead, each with
+the byte floor of its own. All rows are taken in turns in one process, on cold weights, by
 the wall clock; the times are medians over the rounds, the ratio to the floor is the median of
 the rounds' own ratios. The byte floor is the time a C++ loop takes to read as many bytes as a
 step must, with one thread or with all, whichever is faster, in the same rounds. Every kernel is
@@ -14,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -32,7 +34,7 @@ from flashtune.kernels.backends.target import (
 )
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.candidate import Candidate, plans_of
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
@@ -54,6 +56,18 @@ class Row:
     least_us: float
     floor_ratio: float
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """A line of the table of formats: ratios are medians of the rounds' own."""
+
+    name: str
+    median_us: float
+    floor_us: float
+    floor_ratio: float
+    first_ratio: float
+    detail: str
 
 
 class ReadTimer:
@@ -166,6 +180,78 @@ def measure(problem: Problem, device: Device, rounds: int) -> list[Row]:
     return _rows(timers, details, rounds)
 
 
+# Of rows and centroids, and how many candidates are decided again.
+FORMATS = (
+    ("bf16", "bf16", 0),
+    ("bf16", "int8", 0),
+    ("int8", "int8", 0),
+    ("int8", "int8", 8),
+    ("int4", "int8", 32),
+    ("int4", "int4", 32),
+)
+
+
+def measure_formats(problem: Problem, device: Device, rounds: int) -> list[FormatRow]:
+    """The best config of each format among those that searches begin with, all in turns."""
+    steps: dict[str, list[tuple[str, WallTimer]]] = {}
+    reads: dict[str, list[ReadTimer]] = {}
+    for weight, centroids, n_rescored in FORMATS:
+        other = replace(
+            problem,
+            weight_dtype=weight,
+            centroid_dtype=centroids,
+            model_dtype=problem.state_dtype if weight != problem.state_dtype else "",
+            n_rescored=n_rescored,
+        )
+        workload = Workload.create(other, torch.device("cpu"), device.l2_bytes, seed=0)
+        configs = [
+            each for plan in plans_of(device).values() for each in plan.starts(other, device)
+        ]
+        name = f"{weight} / {centroids}" + (f", best {n_rescored} again" if n_rescored else "")
+        steps[name] = [
+            (short_config(config_data(each)), WallTimer(step, workload))
+            for each in configs
+            if Candidate(other, each, device).why_invalid() is None
+            for step in (kernel(other, each, device, workload),)
+        ]
+        reads[name] = [ReadTimer(other, device, n) for n in sorted({1, device.sm_count})]
+    for name, timers in steps.items():  # the best two go on
+        ranked = sorted(timers, key=lambda each: statistics.median(each[1].sample(5)))
+        steps[name] = ranked[:2]
+    samples: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for name, timers in steps.items():
+            for config, timer in timers:
+                samples.setdefault((name, config), []).extend(timer.sample(1))
+            for number, read in enumerate(reads[name]):
+                samples.setdefault((name, f"read {number}"), []).extend(read.sample(1))
+    return _format_rows(samples)
+
+
+def _format_rows(samples: dict[tuple[str, str], list[float]]) -> list[FormatRow]:
+    rows, first = [], []
+    for name in dict.fromkeys(name for name, _ in samples):
+        own = {what: each for (of, what), each in samples.items() if of == name}
+        floor = min((own[what] for what in own if what.startswith("read")), key=statistics.median)
+        config = min(
+            (what for what in own if not what.startswith("read")),
+            key=lambda what: statistics.median(own[what]),
+        )
+        best = own[config]
+        first = first or best
+        rows.append(
+            FormatRow(
+                name,
+                statistics.median(best),
+                statistics.median(floor),
+                statistics.median(a / b for a, b in zip(best, floor, strict=True)),
+                statistics.median(a / b for a, b in zip(best, first, strict=True)),
+                config,
+            )
+        )
+    return rows
+
+
 def _rows(timers: dict[str, WallTimer], details: dict[str, str], rounds: int) -> list[Row]:
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
@@ -199,16 +285,33 @@ def print_table(problem: Problem, rows: Sequence[Row]) -> None:
         )
 
 
+def print_formats(problem: Problem, rows: Sequence[FormatRow]) -> None:
+    """One problem's formats as a Markdown table."""
+    print(f"\n{problem.describe()}, rows / centroids:\n")
+    print("| | median us | floor us | x floor | x first | |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.median_us:.0f} | {row.floor_us:.0f} | {row.floor_ratio:.2f} "
+            f"| {row.first_ratio:.2f} | {row.detail} |"
+        )
+
+
 @click.command()
+@click.option("--formats", is_flag=True, help="Compare number formats.")
 @click.option("--shape", "shapes", multiple=True, default=SHAPES)
 @click.option("--rounds", default=25, show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path))
-def main(shapes: Sequence[str], rounds: int, path: Path | None) -> None:
+def main(formats: bool, shapes: Sequence[str], rounds: int, path: Path | None) -> None:
     """Measure and print."""
     device = this_cpu()
     print(f"{device.title} ({device.arch}), torch {torch.__version__}")
     results = {}
     for problem in map(parse_shape, shapes):
+        if formats:
+            by_format = measure_formats(problem, device, rounds)
+            print_formats(problem, by_format)
+            results[problem.describe()] = [asdict(row) for row in by_format]
+            continue
         rows = measure(problem, device, rounds)
         print_table(problem, rows)
         results[problem.describe()] = [asdict(row) for row in rows]

@@ -75,6 +75,8 @@ def _starts(problem: Problem, device: Device) -> Sequence[CppFusedConfig]:
         replace(fused, threads=1),
         replace(fused, score_columns=4, gather_columns=4),
         replace(fused, gather_rows=8, gather_prefetch=4),
+        replace(fused, gather_rows=4, gather_columns=1, gather_prefetch=4),
+        replace(fused, score_rows=2, score_columns=2, score_prefetch=4),
         replace(fused, selection="histogram"),
     )
 

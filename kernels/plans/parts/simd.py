@@ -36,7 +36,7 @@ VNNI_LEVELS = ("avx512_vnni", "avx512_bf16")
 MOST_HIDDEN = 2**31 // (255 * 128)  # of products of two bytes in a sum of 32 bits
 MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
 THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
-QUANTISED_COLUMNS, QUANTISED_AHEAD = 4, {"score": 8, "gather": 16}
+QUANTISED = {"score": (4, 8), "gather": (2, 16)}  # columns, and tiles ahead
 PARTS = (1, 2, 4, 8, 16, 32)
 SELECTIONS = ("threshold", "histogram", "nth_element")
 CPU_SLACKS = (0, 8, 16, 32, 64)
@@ -175,7 +175,7 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     for stage, name in names.items():
         columns = getattr(config, f"{stage}_columns")
         if format_of(name).quantised:
-            columns, ahead = QUANTISED_COLUMNS, QUANTISED_AHEAD[stage]
+            columns, ahead = QUANTISED[stage]
             changes |= {f"{stage}_columns": columns, f"{stage}_prefetch": ahead}
         if columns * _block(stage, problem, best) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
