@@ -18,6 +18,7 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import FORMATS, Problem
 
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
+MOST_RESCORED = 64  # a thread holds what some blocks have sent of these
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
 _STAGES = ("score", "gather")
 _ARGUMENTS = ("hidden", "centroids", "weight", "ids", "out", "scores", "moments", "state")
@@ -154,6 +155,8 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
     problem = candidate.problem
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
+    if problem.n_rescored > MOST_RESCORED:
+        return f"streamed decides {MOST_RESCORED} tokens again at most, not {problem.n_rescored}"
     if candidate.device.capability < 90:
         return "bulk copies to shared memory need sm_90 or later"
     dtypes = _dtypes(problem) | {problem.state_dtype}

@@ -22,6 +22,7 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.problem import Problem
 
+_UNSENT = 2  # as the template has it: no packed logit
 _taken = functools.partial(taken, library="the CUDA driver")
 
 
@@ -30,8 +31,8 @@ class CudaScratch:
     """What a step writes on its way. Not to be shared by steps that run at the same time.
 
     Shapes: scores float32 `[n_clusters]`; moments float32 `[blocks, 2]`, of each block's scores
-    their sum and that of their squares; state int64 `[2]`, best packed logit and arrivals;
-    candidates int64 `[blocks, n_rescored]`, each block's best packed logits.
+    their sum and that of their squares; state int64 `[3]`, best packed logit, arrivals, and blocks
+    that have begun; candidates int64 `[blocks, n_rescored]`, each block's best packed logits.
     """
 
     scores: torch.Tensor
@@ -45,8 +46,10 @@ class CudaScratch:
         return cls(
             scores=torch.empty(problem.n_clusters, dtype=torch.float32, device=device),
             moments=torch.empty(blocks, 2, dtype=torch.float32, device=device),
-            state=torch.tensor([EMPTY_BEST, 0], dtype=torch.int64, device=device),
-            candidates=torch.empty(blocks, problem.n_rescored, dtype=torch.int64, device=device),
+            state=torch.tensor([EMPTY_BEST, 0, 0], dtype=torch.int64, device=device),
+            candidates=torch.full(
+                (blocks, problem.n_rescored), _UNSENT, dtype=torch.int64, device=device
+            ),
         )
 
 

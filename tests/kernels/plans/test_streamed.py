@@ -60,6 +60,12 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
         ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
         ({"weight_dtype": "int4", "model_dtype": "bf16"}, NARROW, H200, "not bf16, int4"),
         ({"centroid_dtype": "int8", "hidden_size": 2040}, NARROW, H200, "a multiple of 16, not"),
+        (
+            {"weight_dtype": "int8", "model_dtype": "bf16", "n_rescored": 65},
+            NARROW,
+            H200,
+            "decides 64 tokens again at most, not 65",
+        ),
         ({"n_pinned": 1100}, NARROW, H200, "1100 pinned clusters are too many for 8 warps"),
         ({"hidden_size": 2044}, NARROW, H200, "a multiple of 8, not 2044"),
         ({"hidden_size": 32768}, NARROW, H200, "does not fit the registers of 8 warps"),
