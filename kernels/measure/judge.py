@@ -46,11 +46,13 @@ class Judge:
 
     Of quantised weights the truth is what their numbers stand for, whole numbers times scales. A
     kernel multiplies by a scale after it has added up, and rounds once more for it, which the
-    bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of a
-    power of two u, at most 2^22 of them, so that its products are integers and their sums exact.
-    The largest magnitude m of a state is then more than 2^21 u, and each number is off by at most
-    u / 2 < 2^-22 m: a sum by at most 2^-22 m sum |a_i|, which is added to the bound. Numbers in
-    bf16 of 2^-15 m and more, and whole numbers to 2^22, are taken exactly. Where the best R candidates are decided by the model's own rows
+    bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of
+    a power of two u, at most 2^22 of them, so that its products are integers and their sums exact.
+    The largest magnitude m of a state is then at least 2^21 u, and each number is off by at most
+    u / 2 <= 2^-22 m: a sum by at most 2^-22 m sum |a_i|, which is added to the bound. Numbers in
+    bf16 of 2^-14 m and more, and whole numbers to 2^21, are taken exactly.
+
+    Where the best R candidates are decided by the model's own rows
     (`n_rescored`), those must be decided of which fewer than R can be better once each logit is
     moved by its bound; any more may be, since the model's rows only make an answer better.
     """
