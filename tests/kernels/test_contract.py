@@ -638,7 +638,14 @@ def _quantised_step(name: str, problem: Problem) -> tuple[Step, int]:
     """A step of a config for CPUs, without instructions that this problem has no use for."""
     config = ON_CPU[name]
     if Candidate(problem, config, CPU).why_invalid():
-        levels = [level for level in simd_levels(CPU.arch) if not level.endswith("bf16")]
+        levels = [
+            level
+            for level in simd_levels(CPU.arch)
+            if not level.endswith("bf16")
+            and (
+                "int8" in (problem.weight_dtype, problem.centroid_dtype) or level != "avx512_vnni"
+            )
+        ]
         config = _narrowed(replace(config, simd=levels[-1]), problem)
     return _compiled_step(problem, config, CPU), slack_of(config)
 

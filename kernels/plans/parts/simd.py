@@ -157,16 +157,21 @@ CPP_RULES = (
 )
 
 
+def _best_level(config: AnyConfig, problem: Problem, device: Device) -> str:
+    """The highest of the device's levels that the problem has a use for."""
+    for level in reversed(simd_levels(device.arch)):
+        named: dict[str, Any] = {"simd": level}
+        if _why_not_run(Candidate(problem, replace(config, **named), device)) is None:
+            return level
+    return "scalar"
+
+
 def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     """The config with the device's best instructions, all its cores, and tiles that fit.
 
     Quantised rows are asked for ahead, and read by more sums: fewer bytes leave less time to wait.
     """
-    best = next(
-        level
-        for level in reversed(simd_levels(device.arch))
-        if _why_not_run(Candidate(problem, _changed(config, {"simd": level}), device)) is None
-    )
+    best = _best_level(config, problem, device)
     changes: dict[str, Any] = {
         "simd": best,
         "threads": max(number for number in THREADS if number <= max(1, device.sm_count)),
@@ -179,8 +184,4 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
             changes |= {f"{stage}_columns": columns, f"{stage}_prefetch": ahead}
         if columns * _block(stage, problem, best) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
-    return _changed(config, changes)
-
-
-def _changed(config: AnyConfig, changes: dict[str, Any]) -> AnyConfig:
     return replace(config, **changes)

@@ -59,6 +59,10 @@ def test_all_instructions_read_all_dtypes(simd: str, dtype: str) -> None:
     other = {"bf16": "fp32", "fp16": "bf16", "fp32": "fp16"}[dtype]
     problem = replace(PROBLEM, hidden_size=200, weight_dtype=dtype, centroid_dtype=other)
     config = replace(default_config(problem, CPU), simd=simd)
+    if simd == "avx512_vnni":
+        with pytest.raises(FlashtuneError, match="needs weights or centroids in int8"):
+            make_step(config, problem)
+        return
     if simd.endswith("bf16") and dtype != "bf16":
         with pytest.raises(FlashtuneError, match="needs hidden states and weights in bf16"):
             make_step(config, problem)
@@ -66,10 +70,29 @@ def test_all_instructions_read_all_dtypes(simd: str, dtype: str) -> None:
     assert make_workload(problem).why_wrong(make_step(config, problem), slack_of(config)) is None
 
 
+@pytest.mark.parametrize("simd", simd_levels(CPU.arch))
+@pytest.mark.parametrize(("rows", "centroids"), [("int8", "int4"), ("int4", "bf16")])
+def test_all_instructions_read_quantised_formats(simd: str, rows: str, centroids: str) -> None:
+    problem = replace(
+        PROBLEM,
+        hidden_size=99,
+        weight_dtype=rows,
+        centroid_dtype=centroids,
+        model_dtype="bf16",
+        n_rescored=3,
+    )
+    config = replace(default_config(problem, CPU), simd=simd)
+    reason = Candidate(problem, config, CPU).why_invalid()
+    if reason:
+        assert reason.startswith(f"{simd} needs")
+        return
+    assert make_workload(problem).why_wrong(make_step(config, problem), slack_of(config)) is None
+
+
 def test_halves_keep_their_subnormals_and_signs() -> None:
     problem = replace(PROBLEM, hidden_size=64, weight_dtype="fp16", centroid_dtype="fp16")
     for simd in simd_levels(CPU.arch):
-        if simd.endswith("bf16"):
+        if simd.endswith(("bf16", "vnni")):
             continue
         workload = make_workload(problem)
         weights = workload.sets[0]

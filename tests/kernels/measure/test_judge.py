@@ -147,3 +147,19 @@ def test_an_infinity_gives_a_token_of_the_vocabulary(by_hand: ByHand) -> None:
     assert (
         tokens.tolist() == torch.empty_like(dense).index_copy_(1, order, dense).argmax(1).tolist()
     )
+
+
+@pytest.mark.parametrize(("centroid_dtype", "allowed"), [("int8", 2.0**-15), ("int4", 0.0)])
+def test_states_may_be_whole_multiples_where_int8_is_read(
+    centroid_dtype: str, allowed: float
+) -> None:
+    """A number that is tiny beside the largest may be taken as none at all; not so elsewhere."""
+    weights = Weights(
+        weight=torch.eye(4), centroids=torch.eye(4), ids=torch.arange(4, dtype=torch.int32)
+    )
+    judge = judge_of(weights, n_probes=1)
+    multiples = centroid_dtype == "int8"
+    state = torch.tensor([[1.0, 2.0**-30, 0.0, 0.0]]).double()
+    _, bounds = judge.products(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), state, multiples=multiples)
+    rounding = (4 / 32 + 16) * 2.0**-24 * 2.0**-30
+    assert float(bounds) == pytest.approx(rounding + allowed, rel=1e-12)
