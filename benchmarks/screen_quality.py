@@ -10,11 +10,11 @@ the same one; *recall*: how often the dense head's token is taken, and how that 
 two heads' logits give at temperature 1, as total variation, and as Kullback-Leibler divergence
 (nats) over the tokens that are candidates of both. With centroids of 4 bits a second line has as
 many probes as bring the recall back. DIR is a folder that `flashtune cluster` made; the steps are
-greedy continuations of the shipped prompts.
+greedy continuations of the shipped prompts. Special tokens are not candidates here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -166,7 +166,7 @@ def main(
 ) -> None:
     """Print the table."""
     folder = ModelFolder.open(model)
-    parts = folder.read_head()
+    parts = replace(folder.read_head(), special_token_ids=[])
     if kept is not None and kept.exists():
         states = torch.load(kept)
     else:

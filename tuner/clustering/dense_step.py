@@ -16,6 +16,7 @@ from flashtune.kernels.formats.int4 import INT4
 from flashtune.kernels.weights import Step, Weights
 
 _ROWS_AT_ONCE = 2**14
+_WIDTHS = 32  # that quantised products are asked for are multiples of this
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -25,11 +26,11 @@ def dense_step(rows: str, weight: torch.Tensor) -> Step | None:
     None where torch has no product of that format for this device or shape.
     """
     makers = {"int8": _int8, "int4": _int4, dtype_name(weight): _plain}
-    if rows not in makers:
+    if rows not in makers or (rows != dtype_name(weight) and weight.shape[1] % _WIDTHS):
         return None
     try:
         product = makers[rows](weight)
-        product(weight[:1])
+        product(torch.zeros_like(weight[:1]))
     except (AttributeError, RuntimeError, NotImplementedError):  # private operators of torch
         return None
 
@@ -49,7 +50,8 @@ def _int8(weight: torch.Tensor) -> _Product:
     data = torch.cat([part.data for part in parts])
     scales = torch.cat([part.scales for part in parts if part.scales is not None])
     scales = scales.to(weight.dtype)
-    return lambda hidden: torch._weight_int8pack_mm(hidden, data, scales)
+    # A copy, which is aligned: with another hidden state torch's operator may end the process
+    return lambda hidden: torch._weight_int8pack_mm(hidden.clone(), data, scales)
 
 
 def _int4(weight: torch.Tensor) -> _Product:
@@ -66,5 +68,5 @@ def _int4(weight: torch.Tensor) -> _Product:
     steps = torch.cat(scales).T
     scales_and_zeros = torch.stack([steps, torch.zeros_like(steps)], dim=2).contiguous()
     return lambda hidden: torch._weight_int4pack_mm_for_cpu(
-        hidden, data, INT4.group, scales_and_zeros
+        hidden.clone(), data, INT4.group, scales_and_zeros
     )

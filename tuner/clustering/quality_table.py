@@ -25,11 +25,12 @@ def quality_table(report: QualityReport) -> Table:
     """A line for each form and number of probes, then the heads without clusters."""
     table = Table(
         title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
-        f"on this machine's {report.device}, microseconds a token"
+        f"on this machine's {report.device}, microseconds a token",
+        padding=0,
     )
-    table.add_column("head")
+    table.add_column("head", no_wrap=True)
     for heading in (*_NUMBERS, *_BYTES):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading in ("probes", "median us"))
     table.add_column("runs")
     for rows in (report.rows, report.whole):
         for before, row in zip((None, *rows), rows, strict=False):

@@ -219,6 +219,24 @@ class TestDenseStep:
         right = (states @ rounded(rows, parts.weight).T).argmax(dim=1)
         assert (out == right).double().mean() > 0.97  # it may round the hidden state
 
+    @pytest.mark.parametrize("rows", ["int8", "int4"])
+    def test_a_hidden_state_need_not_be_aligned(
+        self, parts: HeadParts, states: torch.Tensor, rows: str
+    ) -> None:
+        """Torch's operator ended the process for one that lay at an odd place of a mapped file."""
+        step = dense_step(rows, parts.weight.bfloat16())
+        if step is None:
+            pytest.skip(f"this torch has no product of {rows}")
+        weights = head_of(parts, PLAIN, 4).decoder.weights
+        found = []
+        for start in (0, 1):
+            room = torch.zeros(WIDTH + 1, dtype=torch.bfloat16)
+            room[start : start + WIDTH] = states[0]
+            out = torch.empty(1, dtype=torch.int64)
+            step(weights, room[start : start + WIDTH][None], out)
+            found.append(int(out))
+        assert found[0] == found[1]
+
     def test_none_where_torch_has_none(
         self, parts: HeadParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
