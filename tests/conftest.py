@@ -73,6 +73,17 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Torch computes in one thread: problems are tiny here, and processes share the cores.
+
+    As many threads as cores in each process wait for one another most of the time.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
     """The product of two tiles: the interpreter's own multiplies the bits of bf16 as integers."""
     wide = [builder.create_fp_ext(each, sums.dtype).data for each in (a, b)]

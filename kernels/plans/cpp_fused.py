@@ -17,8 +17,8 @@ from flashtune.kernels.plans.parts.simd import (
     THREADS,
     cpp_values,
     fitted,
-    simd_levels,
     slack_of,
+    useful_levels,
 )
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
@@ -68,7 +68,7 @@ def default(problem: Problem, device: Device) -> CppFusedConfig:
 def _starts(problem: Problem, device: Device) -> Sequence[CppFusedConfig]:
     """The default, with fewer threads, other tiles, other instructions."""
     fused = default(problem, device)
-    levels = simd_levels(device.arch)
+    levels = useful_levels(problem, device)
     return (
         fused,
         replace(fused, simd=levels[max(0, len(levels) - 2)]),

@@ -52,6 +52,11 @@ def simd_levels(arch: str) -> tuple[str, ...]:
     return levels[: levels.index(best) + 1] if best in levels else levels[:1]
 
 
+def useful_levels(problem: Problem, device: Device) -> tuple[str, ...]:
+    """The SIMD levels of a device that kernels of the problem may have, the best one last."""
+    return tuple(each for each in simd_levels(device.arch) if _why_useless(each, problem) is None)
+
+
 def slack_of(config: Any) -> int:
     """How many clusters more than asked may be probed; none where partial sorting selects."""
     return int(config.slack) if config.selection in SLACKING["selection"] else 0
@@ -89,10 +94,14 @@ def _why_not_run(candidate: Candidate) -> str | None:
     simd = candidate.config.simd
     if simd not in simd_levels(candidate.device.arch):
         return f"{candidate.device.name} has no {simd}"
-    if simd in BF16_LEVELS and not _multiplies_bf16(candidate.problem):
+    return _why_useless(simd, candidate.problem)
+
+
+def _why_useless(simd: str, problem: Problem) -> str | None:
+    """Why a level gives this problem nothing that the levels below do not; None if it does."""
+    if simd in BF16_LEVELS and not _multiplies_bf16(problem):
         return f"{simd} needs hidden states and weights in bf16"
-    stored = (candidate.problem.weight_dtype, candidate.problem.centroid_dtype)
-    if simd == VNNI_LEVELS[0] and "int8" not in stored:
+    if simd == VNNI_LEVELS[0] and "int8" not in (problem.weight_dtype, problem.centroid_dtype):
         return f"{simd} needs weights or centroids in int8"
     return None
 
@@ -157,21 +166,12 @@ CPP_RULES = (
 )
 
 
-def _best_level(config: AnyConfig, problem: Problem, device: Device) -> str:
-    """The highest of the device's levels that the problem has a use for."""
-    for level in reversed(simd_levels(device.arch)):
-        named: dict[str, Any] = {"simd": level}
-        if _why_not_run(Candidate(problem, replace(config, **named), device)) is None:
-            return level
-    return "scalar"
-
-
 def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     """The config with the device's best instructions, all its cores, and tiles that fit.
 
     Quantised rows are asked for ahead, and read by more sums: fewer bytes leave less time to wait.
     """
-    best = _best_level(config, problem, device)
+    best = useful_levels(problem, device)[-1]
     changes: dict[str, Any] = {
         "simd": best,
         "threads": max(number for number in THREADS if number <= max(1, device.sm_count)),

@@ -22,9 +22,9 @@ from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data, slack_of
-from flashtune.kernels.plans.cpp_fused import CppFusedConfig
+from flashtune.kernels.plans.cpp_fused import CPP_FUSED, CppFusedConfig
 from flashtune.kernels.plans.cpp_staged import CppStagedConfig
-from flashtune.kernels.plans.parts.simd import simd_levels
+from flashtune.kernels.plans.parts.simd import BF16_LEVELS, simd_levels, useful_levels
 from flashtune.kernels.runtime import binding
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Toolchain
@@ -35,7 +35,8 @@ from flashtune.tuning_db.store import Store
 
 CPU, PLACE = describe_cpu(), torch.device("cpu")
 PROBLEM = Problem(vocab_size=1200, hidden_size=128, n_clusters=100, n_probes=10)
-TWO = CppFusedConfig(simd=simd_levels(CPU.arch)[-1], threads=min(2, CPU.sm_count), slack=0)
+BEST = useful_levels(PROBLEM, CPU)[-1]
+TWO = CppFusedConfig(simd=BEST, threads=min(2, CPU.sm_count), slack=0)
 TOOLS = Toolchain(triton="")
 
 
@@ -59,12 +60,11 @@ def test_all_instructions_read_all_dtypes(simd: str, dtype: str) -> None:
     other = {"bf16": "fp32", "fp16": "bf16", "fp32": "fp16"}[dtype]
     problem = replace(PROBLEM, hidden_size=200, weight_dtype=dtype, centroid_dtype=other)
     config = replace(default_config(problem, CPU), simd=simd)
-    if simd == "avx512_vnni":
-        with pytest.raises(FlashtuneError, match="needs weights or centroids in int8"):
-            make_step(config, problem)
-        return
-    if simd.endswith("bf16") and dtype != "bf16":
-        with pytest.raises(FlashtuneError, match="needs hidden states and weights in bf16"):
+    needs = {"avx512_vnni": "weights or centroids in int8"}
+    if dtype != "bf16":
+        needs |= dict.fromkeys(BF16_LEVELS, "hidden states and weights in bf16")
+    if simd in needs:
+        with pytest.raises(FlashtuneError, match=f"{simd} needs {needs[simd]}"):
             make_step(config, problem)
         return
     assert make_workload(problem).why_wrong(make_step(config, problem), slack_of(config)) is None
@@ -91,14 +91,24 @@ def test_all_instructions_read_quantised_formats(simd: str, rows: str, centroids
 
 def test_halves_keep_their_subnormals_and_signs() -> None:
     problem = replace(PROBLEM, hidden_size=64, weight_dtype="fp16", centroid_dtype="fp16")
-    for simd in simd_levels(CPU.arch):
-        if simd.endswith(("bf16", "vnni")):
-            continue
+    for simd in useful_levels(problem, CPU):
         workload = make_workload(problem)
         weights = workload.sets[0]
         weights.weight.copy_(weights.weight.sign() * 2.0**-24)
         step = make_step(replace(default_config(problem, CPU), simd=simd), problem)
         assert workload.why_wrong(step, slack=16) is None
+
+
+def test_the_second_start_has_the_next_useful_instructions() -> None:
+    device = replace(CPU, arch="x86_64-avx512_bf16")
+    for problem, first in (
+        (PROBLEM, ["avx512_bf16", "avx512"]),
+        (replace(PROBLEM, weight_dtype="fp32", centroid_dtype="fp32"), ["avx512", "avx2"]),
+        (replace(PROBLEM, weight_dtype="int8", model_dtype="fp32"), ["avx512_vnni", "avx512"]),
+    ):
+        starts = CPP_FUSED.starts(problem, device)
+        assert [start.simd for start in starts[:2]] == first
+        assert not any(Candidate(problem, each, device).why_invalid() for each in starts[:2])
 
 
 def test_no_more_clusters_than_allowed_are_probed_when_all_tie(workload: Workload) -> None:

@@ -33,6 +33,7 @@ AVX512 = f"{AVX2} avx512f avx512bw avx512dq avx512vl"
         ("x86_64", f"flags\t: {AVX512}", "x86_64-avx512"),
         ("x86_64", f"flags\t: {AVX512} avx512_vnni", "x86_64-avx512_vnni"),
         ("x86_64", f"flags\t: {AVX512} avx512_vnni avx512_bf16", "x86_64-avx512_bf16"),
+        ("x86_64", f"flags\t: {AVX512} avx512_bf16", "x86_64-avx512"),
         ("x86_64", f"flags\t: {AVX2} avx512f avx512_bf16", "x86_64-avx2"),
         ("aarch64", "Features\t: fp asimd", "aarch64-neon"),
         ("aarch64", "Features\t: fp asimd asimdhp bf16", "aarch64-neon_bf16"),
