@@ -98,7 +98,7 @@ class Reply:
         data = json.loads(line)
         return cls(
             measurements=tuple(each and _measurement(each) for each in data["measurements"]),
-            uses=tuple(KernelUse(**each) for each in data["uses"]),
+            uses=tuple(_use(each) for each in data["uses"]),
             fatal=data["fatal"],
         )
 
@@ -107,3 +107,7 @@ def _measurement(data: Mapping[str, Any]) -> Measurement:
     known = {field.name for field in fields(Measurement)}
     values = {name: value for name, value in data.items() if name in known}
     return Measurement(**{**values, "outcome": Outcome(values["outcome"])})
+
+
+def _use(data: Mapping[str, Any]) -> KernelUse:
+    return KernelUse(**{**data, "arguments": tuple(data["arguments"])})
