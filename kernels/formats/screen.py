@@ -14,8 +14,8 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import FORMATS, Problem
 
 _ENOUGH = {"int8": 8, "int4": 32}
-"""How many candidates to decide again: on real weights the right token's rank among screened ones
-was 2 at worst with int8 rows and 18 with int4 rows (docs/formats.md)."""
+"""How many candidates to decide again: without clusters, that gave the dense head's token in all
+of 5,433 steps of SmolLM2 with int8 rows, and in all but one with int4 (docs/formats-quality.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

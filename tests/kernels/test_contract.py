@@ -24,7 +24,7 @@ from flashtune.kernels.plans.config import Config, knobs, slack_of
 from flashtune.kernels.plans.cpp_fused import CppFusedConfig
 from flashtune.kernels.plans.cpp_staged import CppStagedConfig
 from flashtune.kernels.plans.dense import DenseConfig
-from flashtune.kernels.plans.parts.simd import simd_levels
+from flashtune.kernels.plans.parts.simd import simd_levels, useful_levels
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
@@ -132,7 +132,10 @@ def _compiled_step(problem: Problem, config: Config, device: Device) -> Step:
 
 
 def _narrowed(config: Config, problem: Problem) -> Config:
-    """A config for CPUs with one column wherever the hidden size has room for no more."""
+    """A config for CPUs with instructions that the problem has a use for, and tiles that fit."""
+    useful = useful_levels(problem, CPU)
+    if getattr(config, "simd", useful[-1]) not in useful:
+        config = replace(config, simd=useful[-1])
     narrow = {
         f"{stage}_{knob}": 1 for stage in ("score", "gather") for knob in ("columns", "unroll")
     }
@@ -635,18 +638,8 @@ QUANTISED: dict[str, Problem] = {
 
 
 def _quantised_step(name: str, problem: Problem) -> tuple[Step, int]:
-    """A step of a config for CPUs, without instructions that this problem has no use for."""
-    config = ON_CPU[name]
-    if Candidate(problem, config, CPU).why_invalid():
-        levels = [
-            level
-            for level in simd_levels(CPU.arch)
-            if not level.endswith("bf16")
-            and (
-                "int8" in (problem.weight_dtype, problem.centroid_dtype) or level != "avx512_vnni"
-            )
-        ]
-        config = _narrowed(replace(config, simd=levels[-1]), problem)
+    """A step of a config for CPUs that fits the problem."""
+    config = _narrowed(ON_CPU[name], problem)
     return _compiled_step(problem, config, CPU), slack_of(config)
 
 
