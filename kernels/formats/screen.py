@@ -15,7 +15,7 @@ from flashtune.tuning_db.problem import FORMATS, Problem
 
 _ENOUGH = {"int8": 8, "int4": 32}
 """How many candidates to decide again: without clusters, that gave the dense head's token in all
-of 5,433 steps of SmolLM2 with int8 rows, and in all but one with int4 (docs/formats-quality.md)."""
+of 5,433 steps of SmolLM2 with int8 rows, in all but one with int4 (docs/formats-quality.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
