@@ -16,34 +16,22 @@ answers, in plain torch if need be, and says so once in the log `flashtune`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flashtune.kernels.backends.host import device_of
-from flashtune.kernels.formats.format import Stored, format_of
 from flashtune.kernels.formats.screen import Screen, screen_of
+from flashtune.kernels.head_tensors import HeadTensors
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.runtime import custom_op
 from flashtune.kernels.runtime.decoder import MOST_TOKENS, Allowance, Decoder
-from flashtune.kernels.special_token import FEW, checked_special_tokens, most_pinned, pin
-from flashtune.kernels.weights import (
-    Weights,
-    aligned,
-    check_finite,
-    checked_problem,
-    enough_rows,
-    in_order,
-    order_of,
-    posed,
-    stored_weights,
-)
+from flashtune.kernels.special_token import FEW
+from flashtune.kernels.weights import aligned, posed
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem
+from flashtune.tuning_db.problem import DEFAULT_PROBES
 
 TUNE = ("race", "never")
 # Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that
@@ -52,7 +40,7 @@ TUNE = ("race", "never")
 _SCREENED_TOGETHER = (128, 64, 32, 16)
 
 
-class FlashHead(nn.Module):
+class FlashHead(HeadTensors):
     """The token with the best logit among the clusters nearest to a hidden state.
 
     weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
@@ -80,16 +68,8 @@ class FlashHead(nn.Module):
 
     A graph that captured a call replays with scratch of the stream it was captured on: graphs
     captured on one stream must not be replayed at the same time.
-    Raises FlashtuneError for tensors that are no such head. Nothing is part of the state dict.
+    Raises FlashtuneError if they do not form a valid head. Nothing is part of the state dict.
     """
-
-    weight: torch.Tensor
-    centroids: torch.Tensor
-    ids: torch.Tensor
-    like: torch.Tensor  # empty, [0, hidden], in the dtype of hidden states and logits
-    problem: Problem  # of one token, as the head was made: `explain` tells what it is now
-    _weight_scales: torch.Tensor | None
-    _centroid_scales: torch.Tensor | None
 
     def __init__(
         self,
@@ -105,83 +85,20 @@ class FlashHead(nn.Module):
         tune: str = "race",
     ) -> None:
         """Check the tensors and bring the weight's rows in the order of clusters."""
-        super().__init__()
         if tune not in TUNE:
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
-        self.screen = screen_of(screen)
-        if self.screen and release_weight:
-            raise FlashtuneError(
-                "release_weight permutes the weight, and a screen leaves it to the model: "
-                "give one of them"
-            )
-        model = weight
-        weight, centroids = weight.detach(), centroids.detach()
-        problem = checked_problem(weight, centroids, n_probes)
-        self.vocab_size, self.n_probes, self.tune = weight.shape[0], n_probes, tune
-        order = order_of(problem, self.vocab_size, cluster_assignments, vocab_maps)
-        special = checked_special_tokens(special_token_ids, self.vocab_size)
-        check_finite("weight", weight)
-        check_finite("centroids", centroids)
-        all_probed = n_probes == problem.n_clusters
-        most = problem.n_clusters if release_weight else most_pinned(n_probes)
-        pinned = pin(
-            order.to(weight.device), problem.n_clusters, () if all_probed else special, most
+        super().__init__(
+            weight,
+            centroids,
+            cluster_assignments,
+            vocab_maps=vocab_maps,
+            n_probes=n_probes,
+            special_token_ids=special_token_ids,
+            screen=screen_of(screen),
+            release_weight=release_weight,
         )
-        self.problem = self._screened(
-            replace(
-                problem,
-                vocab_size=pinned.order.numel(),
-                n_clusters=problem.n_clusters + pinned.n_added,
-                n_probes=n_probes
-                + pinned.n_added,  # which of the added are the best, nobody knows
-                n_pinned=pinned.n_pinned,
-            ),
-            pinned.order,
-        )
-        self.special_token_ids = tuple(special)
-        scored = format_of(self.problem.centroid_dtype).pack(pinned.centroids(centroids))
-        self._released = release_weight
-        self._keep(self._laid_out(model, scored, pinned.order))
-        self.register_buffer("like", weight.new_empty(0, weight.shape[1]), persistent=False)
+        self.tune = tune
         self._start()
-
-    def _screened(self, problem: Problem, order: torch.Tensor) -> Problem:
-        """The problem with the screen's formats; enough rows are decided where some repeat."""
-        if self.screen is None:
-            return problem
-        problem = self.screen.problem(problem)
-        return replace(problem, n_rescored=enough_rows(order, problem.n_rescored))
-
-    def _laid_out(self, model: torch.Tensor, scored: Stored, order: torch.Tensor) -> Weights:
-        """The tensors in the order of clusters, and what is referred to of the model's."""
-        weight = model.detach()
-        self._referred: tuple[torch.Tensor, ...] = ()
-        self._copied = ""
-        if self.problem.n_rescored:
-            whole = aligned(weight)
-            # The caller's own tensor, so that copies of its model and moves find it to be one
-            self._referred = (model if whole is weight and model.is_leaf else whole,)
-            if whole is not weight:
-                self._copied = "the one given is not contiguous, or not 16-byte aligned"
-            weight = whole
-        if self._released:
-            n_clusters = self.problem.n_clusters
-            return Weights(
-                weight=in_order(weight, order, n_clusters, in_place=True),
-                centroids=aligned(scored.data),
-                ids=order.to(torch.int32),
-            )
-        stored = Stored(aligned(scored.data), scored.scales)
-        return stored_weights(self.problem, weight, stored, order)
-
-    def _keep(self, weights: Weights) -> None:
-        """Register the tensors. Scales go by their bits, which no change of dtype may touch."""
-        for name in ("weight", "centroids", "ids"):
-            self.register_buffer(name, getattr(weights, name), persistent=False)
-        for name in ("weight_scales", "centroid_scales"):
-            scales: torch.Tensor | None = getattr(weights, name)
-            bits = None if scales is None else scales.view(_bits(scales.dtype))
-            self.register_buffer(f"_{name}", bits, persistent=False)
 
     @classmethod
     def screened(
@@ -219,9 +136,9 @@ class FlashHead(nn.Module):
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
         as many as the model's config says unless given. screen: the config's unless given, and
-        `none` for none. tune: as for the class. Only the head is
-        read, with the config's dtype; docs/model-folders.md says from where. Raises
-        FlashtuneError naming the file and the tensor, what was found there and what was expected.
+        `none` for none. tune: as for the class. Only the head is read, with the config's dtype;
+        docs/model-folders.md says from where. Raises FlashtuneError naming the file and the
+        tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         folder = ModelFolder.open(source, revision)
@@ -245,65 +162,18 @@ class FlashHead(nn.Module):
         """Everything that neither a copy nor a pickle takes along."""
         self._allowance = Allowance.full(may_race=self.tune == "race")
         self._handle = custom_op.register(self)
-        self.decoder = self._new_decoder()
+        self._renew()
 
-    def _new_decoder(self) -> Decoder:
-        """A decoder of the tensors as they are now."""
-        scales = {}
-        for name, kind in (("weight", "weight_dtype"), ("centroid", "centroid_dtype")):
-            bits = getattr(self, f"_{name}_scales")
-            dtype = format_of(getattr(self.problem, kind)).scale_dtype
-            scales[name] = None if bits is None else bits.view(dtype)
-        weights = Weights(
-            weight=self.weight,
-            centroids=self.centroids,
-            ids=self.ids,
-            weight_scales=scales["weight"],
-            centroid_scales=scales["centroid"],
-            model_weight=None if self.model_weight is None else self.model_weight.detach(),
-        )
-        return Decoder(
+    def _renew(self) -> None:
+        """Decode with the tensors as they are now."""
+        weights = self.weights
+        self.decoder = Decoder(
             weights,
             self.like,
             partial(posed, self.problem, weights, self.like.dtype),
             vocab_size=self.vocab_size,
             allowance=self._allowance,
         )
-
-    @property
-    def model_weight(self) -> torch.Tensor | None:
-        """The weight `[vocab, hidden]` that decides among candidates, where there is a screen.
-
-        The tensor that was given, not a copy. As a model's parameter is converted, so is this.
-        """
-        return self._referred[0] if self._referred else None
-
-    def refer_to(self, weight: torch.Tensor) -> None:
-        """Take another tensor with the same values as the model's weight."""
-        self._referred = (weight,)
-        self.decoder = self._new_decoder()
-
-    @property
-    def added_bytes(self) -> int:
-        """Bytes that the head keeps beyond the model's own weight."""
-        kept = [self.centroids, self.ids, self._weight_scales, self._centroid_scales]
-        kept += [] if self._released else [self.weight]
-        kept += self._referred if self._copied else ()
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "FlashHead":
-        """Move or convert the tensors. Calls that other threads are in end with the old ones.
-
-        A screen stays as it is, and its candidates are decided by the weight that was converted.
-        """
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        with torch.no_grad():  # what is there already, as its model was converted, stays itself
-            referred = tuple(fn(weight) for weight in self._referred)
-        if any(new is not old for new, old in zip(referred, self._referred, strict=True)):
-            self._copied = "the head was moved or converted apart from its model"
-        self._referred = referred
-        self.decoder = self._new_decoder()
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The tensors and settings: kernels, locks and choices belong to one process."""
@@ -366,26 +236,14 @@ class FlashHead(nn.Module):
         run in several. `screen` is None without one, `added_bytes` what the head keeps beyond the
         model's own weight, and `model_weight` says, where there is a screen, whether it is that.
         """
-        decoder = self.decoder
-        bound = decoder.bound(epilogue, min(n_tokens, MOST_TOKENS))
-        device = device_of(decoder.like.device)
+        bound = self.decoder.bound(epilogue, min(n_tokens, MOST_TOKENS))
         return {
             "problem": bound.problem.data(),
-            "device": device.name,
+            "device": device_of(self.decoder.like.device).name,
             "screen": None if self.screen is None else str(self.screen),
             "added_bytes": self.added_bytes,
-            "model_weight": self._whose_weight(),
+            "model_weight": self.whose_weight,
             **bound.choice.explain(),
             "race": bound.race.explain() if bound.race else None,
             "troubles": list(bound.troubles),
         }
-
-    def _whose_weight(self) -> str | None:
-        if not self._referred:
-            return None
-        return f"a copy: {self._copied}" if self._copied else "the one given"
-
-
-def _bits(dtype: torch.dtype) -> torch.dtype:
-    """Whole numbers of the same size."""
-    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]

@@ -33,6 +33,7 @@ ROOMS = {
     "kernels": (
         "integrations",
         "head",
+        "head_tensors",
         "model_folder",
         "runtime",
         "backends",
