@@ -13,6 +13,7 @@ from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.kernels.backends.cuda.backend import CudaStep
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import backend_of, target_of
+from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
 from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
 from flashtune.kernels.formats.format import format_of
@@ -703,19 +704,19 @@ def test_pinned_clusters_are_probed_beside_the_best(selection: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["fused", "staged"])
 @pytest.mark.parametrize("case", ["int8", "int8-rows", "int8-centroids-alone"])
-def test_no_number_in_gives_none_out(case: str, name: str, value: float) -> None:
-    """As plain torch has it: token 0, or a row without one finite logit."""
+def test_a_state_that_is_not_finite_is_plain_torchs(case: str, name: str, value: float) -> None:
+    """Of a NaN, token 0 or a row of NaN; of infinities, what products with them give."""
     problem = QUANTISED[case]
     step, slack = _quantised_step(name, problem)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=3)
     weights, hidden = workload.sets[0], workload.states[0].clone()
     hidden[0, 3] = value
-    hidden[0, 4] = -value  # of an infinity too, sums are none then
+    hidden[0, 4] = -value
     out = run(step, problem, weights, hidden)
-    if problem.epilogue == "logits":
-        assert not bool(out.isfinite().any())
-    else:
-        assert out.tolist() == [0]
+    expected = run(TorchStep(problem), problem, weights, hidden)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    if value != value:
+        assert out.isnan().all() if problem.epilogue == "logits" else out.tolist() == [0]
     assert workload.why_wrong(step, slack) is None
 
 
