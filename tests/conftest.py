@@ -107,6 +107,16 @@ def without_kernels() -> Iterator[None]:
 
 
 @pytest.fixture
+def abacus() -> Iterator[None]:
+    """A kind of device and a plan that somebody added; it is asked before all others."""
+    from toys.plan import EVERYTHING
+    from toys.target import ABACUS
+
+    with PLANS.added(EVERYTHING), TARGETS.added(ABACUS):
+        yield
+
+
+@pytest.fixture
 def racing() -> None:
     """Heads of this test race as they do elsewhere."""
 

@@ -4,7 +4,6 @@ Also that CONTRIBUTING.md names the files that an addition really touches.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +31,6 @@ PROBLEM = Problem(
     vocab_size=60, hidden_size=33, n_clusters=5, n_probes=2, n_tokens=3, weight_dtype="fp32",
     centroid_dtype="fp32",
 )  # fmt: skip
-
-
-@pytest.fixture
-def abacus() -> Iterator[None]:
-    with PLANS.added(EVERYTHING), TARGETS.added(ABACUS):
-        yield
 
 
 def why_wrong(problem: Problem, candidate: Candidate) -> str | None:

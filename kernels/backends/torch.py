@@ -62,7 +62,7 @@ class TorchStep:
         return found
 
     def _clusters(self, scores: torch.Tensor) -> torch.Tensor:
-        """The probed clusters of each token; some may be there twice, which changes nothing."""
+        """The probed clusters of each token; a pinned one may be there twice."""
         n_pinned = self._problem.n_pinned
         best = torch.topk(scores, self._problem.n_probes, dim=1, sorted=False).indices
         if not n_pinned:
@@ -98,11 +98,14 @@ class TorchStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and logits, those of the best replaced by what the model's own rows give.
 
-        For a token only the best can win: the epilogue is given no others.
+        For a token only the best can win: the epilogue is given no others. Rows of pinned clusters
+        may be there twice: so many more are decided, both copies of each of the best among them.
         """
-        n_rescored = min(self._problem.n_rescored, logits.shape[1])
-        if not n_rescored:
+        problem = self._problem
+        if not problem.n_rescored:
             return ids, logits
+        twice = 0 if self._probes_all else problem.n_pinned * problem.cluster_size
+        n_rescored = min(problem.n_rescored + twice, logits.shape[1])
         assert weights.model_weight is not None
         best = torch.topk(logits, n_rescored, dim=1, sorted=False).indices
         tokens = ids.gather(1, best)

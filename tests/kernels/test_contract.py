@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import triton
+from toys.plan import EverythingConfig
+from toys.target import DEVICE as ABACUS_10
 
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.kernels.backends.cuda.backend import CudaStep
@@ -19,6 +21,7 @@ from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans import FALLBACK
 from flashtune.kernels.plans.batched import BatchedConfig
 from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, knobs, slack_of
@@ -85,6 +88,10 @@ ON_CPU: dict[str, Config] = {
         gather_columns=1,
     ),
 }
+ON_ABACUS: dict[str, Config] = {
+    "everything": EverythingConfig(rows=16),
+    "plain_torch": FALLBACK.config(),
+}
 CANNOT_LOOP = triton.__version__.startswith("3.6.")  # with numpy 2.4
 
 
@@ -108,6 +115,10 @@ class Runner:
             return self.step(problem, config, self.device)
         if PLANS[config.plan].builder == "cpp":
             return self.step(problem, _narrowed(config, problem), self.device)
+        if PLANS[config.plan].builder != "triton":
+            if reason := Candidate(problem, config, self.device).why_invalid():
+                raise FlashtuneError(reason)
+            return self.step(problem, config, self.device)
         block = self.block // 2 if isinstance(config, BatchedConfig | DenseConfig) else self.block
         blocks = {f"{stage}_block": block for stage in ("score", "gather")}
         fitted = replace(
@@ -150,6 +161,7 @@ CASES += [
     for name in (*CONFIGS, *ON_SM_90)
 ]
 CASES += [pytest.param(("cpu", name), id=f"cpu-{name}") for name in ON_CPU]
+CASES += [pytest.param(("abacus", name), id=f"abacus-{name}") for name in ON_ABACUS]
 
 
 @pytest.fixture(params=CASES)
@@ -162,7 +174,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def config(case: tuple[str, str]) -> Config:
-    return {**CONFIGS, **ON_SM_90, **ON_CPU}[case[1]]
+    return {**CONFIGS, **ON_SM_90, **ON_CPU, **ON_ABACUS}[case[1]]
 
 
 @pytest.fixture
@@ -186,6 +198,18 @@ def runner(case: tuple[str, str], request: pytest.FixtureRequest) -> Runner:
             problems={
                 "twelve": Problem(vocab_size=16380, hidden_size=99, n_clusters=1365, n_probes=64),
                 "sixteen": Problem(vocab_size=40000, hidden_size=96, n_clusters=2500, n_probes=77),
+            },
+            block=0,
+            step=_compiled_step,
+        )
+    if case[0] == "abacus":
+        request.getfixturevalue("abacus")
+        return Runner(
+            device=ABACUS_10,
+            torch_device=torch.device("cpu"),
+            problems={
+                "twelve": Problem(vocab_size=132, hidden_size=33, n_clusters=11, n_probes=3),
+                "sixteen": Problem(vocab_size=144, hidden_size=96, n_clusters=9, n_probes=4),
             },
             block=0,
             step=_compiled_step,

@@ -24,6 +24,8 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
 
 def _why_not(candidate: Candidate) -> str | None:
     tokens = candidate.problem.n_tokens
+    if candidate.problem.n_rescored:
+        return "everything has no launch that decides candidates again"
     return f"everything is for 16 tokens at most, not {tokens}" if tokens > 16 else None
 
 
