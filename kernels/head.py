@@ -27,11 +27,11 @@ from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.head_tensors import HeadTensors
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.runtime import custom_op
-from flashtune.kernels.runtime.decoder import MOST_TOKENS, Allowance, Decoder
+from flashtune.kernels.runtime.decoder import Allowance, Decoder
 from flashtune.kernels.special_token import FEW
 from flashtune.kernels.weights import aligned, posed
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES
+from flashtune.tuning_db.problem import DEFAULT_PROBES, MOST_TOKENS
 
 TUNE = ("race", "never")
 # Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.runtime.decoder import MOST_TOKENS
+from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
 _ROWS_AT_ONCE = 8192  # that are compared

@@ -23,9 +23,9 @@ from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
 from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
-from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.environment import flash_head_enabled, named_screen
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))

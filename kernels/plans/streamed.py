@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.size import shape_values
@@ -15,7 +16,7 @@ from flashtune.kernels.plans.parts.threshold import (
 from flashtune.kernels.plans.parts.tile import SLACKS
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.problem import FORMATS, Problem
+from flashtune.tuning_db.problem import Problem
 
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 MOST_RESCORED = 64  # a thread holds what some blocks have sent of these
@@ -68,7 +69,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         "gather": limits.shared_per_sm // 4 + limits.reserved_per_block,
     }
     listed = -(-problem.n_clusters // device.sm_count) + 2
-    state = FORMATS[problem.state_dtype].bytes_of(1, problem.hidden_size)
+    state = _row_bytes(problem.state_dtype, problem)
     decided = sent = 0
     if problem.n_rescored:  # each row's screened logit; in the ring, what the blocks have sent
         decided = 8 * -(-problem.vocab_size // device.sm_count) + 4 * problem.n_rescored + 8
@@ -77,10 +78,11 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     launches = []
     for kernel in _STAGES:
         warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
-        row = _row_bytes(_dtype(kernel, problem), problem)
+        stored = format_of(_dtype(kernel, problem))
+        row = _row_bytes(stored.name, problem)
         # the hidden state, barriers, and what warps tell each other
         fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
-        if _dtype(kernel, problem) not in _PLAIN:  # the hidden state in whole numbers, aligned
+        if stored.quantised:  # the hidden state in whole numbers, aligned
             fixed += 2 * problem.hidden_size + 4 * most_warps + 256
         if kernel == "gather":
             fixed += decided + 4 * warps
@@ -108,16 +110,16 @@ def _dtype(kernel: str, problem: Problem) -> str:
 def _arguments(problem: Problem) -> tuple[str, ...]:
     """Those of either launch: the scales and the model's own rows only where they are read."""
     found = list(_ARGUMENTS)
-    if problem.centroid_dtype not in _PLAIN:
+    if format_of(problem.centroid_dtype).quantised:
         found.append("centroid_scales")
-    if problem.weight_dtype not in _PLAIN:
+    if format_of(problem.weight_dtype).quantised:
         found.append("weight_scales")
     return (*found, *(["model_weight", "candidates"] if problem.n_rescored else []))
 
 
 def _row_bytes(dtype: str, problem: Problem) -> int:
     """Bytes of a row's numbers, without its scale."""
-    return problem.hidden_size * (2 if dtype in _PLAIN else 1)
+    return problem.hidden_size * format_of(dtype).bits // 8
 
 
 def _held_registers(problem: Problem) -> int:

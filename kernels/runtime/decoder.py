@@ -25,11 +25,10 @@ from flashtune.kernels.runtime.choice import Level
 from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
 StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
-MOST_TOKENS = 32  # of one step: more are decoded one part after the other
 
 
 def step_sizes(n_tokens: int) -> list[int]:

@@ -17,10 +17,10 @@ from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.runtime import decoder
 from flashtune.kernels.runtime.binding import Bound
-from flashtune.kernels.runtime.decoder import MOST_TOKENS, step_sizes
+from flashtune.kernels.runtime.decoder import step_sizes
 from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 

@@ -13,8 +13,8 @@ import torch
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import MOST_TOKENS
 
 VOCAB, WIDTH, CLUSTERS = 320, 64, 20
 SCREENS = ["int8", "int4", "int4/int8", "int8/int4:40"]

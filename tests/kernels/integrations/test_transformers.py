@@ -14,8 +14,8 @@ import flashtune
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.flash_linear import FlashLinear
 from flashtune.kernels.integrations.generation import needs_every_token
-from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import MOST_TOKENS
 
 transformers = pytest.importorskip("transformers")
 
