@@ -110,7 +110,7 @@ class ModelFolder:
         if name is None:
             return None
         known = {each.torch_name: each.name for each in plain_formats()}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
         return known[name]
 

@@ -403,6 +403,8 @@ class TestRefusals:
         ("config", "said"),
         [
             ({"dtype": "int8"}, "dtype int8 is none of"),
+            ({"dtype": ["bfloat16"]}, "is none of"),
+            ({"dtype": {"a": 1}}, "is none of"),
             ({"n_probes": "many"}, "n_probes must be a positive whole number, not 'many'"),
             ({"flash_head_centroids": "medians"}, "must be mean_rows or absent, not 'medians'"),
             ({"n_probes": 0}, "n_probes must be a positive whole number"),
