@@ -31,7 +31,7 @@ from flashtune.kernels.runtime.decoder import Allowance, Decoder
 from flashtune.kernels.special_token import FEW
 from flashtune.kernels.weights import aligned, posed
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES, MOST_TOKENS
+from flashtune.tuning_db.problem import DEFAULT_PROBES
 
 TUNE = ("race", "never")
 # Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that
@@ -236,7 +236,8 @@ class FlashHead(HeadTensors):
         run in several. `screen` is None without one, `added_bytes` what the head keeps beyond the
         model's own weight, and `model_weight` says, where there is a screen, whether it is that.
         """
-        bound = self.decoder.bound(epilogue, min(n_tokens, MOST_TOKENS))
+        (size, *_) = self.decoder.step_sizes(n_tokens)
+        bound = self.decoder.bound(epilogue, size)
         return {
             "problem": bound.problem.data(),
             "device": device_of(self.decoder.like.device).name,

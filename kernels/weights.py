@@ -114,7 +114,14 @@ def stored_weights(
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 """A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
-which is as `epilogue.new_out` makes it."""
+which is as `epilogue.new_out` makes it. Where hidden has fewer rows, the last stands for those
+that are missing."""
+
+
+def filled_up(hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """hidden with as many rows as a step has tokens, the last one repeated."""
+    missing = n_tokens - hidden.shape[0]
+    return torch.cat([hidden, hidden[-1:].expand(missing, -1)]) if missing else hidden
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:

@@ -1,53 +1,68 @@
-"""What all backends for GPUs share: steps that launch kernels."""
+"""What all backends for GPUs share: steps whose launches are prepared once.
+
+A launch's arguments are cells. Those of weights and scratch are filled when a step first meets
+the weights, and those of hidden states and output at each call, which so costs the host little
+more than the launches themselves.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from flashtune.kernels.weights import Weights
 
 
+class Cell(Protocol):
+    """Holds what a launch is given for an argument."""
+
+    value: Any
+
+
+Run = Callable[[int], None]
+"""Launches a kernel on a stream."""
+Prepare = Callable[[Sequence[Any]], Run]
+"""From cells for a kernel's arguments to what launches it with the values that they then hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One of a step's kernels: its name, what launches it, and its arguments by name.
+    """One of a step's kernels: its name, what prepares it, and its arguments by name.
 
-    The names are those of the fields of Weights and of the step's scratch, `hidden` and `out`.
+    The names are those of the fields of Weights and of the step's scratch, `hidden` and `out`,
+    and `last`, the number of the last row that hidden has.
     """
 
     kernel: str
-    run: Callable[..., None]
+    prepare: Prepare
     arguments: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A launch whose arguments are all there but for a call's own, and where those go."""
-
-    run: Callable[..., None]
-    values: list[Any]
-    hidden_at: tuple[int, ...]
-    out_at: tuple[int, ...]
 
 
 class LaunchedStep:
     """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
 
-    hidden `[n_tokens, hidden]`, contiguous and 16-byte aligned; out as `new_out` makes it. Calls
-    share one scratch: those that may run at the same time need a step each.
+    hidden `[rows, hidden]`, contiguous and 16-byte aligned, of as many rows as the problem has
+    tokens, or fewer: its last row then stands for those that are missing. out as `new_out` makes
+    it. Calls share one scratch: those that may run at the same time need a step each.
     """
 
     launches: Sequence[Launch]
     scratch: Any  # a dataclass whose fields are tensors
-    _prepared: tuple[Weights, Sequence[_Call]] | None = None
+
+    def __init__(self) -> None:
+        """Nothing is prepared before the first call."""
+        self._weights: Weights | None = None
+        self._runs: Sequence[Run] = ()
+        self._hidden, self._out = self._pointer(), self._pointer()
+        self._last = self._number()
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Launch the step; `out` is complete when the stream gets there."""
-        prepared = self._prepared
-        if prepared is None or prepared[0] is not weights:
-            prepared = self._prepared = (weights, self._calls(self.launches, weights))
-        self._run(prepared[1], hidden, out)
+        if self._weights is not weights:
+            self._runs = self._prepared(self.launches, weights)
+            self._weights = weights
+        self._run(self._runs, hidden, out)
 
     def launch(
         self,
@@ -57,36 +72,38 @@ class LaunchedStep:
         out: torch.Tensor,
     ) -> None:
         """Launch some of the kernels, in this order."""
-        self._run(self._calls(launches, weights), hidden, out)
+        self._run(self._prepared(launches, weights), hidden, out)
 
-    def _calls(self, launches: Sequence[Launch], weights: Weights) -> list[_Call]:
-        known = {
-            name: self._value(tensor)
-            for name, tensor in {**_tensors(weights), **_tensors(self.scratch)}.items()
-        }
-        return [
-            _Call(
-                launch.run,
-                [known.get(name) for name in launch.arguments],
-                tuple(i for i, name in enumerate(launch.arguments) if name == "hidden"),
-                tuple(i for i, name in enumerate(launch.arguments) if name == "out"),
-            )
-            for launch in launches
-        ]
+    def _run(self, runs: Sequence[Run], hidden: torch.Tensor, out: torch.Tensor) -> None:
+        value = self._value
+        self._hidden.value, self._out.value = value(hidden), value(out)
+        self._last.value = hidden.shape[0] - 1
+        stream = self._stream()
+        for run in runs:
+            run(stream)
 
-    def _run(self, calls: Sequence[_Call], hidden: torch.Tensor, out: torch.Tensor) -> None:
-        state, result = self._value(hidden), self._value(out)
-        for call in calls:
-            values = call.values.copy()
-            for place in call.hidden_at:
-                values[place] = state
-            for place in call.out_at:
-                values[place] = result
-            call.run(*values)
+    def _prepared(self, launches: Sequence[Launch], weights: Weights) -> list[Run]:
+        cells = {"hidden": self._hidden, "out": self._out, "last": self._last}
+        for name, tensor in {**_tensors(weights), **_tensors(self.scratch)}.items():
+            cells[name] = self._pointer()
+            cells[name].value = self._value(tensor)
+        return [launch.prepare([cells[name] for name in launch.arguments]) for launch in launches]
+
+    def _pointer(self) -> Cell:
+        """A cell for a tensor."""
+        raise NotImplementedError
+
+    def _number(self) -> Cell:
+        """A cell for an int32."""
+        raise NotImplementedError
 
     def _value(self, tensor: torch.Tensor) -> Any:
         """What a launch is given for a tensor."""
-        return tensor
+        raise NotImplementedError
+
+    def _stream(self) -> int:
+        """The current stream of the step's device."""
+        raise NotImplementedError
 
 
 def _tensors(parts: Any) -> Mapping[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from flashtune.kernels.measure.timing import GraphTimer, Timer, WallTimer
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans import FALLBACK
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Step, Weights, filled_up
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 
@@ -42,6 +42,7 @@ class TorchStep:
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
         at_once = self._tokens_at_once
+        hidden = filled_up(hidden, out.shape[0])
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)
         for states, part in parts:
             if self._probes_all:

@@ -31,10 +31,10 @@ StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 
 
-def step_sizes(n_tokens: int) -> list[int]:
-    """The numbers of tokens of the steps that a call with so many tokens takes, each once."""
-    rest = n_tokens % MOST_TOKENS
-    return [min(MOST_TOKENS, n_tokens), *([rest] if rest and n_tokens > MOST_TOKENS else [])]
+# The next power of two. A GPU runs the kernels of so many tokens: the last row then stands for the
+# missing ones, which costs it little, and few kernels serve batches of any size. A CPU, which
+# would compute what they add, runs those of just the number.
+_ROUNDED = tuple(1 << max(0, number - 1).bit_length() for number in range(MOST_TOKENS + 1))
 
 
 @dataclass(slots=True)
@@ -96,12 +96,14 @@ class Decoder:
         self.weights, self.like, self._posed = weights, like, problem
         self._vocab_size, self._allowance = vocab_size, allowance
         self._index = weights.weight.device.index if weights.weight.is_cuda else None
+        self._rounds = weights.weight.is_cuda
+        self._n_rows = weights.weight.shape[0]
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
 
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
-        weights, like, index = self.weights, self.like, self._index
+        like, index = self.like, self._index
         if hidden.dim() != 2 or hidden.shape[1] != like.shape[1]:
             raise FlashtuneError(
                 f"hidden must be [tokens, {like.shape[1]}], not {list(hidden.shape)}: "
@@ -120,26 +122,44 @@ class Decoder:
                     return self.decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
         n_tokens = hidden.shape[0]
-        if epilogue == "argmax":
-            out = torch.empty(n_tokens, dtype=torch.int64, device=like.device)
+        if 0 < n_tokens <= MOST_TOKENS:
+            out = self._run(hidden, epilogue, n_tokens, stream)
         else:
-            shape = (n_tokens, weights.weight.shape[0])
-            out = torch.empty(shape, dtype=like.dtype, device=like.device)
-        for first in range(0, n_tokens, MOST_TOKENS):
-            number = min(MOST_TOKENS, n_tokens - first)
-            key = (epilogue, number, stream)
-            step = self._steps.get(key) or self._step(*key)
-            call = (weights, hidden, out)
-            if number < n_tokens:
-                part = slice(first, first + number)
-                call = (weights, hidden[part], out[part])
-            try:
-                step(*call)
-            except Exception as error:  # whatever a driver raises at a launch
-                self._rescue(step, key, call, error)
-        if out.dim() == 2 and out.shape[1] > self._vocab_size:
+            out = self._in_parts(hidden, epilogue, stream)
+        if epilogue == "logits" and out.shape[1] > self._vocab_size:
             return out[:, : self._vocab_size].contiguous()
         return out
+
+    def _run(
+        self, hidden: torch.Tensor, epilogue: str, n_tokens: int, stream: int
+    ) -> torch.Tensor:
+        """One step's tokens or logits. A step for more tokens writes more rows than are kept."""
+        like = self.like
+        size = self._size(n_tokens)
+        key = (epilogue, size, stream)
+        step = self._steps.get(key) or self._step(*key)
+        if epilogue == "argmax":
+            out = torch.empty(size, dtype=torch.int64, device=like.device)
+        else:
+            out = torch.empty((size, self._n_rows), dtype=like.dtype, device=like.device)
+        try:
+            step(self.weights, hidden, out)
+        except Exception as error:  # whatever a driver raises at a launch
+            self._rescue(step, key, (self.weights, hidden, out), error)
+        return out if size == n_tokens else out[:n_tokens]
+
+    def _in_parts(self, hidden: torch.Tensor, epilogue: str, stream: int) -> torch.Tensor:
+        """Those of more tokens than a step takes, or of none."""
+        parts = [
+            self._run(part, epilogue, len(part), stream)
+            for part in torch.split(hidden, MOST_TOKENS)
+            if len(part)
+        ]
+        if not parts:
+            shape = (0,) if epilogue == "argmax" else (0, self._n_rows)
+            kind = torch.int64 if epilogue == "argmax" else self.like.dtype
+            return torch.empty(shape, dtype=kind, device=self.like.device)
+        return torch.cat(parts)
 
     def decode_compiled(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """`decode` for compiled code, whose CUDA graphs have a pool of memory of their own.
@@ -147,7 +167,7 @@ class Decoder:
         What is made on first use lasts, and must not lie there: it is made in another thread,
         whose tensors do not.
         """
-        sizes = step_sizes(hidden.shape[0]) if hidden.shape[0] else []
+        sizes = self.step_sizes(hidden.shape[0]) if hidden.shape[0] else []
         new = any((epilogue, size) not in self._bounds for size in sizes)
         if self._index is not None and new and not torch.cuda.is_current_stream_capturing():
             with ThreadPoolExecutor(1) as elsewhere:
@@ -156,8 +176,22 @@ class Decoder:
 
     def prepare(self, n_tokens: int, epilogue: str) -> None:
         """Make what a call with so many tokens runs."""
-        for size in step_sizes(n_tokens):
+        for size in self.step_sizes(n_tokens):
             self.bound(epilogue, size)
+
+    def step_sizes(self, n_tokens: int) -> list[int]:
+        """The tokens of the steps that a call with so many tokens takes, each number once.
+
+        Raises FlashtuneError for what is no number of tokens.
+        """
+        if not isinstance(n_tokens, int) or n_tokens < 1:
+            raise FlashtuneError(f"n_tokens must be a whole number, 1 or more, not {n_tokens!r}")
+        whole, rest = divmod(n_tokens, MOST_TOKENS)
+        sizes = [MOST_TOKENS] if whole else []
+        return [*sizes, self._size(rest)] if rest else sizes
+
+    def _size(self, n_tokens: int) -> int:
+        return _ROUNDED[n_tokens] if self._rounds else n_tokens
 
     def bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels of a step for that many tokens, made on first use."""

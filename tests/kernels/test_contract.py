@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import triton
+from toys.interpreted import InterpretedStep
 from toys.plan import EverythingConfig
 from toys.target import DEVICE as ABACUS_10
 
@@ -16,7 +17,7 @@ from flashtune.kernels.backends.cuda.backend import CudaStep
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.backends.torch import TorchStep
-from flashtune.kernels.backends.triton.backend import DecodeStep, load_source
+from flashtune.kernels.backends.triton.backend import DecodeStep
 from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
@@ -92,6 +93,7 @@ ON_ABACUS: dict[str, Config] = {
     "everything": EverythingConfig(rows=16),
     "plain_torch": FALLBACK.config(),
 }
+TRITON_STEPS = (DecodeStep, InterpretedStep)
 CANNOT_LOOP = triton.__version__.startswith("3.6.")  # with numpy 2.4
 
 
@@ -132,9 +134,8 @@ class Runner:
         return self.step(problem, fitted, self.device)
 
 
-def _interpreted_step(problem: Problem, config: Config, device: Device) -> DecodeStep:
-    module = load_source(Candidate(problem, config, device).source)
-    return DecodeStep(problem, module, {}, torch.device("cpu"))
+def _interpreted_step(problem: Problem, config: Config, device: Device) -> Step:
+    return InterpretedStep(Candidate(problem, config, device))
 
 
 def _compiled_step(problem: Problem, config: Config, device: Device) -> Step:
@@ -533,7 +534,7 @@ def test_a_state_of_zeros_ties_everything(
     tokens = run(step, problem, weights, hidden)
     judge = Judge(weights, problem, exact=True)
     assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
-    if isinstance(step, DecodeStep) and slack_of(config):  # others pick among clusters that tie
+    if isinstance(step, TRITON_STEPS) and slack_of(config):  # others pick among clusters that tie
         assert tokens_of(tokens).tolist() == [0]
 
 
@@ -555,7 +556,7 @@ def test_a_state_that_is_not_finite_leaves_nothing_unwritten(
     hidden = random_states(problem, runner, seed=5)
     bad = hidden.clone()
     bad[0, 7] = value
-    if isinstance(step, DecodeStep):
+    if isinstance(step, TRITON_STEPS):
         step.scratch.selected.fill_(2**30)  # no cluster that an earlier call listed
     out = new_out(problem, hidden.device).fill_(-7)  # NaN may be right here
     step(weights, bad, out)
@@ -567,13 +568,29 @@ def test_a_state_that_is_not_finite_leaves_nothing_unwritten(
     assert Judge(weights, problem).why_wrong(tokens, hidden, slack_of(config)) is None
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_row_stands_for_those_that_are_missing(
+    runner: Runner, config: Config, problem: Problem, rows: int
+) -> None:
+    problem = replace(problem, n_tokens=4)
+    step = runner.make(problem, config)
+    weights = make_weights(problem, runner)
+    hidden = random_states(problem, runner, seed=6)
+    whole = torch.cat([hidden[:rows], hidden[rows - 1 :][:1].expand(4 - rows, -1)])
+    few = hidden.clone()
+    few[rows:] = float("nan")  # what lies behind is not read
+    out = poisoned_out(problem, hidden.device)
+    step(weights, few[:rows], out)
+    assert Judge(weights, problem).why_wrong(out, whole, slack_of(config)) is None
+
+
 def test_calls_leave_nothing_behind_for_the_next(
     runner: Runner, config: Config, problem: Problem
 ) -> None:
     """Each call has lower logits than the one before, and finds its scratch spoiled."""
     step = runner.make(problem, config)
     weights = make_weights(problem, runner)
-    before = step.scratch.state.clone() if isinstance(step, DecodeStep | CudaStep) else None
+    before = step.scratch.state.clone() if isinstance(step, (*TRITON_STEPS, CudaStep)) else None
     judge = Judge(weights, problem)
     for call in range(3):
         hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
@@ -583,7 +600,7 @@ def test_calls_leave_nothing_behind_for_the_next(
             assert torch.equal(step.scratch.state, before)
             step.scratch.scores.fill_(float("nan"))
             step.scratch.moments.fill_(float("nan"))
-        if not isinstance(step, DecodeStep):
+        if not isinstance(step, TRITON_STEPS):
             continue
         count = slice(problem.n_tokens, 2 * problem.n_tokens)  # written before it is read
         step.scratch.state[count] = before[count]

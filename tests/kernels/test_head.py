@@ -17,7 +17,6 @@ from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.runtime import decoder
 from flashtune.kernels.runtime.binding import Bound
-from flashtune.kernels.runtime.decoder import step_sizes
 from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
@@ -439,10 +438,32 @@ def test_on_a_cpu_centroids_are_converted_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "sizes"), [(0, [0]), (1, [1]), (32, [32]), (40, [32, 8]), (64, [32])]
+    ("n_tokens", "here", "on_a_gpu"),
+    [
+        (1, [1], [1]),
+        (5, [5], [8]),
+        (32, [32], [32]),
+        (41, [32, 9], [32, 16]),
+        (64, [32], [32]),
+    ],
 )
-def test_the_steps_of_a_call(n_tokens: int, sizes: list[int]) -> None:
-    assert step_sizes(n_tokens) == sizes
+def test_the_steps_of_a_call(n_tokens: int, here: list[int], on_a_gpu: list[int]) -> None:
+    decoder = FlashHead(*parts(), n_probes=3).decoder
+    assert decoder.step_sizes(n_tokens) == here
+    decoder._rounds = True
+    assert decoder.step_sizes(n_tokens) == on_a_gpu
+
+
+def test_a_step_for_more_tokens_gives_those_that_are_there() -> None:
+    weight, centroids, assignments = parts()
+    exact = FlashHead(weight, centroids, assignments, n_probes=3)
+    rounded = FlashHead(weight, centroids, assignments, n_probes=3)
+    rounded.decoder._rounds = True
+    for n_tokens in (1, 3, 7, 33, 0):
+        hidden = torch.randn(n_tokens, WIDTH)
+        assert torch.equal(rounded(hidden), exact(hidden))
+        assert torch.equal(rounded.logits(hidden), exact.logits(hidden))
+    assert {key[1] for key in rounded.decoder._steps} == {1, 4, 8, 32}
 
 
 def test_what_is_prepared_is_what_a_call_runs() -> None:

@@ -9,7 +9,7 @@ from flashtune.kernels.backends.torch import TORCH
 from flashtune.kernels.epilogues.epilogue import epilogue_of
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Step, Weights, filled_up
 from flashtune.tuning_db.device import Device
 from toys.plan import EVERYTHING, EverythingConfig
 
@@ -38,6 +38,7 @@ class ChunkBackend:
         problem = candidate.problem
 
         def step(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            hidden = filled_up(hidden, len(out))
             rows = torch.arange(problem.vocab_size).split(candidate.config.rows)
             parts = [
                 hidden.float() @ weights.rows(problem, part, torch.float32).T for part in rows

@@ -17,7 +17,7 @@ from flashtune.kernels.backends.cpp.huge_pages import advise
 from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.kernels.weights import Step, Weights
+from flashtune.kernels.weights import Step, Weights, filled_up
 from flashtune.tuning_db.problem import Problem
 
 
@@ -49,6 +49,7 @@ class CppStep:
         if not math.isfinite(hidden.sum(dtype=torch.float32).item()):
             TorchStep(self._problem)(weights, hidden, out)
             return
+        hidden = filled_up(hidden, out.shape[0])
         place = (weights.centroids.data_ptr(), weights.weight.data_ptr())
         if place not in self._advised:
             self._advised.add(place)

@@ -2,28 +2,28 @@
 
 Usage:
     binary = compile_cuda(candidate.source, candidate.device.arch)
-    step = CudaStep(candidate, binary, torch_device)
+    step = CudaStep(candidate, Binary(binary, torch_device.index), torch_device)
     step(weights, hidden, out)                                 # launches; capturable
 """
 
-import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 
 from flashtune.kernels.backends.cubin import resource_usage
-from flashtune.kernels.backends.cuda.nvrtc import compile_cuda, taken
-from flashtune.kernels.backends.gpu import Launch, LaunchedStep
+from flashtune.kernels.backends.cuda.nvrtc import compile_cuda
+from flashtune.kernels.backends.gpu import Launch
+from flashtune.kernels.backends.nvidia.driver import Binary, Shape
+from flashtune.kernels.backends.nvidia.step import DriverStep, index_of
 from flashtune.kernels.backends.triton.backend import EMPTY_BEST
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.problem import Problem
 
 _UNSENT = 2  # as the template has it: no packed logit
-_taken = functools.partial(taken, library="the CUDA driver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,67 +53,31 @@ class CudaScratch:
         )
 
 
-class CudaStep(LaunchedStep):
+class CudaStep(DriverStep):
     """A candidate in CUDA C++."""
 
-    def __init__(
-        self,
-        candidate: Candidate,
-        binary: bytes,
-        device: torch.device,
-    ) -> None:
-        """Load the binary on `device`; raises FlashtuneError when the driver refuses."""
-        from cuda.bindings import driver
+    def __init__(self, candidate: Candidate, binary: Binary, device: torch.device) -> None:
+        """Of a binary that is loaded on `device`, with scratch of its own."""
+        super().__init__(device)
+        uses = candidate.launches
+        self.scratch = CudaScratch.create(candidate.problem, uses[0].programs, device)
+        self.launches = [
+            Launch(
+                use.kernel, partial(binary.prepared, _shape(use, candidate.lanes)), use.arguments
+            )
+            for use in uses
+        ]
 
-        self._driver = driver
-        self._index = torch.cuda.current_device()
-        self._context = _primary_context(self._index)
-        self._enter()
-        launches = candidate.launches
-        self.scratch = CudaScratch.create(candidate.problem, launches[0].programs, device)
-        self._module = _taken(driver.cuModuleLoadData(binary))
-        self.launches = [self._bind(launch, candidate.lanes) for launch in launches]
 
-    def _enter(self) -> None:
-        """Give the calling thread the context if it has none: torch does so only when it must."""
-        driver = self._driver
-        if not int(_taken(driver.cuCtxGetCurrent())):
-            _taken(driver.cuCtxSetCurrent(self._context))
-
-    def _bind(self, launch: KernelUse, lanes: int) -> Launch:
-        driver, index = self._driver, self._index
-        function = _taken(driver.cuModuleGetFunction(self._module, launch.kernel.encode()))
-        attributes = driver.CUfunction_attribute
-        for name, value in (
-            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.dynamic_bytes),
-            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        ):
-            _taken(driver.cuFuncSetAttribute(function, name, value))
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = launch.programs, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = lanes * launch.warps, 1, 1
-        config.sharedMemBytes = launch.dynamic_bytes
-        overlap = driver.CUlaunchAttribute()
-        overlap.id = (
-            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        )
-        allowed = driver.CUlaunchAttributeValue()
-        allowed.programmaticStreamSerializationAllowed = 1
-        overlap.value = allowed
-        config.attrs, config.numAttrs = [overlap], 1
-
-        types = (ctypes.c_void_p,) * len(launch.arguments)
-
-        def run(*pointers: int) -> None:
-            self._enter()
-            config.hStream = torch._C._cuda_getCurrentRawStream(index)
-            _taken(driver.cuLaunchKernelEx(config, function, (pointers, types), 0))
-
-        return Launch(launch.kernel, run, launch.arguments)
-
-    def _value(self, tensor: torch.Tensor) -> int:
-        """A pointer."""
-        return tensor.data_ptr()
+def _shape(use: KernelUse, lanes: int) -> Shape:
+    return Shape(
+        use.kernel,
+        programs=use.programs,
+        threads=lanes * use.warps,
+        dynamic_bytes=use.dynamic_bytes,
+        overlapped=True,
+        most_shared=True,
+    )
 
 
 class CudaBackend:
@@ -135,13 +99,6 @@ class CudaBackend:
         self, candidate: Candidate, torch_device: torch.device, source: str | None = None
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
-        binary = compile_cuda(source or candidate.source, candidate.device.arch)
-        return lambda: CudaStep(candidate, binary, torch_device)
-
-
-@functools.cache
-def _primary_context(index: int) -> Any:
-    """A device's context that torch uses, kept as long as the process lives."""
-    from cuda.bindings import driver
-
-    return _taken(driver.cuDevicePrimaryCtxRetain(_taken(driver.cuDeviceGet(index))))
+        code = compile_cuda(source or candidate.source, candidate.device.arch)
+        binary = functools.cache(lambda: Binary(code, index_of(torch_device)))
+        return lambda: CudaStep(candidate, binary(), torch_device)

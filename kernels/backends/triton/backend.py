@@ -3,14 +3,17 @@
 Usage:
     module = load_source(source)                               # jit functions, nothing compiled
     kernels = compile_module(module, candidate)                # no GPU needed
-    step = DecodeStep(problem, module, kernels, device)        # on the GPU
+    loaded = {name: LoadedKernel.load(kernel, index) for name, kernel in kernels.items()}
+    step = DecodeStep(problem, module, loaded, device)         # on the GPU
     step(weights, hidden, out)                                 # launches; capturable
 """
 
+import functools
 import hashlib
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashtune.kernels.backends.cubin import resource_usage
-from flashtune.kernels.backends.gpu import Launch, LaunchedStep
+from flashtune.kernels.backends.gpu import Launch, Prepare
+from flashtune.kernels.backends.nvidia.driver import Binary, Shape
+from flashtune.kernels.backends.nvidia.step import DriverStep, index_of
 from flashtune.kernels.epilogues.epilogue import new_out
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.failure import DoesNotFitError
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
 from flashtune.kernels.weights import Step
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes; every pointer handed to a kernel is aligned to it
@@ -77,6 +83,16 @@ class Scratch:
         )
 
 
+def scratch_of(problem: Problem, module: ModuleType, device: torch.device) -> Scratch:
+    """Scratch for a step of a source's module."""
+    return Scratch.create(
+        problem,
+        library_topk=_uses_topk(module),
+        device=device,
+        maxima=getattr(module, "MAXIMA_OF_ALL", 0),
+    )
+
+
 def load_source(source: str) -> ModuleType:
     """Execute a rendered source and return its module.
 
@@ -96,6 +112,7 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
     state = f"*{format_of(problem.state_dtype).triton}"
     types = {
         "hidden_ptr": state,
+        "last": "i32",
         "centroids_ptr": f"*{format_of(problem.centroid_dtype).triton}",
         "weight_ptr": f"*{format_of(problem.weight_dtype).triton}",
         "centroid_scales_ptr": f"*{_scale_type(problem.centroid_dtype)}",
@@ -132,7 +149,11 @@ def compile_module(module: ModuleType, candidate: Candidate) -> dict[str, Any]:
         if name == "torch_topk":
             continue
         signature = _signature(module, name, candidate.problem)
-        aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i in range(len(signature))}
+        aligned = {
+            (place,): [["tt.divisibility", ALIGNMENT]]
+            for place, argument in enumerate(signature)
+            if argument.endswith("_ptr")
+        }
         options = {"num_warps": launch["num_warps"], "num_stages": 1}
         if module.PDL:
             options["launch_pdl"] = True
@@ -146,37 +167,76 @@ def compile_module(module: ModuleType, candidate: Candidate) -> dict[str, Any]:
     return compiled
 
 
-class DecodeStep(LaunchedStep):
+def launches_of(
+    module: ModuleType, scratch: Scratch, prepare: Callable[[dict[str, Any]], Prepare]
+) -> list[Launch]:
+    """A module's launches with this scratch; prepare: what prepares one of its LAUNCHES."""
+    found = []
+    for launch in module.LAUNCHES:
+        name = launch["kernel"]
+        if name == "torch_topk":
+            found.append(Launch(name, partial(_prepared_topk, scratch), ()))
+            continue
+        arguments = (each.removesuffix("_ptr") for each in getattr(module, name).arg_names)
+        found.append(Launch(name, prepare(launch), tuple(arguments)))
+    return found
+
+
+def _prepared_topk(scratch: Scratch, _: Sequence[Any]) -> Callable[[int], None]:
+    values = torch.empty_like(scratch.selected, dtype=torch.float32)
+
+    def topk(_: int) -> None:
+        torch.topk(scratch.scores, values.shape[1], sorted=False, out=(values, scratch.selected))
+
+    return topk
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A compiled kernel in the memory of a device."""
+
+    compiled: Any  # Triton's CompiledKernel
+    binary: Binary
+
+    @classmethod
+    def load(cls, compiled: Any, index: int) -> "LoadedKernel":
+        """Load it; raises FlashtuneError where it needs what only Triton's launcher gives."""
+        metadata = compiled.metadata
+        for kind in ("global_scratch_size", "profile_scratch_size"):
+            if getattr(metadata, kind, 0):
+                raise FlashtuneError(f"{metadata.name} needs scratch ({kind})")
+        return cls(compiled, Binary(compiled.kernel, index))
+
+    def at(self, programs: int) -> Prepare:
+        """What prepares a launch of so many programs."""
+        metadata = self.compiled.metadata
+        shape = Shape(
+            metadata.name,
+            programs=programs,
+            threads=metadata.target.warp_size * metadata.num_warps,
+            dynamic_bytes=metadata.shared,
+            overlapped=metadata.launch_pdl,
+            cooperative=metadata.launch_cooperative_grid,
+        )
+        return partial(self.binary.prepared, shape)
+
+
+class DecodeStep(DriverStep):
     """A candidate in Triton."""
 
     def __init__(
-        self, problem: Problem, module: ModuleType, kernels: dict[str, Any], device: torch.device
+        self,
+        problem: Problem,
+        module: ModuleType,
+        kernels: Mapping[str, LoadedKernel],
+        device: torch.device,
     ) -> None:
-        """Bind kernels to fresh scratch on `device`, and load their binaries there."""
-        self.scratch = Scratch.create(
-            problem,
-            library_topk=_uses_topk(module),
-            device=device,
-            maxima=getattr(module, "MAXIMA_OF_ALL", 0),
+        """Of kernels that are loaded on `device`, with scratch of its own."""
+        super().__init__(device)
+        self.scratch = scratch_of(problem, module, device)
+        self.launches = launches_of(
+            module, self.scratch, lambda each: kernels[each["kernel"]].at(each["programs"])
         )
-        self.launches = [self._bind(launch, module, kernels) for launch in module.LAUNCHES]
-
-    def _bind(self, launch: dict[str, Any], module: ModuleType, kernels: dict[str, Any]) -> Launch:
-        name, scratch = launch["kernel"], self.scratch
-        if name == "torch_topk":
-            values = torch.empty_like(scratch.selected, dtype=torch.float32)
-
-            def topk() -> None:
-                torch.topk(
-                    scratch.scores, values.shape[1], sorted=False, out=(values, scratch.selected)
-                )
-
-            return Launch(name, topk, ())
-        grid = (launch["programs"], 1, 1)
-        arguments = [each.removesuffix("_ptr") for each in getattr(module, name).arg_names]
-        # Triton's interpreter compiles nothing: the jit function itself is launched
-        launched = kernels[name] if name in kernels else getattr(module, name)
-        return Launch(name, launched[grid], tuple(arguments))
 
 
 class TritonBackend:
@@ -210,7 +270,13 @@ class TritonBackend:
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads the kernels with scratch of its own."""
         module, kernels = _compiled(candidate, source or candidate.source)
-        return lambda: DecodeStep(candidate.problem, module, kernels, torch_device)
+
+        @functools.cache
+        def loaded() -> dict[str, LoadedKernel]:
+            index = index_of(torch_device)
+            return {name: LoadedKernel.load(kernel, index) for name, kernel in kernels.items()}
+
+        return lambda: DecodeStep(candidate.problem, module, loaded(), torch_device)
 
 
 def _compiled(candidate: Candidate, source: str) -> tuple[ModuleType, dict[str, Any]]:

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda import bindings
-from cuda.bindings import driver
 
-from flashtune.kernels.backends.cuda import backend as cuda_backend
 from flashtune.kernels.backends.cuda import nvrtc
-from flashtune.kernels.backends.cuda.backend import CudaBackend, CudaStep
+from flashtune.kernels.backends.cuda.backend import CudaBackend
 from flashtune.kernels.backends.cuda.nvrtc import compile_cuda
 from flashtune.kernels.backends.target import default_config, known_good, target_of
 from flashtune.kernels.plans import STAGED, STREAMED
@@ -22,7 +19,6 @@ from flashtune.kernels.plans.config import Config, config_data, knobs, parse_con
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.kernels.runtime.choice import USER, Level, Source, choose, contenders
-from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.cached_file import whole
 from flashtune.tuning_db.device import Device, Toolchain, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -239,79 +235,3 @@ def record(config: Config, median_us: float) -> Record:
         ),
         created="2026-11-24T00:00:00Z",
     )
-
-
-class FakeDriver:
-    """The driver's calls as CudaStep makes them, written down."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.current = 0
-        self.refused = ""
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("cu"):  # one of its classes
-            return getattr(driver, name)
-
-        def call(*arguments: Any) -> tuple[Any, ...]:
-            if name == self.refused:
-                return (driver.CUresult.CUDA_ERROR_INVALID_IMAGE,)
-            if name == "cuCtxSetCurrent":
-                self.current = arguments[0]
-            self.calls.append((name, *arguments))
-            answers = {"cuCtxGetCurrent": self.current, "cuDevicePrimaryCtxRetain": 77}
-            return driver.CUresult.CUDA_SUCCESS, answers.get(name, name)
-
-        return call
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    """A driver that answers everything; torch's streams are all number 5."""
-    found = FakeDriver()
-    monkeypatch.setattr(bindings, "driver", found)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
-    cuda_backend._primary_context.cache_clear()
-    yield found
-    cuda_backend._primary_context.cache_clear()
-
-
-def make_step() -> CudaStep:
-    candidate = Candidate(SMALL, StreamedConfig(), H200)
-    return CudaStep(candidate, b"binary", torch.device("cpu"))
-
-
-def test_a_step_launches_both_kernels_on_the_current_stream(fake: FakeDriver) -> None:
-    step = make_step()
-    fake.calls.clear()
-    tensors = [torch.zeros(8) for _ in range(5)]
-    hidden, centroids, weight, ids, out = tensors
-    step(Weights(weight=weight, centroids=centroids, ids=ids), hidden, out)
-    launched = [call for call in fake.calls if call[0] == "cuLaunchKernelEx"]
-    scratch = [step.scratch.scores, step.scratch.moments, step.scratch.state]
-    pointers = [each.data_ptr() for each in (hidden, centroids, weight, ids, out, *scratch)]
-    for (_, config, _, (values, types), _), launch in zip(
-        launched, Candidate(SMALL, StreamedConfig(), H200).launches, strict=True
-    ):
-        assert list(values) == pointers
-        assert len(types) == len(pointers)
-        assert (config.gridDimX, config.blockDimX) == (launch.programs, 32 * launch.warps)
-        assert (config.sharedMemBytes, int(config.hStream)) == (launch.dynamic_bytes, 5)
-        assert [each.value.programmaticStreamSerializationAllowed for each in config.attrs] == [1]
-
-
-def test_a_thread_without_a_context_is_given_the_primary_one(fake: FakeDriver) -> None:
-    step = make_step()
-    assert fake.current == 77
-    weights = Weights(weight=torch.zeros(8), centroids=torch.zeros(8), ids=torch.zeros(8))
-    for current, expected in ((0, 77), (5, 5)):
-        fake.current = current
-        step(weights, torch.zeros(8), torch.zeros(8))
-        assert fake.current == expected
-
-
-def test_what_the_driver_refuses_is_said(fake: FakeDriver) -> None:
-    fake.refused = "cuModuleLoadData"
-    with pytest.raises(FlashtuneError, match="the CUDA driver says CUDA_ERROR_INVALID_IMAGE"):
-        make_step()

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from toys.interpreted import InterpretedStep
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.backends.torch import TorchStep, decode
+from flashtune.kernels.backends.triton.backend import TritonBackend
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data
@@ -71,7 +73,9 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def interpreted(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are rendered and loaded as ever, but run by Triton's interpreter."""
-    monkeypatch.setattr("flashtune.kernels.backends.triton.backend.compile_module", lambda *_: {})
+    monkeypatch.setattr(
+        TritonBackend, "loader", lambda _, candidate, *rest: lambda: InterpretedStep(candidate)
+    )
 
 
 Broken = Callable[[Config], bool]

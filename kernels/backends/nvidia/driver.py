@@ -1,0 +1,168 @@
+"""NVIDIA's driver, as far as kernels need it: binaries loaded, and launches prepared once.
+
+Usage:
+    kernels = Binary(binary, device_index)
+    run = kernels.prepared(Shape("score", programs=132, threads=256), [cell, …])
+    cell.value = tensor.data_ptr()     # an argument is whatever its cell holds at the launch
+    run(stream)
+
+Through ctypes: a launch costs the host the driver's own time and less than a microsecond, where
+bindings that make objects of every argument take several. Nothing here needs a compiler.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashtune.tuning_db.errors import FlashtuneError
+
+# Of the driver's header
+_INVALID_CONTEXT = 201
+_MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 8, 9  # attributes of a function
+_COOPERATIVE, _OVERLAPPED = 2, 6  # attributes of a launch
+_USUAL_SHARED_BYTES = 48 * 1024  # more has to be asked for
+# Kernels of Triton take pointers to scratch after their own arguments: two so far. What a kernel
+# does not take is not read.
+_UNUSED_ARGUMENTS = 4
+
+Cell = ctypes.c_uint64 | ctypes.c_int32
+Run = Callable[[int], None]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: one of a launch, of which only a flag is used here."""
+
+    _fields_ = (("id", ctypes.c_uint), ("_", ctypes.c_uint), ("flag", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("dynamic_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a kernel is launched: its name, thread blocks, and threads of each.
+
+    overlapped: it may begin before the kernel before it has ended (programmatic dependent
+    launch). cooperative: all of its blocks must be resident at once. most_shared: the L1 cache
+    gives up what it can to shared memory.
+    """
+
+    kernel: str
+    programs: int
+    threads: int
+    dynamic_bytes: int = 0
+    overlapped: bool = False
+    cooperative: bool = False
+    most_shared: bool = False
+
+
+class Binary:
+    """A binary's kernels, loaded into a device's primary context, which is the one of torch.
+
+    Raises FlashtuneError where the driver refuses. It stays loaded: graphs that captured its
+    kernels may outlive it.
+    """
+
+    def __init__(self, binary: bytes, index: int) -> None:
+        """Load it on the device with this index."""
+        self._driver, self._context = library(), _primary_context(index)
+        self._enter()
+        self._module = ctypes.c_void_p()
+        _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
+
+    def prepared(self, shape: Shape, cells: Sequence[Cell]) -> Run:
+        """What launches a kernel on a stream, with the values that its cells hold then."""
+        function, config = self._function(shape), _config(shape)
+        unused = [ctypes.c_uint64() for _ in range(_UNUSED_ARGUMENTS)]
+        all_cells = [*cells, *unused]
+        arguments = (ctypes.c_void_p * len(all_cells))(*map(ctypes.addressof, all_cells))
+        launch, where = self._driver.cuLaunchKernelEx, ctypes.byref(config)
+
+        def run(stream: int) -> None:
+            config.stream = stream
+            error = launch(where, function, arguments, None)
+            if error:
+                self._again(error, lambda: launch(where, function, arguments, None))
+
+        run.cells = all_cells  # type: ignore[attr-defined]  # arguments only points to them
+        return run
+
+    def _again(self, error: int, launch: Callable[[], int]) -> None:
+        """Launch again from a thread that had no context: torch enters it only when it must."""
+        if error == _INVALID_CONTEXT:
+            self._enter()
+            error = launch()
+        _check(error)
+
+    def _enter(self) -> None:
+        current = ctypes.c_void_p()
+        _check(self._driver.cuCtxGetCurrent(ctypes.byref(current)))
+        if not current.value:
+            _check(self._driver.cuCtxSetCurrent(self._context))
+
+    def _function(self, shape: Shape) -> ctypes.c_void_p:
+        driver, function = self._driver, ctypes.c_void_p()
+        name = shape.kernel.encode()
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), self._module, name))
+        wanted = {}
+        if shape.dynamic_bytes > _USUAL_SHARED_BYTES or shape.most_shared:
+            wanted[_MAX_DYNAMIC_SHARED] = shape.dynamic_bytes
+        if shape.most_shared:
+            wanted[_SHARED_CARVEOUT] = 100
+        for attribute, value in wanted.items():
+            _check(driver.cuFuncSetAttribute(function, attribute, value))
+        return function
+
+
+def _config(shape: Shape) -> _Config:
+    flags = {_OVERLAPPED: shape.overlapped, _COOPERATIVE: shape.cooperative}
+    chosen = [number for number, wanted in flags.items() if wanted]
+    attributes = (_Attribute * len(chosen))()
+    for attribute, number in zip(attributes, chosen, strict=True):
+        attribute.id, attribute.flag[0] = number, 1
+    return _Config(
+        grid=(shape.programs, 1, 1),
+        block=(shape.threads, 1, 1),
+        dynamic_bytes=shape.dynamic_bytes,
+        attributes=attributes,
+        n_attributes=len(chosen),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The driver's library; raises FlashtuneError where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise FlashtuneError(f"there is no NVIDIA driver: {error}") from error
+
+
+@functools.cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """A device's context that torch uses, kept as long as the process lives."""
+    driver, device, context = library(), ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuDeviceGet(ctypes.byref(device), index))
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    return context
+
+
+def _check(error: int) -> None:
+    """Raise FlashtuneError with the driver's name of an error."""
+    if error:
+        name = ctypes.c_char_p()
+        library().cuGetErrorName(error, ctypes.byref(name))
+        said = name.value.decode() if name.value else f"error {error}"
+        raise FlashtuneError(f"the CUDA driver says {said}")
