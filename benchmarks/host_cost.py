@@ -1,70 +1,126 @@
-"""What a call costs the host: `head(hidden)` beyond its launches, and a look-up of a record.
+"""What a decode call costs the host, beside the dense layer, at 1, 8 and 32 rows.
 
-    python benchmarks/host_cost.py
+    python benchmarks/host_cost.py [--shape SHAPE]... [--out FILE]
 
-Calls are issued without waiting for the GPU, so that what is timed is the host alone. The
-launches are those of the same step called directly.
+Calls are issued a few at a time without waiting for the GPU, so that what is timed is the host
+alone. `steps` are the launches themselves, without the head around them, and `graph` a replay of a
+captured call, which is what the host can do at best. GPU times are those of the same calls in
+turns with the dense layer, as `contest` takes them.
 """
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from flashtune import FlashHead
-from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.backends.target import backend_of
+from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.measure.contest import contest
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.runtime.choice import choose
-from flashtune.kernels.runtime.records import read_sources
-from flashtune.tuning_db.problem import parse_shape
+from flashtune.tuning_db.problem import Problem, parse_shape
 
-CALLS, ROUNDS = 50, 20
+CALLS, ROUNDS = 20, 40
+ROWS = (1, 5, 8, 32)
 
 
-def host_us(call: Callable[[], object]) -> float:
-    """Median microseconds of host time a call, over rounds short of filling the launch queue."""
-    for _ in range(CALLS):
-        call()
-    rounds = []
+def host_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median microseconds of host time of each call, in turns, short of filling the queue."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        rounds.append(1e6 * (time.perf_counter() - start) / CALLS)
-    return statistics.median(rounds)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            samples[name].append(1e6 * (time.perf_counter() - start) / CALLS)
+    return {name: statistics.median(own) for name, own in samples.items()}
 
 
-def main() -> None:
-    """Print the costs on this machine's GPU."""
-    problem = parse_shape("qwen3-vl-2b")
-    where = torch.device("cuda", 0)
-    device = device_of(where)
-    assert device is not None
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A replay of a call; the graph keeps what the call made."""
+    graph, kept = torch.cuda.CUDAGraph(), []
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        kept.append(call())
+    return lambda: (graph.replay(), kept)
+
+
+def measure(problem: Problem, where: torch.device) -> list[dict[str, object]]:
+    """A row for each epilogue and number of rows."""
     weights = Workload.create(problem, where, cold_bytes=0, seed=1).sets[0]
     assignments = torch.empty(problem.vocab_size, dtype=torch.int64, device=where)
     clusters = torch.arange(problem.vocab_size, device=where) // problem.cluster_size
     assignments[weights.ids.long()] = clusters
-    head = FlashHead(weights.weight, weights.centroids, assignments, n_probes=problem.n_probes)
-    hidden = torch.randn(1, problem.hidden_size, dtype=torch.bfloat16, device=where)
-    head(hidden)
-    sources = read_sources(device, None, [])
-    start = time.perf_counter()
-    choice = choose(problem, device, toolchain(device), sources)
-    lookup = 1e6 * (time.perf_counter() - start)
-    assert choice.config is not None
-    candidate = Candidate(problem, choice.config, device)
-    step = backend_of(candidate).loader(candidate, where)()
-    out = torch.empty(1, dtype=torch.int64, device=where)
-    whole = host_us(lambda: head(hidden))
-    launches = host_us(lambda: step(weights, hidden, out))
-    print(f"head(hidden)              {whole:8.1f} us of host time")
-    print(f"its launches alone        {launches:8.1f} us")
-    print(f"beyond the launches       {whole - launches:8.1f} us")
-    print(f"look-up of a record       {lookup:8.1f} us, once a problem ({choice.level.value})")
+    weight = torch.empty_like(weights.weight)
+    weight[weights.ids.long()] = weights.weight
+    head = FlashHead(weight, weights.centroids, assignments, n_probes=problem.n_probes)
+    found: list[dict[str, object]] = []
+    for rows in ROWS:
+        hidden = torch.randn(rows, problem.hidden_size, dtype=torch.bfloat16, device=where)
+        for epilogue, call in (("argmax", head), ("logits", head.logits)):
+            head.prepare(rows, epilogue=epilogue)
+            out = call(hidden)
+            (size,) = head.decoder.step_sizes(rows)
+            step = head.decoder._steps[epilogue, size, torch.cuda.current_stream().cuda_stream]
+            out = torch.empty((size, *out.shape[1:]), dtype=out.dtype, device=where)
+            times = host_us(
+                {
+                    "head": partial(call, hidden),
+                    "steps": partial(step, head.decoder.weights, hidden, out),
+                    "graph": captured(partial(call, hidden)),
+                    "dense": partial(functional.linear, hidden, weight),
+                }
+            )
+            verdict = contest(call, lambda states: functional.linear(states, weight), hidden)
+            found.append(
+                {
+                    "problem": problem.describe(),
+                    "epilogue": epilogue,
+                    "rows": rows,
+                    "plan": head.explain(rows, epilogue)["config"]["plan"],
+                    "host_us": times,
+                    "gpu_us": {"head": verdict.head_us, "dense": verdict.dense_us},
+                    "wins": verdict.wins,
+                }
+            )
+    return found
+
+
+def main() -> None:
+    """Print the costs on this machine's GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", action="append")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    where = torch.device("cuda", 0)
+    device = device_of(where)
+    assert device is not None
+    found = []
+    for shape in given.shape or ["qwen3-vl-2b"]:
+        problem = parse_shape(shape)
+        print(f"{device.title}, {problem.describe()}: microseconds a call")
+        print(f"{'':8s}{'rows':>5s}{'host':>8s}{'steps':>8s}{'graph':>8s}{'dense':>8s}", end="")
+        print(f"{'GPU':>9s}{'dense':>8s}  plan")
+        for row in measure(problem, where):
+            host, gpu = row["host_us"], row["gpu_us"]
+            assert isinstance(host, dict) and isinstance(gpu, dict)
+            print(f"{row['epilogue']:8s}{row['rows']:5d}", end="")
+            print(
+                "".join(f"{host[name]:8.1f}" for name in ("head", "steps", "graph", "dense")),
+                end="",
+            )
+            print(f"{gpu['head']:9.1f}{gpu['dense']:8.1f}  {row['plan']}", end="")
+            print("" if row["wins"] else ", dense wins")
+            found.append(row)
+    if given.out:
+        given.out.write_text(json.dumps({"device": device.name, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
