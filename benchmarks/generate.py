@@ -241,7 +241,7 @@ def contenders(decoder: Decoder, head: FlashHead) -> dict[str, Contender]:
     device = device_of(where)
     assert device is not None
     dense = model.get_output_embeddings()
-    flashtune.apply(model, head)
+    flashtune.apply(model, head, always=True)
     flash = model.get_output_embeddings()
     chosen = {epilogue: head.explain(batch, epilogue=epilogue) for epilogue in EPILOGUES}
     problems = {epilogue: Problem(**chosen[epilogue]["problem"]) for epilogue in EPILOGUES}

@@ -1,16 +1,17 @@
 """The environment variables, read here and nowhere else.
 
 `FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources and
-compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments. Of vLLM's plugin,
-`FLASHHEAD_ENABLED` is 0 to turn it off, and `FLASHTUNE_SCREEN` says what heads are screened in.
-All are read at each call, and an empty value counts as unset.
+compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is
+`always` for models to use FlashHead without being timed against their dense head, and 0 to turn
+vLLM's plugin off. Of the plugin, `FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN` and `FLASHTUNE_TUNE` are
+its settings (docs/vllm.md). All are read at each call, and an empty value counts as unset.
 """
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flashtune.tuning_db.errors import MachineTroubleError
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 
 _DATABASE = "FLASHTUNE_DB to a file that can be written"
 _CACHE = "FLASHTUNE_CACHE to a folder that can be written"
@@ -62,9 +63,34 @@ def named_compiler() -> str:
 
 def flash_head_enabled() -> bool:
     """Whether vLLM's plugin may use FlashHead."""
-    return os.environ.get("FLASHHEAD_ENABLED", "1") != "0"
+    return _named("FLASHHEAD_ENABLED") != "0"
+
+
+def flash_head_always() -> bool:
+    """Whether models are to use FlashHead where it was not found to be faster, too."""
+    return _named("FLASHHEAD_ENABLED").lower() == "always"
 
 
 def named_screen() -> str:
     """FLASHTUNE_SCREEN, or nothing."""
-    return os.environ.get("FLASHTUNE_SCREEN", "").strip()
+    return _named("FLASHTUNE_SCREEN")
+
+
+def named_probes() -> int | None:
+    """FLASHTUNE_PROBES, if any. Raises FlashtuneError for what is no number from 1 on."""
+    text = _named("FLASHTUNE_PROBES")
+    if text and not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 10):
+        raise FlashtuneError(f"FLASHTUNE_PROBES must be a number of clusters, not {text!r}")
+    return int(text) if text else None
+
+
+def named_tune(modes: tuple[str, ...]) -> str:
+    """FLASHTUNE_TUNE, by default the first of the modes. Raises FlashtuneError for another."""
+    text = _named("FLASHTUNE_TUNE") or modes[0]
+    if text not in modes:
+        raise FlashtuneError(f"FLASHTUNE_TUNE must be one of {', '.join(modes)}, not {text!r}")
+    return text
+
+
+def _named(variable: str) -> str:
+    return os.environ.get(variable, "").strip()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from flashtune.kernels.head import FlashHead
+from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
@@ -91,16 +92,23 @@ class FlashLinear(nn.Linear):
     position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
     goes through the weight: scoring and training read logits of every token, at every position.
 
+    So does what is not worth it: the first time that a number of rows decodes, FlashHead is timed
+    against the dense layer (`verdicts`), which answers where it is as fast.
+
     FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another
     one, or has other values, the dense layer answers, with one warning, until it has the old
     values again: a copy made from new values would still have the clusters of the old ones.
     """
 
-    def __init__(self, dense: nn.Linear, head: FlashHead) -> None:
-        """Share the weight with `dense`; the state dict stays what it was."""
+    def __init__(self, dense: nn.Linear, head: FlashHead, *, always: bool = False) -> None:
+        """Share the weight with `dense`; the state dict stays what it was.
+
+        always: FlashHead answers where it is not faster, too.
+        """
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         self.weight = dense.weight
         self.head = head
+        self.always = always
         self.train(dense.training)
         self._warned: set[str] = set()
         self._start()
@@ -109,6 +117,7 @@ class FlashLinear(nn.Linear):
     def _start(self) -> None:
         """Everything that neither a copy nor a pickle takes along."""
         self._demands = 0
+        self.verdicts: dict[int, Verdict] = {}  # by the rows of a step
         self._same = True
         self._compared = _NOTHING
         self._sample = _Sample.of(self.weight)
@@ -117,7 +126,7 @@ class FlashLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer without what belongs to one process."""
-        dropped = ("_demands", "_same", "_compared", "_sample", "_handle")
+        dropped = ("_demands", "verdicts", "_same", "_compared", "_sample", "_handle")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,8 +170,32 @@ class FlashLinear(nn.Linear):
     def _answer(
         self, hidden: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Logits `[rows, vocab]` by FlashHead, or by the dense layer where the two differ."""
-        return decode(hidden) if self._fresh() else functional.linear(hidden, self.weight)
+        """Logits `[rows, vocab]` by FlashHead, or by the dense layer, which does as well."""
+        if self._fresh() and self._is_faster(hidden):
+            return decode(hidden)
+        return self._dense(hidden)
+
+    def _is_faster(self, hidden: torch.Tensor) -> bool:
+        """Whether FlashHead is to answer for so many rows, as was found when they first came."""
+        if self.always or not len(hidden):
+            return True
+        (size, *_) = self.head.decoder.step_sizes(len(hidden))
+        verdict = self.verdicts.get(size)
+        if verdict is None:
+            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+                return True  # nothing can be timed now
+            verdict = contest(self.head.logits, self._dense, hidden)
+            self.verdicts[size] = verdict
+            LOG.info(
+                "%s for %d rows: %s",
+                "FlashHead" if verdict.wins else "the dense head, as FlashHead gains nothing,",
+                size,
+                verdict.describe(),
+            )
+        return verdict.wins
+
+    def _dense(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, self.weight)
 
     @contextmanager
     def every_token(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.generation import Generation
 from flashtune.kernels.integrations.model_logits import ModelLogits
 from flashtune.kernels.model_folder.folder import END_KEY, ModelFolder, end_tokens
+from flashtune.tuning_db.environment import flash_head_always
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES
 
@@ -38,6 +39,7 @@ def apply(
     assets: str | Path | None = None,
     n_probes: int | None = None,
     screen: Screen | str | None = None,
+    always: bool = False,
 ) -> FlashHead:
     """Let a model decode with FlashHead, and return the FlashHead, to `explain` or `prepare`.
 
@@ -48,6 +50,9 @@ def apply(
     rows and centroids in 8 or 4 bits (docs/formats.md), unless given as the folder's config says,
     and none for tensors; without head and assets, of the whole vocabulary. The end tokens of the
     model, or of the folder's config, are candidates of every step.
+
+    The first time that a number of rows decodes, FlashHead is timed against the dense head, which
+    answers where it is as fast. With always, or FLASHHEAD_ENABLED=always, FlashHead does anyway.
 
     The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
     of it and the centroids; with a screen by that alone. Apply it once the weights are final and
@@ -63,7 +68,7 @@ def apply(
     else:
         _check_logits(model, dense)
         head = _made(model, dense.weight, head, assets, n_probes, screen)
-    linear = FlashLinear(dense, head)
+    linear = FlashLinear(dense, head, always=always or flash_head_always())
     _replace(model, dense, linear)
     if hasattr(model, "generate"):
         model.generate = Generation(model, linear)

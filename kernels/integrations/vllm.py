@@ -68,8 +68,19 @@ def _register_processor() -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._served = _current_head()
+            self._given: Any = None
+
+        def given_logits(self, logits: Any, lm_head: Any, hidden_states: Any) -> Any:
+            """What becomes of logits that the head might give."""
+            self._given = logits
+            try:
+                return self.forward(lm_head, hidden_states)
+            finally:
+                self._given = None
 
         def _apply_head(self, lm_head: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._given is not None:
+                return self._given
             if self._served is not None:
                 logits = self._served.logits(self, lm_head, hidden_states, *args, **kwargs)
                 if logits is not None:

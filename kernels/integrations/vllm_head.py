@@ -19,15 +19,25 @@ from torch.nn import functional
 
 from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.formats.screen import NO_SCREEN, screen_of
-from flashtune.kernels.head import FlashHead
+from flashtune.kernels.head import TUNE, FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
+from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
-from flashtune.tuning_db.environment import flash_head_enabled, named_screen
+from flashtune.kernels.weights import filled_up
+from flashtune.tuning_db.environment import (
+    flash_head_always,
+    flash_head_enabled,
+    named_probes,
+    named_screen,
+    named_tune,
+)
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
+REQUIRE = "require"
+MODES = (*TUNE, REQUIRE)  # of FLASHTUNE_TUNE; the last: only what was measured here is used
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
 
 _SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()
@@ -75,8 +85,9 @@ def why_unsupported(vllm_config: Any) -> str | None:
 class ServedHead:
     """Decides call by call between FlashHead and the dense head of one engine.
 
-    Gives up for good, with one warning, on what can't change while the engine runs. FlashHead's
-    copy of the weight, in the order of clusters, or its screen, comes on top of the dense head's.
+    Gives up for good, with one warning, on what can't change while the engine runs. For numbers of
+    rows at which the dense head was found to be faster here, it answers. FlashHead's copy of the
+    weight, in the order of clusters, or its screen, comes on top of the dense head's.
     """
 
     def __init__(
@@ -88,9 +99,10 @@ class ServedHead:
         """
         self._config, self._folder, self._screen = vllm_config, folder, screen
         self._fills = folder is not None and folder.has_clusters
-        self._given_up = False
+        self._given_up = self._asked = False
         self._lm_head: Any = None
         self._head: FlashHead | None = None
+        self._answers: frozenset[int] = frozenset()  # of SIZES, those at which FlashHead does
         why = why_unsupported(vllm_config)
         if why:
             self._give_up(why)
@@ -100,7 +112,8 @@ class ServedHead:
         if self._given_up or self._lm_head not in (None, lm_head):
             return
         try:
-            self._head, self._lm_head = self._built(lm_head), lm_head
+            self._head, self._answers = self._built(lm_head)
+            self._lm_head = lm_head
         except FlashtuneError as error:
             self._give_up(str(error))
         except Exception as error:  # no memory, say: the model must load all the same
@@ -118,22 +131,29 @@ class ServedHead:
         if self._given_up or not 0 < hidden.shape[0] <= SIZES[-1] or hidden.dim() != 2:
             return None
         gate = gate_of(self._config)
-        why = _why_never(processor, gate, hidden, [*args, *kwargs.values()], self._fills)
+        why = None
+        if not self._asked:
+            self._asked = True
+            why = _why_never(processor, gate, lm_head, hidden, self._fills)
+        if any(bias is not None for bias in (*args, *kwargs.values())):
+            why = "the head has a bias"
         if why:
             self._give_up(why)
         if self._given_up or gate is None or gate.dense:
             return None
         if self._lm_head is None:  # the input embedding is the head: nobody called build
             self.build(lm_head)
-        if self._head is None or self._lm_head is not lm_head:
+        size = next(size for size in SIZES if size >= hidden.shape[0])
+        if self._head is None or self._lm_head is not lm_head or size not in self._answers:
             return None
         try:
-            return _padded(self._head, hidden, lm_head.weight.shape[0])
+            return _padded(self._head, hidden, size, lm_head.weight.shape[0])
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
             return None
 
-    def _built(self, lm_head: Any) -> FlashHead:
+    def _built(self, lm_head: Any) -> tuple[FlashHead, frozenset[int]]:
+        """The head, its kernels made, and the numbers of rows at which it is to answer."""
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -143,32 +163,44 @@ class ServedHead:
         if getattr(lm_head, "bias", None) is not None:
             raise FlashtuneError("the head has a bias")
         most = self._config.scheduler_config.max_num_seqs
+        sizes = [size for size in SIZES if size < 2 * most]
+        tune = named_tune(MODES)
         with _usual_defaults():
             weight = lm_head.weight.detach()[: lm_head.org_vocab_size]
-            head = self._made(weight)
-            head.prepare(*[size for size in SIZES if size < 2 * most], epilogue="logits")
+            head = self._made(weight, TUNE[-1] if tune == REQUIRE else tune)
+            head.prepare(*sizes, epilogue="logits")
+            if tune == REQUIRE:
+                sizes = [size for size in sizes if _is_measured(head, size)]
+            verdicts = {} if flash_head_always() else _verdicts(head, lm_head, sizes)
+        answers = [size for size in sizes if size not in verdicts or verdicts[size].wins]
+        for size, verdict in verdicts.items():
+            LOG.info("FlashHead for %d rows: %s", size, verdict.describe())
+        if not answers:
+            why = "no record was measured here" if not sizes else "the dense head is faster here"
+            raise FlashtuneError(f"{why}, at any number of rows")
         LOG.info(
-            "FlashHead answers for up to %d rows: %s, %.0f MiB beside the weight",
-            SIZES[-1],
+            "FlashHead answers for up to %d rows%s: %s, %.0f MiB beside the weight",
+            answers[-1],
+            "" if answers == sizes[: len(answers)] else f" ({_listed(answers)} as batches grow)",
             head.extra_repr(),
             head.added_bytes / 2**20,
         )
-        return head
+        return head, frozenset(answers)
 
-    def _made(self, weight: torch.Tensor) -> FlashHead:
+    def _made(self, weight: torch.Tensor, tune: str) -> FlashHead:
         """The FlashHead of the folder's clusters, or without clusters where it has none."""
-        folder = self._folder
+        folder, probes = self._folder, named_probes()
         try:
             screen_of(self._screen)
         except FlashtuneError as error:
             raise FlashtuneError(f"FLASHTUNE_SCREEN: {error}") from error
         if folder is not None and folder.has_clusters:
-            return flash_head_of(folder, weight, screen=self._screen)
+            return flash_head_of(folder, weight, probes, self._screen, tune)
         own = folder.screen if folder is not None else None
         screen = screen_of(self._screen) if self._screen else own
         if screen is None:
             raise FlashtuneError("the model has no clusters, and its screen is none")
-        return FlashHead.screened(weight, screen)
+        return FlashHead.screened(weight, screen, tune=tune)
 
     def _give_up(self, why: str) -> None:
         self._given_up, self._head = True, None
@@ -188,7 +220,7 @@ def _usual_defaults() -> Iterator[None]:
 
 
 def _why_never(
-    processor: Any, gate: Any, hidden: torch.Tensor, biases: list[Any], fills: bool
+    processor: Any, gate: Any, lm_head: Any, hidden: torch.Tensor, fills: bool
 ) -> str | None:
     """Why this engine's head can never be FlashHead, as its first call shows, or None.
 
@@ -196,22 +228,56 @@ def _why_never(
     """
     if gate is None:
         return "this vLLM did not load the logits processor that tells which requests need it"
-    if any(bias is not None for bias in biases):
-        return "the head has a bias"
-    if fills and getattr(processor, "soft_cap", None) is not None:
-        return "the logits are soft-capped, which would lift tokens that are no candidates"
-    if fills and getattr(processor, "scale", 1.0) != 1.0:
-        return "the logits are scaled, which would lift tokens that are no candidates"
     if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
         return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"
+    if fills and _is_changed(processor, lm_head, hidden):
+        return (
+            "the logits are scaled or soft-capped, which would lift tokens that are no candidates"
+        )
     return None
 
 
-def _padded(head: FlashHead, hidden: torch.Tensor, width: int) -> torch.Tensor:
-    """Logits `[rows, width]`; rows are filled up to a number that a kernel was made for."""
+def _is_changed(processor: Any, lm_head: Any, hidden: torch.Tensor) -> bool:
+    """Whether the processor does anything to the logits that it is given: it is tried."""
+    given = hidden.new_full((1, lm_head.weight.shape[0]), FILL)
+    given[:, :2] = torch.tensor([3.0, -5.0])  # of either sign, and exact in any dtype
+    made = processor.given_logits(given.clone(), lm_head, hidden[:1])
+    return not torch.equal(made, given[:, : made.shape[-1]])
+
+
+def _is_measured(head: FlashHead, size: int) -> bool:
+    """Whether what runs for so many rows was measured for this problem, on this device."""
+    return head.decoder.bound("logits", size).choice.settled
+
+
+def _verdicts(head: FlashHead, lm_head: Any, sizes: list[int]) -> dict[int, Verdict]:
+    """FlashHead against the engine's own head at each number of rows."""
+    like = head.like
+
+    def dense(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = lm_head.quant_method.apply(lm_head, hidden, bias=None)
+        return logits
+
+    generator = torch.Generator(like.device).manual_seed(0)
+    found = {}
+    for size in sizes:
+        shape = (size, like.shape[1])
+        hidden = torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+        found[size] = contest(head.logits, dense, hidden)
+    return found
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _padded(head: FlashHead, hidden: torch.Tensor, size: int, width: int) -> torch.Tensor:
+    """Logits `[rows, width]` by kernels for `size` rows, which were made when it was built."""
     rows = hidden.shape[0]
-    missing = next(size for size in SIZES if size >= rows) - rows
-    if missing:
-        hidden = torch.cat([hidden, hidden[-1:].expand(missing, -1)])
-    logits = head.logits(hidden)[:rows]
-    return functional.pad(logits, (0, width - logits.shape[1]), value=FILL)
+    if not hidden.is_cuda:  # where FlashHead would have kernels of just so many rows
+        hidden = filled_up(hidden, size)
+    logits = head.logits(hidden)
+    if size != rows:
+        logits = logits[:rows]
+    missing = width - logits.shape[1]
+    return functional.pad(logits, (0, missing), value=FILL) if missing else logits

@@ -27,6 +27,8 @@ from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
+_CALLS_A_BLOCK = 64  # whose tokens share an allocation
+
 StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 
@@ -100,10 +102,14 @@ class Decoder:
         self._n_rows = weights.weight.shape[0]
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
+        self._blanks: dict[tuple[int, int], list[torch.Tensor]] = {}  # by tokens and stream
 
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
         like, index = self.like, self._index
+        if not isinstance(hidden, torch.Tensor) or hidden.layout is not torch.strided:
+            kind = getattr(hidden, "layout", type(hidden).__name__)
+            raise FlashtuneError(f"hidden must be a dense tensor, not {kind}")
         if hidden.dim() != 2 or hidden.shape[1] != like.shape[1]:
             raise FlashtuneError(
                 f"hidden must be [tokens, {like.shape[1]}], not {list(hidden.shape)}: "
@@ -112,6 +118,8 @@ class Decoder:
         if hidden.device != like.device:
             raise FlashtuneError(f"hidden is on {hidden.device}, the head on {like.device}")
         if hidden.requires_grad or hidden.dtype is not like.dtype:
+            if not hidden.is_floating_point():
+                raise FlashtuneError(f"hidden must be floating-point, not {hidden.dtype}")
             hidden = hidden.detach().to(like.dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
             hidden = aligned(hidden)
@@ -139,7 +147,7 @@ class Decoder:
         key = (epilogue, size, stream)
         step = self._steps.get(key) or self._step(*key)
         if epilogue == "argmax":
-            out = torch.empty(size, dtype=torch.int64, device=like.device)
+            out = self._tokens(size, stream)
         else:
             out = torch.empty((size, self._n_rows), dtype=like.dtype, device=like.device)
         try:
@@ -147,6 +155,25 @@ class Decoder:
         except Exception as error:  # whatever a driver raises at a launch
             self._rescue(step, key, (self.weights, hidden, out), error)
         return out if size == n_tokens else out[:n_tokens]
+
+    def _tokens(self, size: int, stream: int) -> torch.Tensor:
+        """Room for so many tokens; on a GPU, where a call is short, of a block for many calls.
+
+        What a graph writes to must be of its own pool, since the graph may outlive the tensor.
+        """
+        if self._index is None or torch.cuda.is_current_stream_capturing():
+            return torch.empty(size, dtype=torch.int64, device=self.like.device)
+        blanks = self._blanks.get((size, stream))
+        if not blanks:  # and where another thread has just filled it, it is filled twice
+            with _lasting(self.like.device):
+                shape = (_CALLS_A_BLOCK, max(size, ALIGNMENT // 8))
+                block = torch.empty(shape, dtype=torch.int64, device=self.like.device)
+                blanks = list(block[:, :size].unbind())
+            self._blanks[size, stream] = blanks
+        try:
+            return blanks.pop()
+        except IndexError:  # another thread took the last
+            return self._tokens(size, stream)
 
     def _in_parts(self, hidden: torch.Tensor, epilogue: str, stream: int) -> torch.Tensor:
         """Those of more tokens than a step takes, or of none."""

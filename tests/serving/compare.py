@@ -49,7 +49,7 @@ def answers(script: str, model: Path, *, enabled: bool = True) -> Answers:
     """What a script of this folder prints for a model: each case's answer, by name."""
     run = subprocess.run(
         [sys.executable, str(HERE / script), str(model)],
-        env={**os.environ, **SETTINGS, "FLASHHEAD_ENABLED": str(int(enabled))},
+        env={**os.environ, **SETTINGS, "FLASHHEAD_ENABLED": "always" if enabled else "0"},
         stdout=subprocess.PIPE,
         text=True,
         check=False,

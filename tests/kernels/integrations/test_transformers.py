@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 import flashtune
+from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.head import FlashHead
+from flashtune.kernels.integrations import flash_linear
 from flashtune.kernels.integrations.flash_linear import FlashLinear
 from flashtune.kernels.integrations.generation import needs_every_token
+from flashtune.kernels.measure.contest import Verdict
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS
 
@@ -745,3 +748,63 @@ def test_rows_of_any_shape_are_taken() -> None:
         dense = torch.nn.functional.linear(hidden[0, 0], linear.weight)
         assert torch.equal(linear(hidden[0, 0]), dense)
         assert linear(hidden[:0]).shape == (0, 1, VOCAB)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """FlashHead's times by rows, each asked for once, against 10 us of the dense head."""
+    times: dict[int, float] = {}
+
+    def contest(head: Any, dense: Any, hidden: torch.Tensor) -> Verdict:
+        assert head(hidden).shape == dense(hidden).shape
+        return Verdict(times.pop(len(hidden)), 10.0)
+
+    monkeypatch.setattr(flash_linear, "contest", contest)
+    monkeypatch.delenv("FLASHHEAD_ENABLED")
+    return times
+
+
+def test_the_dense_head_answers_for_rows_at_which_it_is_faster(timed: dict[int, float]) -> None:
+    timed.update({1: 5.0, 2: 20.0})
+    model = make_model()
+    head = flashtune.apply(model, clusters(), n_probes=1)
+    linear = model.get_output_embeddings()
+    for _ in range(2):
+        for rows in (1, 2):
+            hidden = torch.randn(rows, WIDTH)
+            with torch.no_grad():
+                logits = linear(hidden)
+            dense = torch.nn.functional.linear(hidden, linear.weight)
+            assert torch.equal(logits, head.logits(hidden) if rows == 1 else dense)
+    assert {rows: each.wins for rows, each in linear.verdicts.items()} == {1: True, 2: False}
+    with torch.no_grad():  # more rows than FlashHead takes are nobody's contest
+        assert linear(torch.randn(1, 7, WIDTH)).shape == (1, 7, VOCAB)
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_flash_head_answers_anyway_where_that_is_asked_for(
+    by: str, timed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "environment":
+        monkeypatch.setenv("FLASHHEAD_ENABLED", "always")
+    model = make_model()
+    head = flashtune.apply(model, clusters(), n_probes=1, always=by == "argument")
+    hidden = torch.randn(1, WIDTH)
+    with torch.no_grad():
+        logits = model.get_output_embeddings()(hidden)
+    assert torch.equal(logits, head.logits(hidden))
+    assert (logits == FILL).any()
+
+
+def test_a_copy_is_timed_anew(timed: dict[int, float]) -> None:
+    timed[1] = 5.0
+    model = make_model()
+    flashtune.apply(model, clusters(), n_probes=1)
+    hidden = torch.randn(1, WIDTH)
+    with torch.no_grad():
+        model.get_output_embeddings()(hidden)
+        timed[1] = 20.0
+        copied = copy.deepcopy(model).get_output_embeddings()
+        copied(hidden)
+    assert not copied.verdicts[1].wins
+    assert model.get_output_embeddings().verdicts[1].wins

@@ -18,8 +18,10 @@ from torch import nn
 from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations import vllm as plugin
+from flashtune.kernels.integrations import vllm_head
 from flashtune.kernels.integrations.vllm_gate import RequestGate
 from flashtune.kernels.integrations.vllm_head import SIZES
+from flashtune.kernels.measure.contest import Verdict
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 Folder = Callable[..., str]
@@ -106,7 +108,12 @@ class StubVllm:
                 self.head_dtype = None
 
             def forward(self, lm_head: Any, hidden: Any, bias: Any = None) -> Any:
-                return self._apply_head(lm_head, hidden, bias)[..., : self.vocab]
+                return self.finished(self._apply_head(lm_head, hidden, bias)[..., : self.vocab])
+
+            def finished(self, logits: Any) -> Any:
+                if self.soft_cap is not None:
+                    logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+                return logits if self.scale == 1.0 else logits * self.scale
 
             def _apply_head(self, lm_head: Any, hidden: Any, bias: Any) -> Any:
                 return lm_head.quant_method.apply(lm_head, hidden, bias=bias)
@@ -169,7 +176,9 @@ class Engine:
         return logits
 
     def dense(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden @ self.lm_head.weight[: self.processor.vocab].T
+        logits = hidden @ self.lm_head.weight[: self.processor.vocab].T
+        finished: torch.Tensor = self.processor.finished(logits)
+        return finished
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +189,8 @@ def plain_torch(without_kernels: None) -> None:
 @pytest.fixture(autouse=True)
 def unscreened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the environment of the tests asks for."""
-    monkeypatch.delenv("FLASHTUNE_SCREEN", raising=False)
+    for name in ("SCREEN", "PROBES", "TUNE"):
+        monkeypatch.delenv(f"FLASHTUNE_{name}", raising=False)
 
 
 @pytest.fixture
@@ -253,7 +263,7 @@ def test_with_all_clusters_probed_logits_are_the_dense_ones(
 def test_few_rows_are_answered_by_flash_head_and_many_by_the_dense_head(
     vllm: StubVllm, folder: Folder
 ) -> None:
-    config = Config(folder(n_probes=3))
+    config = Config(folder(n_probes=3), scheduler_config=SimpleNamespace(max_num_seqs=SIZES[-1]))
     gate = RequestGate(config)
     engine = vllm.engine(config, weight(), padding=32)
     engine.load()
@@ -265,6 +275,100 @@ def test_few_rows_are_answered_by_flash_head_and_many_by_the_dense_head(
         torch.testing.assert_close(logits[chosen], engine.dense(states(rows))[chosen])
     for rows in (0, SIZES[-1] + 1):
         assert torch.equal(engine(states(rows)), engine.dense(states(rows)))
+    del gate
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """FlashHead's times by rows, 1 us where nothing is said, against 10 of the dense head."""
+    times: dict[int, float] = {}
+
+    def contest(head: Any, dense: Any, hidden: torch.Tensor) -> Verdict:
+        assert head(hidden).shape == (len(hidden), VOCAB)
+        assert dense(hidden).shape[0] == len(hidden)
+        return Verdict(times.get(len(hidden), 1.0), 10.0, head_host_us=3.0, dense_host_us=2.0)
+
+    monkeypatch.setattr(vllm_head, "contest", contest)
+    monkeypatch.delenv("FLASHHEAD_ENABLED")
+    return times
+
+
+def test_the_dense_head_answers_where_it_is_faster(
+    vllm: StubVllm, folder: Folder, faster: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """At 2 rows by time alone, at 4 by what the host would have to do more."""
+    faster.update({2: 11.0, 4: 9.0})
+    caplog.set_level(logging.INFO)
+    config = Config(folder(n_probes=1), scheduler_config=SimpleNamespace(max_num_seqs=8))
+    gate = RequestGate(config)
+    engine = vllm.engine(config, weight())
+    engine.load()
+    for rows in (1, 5, 8):
+        assert probed(engine(states(rows))) == [VOCAB // CLUSTERS] * rows
+    for rows in (2, 3, 4, 9):
+        assert torch.equal(engine(states(rows)), engine.dense(states(rows)))
+    assert warnings(caplog) == []
+    assert "11.0 us against 10.0 us (host: 3.0 us against 2.0 us)" in caplog.text
+    assert "up to 8 rows (1, 8 as batches grow)" in caplog.text
+    del gate
+
+
+def test_a_head_that_is_nowhere_faster_is_not_kept(
+    vllm: StubVllm, folder: Folder, faster: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    faster.update(dict.fromkeys((1, 2, 4), 9.9))
+    config = Config(folder(n_probes=1))
+    gate = RequestGate(config)
+    engine = vllm.engine(config, weight())
+    engine.load()
+    assert torch.equal(engine(states(2)), engine.dense(states(2)))
+    assert engine.lm_head._served._head is None
+    (warning,) = warnings(caplog)
+    assert "the dense head is faster here, at any number of rows" in warning
+    del gate
+
+
+def test_the_settings_of_the_environment_reach_the_head(
+    vllm: StubVllm, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_PROBES", "3")
+    monkeypatch.setenv("FLASHTUNE_TUNE", "never")
+    config = Config(folder(n_probes=1))
+    gate = RequestGate(config)
+    engine = vllm.engine(config, weight())
+    engine.load()
+    assert probed(engine(states(1))) == [3 * VOCAB // CLUSTERS]
+    assert engine.lm_head._served._head.tune == "never"
+    del gate
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("PROBES", "many", "FLASHTUNE_PROBES must be a number of clusters, not 'many'"),
+        ("PROBES", "0", "FLASHTUNE_PROBES must be a number of clusters, not '0'"),
+        ("PROBES", "9" * 5000, "FLASHTUNE_PROBES must be a number of clusters"),
+        ("TUNE", "slowly", "FLASHTUNE_TUNE must be one of race, never, require, not 'slowly'"),
+        ("TUNE", "require", "no record was measured here, at any number of rows"),
+    ],
+)
+def test_a_setting_that_cannot_be_met_is_one_warning_and_the_dense_head(
+    vllm: StubVllm,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    value: str,
+    why: str,
+) -> None:
+    monkeypatch.setenv(f"FLASHTUNE_{name}", value)
+    config = Config(folder(n_probes=1))
+    gate = RequestGate(config)
+    engine = vllm.engine(config, weight())
+    engine.load()
+    assert torch.equal(engine(states(2)), engine.dense(states(2)))
+    (warning,) = warnings(caplog)
+    assert why in warning
     del gate
 
 
@@ -493,6 +597,7 @@ def test_another_head_of_the_same_model_stays_dense(vllm: StubVllm, folder: Fold
 
 
 @pytest.mark.parametrize(("value", "on"), [("0", False), ("1", True), (None, True)])
+@pytest.mark.usefixtures("faster")
 def test_the_environment_turns_it_off(
     vllm: StubVllm,
     folder: Folder,
@@ -550,9 +655,9 @@ class TestScreens:
         gate, engine = self.engine(vllm, plain, soft_cap=soft_cap)
         head = engine.lm_head._served._head
         assert head.model_weight.data_ptr() == engine.lm_head.weight.data_ptr()
-        logits = engine(states(5))
-        assert torch.equal(logits.argmax(dim=1), engine.dense(states(5)).argmax(dim=1))
-        assert not torch.equal(logits, engine.dense(states(5)))  # of those not decided again
+        logits = engine(states(3))
+        assert torch.equal(logits.argmax(dim=1), engine.dense(states(3)).argmax(dim=1))
+        assert not torch.equal(logits, engine.dense(states(3)))  # of those not decided again
         assert bool((logits != FILL).all())
         assert warnings(caplog) == []
         del gate
