@@ -157,8 +157,8 @@ def order_from_maps(vocab_maps: torch.Tensor) -> torch.Tensor:
     Raises FlashtuneError unless every token id occurs just once.
     """
     order = vocab_maps.to(torch.int64).sort(dim=-1).values.reshape(-1)
-    counts = torch.bincount(order.clamp(min=0), minlength=order.numel())
-    if counts.numel() != order.numel() or counts.min() != 1 or order.min() < 0:
+    within = order.min() >= 0 and order.max() < order.numel()
+    if not within or torch.bincount(order, minlength=order.numel()).min() != 1:
         raise FlashtuneError("vocab_maps must hold every token id from 0 to vocab - 1 just once")
     return order
 

@@ -8,6 +8,7 @@ Usage:
 
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ _SAMPLED = 256  # values
 _LINEARS: "weakref.WeakValueDictionary[int, FlashLinear]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 _DEMANDS = threading.Lock()
+os.register_at_fork(
+    before=_DEMANDS.acquire, after_in_parent=_DEMANDS.release, after_in_child=_DEMANDS.release
+)
 
 Identity = tuple[Callable[[], torch.Tensor | None], int | None]
 _NOTHING: Identity = (lambda: None, None)  # the identity of no weight

@@ -26,7 +26,7 @@ from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.runtime.choice import Choice, Level, default_choice, fallback_choice
 from flashtune.kernels.runtime.race import Race, Start, hold
 from flashtune.kernels.runtime.records import best_choice
-from flashtune.kernels.runtime.trouble import note, one_line
+from flashtune.kernels.runtime.trouble import is_of_a_signal, note, one_line
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -73,6 +73,8 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                 steps = [new_step() for _ in range(N_SPARES + 1)]
                 _check(steps[0], problem, weights)
             except Exception as error:  # Triton and drivers raise whatever they like
+                if is_of_a_signal(error):
+                    raise
                 troubles.append(f"the {choice.level.value} config failed: {one_line(error)}")
                 choice = _next_choice(problem, choice, device, troubles[-1])
             else:
@@ -87,6 +89,8 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
         if FALLBACK not in target_of(device).plans:  # where there should have been a kernel
             note(troubles, choice.why)
     except Exception as error:  # the driver, or a table of ours that is beyond use
+        if is_of_a_signal(error):
+            raise
         troubles.append(one_line(error))
         choice = fallback_choice(troubles[-1])
     return Bound(

@@ -11,7 +11,9 @@ converted takes a new decoder, so that a call in another thread finds the old te
 steps or the new ones with theirs, and never a mixture.
 """
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.runtime.binding import LOG, Bound, bind, give_up
 from flashtune.kernels.runtime.choice import Level
 from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
+from flashtune.kernels.runtime.trouble import is_of_a_signal
 from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
@@ -103,6 +106,16 @@ class Decoder:
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
         self._blanks: dict[tuple[int, int], list[torch.Tensor]] = {}  # by tokens and stream
+        _DECODERS.add(self)
+
+    def forget_steps(self) -> None:
+        """Have steps made anew, in a process that was forked.
+
+        Another thread, which is not here, may have been in a call, with locks held and scratch
+        half written.
+        """
+        self._steps = {}
+        self._allowance.lock = threading.RLock()
 
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
@@ -268,10 +281,11 @@ class Decoder:
     def _rescue(self, step: Step, key: StepKey, call: StepCall, error: Exception) -> None:
         """Answer a call that failed by plain torch, and if that can, all calls from now on.
 
-        Where torch fails as well, it is not the kernel's fault: the first error is raised.
+        Where torch fails as well, it is not the kernel's fault: the first error is raised, as that
+        of a signal's handler is.
         """
         epilogue, n_tokens, _ = key
-        if isinstance(step, TorchStep):
+        if isinstance(step, TorchStep) or is_of_a_signal(error):
             raise error
         try:
             self._torch_step(epilogue, n_tokens)(*call)
@@ -288,6 +302,17 @@ class Decoder:
 
     def _problem(self, epilogue: str, n_tokens: int) -> Problem:
         return replace(self._posed(), n_tokens=n_tokens, epilogue=epilogue)
+
+
+_DECODERS: "weakref.WeakSet[Decoder]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for decoder in list(_DECODERS):
+        decoder.forget_steps()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

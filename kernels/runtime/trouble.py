@@ -1,5 +1,10 @@
 """What went wrong on the way to a step, as lines that `explain` shows."""
 
+import functools
+import signal
+from types import CodeType
+from typing import Any
+
 from flashtune.tuning_db.errors import FlashtuneError
 
 
@@ -13,3 +18,28 @@ def one_line(error: Exception) -> str:
     """The error's first line, with its kind where it isn't one of ours."""
     first = next(iter(str(error).splitlines()), "")
     return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Whether a handler of a signal raised it, wherever that came: no kernel's trouble.
+
+    Who sets an alarm around a call wants its exception, and the next call as ever.
+    """
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """What a handler runs, a function, a method, a partial one or an object that is called."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    handler = getattr(handler, "__func__", handler)
+    if callable(handler) and not hasattr(handler, "__code__"):
+        handler = vars(type(handler)).get("__call__")
+    code = getattr(handler, "__code__", None)
+    return code if isinstance(code, CodeType) else None

@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import logging
+import os
 import pickle
+import signal
 import sys
 import threading
 from typing import Any
@@ -17,6 +19,7 @@ from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.runtime import decoder
 from flashtune.kernels.runtime.binding import Bound
+from flashtune.kernels.runtime.decoder import LockedStep
 from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
@@ -627,3 +630,94 @@ def test_a_compiled_head_that_is_gone_says_so() -> None:
 
 def test_the_public_name_is_this_class() -> None:
     assert flashtune.FlashHead is FlashHead
+
+
+def test_the_exception_of_a_signals_handler_leaves_the_head_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class OutOfTimeError(Exception):
+        pass
+
+    def ring(*_: Any) -> None:
+        raise OutOfTimeError
+
+    head = FlashHead(*parts(), n_probes=3)
+    hidden = torch.randn(1, WIDTH)
+    expected = head(hidden)
+    key = ("argmax", 1, 0)
+    step = head.decoder._steps[key]
+
+    def interrupted(*call: Any) -> None:
+        signal.raise_signal(signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        head.decoder._steps[key] = interrupted
+        with pytest.raises(OutOfTimeError):
+            head(hidden)
+        assert head.decoder._steps[key] is interrupted
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    head.decoder._steps[key] = step
+    assert torch.equal(head(hidden), expected)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("hidden", "why"),
+    [
+        (torch.zeros(1, WIDTH, dtype=torch.complex64), "floating-point, not torch.complex64"),
+        (torch.zeros(1, WIDTH, dtype=torch.int64), "floating-point, not torch.int64"),
+        (torch.zeros(1, WIDTH).to_sparse(), "a dense tensor, not torch.sparse_coo"),
+        ([[0.0] * WIDTH], "a dense tensor, not list"),
+        (None, "a dense tensor, not NoneType"),
+    ],
+)
+def test_what_is_no_hidden_state_is_refused(hidden: Any, why: str) -> None:
+    head = FlashHead(*parts(), n_probes=3)
+    for call in (head, head.logits):
+        with pytest.raises(FlashtuneError, match=why):
+            call(hidden)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "3", None])
+def test_what_is_no_number_of_tokens_is_refused(number: Any) -> None:
+    head = FlashHead(*parts(), n_probes=3)
+    for call in (head.prepare, head.explain):
+        with pytest.raises(FlashtuneError, match="n_tokens must be a whole number, 1 or more"):
+            call(number)
+
+
+def test_a_fork_amid_another_threads_call_leaves_a_child_that_decodes() -> None:
+    """As if that thread held the locks for ever: in the child it is not there."""
+    head = FlashHead(*parts(), n_probes=3)
+    hidden = torch.randn(2, WIDTH)
+    expected = head(hidden).tolist()
+    held, done = threading.Event(), threading.Event()
+    step = LockedStep(lambda *_: None)
+    head.decoder._steps["argmax", 2, 0] = step
+
+    def hold() -> None:
+        with step._lock, head._allowance.lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if head(hidden).tolist() == expected else 5)
+    try:
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_map_of_tokens_far_outside_asks_for_no_memory() -> None:
+    weight, centroids, _ = parts()
+    maps = torch.full((len(centroids), len(weight) // len(centroids)), 2**40)
+    with pytest.raises(FlashtuneError, match="vocab_maps must hold every token id"):
+        FlashHead(weight, centroids, vocab_maps=maps, n_probes=3)

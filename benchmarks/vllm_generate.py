@@ -1,0 +1,313 @@
+"""Tokens a second of a real vLLM, with its dense head and with FlashHead in turns.
+
+    python benchmarks/vllm_generate.py make FOLDER llama-3.1-8b qwen3-1.7b …
+    python benchmarks/vllm_generate.py run FOLDER llama-3.1-8b --out FILE.json
+
+`make` writes models of real shapes with random weights and clusters them. The weights are made so
+that each token has one clear successor, as in a trained model: that tokens agree shows that all is
+connected, not what FlashHead finds. `run` serves one in this process and asks for answers of two
+lengths, whose difference leaves the prompt out. Both heads are those of one engine, which turns
+from one to the other at each repeat, so that nothing else differs; `dense` goes past the plugin
+altogether. By default FlashHead answers where the plugin found it faster, and `--always` at any
+number of rows. With `--kernels` the GPU's own time of a step is shown beside the step's.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the heads must be within reach
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LEAD = 14.0  # of the successor's logit
+PROMPT, SHORT = 32, 16  # tokens
+KINDS: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.8},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "top_k": {"temperature": 0.8, "top_k": 50},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes."""
+
+    kind: str
+    vocab: int
+    hidden: int
+    layers: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+
+SHAPES = {
+    "llama-3.1-8b": Shape("llama", 128256, 4096, 32, 14336, 32, 8, 128),
+    "qwen3-1.7b": Shape("qwen3", 151936, 2048, 28, 6144, 16, 8, 128),
+    "qwen3-0.6b": Shape("qwen3", 151936, 1024, 28, 3072, 16, 8, 128),
+    "gemma-3-1b": Shape("gemma3_text", 262144, 1152, 26, 6912, 4, 1, 256),
+    "tiny": Shape("qwen3", 4096, 256, 2, 512, 4, 2, 64),
+}
+
+
+def make(folder: Path, name: str) -> None:
+    """A model of that shape at FOLDER/NAME, and its clusters at FOLDER/NAME-flash."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    shape, began = SHAPES[name], time.monotonic()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(where).manual_seed(7)
+
+    def random(*size: int, std: float = 0.02) -> torch.Tensor:
+        return (torch.randn(size, generator=generator, device=where) * std).bfloat16()
+
+    config = AutoConfig.for_model(
+        shape.kind,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.inner,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    gemma = shape.kind == "gemma3_text"
+    prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma3_text": "Gemma3"}[shape.kind]
+    config.architectures = [f"{prefix}ForCausalLM"]
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(path)
+    data = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**data, "dtype": "bfloat16"}, indent=1))
+    # The second of each pair of rows is the first with signs changed, as the last norm does: each
+    # token of a pair answers with the other
+    embedding = random(shape.vocab, shape.hidden)
+    sign = (
+        torch.randint(0, 2, (shape.hidden,), generator=generator, device=where) * 2 - 1
+    ).float()
+    embedding[1::2] = embedding[0::2] * sign.bfloat16()
+    offset = 1.0 if gemma else 0.0  # Gemma's norms multiply by one more than their weights
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": (sign * LEAD / (0.02 * shape.hidden) - offset).bfloat16(),
+    }
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if gemma:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    for number in range(shape.layers):
+        layer = f"model.layers.{number}."
+        tensors[f"{layer}self_attn.q_proj.weight"] = random(queries, shape.hidden)
+        tensors[f"{layer}self_attn.k_proj.weight"] = random(keys, shape.hidden)
+        tensors[f"{layer}self_attn.v_proj.weight"] = random(keys, shape.hidden)
+        tensors[f"{layer}self_attn.o_proj.weight"] = random(shape.hidden, queries, std=1e-5)
+        tensors[f"{layer}mlp.gate_proj.weight"] = random(shape.inner, shape.hidden)
+        tensors[f"{layer}mlp.up_proj.weight"] = random(shape.inner, shape.hidden)
+        tensors[f"{layer}mlp.down_proj.weight"] = random(shape.hidden, shape.inner, std=1e-5)
+        for norm in norms:
+            after = gemma and norm.startswith("post")  # of what is added to the residual
+            weight = torch.full((shape.hidden,), 1e-4 if after else 1.0) - offset
+            tensors[f"{layer}{norm}.weight"] = weight.bfloat16()
+        if shape.kind != "llama":
+            for norm in ("q_norm", "k_norm"):
+                weight = torch.full((shape.head_size,), 1.0 - offset)
+                tensors[f"{layer}self_attn.{norm}.weight"] = weight.bfloat16()
+    kept = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    made = time.monotonic()
+    del tensors, kept, embedding
+    n_clusters = shape.vocab // 16
+    command = "from flashtune.__main__ import main; main()"
+    arguments = ["cluster", "--model", path, "--out", folder / f"{name}-flash", "--link"]
+    arguments += ["--probes", n_clusters // 16]
+    subprocess.run([sys.executable, "-c", command, *map(str, arguments)], check=True)
+    print(
+        f"{name}: {made - began:.0f} s, clustered in {time.monotonic() - made:.0f} s", flush=True
+    )
+
+
+class Heads:
+    """The output heads of an engine in this process, and who answers."""
+
+    def __init__(self) -> None:
+        """Find the plugin's layers."""
+        from flashtune.kernels.integrations import vllm_head
+
+        self.served = list(vllm_head._SERVED.values())
+        self.layers = [
+            each for each in gc.get_objects() if type(each).__name__ == "FlashHeadLogitsProcessor"
+        ]
+        if not self.served or not self.layers:
+            raise SystemExit("this engine has no FlashHead: see its log")
+        self.own = {layer: layer._served for layer in self.layers}
+        self.answers = [each._answers for each in self.served]
+
+    def use(self, name: str) -> None:
+        """`dense`, `flash` where it was found faster, or `always`."""
+        from flashtune.kernels.integrations.vllm_head import SIZES
+
+        for layer, served in self.own.items():
+            layer._served = None if name == "dense" else served
+        for each, answers in zip(self.served, self.answers, strict=True):
+            each._answers = frozenset(SIZES) if name == "always" else answers
+
+    def answering(self, name: str, rows: int) -> str:
+        """Who answers for so many rows: `dense` where FlashHead was not found faster."""
+        from flashtune.kernels.integrations.vllm_head import SIZES
+
+        size = next(size for size in SIZES if size >= rows)
+        faster = all(size in answers for answers in self.answers)
+        return name if name == "always" or faster else "dense"
+
+
+def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each head for each number of rows and kind of sampling."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    cpu = not torch.cuda.is_available()
+    rows = [int(number) for number in given.rows.split(",")]
+    settings: dict[str, Any] = {
+        "model": str(folder / f"{name}-flash"),
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": max(rows),
+        "enable_prefix_caching": False,
+        "seed": 0,
+        "kv_cache_memory_bytes": (256 << 20) if cpu else (8 << 30),
+    }
+    if cpu:
+        settings["enforce_eager"] = True
+    else:
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= max(rows)]
+        settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+    began = time.monotonic()
+    llm = LLM(**settings)
+    loaded = time.monotonic() - began
+    heads = Heads()
+    vocab = SHAPES[name].vocab
+
+    def generate(n_rows: int, n_tokens: int, kind: str) -> tuple[float, list[list[int]]]:
+        prompts = [
+            {"prompt_token_ids": [(i * 7919 + j * 104729 + 11) % vocab for j in range(PROMPT)]}
+            for i in range(n_rows)
+        ]
+        sampling = SamplingParams(
+            max_tokens=n_tokens, ignore_eos=True, detokenize=False, seed=None, **KINDS[kind]
+        )
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in outputs]
+
+    def kernels_us(n_rows: int, n_tokens: int = 24) -> float:
+        """The GPU's own time of a step: the kernels of one answer, less those of a shorter one."""
+        times = []
+        for length in (SHORT, SHORT + n_tokens):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                generate(n_rows, length, "greedy")
+            times.append(sum(each.self_device_time_total for each in seen.key_averages()))
+        return (times[1] - times[0]) / n_tokens
+
+    flash = "always" if given.always else "flash"
+    cells = []
+    for kind in given.kinds.split(","):
+        for n_rows in rows if kind == "greedy" else [n for n in rows if n in (1, 8)]:
+            rates: dict[str, list[float]] = {"dense": [], flash: []}
+            tokens: dict[str, list[list[int]]] = {}
+            for head in rates:
+                heads.use(head)
+                generate(n_rows, SHORT, kind)
+            for repeat in range(given.repeats):
+                for head in list(rates)[:: 1 if repeat % 2 else -1]:
+                    heads.use(head)
+                    short, _ = generate(n_rows, SHORT, kind)
+                    long, tokens[head] = generate(n_rows, SHORT + given.tokens, kind)
+                    rates[head].append(given.tokens * n_rows / (long - short))
+            medians = {head: statistics.median(own) for head, own in rates.items()}
+            cell: dict[str, Any] = {
+                "kind": kind,
+                "rows": n_rows,
+                "tokens_a_second": {head: round(rate, 1) for head, rate in medians.items()},
+                "all": {head: [round(rate, 1) for rate in own] for head, own in rates.items()},
+                "ratio": round(medians[flash] / medians["dense"], 4),
+                "step_us": {h: round(1e6 * n_rows / rate, 1) for h, rate in medians.items()},
+                "answered_by": heads.answering(flash, n_rows),
+            }
+            if kind == "greedy":
+                pairs = list(zip(tokens["dense"], tokens[flash], strict=True))
+                cell["same_answers"] = sum(one == other for one, other in pairs) / len(pairs)
+                if given.kernels:
+                    cell["kernels_us"] = {}
+                    for head in rates:
+                        heads.use(head)
+                        cell["kernels_us"][head] = round(kernels_us(n_rows), 1)
+            ratios = [f / d for f, d in zip(rates[flash], rates["dense"], strict=True)]
+            cell["spread"] = [round(min(ratios), 4), round(max(ratios), 4)]
+            cells.append(cell)
+            print(
+                f"{name} {kind:11s} {n_rows:3d} rows: dense {medians['dense']:9.1f}, {flash} "
+                f"{medians[flash]:9.1f} tokens/s, {cell['ratio']:.3f} "
+                f"({cell['spread'][0]:.3f} to {cell['spread'][1]:.3f}), by {cell['answered_by']}"
+                f"{', kernels ' + str(cell['kernels_us']) if 'kernels_us' in cell else ''}",
+                flush=True,
+            )
+    return {
+        "model": name,
+        "shape": asdict(SHAPES[name]),
+        "device": "cpu" if cpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's default"),
+        "load_s": round(loaded, 1),
+        "tokens": given.tokens,
+        "repeats": given.repeats,
+        "head": [str(each._head) for each in heads.served],
+        "cells": cells,
+    }
+
+
+def main() -> None:
+    """Make models, or measure one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    making, running = parts.add_parser("make"), parts.add_parser("run")
+    making.add_argument("folder", type=Path)
+    making.add_argument("names", nargs="+", choices=SHAPES)
+    running.add_argument("folder", type=Path)
+    running.add_argument("name", choices=SHAPES)
+    running.add_argument("--rows", default="1,4,8,16,32")
+    running.add_argument("--kinds", default=",".join(KINDS))
+    running.add_argument("--tokens", type=int, default=128)
+    running.add_argument("--repeats", type=int, default=5)
+    running.add_argument("--always", action="store_true")
+    running.add_argument("--kernels", action="store_true")
+    running.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.part == "make":
+        for name in given.names:
+            make(given.folder, name)
+        return
+    found = run(given.folder, given.name, given)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
