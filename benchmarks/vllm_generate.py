@@ -7,13 +7,12 @@
 that each token has one clear successor, as in a trained model: that tokens agree shows that all is
 connected, not what FlashHead finds. `run` serves one in this process and asks for answers of two
 lengths, whose difference leaves the prompt out. Both heads are those of one engine, which turns
-from one to the other at each repeat, so that nothing else differs; `dense` goes past the plugin
-altogether. By default FlashHead answers where the plugin found it faster, and `--always` at any
-number of rows. With `--kernels` the GPU's own time of a step is shown beside the step's.
+from one to the other at each repeat, so that nothing else differs; for `dense` the plugin looks up
+the number of rows and stands aside. By default FlashHead answers where the plugin found it faster,
+with `--always` at any number of rows. With `--kernels` the GPU's own time of a step is shown too.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -147,33 +146,24 @@ class Heads:
     """The output heads of an engine in this process, and who answers."""
 
     def __init__(self) -> None:
-        """Find the plugin's layers."""
+        """Find the plugin's."""
         from flashtune.kernels.integrations import vllm_head
 
-        self.served = list(vllm_head._SERVED.values())
-        self.layers = [
-            each for each in gc.get_objects() if type(each).__name__ == "FlashHeadLogitsProcessor"
-        ]
-        if not self.served or not self.layers:
+        self.served = [each for each in vllm_head._SERVED.values() if each._head is not None]
+        if not self.served:
             raise SystemExit("this engine has no FlashHead: see its log")
-        self.own = {layer: layer._served for layer in self.layers}
-        self.answers = [each._answers for each in self.served]
+        self.sizes = [each._sizes for each in self.served]
 
     def use(self, name: str) -> None:
         """`dense`, `flash` where it was found faster, or `always`."""
-        from flashtune.kernels.integrations.vllm_head import SIZES
+        from flashtune.kernels.integrations.vllm_head import _ROUNDED
 
-        for layer, served in self.own.items():
-            layer._served = None if name == "dense" else served
-        for each, answers in zip(self.served, self.answers, strict=True):
-            each._answers = frozenset(SIZES) if name == "always" else answers
+        for each, sizes in zip(self.served, self.sizes, strict=True):
+            each._sizes = {"dense": {}, "flash": sizes, "always": _ROUNDED}[name]
 
     def answering(self, name: str, rows: int) -> str:
         """Who answers for so many rows: `dense` where FlashHead was not found faster."""
-        from flashtune.kernels.integrations.vllm_head import SIZES
-
-        size = next(size for size in SIZES if size >= rows)
-        faster = all(size in answers for answers in self.answers)
+        faster = all(rows in sizes for sizes in self.sizes)
         return name if name == "always" or faster else "dense"
 
 

@@ -24,6 +24,7 @@ from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import gate_of
 from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
+from flashtune.kernels.runtime.trouble import is_of_a_signal
 from flashtune.kernels.weights import filled_up
 from flashtune.tuning_db.environment import (
     flash_head_always,
@@ -39,6 +40,9 @@ LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged belo
 REQUIRE = "require"
 MODES = (*TUNE, REQUIRE)  # of FLASHTUNE_TUNE; the last: only what was measured here is used
 SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
+_ROUNDED = {
+    rows: next(size for size in SIZES if size >= rows) for rows in range(1, MOST_TOKENS + 1)
+}
 
 _SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()
 
@@ -102,7 +106,7 @@ class ServedHead:
         self._given_up = self._asked = False
         self._lm_head: Any = None
         self._head: FlashHead | None = None
-        self._answers: frozenset[int] = frozenset()  # of SIZES, those at which FlashHead does
+        self._sizes: dict[int, int] = {}  # of SIZES, by the rows for which FlashHead answers
         why = why_unsupported(vllm_config)
         if why:
             self._give_up(why)
@@ -112,7 +116,8 @@ class ServedHead:
         if self._given_up or self._lm_head not in (None, lm_head):
             return
         try:
-            self._head, self._answers = self._built(lm_head)
+            self._head, answers = self._built(lm_head)
+            self._sizes = {rows: size for rows, size in _ROUNDED.items() if size in answers}
             self._lm_head = lm_head
         except FlashtuneError as error:
             self._give_up(str(error))
@@ -128,29 +133,48 @@ class ServedHead:
         processor: the LogitsProcessor that asks; args, kwargs: what vLLM gave besides, which is
         the bias or nothing.
         """
-        if self._given_up or not 0 < hidden.shape[0] <= SIZES[-1] or hidden.dim() != 2:
+        if not self._asked and not self._ready(processor, lm_head, hidden):
             return None
+        if hidden.shape[0] not in self._sizes or self._lm_head is not lm_head:
+            return None
+        for bias in (*args, *kwargs.values()):
+            if bias is not None:
+                self._give_up("the head has a bias")
+                return None
         gate = gate_of(self._config)
-        why = None
-        if not self._asked:
-            self._asked = True
-            why = _why_never(processor, gate, lm_head, hidden, self._fills)
-        if any(bias is not None for bias in (*args, *kwargs.values())):
-            why = "the head has a bias"
-        if why:
-            self._give_up(why)
-        if self._given_up or gate is None or gate.dense:
-            return None
-        if self._lm_head is None:  # the input embedding is the head: nobody called build
-            self.build(lm_head)
-        size = next(size for size in SIZES if size >= hidden.shape[0])
-        if self._head is None or self._lm_head is not lm_head or size not in self._answers:
+        if gate is None or gate.dense or self._head is None:
             return None
         try:
-            return _padded(self._head, hidden, size, lm_head.weight.shape[0])
+            return self._padded(self._head, hidden, lm_head.weight.shape[0])
         except Exception as error:
+            if is_of_a_signal(error):
+                raise
             self._give_up(f"{type(error).__name__}: {error}")
             return None
+
+    def _ready(self, processor: Any, lm_head: Any, hidden: torch.Tensor) -> bool:
+        """Whether the first call of few rows finds nothing against FlashHead."""
+        if self._given_up or hidden.dim() != 2 or not 0 < hidden.shape[0] <= SIZES[-1]:
+            return False
+        gate = gate_of(self._config)
+        why = _why_never(processor, gate, lm_head, hidden, self._fills)
+        if why:
+            self._give_up(why)
+        elif self._lm_head is None and gate is not None and not gate.dense:
+            self.build(lm_head)  # the input embedding is the head: nobody called build
+        self._asked = not self._given_up and self._lm_head is not None
+        return self._asked
+
+    def _padded(self, head: FlashHead, hidden: torch.Tensor, width: int) -> torch.Tensor:
+        """Logits `[rows, width]` by kernels that were made when the head was built."""
+        rows, on_cpu = hidden.shape[0], not hidden.is_cuda
+        if on_cpu:  # where FlashHead would have kernels of just so many rows
+            hidden = filled_up(hidden, self._sizes[rows])
+        logits = head.decoder.decode(hidden, "logits")
+        if on_cpu:
+            logits = logits[:rows]
+        missing = width - logits.shape[1]
+        return functional.pad(logits, (0, missing), value=FILL) if missing else logits
 
     def _built(self, lm_head: Any) -> tuple[FlashHead, frozenset[int]]:
         """The head, its kernels made, and the numbers of rows at which it is to answer."""
@@ -203,7 +227,7 @@ class ServedHead:
         return FlashHead.screened(weight, screen, tune=tune)
 
     def _give_up(self, why: str) -> None:
-        self._given_up, self._head = True, None
+        self._given_up, self._head, self._sizes = True, None, {}
         LOG.warning("FlashHead is off, the dense head is used: %s", why)
 
 
@@ -269,15 +293,3 @@ def _verdicts(head: FlashHead, lm_head: Any, sizes: list[int]) -> dict[int, Verd
 
 def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
-
-
-def _padded(head: FlashHead, hidden: torch.Tensor, size: int, width: int) -> torch.Tensor:
-    """Logits `[rows, width]` by kernels for `size` rows, which were made when it was built."""
-    rows = hidden.shape[0]
-    if not hidden.is_cuda:  # where FlashHead would have kernels of just so many rows
-        hidden = filled_up(hidden, size)
-    logits = head.logits(hidden)
-    if size != rows:
-        logits = logits[:rows]
-    missing = width - logits.shape[1]
-    return functional.pad(logits, (0, missing), value=FILL) if missing else logits

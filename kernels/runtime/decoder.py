@@ -105,7 +105,7 @@ class Decoder:
         self._n_rows = weights.weight.shape[0]
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
-        self._blanks: dict[tuple[int, int], list[torch.Tensor]] = {}  # by tokens and stream
+        self._blanks: dict[int, list[torch.Tensor]] = {}  # by stream
         _DECODERS.add(self)
 
     def forget_steps(self) -> None:
@@ -170,19 +170,21 @@ class Decoder:
         return out if size == n_tokens else out[:n_tokens]
 
     def _tokens(self, size: int, stream: int) -> torch.Tensor:
-        """Room for so many tokens; on a GPU, where a call is short, of a block for many calls.
+        """Room for so many tokens; for one, on a GPU, of a block for many calls.
 
-        What a graph writes to must be of its own pool, since the graph may outlive the tensor.
+        A call for one is short, and has few kernels. Those for more are recorded where they come
+        with the same places. What another graph writes to must be of its own pool, since it may
+        outlive the tensor.
         """
-        if self._index is None or torch.cuda.is_current_stream_capturing():
+        if self._index is None or size > 1 or torch.cuda.is_current_stream_capturing():
             return torch.empty(size, dtype=torch.int64, device=self.like.device)
-        blanks = self._blanks.get((size, stream))
+        blanks = self._blanks.get(stream)
         if not blanks:  # and where another thread has just filled it, it is filled twice
             with _lasting(self.like.device):
-                shape = (_CALLS_A_BLOCK, max(size, ALIGNMENT // 8))
+                shape = (_CALLS_A_BLOCK, ALIGNMENT // 8)
                 block = torch.empty(shape, dtype=torch.int64, device=self.like.device)
-                blanks = list(block[:, :size].unbind())
-            self._blanks[size, stream] = blanks
+                blanks = list(block[:, :1].unbind())
+            self._blanks[stream] = blanks
         try:
             return blanks.pop()
         except IndexError:  # another thread took the last

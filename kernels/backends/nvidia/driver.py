@@ -14,6 +14,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flashtune.tuning_db.errors import FlashtuneError
@@ -22,6 +23,8 @@ from flashtune.tuning_db.errors import FlashtuneError
 _INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 8, 9  # attributes of a function
 _COOPERATIVE, _OVERLAPPED = 2, 6  # attributes of a launch
+_NON_BLOCKING, _RELAXED = 1, 2  # kinds of a stream and of a capture
+_NO_FLAGS = ctypes.c_ulonglong()
 _USUAL_SHARED_BYTES = 48 * 1024  # more has to be asked for
 # Kernels of Triton take pointers to scratch after their own arguments: two so far. What a kernel
 # does not take is not read.
@@ -78,7 +81,7 @@ class Binary:
     def __init__(self, binary: bytes, index: int) -> None:
         """Load it on the device with this index."""
         self._driver, self._context = library(), _primary_context(index)
-        self._enter()
+        _enter(self._context)
         self._module = ctypes.c_void_p()
         _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
 
@@ -94,23 +97,11 @@ class Binary:
             config.stream = stream
             error = launch(where, function, arguments, None)
             if error:
-                self._again(error, lambda: launch(where, function, arguments, None))
+                again = partial(launch, where, function, arguments, None)
+                _check(_in_context(error, self._context, again))
 
         run.cells = all_cells  # type: ignore[attr-defined]  # arguments only points to them
         return run
-
-    def _again(self, error: int, launch: Callable[[], int]) -> None:
-        """Launch again from a thread that had no context: torch enters it only when it must."""
-        if error == _INVALID_CONTEXT:
-            self._enter()
-            error = launch()
-        _check(error)
-
-    def _enter(self) -> None:
-        current = ctypes.c_void_p()
-        _check(self._driver.cuCtxGetCurrent(ctypes.byref(current)))
-        if not current.value:
-            _check(self._driver.cuCtxSetCurrent(self._context))
 
     def _function(self, shape: Shape) -> ctypes.c_void_p:
         driver, function = self._driver, ctypes.c_void_p()
@@ -124,6 +115,57 @@ class Binary:
         for attribute, value in wanted.items():
             _check(driver.cuFuncSetAttribute(function, attribute, value))
         return function
+
+
+class _Graph:
+    """A recorded sequence of launches, destroyed with what launches it."""
+
+    def __init__(self, runs: Sequence[Run], index: int) -> None:
+        driver = self._driver = library()
+        self._launch, self.handle = driver.cuGraphLaunch, ctypes.c_void_p()
+        self._context = _primary_context(index)
+        stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(driver.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING))
+        try:
+            _check(driver.cuStreamBeginCapture_v2(stream, _RELAXED))
+            try:
+                for run in runs:
+                    run(stream.value or 0)
+            finally:
+                error = driver.cuStreamEndCapture(stream, ctypes.byref(graph))
+            _check(error)
+            try:
+                _check(
+                    driver.cuGraphInstantiateWithFlags(ctypes.byref(self.handle), graph, _NO_FLAGS)
+                )
+            finally:
+                driver.cuGraphDestroy(graph)
+        finally:
+            driver.cuStreamDestroy_v2(stream)
+
+    def __call__(self, stream: int) -> None:
+        error = self._launch(self.handle, ctypes.c_void_p(stream))
+        if error:
+            again = partial(self._launch, self.handle, ctypes.c_void_p(stream))
+            _check(_in_context(error, self._context, again))
+
+    def __del__(self) -> None:
+        if self.handle:
+            self._driver.cuGraphExecDestroy(self.handle)
+
+
+def recorded(runs: Sequence[Run], index: int) -> Run:
+    """What launches all of these at once, with the values that their cells hold now.
+
+    On the device with this index. Captures of other threads are not disturbed. Raises
+    FlashtuneError where the driver refuses.
+    """
+    driver, mode = library(), ctypes.c_int(_RELAXED)
+    _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
+    try:
+        return _Graph(runs, index)
+    finally:
+        _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
 
 
 def _config(shape: Shape) -> _Config:
@@ -157,6 +199,22 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     _check(driver.cuDeviceGet(ctypes.byref(device), index))
     _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
     return context
+
+
+def _enter(context: ctypes.c_void_p) -> None:
+    """Give the calling thread a context if it has none: torch does so only when it must."""
+    current = ctypes.c_void_p()
+    _check(library().cuCtxGetCurrent(ctypes.byref(current)))
+    if not current.value:
+        _check(library().cuCtxSetCurrent(context))
+
+
+def _in_context(error: int, context: ctypes.c_void_p, launch: Callable[[], int]) -> int:
+    """The error of a launch, which is tried again where the thread had no context."""
+    if error != _INVALID_CONTEXT:
+        return error
+    _enter(context)
+    return launch()
 
 
 def _check(error: int) -> None:

@@ -1,19 +1,76 @@
 """A step that NVIDIA's driver launches, whatever compiled its kernels."""
 
 import ctypes
+from collections import OrderedDict
 
 import torch
 
-from flashtune.kernels.backends.gpu import LaunchedStep
+from flashtune.kernels.backends.gpu import LaunchedStep, Run
+from flashtune.kernels.backends.nvidia.driver import recorded
+from flashtune.kernels.weights import Weights
+from flashtune.tuning_db.errors import FlashtuneError
+
+# A decode loop comes with the same tensors over and over, since torch's allocator gives out the
+# same memory. What has come so often is recorded, and later calls launch all kernels in one call.
+_SEEN_BEFORE = 2
+_MOST_SEEN = 32  # places at a time
+_MOST_GRAPHS = 8  # that are kept, those that were used last
+_MOST_RECORDED = 256  # in a step's life: where places change all the time, nothing is gained
+
+_Place = tuple[int, int, int]  # of hidden states and output, and the number of the last row
 
 
 class DriverStep(LaunchedStep):
-    """The launches' `prepare` is that of a Binary's kernels (see driver.py)."""
+    """The launches' `prepare` is that of a Binary's kernels (see driver.py).
+
+    Calls with tensors at the same places are recorded in a CUDA graph of the step's own, which
+    costs the host one launch instead of several. While others capture, kernels are launched one by
+    one, and become part of their graph.
+    """
+
+    recordable = True  # whether all of the launches are kernels of ours
 
     def __init__(self, device: torch.device) -> None:
         """For this device, or the current one where it has no index."""
         super().__init__()
         self.index = index_of(device)
+        self._seen: dict[_Place, int] = {}
+        self._graphs: OrderedDict[_Place, Run] = OrderedDict()
+        self._recorded = 0
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Launch the step; `out` is complete when the stream gets there."""
+        if self._weights is weights:
+            place = (hidden.data_ptr(), out.data_ptr(), hidden.shape[0] - 1)
+            graph = self._graphs.get(place)
+            if graph is not None and not torch.cuda.is_current_stream_capturing():
+                graph(torch._C._cuda_getCurrentRawStream(self.index))
+                return
+            super().__call__(weights, hidden, out)
+            if graph is None and self.recordable:
+                self._look_at(place)
+        else:
+            super().__call__(weights, hidden, out)
+            self._seen.clear()
+            self._graphs.clear()
+
+    def _look_at(self, place: _Place) -> None:
+        """Record the launches with what their cells hold, where they came here before."""
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen.clear()
+        seen = self._seen[place] = self._seen.get(place, 0) + 1
+        if seen <= _SEEN_BEFORE or torch.cuda.is_current_stream_capturing():
+            return
+        del self._seen[place]
+        self._recorded += 1
+        try:
+            self._graphs[place] = recorded(self._runs, self.index)
+        except (FlashtuneError, AttributeError):  # of a driver that is too old for it
+            self.recordable = False
+        else:
+            self.recordable = self._recorded < _MOST_RECORDED
+        if len(self._graphs) > _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
 
     def _pointer(self) -> ctypes.c_uint64:
         return ctypes.c_uint64()

@@ -28,7 +28,9 @@ class FakeDriver:
         self.calls: list[tuple[Any, ...]] = []
         self.launches: list[dict[str, Any]] = []
         self.refused: dict[str, int] = {}
-        self.current = 0
+        self.current = self.instantiated = 0
+        self.replayed: list[tuple[int, int]] = []
+        self.capturing = False
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -55,6 +57,19 @@ class FakeDriver:
     def _cuGetErrorName(self, _: int, name: Any) -> None:
         name._obj.value = b"CUDA_ERROR_OF_SOME_KIND"
 
+    def _cuStreamCreate(self, stream: Any, _: int) -> None:
+        stream._obj.value = 99
+
+    def _cuGraphInstantiateWithFlags(self, handle: Any, *_: Any) -> None:
+        self.instantiated += 1
+        handle._obj.value = self.instantiated
+
+    def _cuGraphLaunch(self, handle: Any, stream: ctypes.c_void_p) -> int:
+        if not self.current:
+            return 201
+        self.replayed.append((handle.value, stream.value))
+        return 0
+
     def _cuLaunchKernelEx(self, where: Any, function: Any, arguments: Any, _: None) -> int:
         if not self.current:
             return 201
@@ -78,6 +93,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     monkeypatch.setattr(nvidia, "library", lambda: found)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     nvidia._primary_context.cache_clear()
     yield found
     nvidia._primary_context.cache_clear()
@@ -160,3 +176,70 @@ def test_flags_and_32_bit_arguments_reach_the_driver(fake: FakeDriver) -> None:
     (launched,) = fake.launches
     assert launched["values"][0] & (2**32 - 1) == 7
     assert (launched["flags"], launched["stream"]) == ([2], 9)
+
+
+def weights_of_zeros() -> Weights:
+    return Weights(weight=torch.zeros(8), centroids=torch.zeros(8), ids=torch.zeros(8))
+
+
+def test_calls_with_the_same_places_become_one_launch(fake: FakeDriver) -> None:
+    step, weights, out = make_step(), weights_of_zeros(), torch.zeros(8)
+    hidden = torch.zeros(1, 8)
+    for _ in range(4):
+        step(weights, hidden, out)
+    assert fake.replayed == []
+    assert [each["stream"] for each in fake.launches] == [5] * 8 + [99] * 2  # those recorded
+    step(weights, hidden, out)
+    assert fake.replayed == [(1, 5)]
+    assert len(fake.launches) == 10
+    other = torch.zeros(1, 8)
+    step(weights, other, out)  # other places are launched
+    assert len(fake.launches) == 12
+    step(weights, hidden, out)
+    assert fake.replayed == [(1, 5)] * 2
+    again = weights_of_zeros()
+    step(again, hidden, out)  # and so is whatever belonged to other weights
+    assert len(fake.launches) == 14
+
+
+def test_a_replay_in_a_thread_without_a_context_is_given_the_primary_one(fake: FakeDriver) -> None:
+    step, weights, out, hidden = make_step(), weights_of_zeros(), torch.zeros(8), torch.zeros(1, 8)
+    for _ in range(4):
+        step(weights, hidden, out)
+    fake.current = 0
+    step(weights, hidden, out)
+    assert (fake.current, len(fake.replayed)) == (PRIMARY, 1)
+
+
+def test_under_a_capture_kernels_are_launched_one_by_one(fake: FakeDriver) -> None:
+    step, weights, out, hidden = make_step(), weights_of_zeros(), torch.zeros(8), torch.zeros(1, 8)
+    fake.capturing = True
+    for _ in range(5):
+        step(weights, hidden, out)
+    assert (fake.instantiated, len(fake.launches)) == (0, 10)
+    fake.capturing = False
+    step(weights, hidden, out)
+    fake.capturing = True
+    step(weights, hidden, out)
+    assert (fake.instantiated, fake.replayed) == (1, [])
+
+
+def test_what_cannot_be_recorded_is_launched(fake: FakeDriver) -> None:
+    step, weights, out, hidden = make_step(), weights_of_zeros(), torch.zeros(8), torch.zeros(1, 8)
+    fake.refused = {"cuGraphInstantiateWithFlags": 801}
+    for _ in range(6):
+        step(weights, hidden, out)
+    assert fake.replayed == []
+    assert [each["stream"] for each in fake.launches].count(5) == 12
+    assert [call[0] for call in fake.calls].count("cuStreamBeginCapture_v2") == 1
+
+
+def test_places_that_never_come_again_are_forgotten(fake: FakeDriver) -> None:
+    step, weights, out = make_step(), weights_of_zeros(), torch.zeros(8)
+    states = [torch.zeros(1, 8) for _ in range(100)]
+    for hidden in states:
+        step(weights, hidden, out)
+    assert len(step._seen) <= 32
+    for hidden in states[:12] * 5:
+        step(weights, hidden, out)
+    assert len(step._graphs) == 8

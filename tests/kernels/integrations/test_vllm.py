@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flashtune.kernels.epilogues.epilogue import FILL
-from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations import vllm as plugin
 from flashtune.kernels.integrations import vllm_head
 from flashtune.kernels.integrations.vllm_gate import RequestGate
@@ -577,7 +576,7 @@ def test_a_head_that_fails_is_replaced_by_the_dense_one_for_good(
         raise RuntimeError("the driver is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FlashHead, "logits", fail)
+        patch.setattr(Decoder, "decode", fail)
         assert torch.equal(engine(states(2)), engine.dense(states(2)))
     assert torch.equal(engine(states(2)), engine.dense(states(2)))
     (warning,) = warnings(caplog)
