@@ -21,6 +21,7 @@ from flashtune.kernels.integrations import vllm_head
 from flashtune.kernels.integrations.vllm_gate import RequestGate
 from flashtune.kernels.integrations.vllm_head import SIZES
 from flashtune.kernels.measure.contest import Verdict
+from flashtune.kernels.runtime.decoder import Decoder
 
 VOCAB, WIDTH, CLUSTERS = 96, 16, 12
 Folder = Callable[..., str]
