@@ -167,8 +167,8 @@ class Heads:
         return name if name == "always" or faster else "dense"
 
 
-def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each head for each number of rows and kind of sampling."""
+def run(folder: Path, name: str, given: argparse.Namespace) -> None:
+    """Print tokens a second of each head for each number of rows and kind of sampling."""
     import torch
     from vllm import LLM, SamplingParams
 
@@ -217,7 +217,19 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
         return (times[1] - times[0]) / n_tokens
 
     flash = "always" if given.always else "flash"
-    cells = []
+    cells: list[dict[str, Any]] = []
+    found = {
+        "model": name,
+        "shape": asdict(SHAPES[name]),
+        "device": "cpu" if cpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's default"),
+        "load_s": round(loaded, 1),
+        "tokens": given.tokens,
+        "repeats": given.repeats,
+        "head": [str(each._head) for each in heads.served],
+        "cells": cells,
+    }
     for kind in given.kinds.split(","):
         for n_rows in rows if kind == "greedy" else [n for n in rows if n in (1, 8)]:
             rates: dict[str, list[float]] = {"dense": [], flash: []}
@@ -237,7 +249,6 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
                 "rows": n_rows,
                 "tokens_a_second": {head: round(rate, 1) for head, rate in medians.items()},
                 "all": {head: [round(rate, 1) for rate in own] for head, own in rates.items()},
-                "ratio": round(medians[flash] / medians["dense"], 4),
                 "step_us": {h: round(1e6 * n_rows / rate, 1) for h, rate in medians.items()},
                 "answered_by": heads.answering(flash, n_rows),
             }
@@ -249,9 +260,13 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
                     for head in rates:
                         heads.use(head)
                         cell["kernels_us"][head] = round(kernels_us(n_rows), 1)
+            # Of turns that adjoin, so that a host whose speed drifts favours none
             ratios = [f / d for f, d in zip(rates[flash], rates["dense"], strict=True)]
+            cell["ratio"] = round(statistics.median(ratios), 4)
             cell["spread"] = [round(min(ratios), 4), round(max(ratios), 4)]
             cells.append(cell)
+            if given.out:  # after each, should the rest not come
+                given.out.write_text(json.dumps(found, indent=1) + "\n")
             print(
                 f"{name} {kind:11s} {n_rows:3d} rows: dense {medians['dense']:9.1f}, {flash} "
                 f"{medians[flash]:9.1f} tokens/s, {cell['ratio']:.3f} "
@@ -259,18 +274,6 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> dict[str, Any]:
                 f"{', kernels ' + str(cell['kernels_us']) if 'kernels_us' in cell else ''}",
                 flush=True,
             )
-    return {
-        "model": name,
-        "shape": asdict(SHAPES[name]),
-        "device": "cpu" if cpu else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's default"),
-        "load_s": round(loaded, 1),
-        "tokens": given.tokens,
-        "repeats": given.repeats,
-        "head": [str(each._head) for each in heads.served],
-        "cells": cells,
-    }
 
 
 def main() -> None:
@@ -294,9 +297,7 @@ def main() -> None:
         for name in given.names:
             make(given.folder, name)
         return
-    found = run(given.folder, given.name, given)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    run(given.folder, given.name, given)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
-_CALLS_A_BLOCK = 64  # whose tokens share an allocation
-
 StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 
@@ -105,7 +103,6 @@ class Decoder:
         self._n_rows = weights.weight.shape[0]
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
-        self._blanks: dict[int, list[torch.Tensor]] = {}  # by stream
         _DECODERS.add(self)
 
     def forget_steps(self) -> None:
@@ -160,7 +157,7 @@ class Decoder:
         key = (epilogue, size, stream)
         step = self._steps.get(key) or self._step(*key)
         if epilogue == "argmax":
-            out = self._tokens(size, stream)
+            out = torch.empty(size, dtype=torch.int64, device=like.device)
         else:
             out = torch.empty((size, self._n_rows), dtype=like.dtype, device=like.device)
         try:
@@ -168,27 +165,6 @@ class Decoder:
         except Exception as error:  # whatever a driver raises at a launch
             self._rescue(step, key, (self.weights, hidden, out), error)
         return out if size == n_tokens else out[:n_tokens]
-
-    def _tokens(self, size: int, stream: int) -> torch.Tensor:
-        """Room for so many tokens; for one, on a GPU, of a block for many calls.
-
-        A call for one is short, and has few kernels. Those for more are recorded where they come
-        with the same places. What another graph writes to must be of its own pool, since it may
-        outlive the tensor.
-        """
-        if self._index is None or size > 1 or torch.cuda.is_current_stream_capturing():
-            return torch.empty(size, dtype=torch.int64, device=self.like.device)
-        blanks = self._blanks.get(stream)
-        if not blanks:  # and where another thread has just filled it, it is filled twice
-            with _lasting(self.like.device):
-                shape = (_CALLS_A_BLOCK, ALIGNMENT // 8)
-                block = torch.empty(shape, dtype=torch.int64, device=self.like.device)
-                blanks = list(block[:, :1].unbind())
-            self._blanks[stream] = blanks
-        try:
-            return blanks.pop()
-        except IndexError:  # another thread took the last
-            return self._tokens(size, stream)
 
     def _in_parts(self, hidden: torch.Tensor, epilogue: str, stream: int) -> torch.Tensor:
         """Those of more tokens than a step takes, or of none."""
