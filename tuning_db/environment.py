@@ -3,8 +3,8 @@
 `FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources and
 compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is
 `always` for models to use FlashHead without being timed against their dense head, and 0 to turn
-vLLM's plugin off. Of the plugin, `FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN` and `FLASHTUNE_TUNE` are
-its settings (docs/vllm.md). All are read at each call, and an empty value counts as unset.
+vLLM's plugin off. `FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN`, `FLASHTUNE_TUNE` and `FLASHTUNE_VERIFY`
+are the plugin's (docs/vllm.md). All are read at each call, and an empty value counts as unset.
 """
 
 import os
@@ -82,6 +82,11 @@ def named_probes() -> int | None:
     if text and not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 10):
         raise FlashtuneError(f"FLASHTUNE_PROBES must be a number of clusters, not {text!r}")
     return int(text) if text else None
+
+
+def verifies_drafts() -> bool:
+    """FLASHTUNE_VERIFY: whether FlashHead may be the head of a target that verifies drafts."""
+    return _named("FLASHTUNE_VERIFY") not in ("", "0")
 
 
 def named_tune(modes: tuple[str, ...]) -> str:

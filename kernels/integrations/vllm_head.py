@@ -21,7 +21,7 @@ from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.kernels.formats.screen import NO_SCREEN, screen_of
 from flashtune.kernels.head import TUNE, FlashHead
 from flashtune.kernels.integrations.folder_head import flash_head_of
-from flashtune.kernels.integrations.vllm_gate import gate_of
+from flashtune.kernels.integrations.vllm_gate import RequestGate, gate_of
 from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
 from flashtune.kernels.runtime.trouble import is_of_a_signal
@@ -32,6 +32,7 @@ from flashtune.tuning_db.environment import (
     named_probes,
     named_screen,
     named_tune,
+    verifies_drafts,
 )
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS
@@ -44,7 +45,7 @@ _ROUNDED = {
     rows: next(size for size in SIZES if size >= rows) for rows in range(1, MOST_TOKENS + 1)
 }
 
-_SERVED: "WeakValueDictionary[int, ServedHead]" = WeakValueDictionary()
+_SERVED: "WeakValueDictionary[tuple[int, bool], ServedHead]" = WeakValueDictionary()
 
 
 def served_head(vllm_config: Any) -> "ServedHead | None":
@@ -55,8 +56,9 @@ def served_head(vllm_config: Any) -> "ServedHead | None":
     """
     if not flash_head_enabled():
         return None
-    # The text part of a vision model has a config of its own, but shares this one
-    key = id(vllm_config.compilation_config)
+    # The text part of a vision model has a config of its own, but shares this one, as the draft
+    # of an engine may
+    key = (id(vllm_config.compilation_config), is_draft(vllm_config))
     served = _SERVED.get(key)
     if served is None:
         folder, screen = flash_head_folder(vllm_config.model_config), named_screen()
@@ -81,9 +83,29 @@ def why_unsupported(vllm_config: Any) -> str | None:
         return "tensor parallelism splits the head, and FlashHead needs all of it on one device"
     if vllm_config.lora_config is not None:
         return "LoRA is enabled, and an adapter may change the head"
-    if vllm_config.speculative_config is not None:
-        return "speculative decoding needs the logits of every token"
+    verifies = vllm_config.speculative_config is not None and not is_draft(vllm_config)
+    if verifies and not verifies_drafts():
+        return (
+            "in speculative decoding it would change which tokens are accepted: "
+            "FLASHTUNE_VERIFY=1 lets it all the same"
+        )
     return None
+
+
+def is_draft(vllm_config: Any) -> bool:
+    """Whether an engine's config is that of the small model that drafts for another one.
+
+    Whatever such a model proposes, its target verifies. Heads that share the target's own
+    (EAGLE, MTP) are built with the config of the target.
+    """
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None:
+        return False
+    target = getattr(speculative, "target_model_config", None)
+    own = vllm_config.model_config
+    named = getattr(own, "model", None)
+    return own is draft or named == getattr(draft, "model", None) != getattr(target, "model", None)
 
 
 class ServedHead:
@@ -102,6 +124,7 @@ class ServedHead:
         folder: of its model, where that asks for FlashHead. screen: instead of the folder's.
         """
         self._config, self._folder, self._screen = vllm_config, folder, screen
+        self._drafts = is_draft(vllm_config)
         self._fills = folder is not None and folder.has_clusters
         self._given_up = self._asked = False
         self._lm_head: Any = None
@@ -141,8 +164,7 @@ class ServedHead:
             if bias is not None:
                 self._give_up("the head has a bias")
                 return None
-        gate = gate_of(self._config)
-        if gate is None or gate.dense or self._head is None:
+        if self._head is None or not (self._drafts or _is_open(gate_of(self._config))):
             return None
         try:
             return self._padded(self._head, hidden, lm_head.weight.shape[0])
@@ -157,10 +179,12 @@ class ServedHead:
         if self._given_up or hidden.dim() != 2 or not 0 < hidden.shape[0] <= SIZES[-1]:
             return False
         gate = gate_of(self._config)
-        why = _why_never(processor, gate, lm_head, hidden, self._fills)
+        why = _why_never(processor, lm_head, hidden, self._fills)
+        if gate is None and not self._drafts:
+            why = "this vLLM did not load the logits processor that tells which requests need it"
         if why:
             self._give_up(why)
-        elif self._lm_head is None and gate is not None and not gate.dense:
+        elif self._lm_head is None and (self._drafts or _is_open(gate)):
             self.build(lm_head)  # the input embedding is the head: nobody called build
         self._asked = not self._given_up and self._lm_head is not None
         return self._asked
@@ -186,7 +210,7 @@ class ServedHead:
             raise FlashtuneError(f"the head is quantised ({type(lm_head.quant_method).__name__})")
         if getattr(lm_head, "bias", None) is not None:
             raise FlashtuneError("the head has a bias")
-        most = self._config.scheduler_config.max_num_seqs
+        most = self._config.scheduler_config.max_num_seqs * self._rows_a_request()
         sizes = [size for size in SIZES if size < 2 * most]
         tune = named_tune(MODES)
         with _usual_defaults():
@@ -210,6 +234,13 @@ class ServedHead:
             head.added_bytes / 2**20,
         )
         return head, frozenset(answers)
+
+    def _rows_a_request(self) -> int:
+        """Rows of a step for each request: those that a draft proposed, and one more."""
+        speculative = self._config.speculative_config
+        if speculative is None or self._drafts:
+            return 1
+        return 1 + int(getattr(speculative, "num_speculative_tokens", 0) or 0)
 
     def _made(self, weight: torch.Tensor, tune: str) -> FlashHead:
         """The FlashHead of the folder's clusters, or without clusters where it has none."""
@@ -243,15 +274,16 @@ def _usual_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _why_never(
-    processor: Any, gate: Any, lm_head: Any, hidden: torch.Tensor, fills: bool
-) -> str | None:
+def _is_open(gate: RequestGate | None) -> bool:
+    """Whether no request of the batch needs the dense head."""
+    return gate is not None and not gate.dense
+
+
+def _why_never(processor: Any, lm_head: Any, hidden: torch.Tensor, fills: bool) -> str | None:
     """Why this engine's head can never be FlashHead, as its first call shows, or None.
 
     fills: whether tokens that are no candidates have the fill for their logits.
     """
-    if gate is None:
-        return "this vLLM did not load the logits processor that tells which requests need it"
     if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
         return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"
     if fills and _is_changed(processor, lm_head, hidden):

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -189,7 +189,7 @@ def plain_torch(without_kernels: None) -> None:
 @pytest.fixture(autouse=True)
 def unscreened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the environment of the tests asks for."""
-    for name in ("SCREEN", "PROBES", "TUNE"):
+    for name in ("SCREEN", "PROBES", "TUNE", "VERIFY"):
         monkeypatch.delenv(f"FLASHTUNE_{name}", raising=False)
 
 
@@ -472,6 +472,58 @@ def test_what_an_engine_may_not_have_goes_dense_with_one_warning(
         assert torch.equal(engine(states(2)), engine.dense(states(2)))
     (warning,) = warnings(caplog)
     assert why in warning
+    del gate
+
+
+def _speculating(target: str, draft: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        draft_model_config=SimpleNamespace(model=draft),
+        target_model_config=SimpleNamespace(model=target),
+        num_speculative_tokens=3,
+    )
+
+
+def test_a_draft_is_answered_for_without_a_gate(
+    vllm: StubVllm, folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its target, which shares the compilation config, verifies with its dense head."""
+    draft = folder(n_probes=1)
+    speculating = _speculating("a/target", draft)
+    target = Config("a/target", speculative_config=speculating)
+    drafting = replace(target, model=draft)
+    engine, other = vllm.engine(target, -weight()), vllm.engine(drafting, weight())
+    engine.load()
+    other.load()
+    assert probed(other(states(3))) == [VOCAB // CLUSTERS] * 3
+    assert torch.equal(engine(states(2)), engine.dense(states(2)))
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_target_verifies_with_flash_head_only_where_that_is_asked_for(
+    vllm: StubVllm,
+    folder: Folder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: bool,
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_VERIFY", str(int(allowed)))
+    model = folder(n_probes=1)
+    config = Config(model, speculative_config=_speculating(model, "a/draft"))
+    gate = RequestGate(config)
+    engine = vllm.engine(config, weight())
+    engine.load()
+    logits = engine(states(16))  # of 4 requests, each with 3 drafted tokens
+    if allowed:
+        assert probed(logits) == [VOCAB // CLUSTERS] * 16
+        gate.add_request(0, scored := SimpleNamespace(logprobs=1))
+        assert torch.equal(engine(states(2)), engine.dense(states(2)))
+        del scored
+        assert warnings(caplog) == []
+    else:
+        assert torch.equal(logits, engine.dense(states(16)))
+        (warning,) = warnings(caplog)
+        assert "which tokens are accepted: FLASHTUNE_VERIFY=1 lets it" in warning
     del gate
 
 
