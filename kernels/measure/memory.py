@@ -20,10 +20,13 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that can still be had on a CUDA device, torch's own reserve counted in, or on a CPU.
 
     Of a CPU's memory, what is left of the machine's and of its container's limit; nothing where
-    the system tells neither.
+    the system tells neither. Of a GPU that shares the machine's memory (a Jetson's), what the
+    machine has available: CUDA does not count what the system could free, such as cached files.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        if torch.cuda.get_device_properties(device).is_integrated:
+            free = _available(_MEMORY) or free
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
     return min(_available(_MEMORY), *_group_rooms(_CGROUP, _CGROUPS))

@@ -2,7 +2,8 @@
 # FlashHead in a real vLLM on this machine's CPU, held against plain vLLM on the same model.
 #   tests/serving/run.sh             in process and over HTTP
 #   tests/serving/run.sh --short     in process only
-#   tests/serving/run.sh --prepare   only what both need: the environment and the models
+#   tests/serving/run.sh --speculative   a draft and its target, in process
+#   tests/serving/run.sh --prepare   only what these need: the environment and the models
 # Makes its own environment (2.5 GB) and model folders in .venv-serving, or in $SERVING_FOLDER, and
 # uses them again. Exits with 1 where an answer is not what it must be.
 set -euo pipefail
@@ -30,5 +31,9 @@ if [ ! -e "$models/flash/config.json" ]; then
 fi
 
 [ "${1:-}" != --prepare ] || exit 0
+if [ "${1:-}" = --speculative ]; then
+    mkdir -p "$models/copies"
+    exec "$python" tests/serving/speculative.py "$models/plain" "$models/flash" "$models/copies"
+fi
 "$python" tests/serving/v2_gate.py
 "$python" tests/serving/compare.py "$@" "$models/plain" "$models/flash" "$models/copies"

@@ -1,6 +1,7 @@
 """How much memory is left: of the machine, of control groups, of a GPU as the driver tells."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +57,15 @@ def test_a_system_that_tells_nothing_has_no_room(system: Path) -> None:
     assert free_bytes(CPU) == 0
 
 
-def test_of_a_gpu_torchs_own_reserve_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
-    assert free_bytes(torch.device("cuda", 0)) == 1300
+@pytest.mark.parametrize(("integrated", "expected"), [(False, 800 + 30), (True, 1000 * 1024 + 30)])
+def test_of_a_gpu_torchs_own_reserve_counts_as_free_and_a_shared_memory_as_the_machines(
+    system: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool, expected: int
+) -> None:
+    for name, value in (
+        ("mem_get_info", (800, 10**9)),
+        ("memory_reserved", 50),
+        ("memory_allocated", 20),
+        ("get_device_properties", SimpleNamespace(is_integrated=integrated)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_bytes(torch.device("cuda", 0)) == expected
