@@ -19,7 +19,8 @@ from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.reply import Reply
+from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem

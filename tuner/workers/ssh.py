@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from flashtune.tuner.workers import keeper
 from flashtune.tuner.workers.far_end import GREETING
 from flashtune.tuning_db import cached_file, private_folder
 
@@ -92,10 +93,6 @@ class SshTransport:
         said = " ".join(said.removeprefix("ssh: ").split()).rstrip(".")
         return f"ssh {self.destination}: {said}"
 
-    def exit_code(self, code: int) -> int:
-        """far_end.py ends as a shell does: 128 and more for a signal."""
-        return 128 - code if code > 128 else code
-
 
 def _quoted(python: str) -> str:
     """For the far shell, which replaces a tilde by the user's folder."""
@@ -109,7 +106,7 @@ def _quoted(python: str) -> str:
 def _far_end() -> bytes:
     """far_end.py, behind what makes the modules that it imports, which are not there yet."""
     first = "import sys, types\n"
-    for name in (private_folder.__name__, cached_file.__name__):
+    for name in (private_folder.__name__, cached_file.__name__, keeper.__name__):
         package, _, module = name.rpartition(".")
         source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
         first += (

@@ -19,9 +19,11 @@ from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool
+from flashtune.tuner.workers.message import answer_to, to_line
 from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.reply import Reply, read_reply
 from flashtune.tuner.workers.ssh import SshTransport
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
@@ -184,7 +186,7 @@ def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
     with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
-        [busy] = [each.popen.pid for each in workers._processes if each.popen.pid != idle]
+        [busy] = [each.popen.pid for each in workers._processes if each.request]
         workers.cancel()
         assert workers.pending == 0
         assert is_gone(busy)
@@ -304,21 +306,22 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
 def test_a_worker_answers_until_its_input_ends(
     faulty_script: Path, faulty: ModuleType, problem: Problem, device: Device
 ) -> None:
-    def line(programs: int, slack: int) -> str:
+    def task(programs: int, slack: int) -> Task:
         data = config_data(default_config(problem, device))
         config = parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
-        task = Task(kind="measure", candidates=(Candidate(problem, config, device),))
-        return task.to_json() + "\n"
+        return Task(kind="measure", candidates=(Candidate(problem, config, device),))
 
+    tasks = {str(place): task(*place) for place in ((4, 64), (0, 0), (4, 0))}
     done = subprocess.run(
-        [sys.executable, str(faulty_script)],
-        input=line(4, 64) + line(0, 0) + line(4, 0),
+        ["sh", "-c", 'exec "$@" 3>&1 >&2', "sh", sys.executable, str(faulty_script)],
+        input="".join(to_line(name, each.data()) + "\n" for name, each in tasks.items()),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=True,
     )
-    replies = [Reply.from_json(each) for each in done.stdout.splitlines()]
+    lines = zip(tasks.items(), done.stdout.splitlines(), strict=True)
+    replies = [read_reply(answer_to(name, line.encode()), each) for (name, each), line in lines]
     outcomes = [reply.measurements[0].outcome for reply in replies]
     assert outcomes == [Outcome.OK, Outcome.OK, Outcome.WRONG_RESULT]
     assert "noise of a compiled library" in done.stderr
