@@ -57,21 +57,33 @@ def keep(path: Path, content: bytes) -> None:
 
 
 def is_whole_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder has these files, by their names below it, with this content."""
-    try:
-        return all(Path(folder, name).read_bytes() == data for name, data in files.items())
-    except OSError:
-        return False
+    """Whether a folder has these files, by their names below it, with this content, and no more.
+
+    And nobody else can have written them, or can now.
+    """
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        if any(Path(parent, name).is_symlink() for name in ("", *folders)):
+            return False
+        found |= {str(Path(parent, name).relative_to(folder)) for name in names}
+    return found == set(files) and all(
+        read_private(Path(folder, name)) == data for name, data in files.items()
+    )
 
 
 def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files, in place of one that is not whole. Raises OSError."""
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-") as parent:
+    """Write a folder of files, in place of one that is not whole.
+
+    Raises OSError where that fails, or others can write to the folder that it lies in.
+    """
+    make_private(folder.parent)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix="build-", ignore_cleanup_errors=True
+    ) as parent:
         fresh, broken = Path(parent, "fresh"), Path(parent, "broken")
         for name, data in files.items():
             path = Path(fresh, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent)
             _write(path, data)
         for path in (fresh, *(each for each in fresh.rglob("*") if each.is_dir())):
             _sync(path)

@@ -39,7 +39,10 @@ def main() -> None:
     try:
         folder = unpacked(archive, header["digest"])
     except (OSError, RuntimeError) as error:  # of a user without a home folder
-        sys.exit(f"no place for the worker ({error}): set FLASHTUNE_CACHE there")
+        sys.exit(
+            f"no place for the worker ({error}): set FLASHTUNE_CACHE there to a folder that you "
+            "can write and no other user can"
+        )
     end_earlier(header["token"])
     print(GREETING, flush=True)
     command = [sys.executable, "-m", header["module"], header["token"]]
@@ -53,7 +56,10 @@ def cache_folder() -> Path:
 
 
 def unpacked(archive: bytes, digest: str) -> Path:
-    """The folder with the archive's files, unpacked unless all of them are there already."""
+    """The folder with the archive's files, unpacked unless just these are there already.
+
+    Raises OSError where it can't be written, or others could change what lies there.
+    """
     if hashlib.sha256(archive).hexdigest() != digest:
         sys.exit("flashtune's code arrived damaged: try again")
     folder = cache_folder() / "code" / digest
@@ -93,7 +99,12 @@ def run(command: Sequence[str], folder: Path) -> int:
         command,
         stdin=subprocess.PIPE,
         cwd=folder,  # not where `torch` or `triton` may be the name of somebody's checkout
-        env={**os.environ, "PYTHONPATH": path, "FLASHTUNE_CACHE": str(cache_folder())},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONDONTWRITEBYTECODE": "1",  # the folder has what was sent, and no more
+            "FLASHTUNE_CACHE": str(cache_folder()),
+        },
     )
     pieces = Pieces()
     for work in (take, hand_on):

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shlex
 import zipfile
@@ -95,9 +96,9 @@ class SshTransport:
 
 
 def _quoted(python: str) -> str:
-    """For the far shell, which replaces a tilde by the user's folder."""
+    """For the far shell, which may replace a tilde by a user's folder, and nothing else."""
     home, slash, rest = python.partition("/")
-    if slash and home.startswith("~"):
+    if slash and re.fullmatch(r"~[\w.-]*", home, re.ASCII):
         return f"{home}/{shlex.quote(rest)}"
     return shlex.quote(python)
 

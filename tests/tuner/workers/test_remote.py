@@ -284,6 +284,9 @@ class TestWhatIsThere:
         assert far_command("~/venv/bin/python").startswith("~/venv/bin/python -c ")
         assert far_command("/a b/python").startswith("'/a b/python' -c ")
         assert far_command("$(reboot)").startswith("'$(reboot)' -c ")
+        assert far_command("~$(reboot)/python").startswith("'~$(reboot)/python' -c ")
+        assert far_command("~a;b/python").startswith("'~a;b/python' -c ")
+        assert far_command("~us.er-1/a b").startswith("~us.er-1/'a b' -c ")
 
     def test_what_it_needs_is_what_is_declared(self) -> None:
         declared = "\n".join(importlib.metadata.requires("flashtune") or ())
