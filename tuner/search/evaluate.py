@@ -115,6 +115,12 @@ class PredictingEvaluator:
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
+        named = {use.kernel for use in reply.uses}
+        unsaid = [use.kernel for use in candidate.launches if use.kernel not in named]
+        if unsaid:
+            return Measurement(
+                outcome=Outcome.CRASH, error=f"the worker did not say what {unsaid[0]} needs"
+            )
         try:
             prediction = predict(candidate, reply.uses)
         except FlashtuneError as error:  # a plan that the cost model does not cover

@@ -97,7 +97,7 @@ def _choose(destination: str, report: Report, wanted: Device | None) -> tuple[De
     else:
         found = report.found.get(target_of(wanted).name)
     if found is None:
-        raise FlashtuneError(f"{destination}: it names no device of the kind")
+        raise FlashtuneError(f"{destination} names no device of that kind")
     device, tools = found.device, found.toolchain
     if device is None or tools is None:
         raise FlashtuneError(f"{destination}: {found.trouble}")

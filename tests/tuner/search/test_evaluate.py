@@ -129,6 +129,15 @@ def test_what_spills_is_predicted_to_fail(space: Space) -> None:
     assert evaluation.measurement.error == "spills bytes a thread: {'gather': 48}"
 
 
+def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
+    pool = InstantPool(1, lambda task: Reply(uses=(FITS[0], replace(FITS[1], kernel="other"))))
+    evaluator = PredictingEvaluator(space.problem, space.device, pool)
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.CRASH
+    assert evaluation.measurement.error == "the worker did not say what select needs"
+
+
 def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space: Space) -> None:
     evaluator = evaluators["predict"]
     evaluator.submit(next(space.configs()))

@@ -7,8 +7,41 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TextIO
 
 ANSWER, FATAL, EXIT, SEGFAULT, HANG, IN_PIECES, SPAWN, HALF, LATE = range(9)
+GARBAGE, ANOTHERS, HUGE, ENDLESS, MORE, NO_TIME, FLOOD, ESCAPE, DEAF = range(9, 18)
+MIB = 2**20
+
+
+def speak(seed: int, replies: TextIO) -> None:
+    """What no worker of ours says."""
+    if seed == GARBAGE:
+        replies.write("Segmentation fault? no, {garbage]\n")
+    if seed == ANOTHERS:
+        replies.write(json.dumps({"request": "another", "content": {}}) + "\n")
+    if seed == HUGE:
+        replies.write("x" * 20 * MIB + "\n")
+    while seed == ENDLESS:
+        replies.write("x" * MIB)
+    if seed == FLOOD:
+        for _ in range(300):
+            os.write(2, b"x" * MIB)
+        os.write(2, b"\n\x1b[2Jlast words\n")
+        os._exit(7)
+    replies.flush()
+
+
+def escape() -> int:
+    """A process of another group and session, whose parent is gone."""
+    report, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(write, b"%d" % os.getpid())
+            time.sleep(600)
+        os._exit(0)
+    return int(os.read(report, 20))
 
 
 def main() -> None:
@@ -27,11 +60,19 @@ def main() -> None:
             time.sleep(600)
         if seed == LATE:
             time.sleep(2.0)
+        if seed == DEAF:
+            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(each, signal.SIG_IGN)
+            print(escape(), file=sys.stderr, flush=True)
+            time.sleep(600)
+        if seed == ESCAPE:
+            time_us = escape()
+        speak(seed, replies)
         if seed == SPAWN:
             time_us = subprocess.Popen(["sleep", "600"]).pid
         measurement = {
-            "outcome": "ok", "median_us": time_us, "spread_us": 0.5, "samples": 2, "error": "",
-            "policy": "search",
+            "outcome": "ok", "median_us": 0 if seed == NO_TIME else time_us, "spread_us": 0.5,
+            "samples": 2, "error": "", "policy": "search",
         }  # fmt: skip
         content = {"measurements": [measurement], "uses": [], "fatal": seed == FATAL}
         text = json.dumps({"request": data["request"], "content": content}) + "\n"
@@ -46,6 +87,8 @@ def main() -> None:
             time.sleep(0.1)
             text = text[-1]
         replies.write(text)
+        if seed == MORE:
+            replies.write("and more\n")
         replies.flush()
         if seed == FATAL:
             return
