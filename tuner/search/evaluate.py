@@ -20,8 +20,8 @@ from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.reply import SEARCH_POLICY, Reply
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError

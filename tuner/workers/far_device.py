@@ -14,8 +14,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from flashtune.tuner.workers.answers.message import from_line, to_line
 from flashtune.tuner.workers.keeper import REPLIES
-from flashtune.tuner.workers.message import from_line, to_line
 from flashtune.tuning_db.package import why_unusable
 
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from flashtune.tuner.workers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.reply import Reply, policy_of, read_reply
 from flashtune.tuner.workers.process import Ending, WorkerProcess, wait_for_any
-from flashtune.tuner.workers.reply import Reply, policy_of, read_reply
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport
 from flashtune.tuning_db.errors import FlashtuneError

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TypeVar
 
-from flashtune.tuner.workers.message import MOST_BYTES, ReplyError, clean
+from flashtune.tuner.workers.answers.message import MOST_BYTES, ReplyError, clean
 from flashtune.tuner.workers.transport import Transport
 
 END_SECONDS = 5.0  # for a keeper to end what it keeps

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtune.kernels.backends.target import target_of
-from flashtune.tuner.workers.message import ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.message import ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.report import Report, read_bandwidth, read_report
 from flashtune.tuner.workers.process import Ending, WorkerProcess, wait_for_any
-from flashtune.tuner.workers.report import Report, read_bandwidth, read_report
 from flashtune.tuner.workers.ssh import NOT_FOUND, PYTHON, SshTransport
 from flashtune.tuner.workers.transport import Transport
 from flashtune.tuning_db.device import Device, Toolchain

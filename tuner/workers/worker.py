@@ -19,9 +19,9 @@ from flashtune.kernels.measure.failure import failure
 from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.weights import Step
+from flashtune.tuner.workers.answers.message import from_line, to_line
+from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply, policy_of
 from flashtune.tuner.workers.keeper import REPLIES
-from flashtune.tuner.workers.message import from_line, to_line
-from flashtune.tuner.workers.reply import SEARCH_POLICY, Reply, policy_of
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome

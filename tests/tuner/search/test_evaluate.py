@@ -14,7 +14,7 @@ from flashtune.tuner.predict.cost_model import predict
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.space import Space
-from flashtune.tuner.workers.reply import Reply
+from flashtune.tuner.workers.answers.reply import Reply
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome

@@ -22,9 +22,9 @@ from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool
-from flashtune.tuner.workers.message import answer_to, to_line
+from flashtune.tuner.workers.answers.message import answer_to, to_line
+from flashtune.tuner.workers.answers.reply import Reply, read_reply
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.reply import Reply, read_reply
 from flashtune.tuner.workers.ssh import SshTransport
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport

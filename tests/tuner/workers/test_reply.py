@@ -11,10 +11,10 @@ import pytest
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.workers.least_time import least_us
-from flashtune.tuner.workers.message import ReplyError, answer_to, clean, to_line
-from flashtune.tuner.workers.reply import Reply, read_reply
-from flashtune.tuner.workers.report import read_bandwidth, read_report
+from flashtune.tuner.workers.answers.least_time import least_us
+from flashtune.tuner.workers.answers.message import ReplyError, answer_to, clean, to_line
+from flashtune.tuner.workers.answers.reply import Reply, read_reply
+from flashtune.tuner.workers.answers.report import read_bandwidth, read_report
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device, Toolchain, all_devices, find_device
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape

@@ -11,8 +11,8 @@ from flashtune.kernels.measure import trial
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
-from flashtune.tuner.workers.message import answer_to, from_line, to_line
-from flashtune.tuner.workers.reply import Reply, read_reply
+from flashtune.tuner.workers.answers.message import answer_to, from_line, to_line
+from flashtune.tuner.workers.answers.reply import Reply, read_reply
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.worker import Worker
 from flashtune.tuning_db.device import Device

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flashtune.tuner.workers.message import (
+from flashtune.tuner.workers.answers.message import (
     ReplyError,
     items,
     members,

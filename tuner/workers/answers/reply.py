@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.workers.least_time import least_us
-from flashtune.tuner.workers.message import (
+from flashtune.tuner.workers.answers.least_time import least_us
+from flashtune.tuner.workers.answers.message import (
     ReplyError,
     flag,
     items,
