@@ -6,7 +6,8 @@ Usage:
 The command and all that it started are killed when it ends, when the other end of standard input
 is closed, as the kernel does for a search that was killed, and when the keeper itself is killed
 (then the command alone). A process that left its group and lost its parent is found, too: the
-kernel makes it a child of the keeper.
+kernel makes it a child of the keeper. Temporary files go with them: compilers that are killed
+leave theirs.
 
 Replies go to the descriptor `REPLIES`, which is the keeper's standard output. What the command
 writes to its own standard output or error is kept apart, and the end of it passed on.
@@ -18,9 +19,11 @@ import ctypes
 import functools
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +49,7 @@ class Kept:
     ) -> None:
         """Start it; from here on standard output is standard error. Raises OSError."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._scratch = tempfile.mkdtemp(prefix="flashtune-")
         os.dup2(1, REPLIES)
         os.dup2(2, 1)
         self.child = subprocess.Popen(
@@ -54,7 +58,7 @@ class Kept:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=cwd,
-            env=env,
+            env={**(os.environ if env is None else env), "TMPDIR": self._scratch},
             pass_fds=(REPLIES,),
             start_new_session=True,
             preexec_fn=functools.partial(_end_with, os.getpid()),
@@ -73,6 +77,7 @@ class Kept:
         """Its exit code, 128 and more for a signal, once nothing of it is left."""
         code = self.child.wait()
         end_descendants()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._listener.join(1.0)  # else a process that does not die holds the pipe
         with contextlib.suppress(OSError):
             os.write(2, self._said)

@@ -299,6 +299,24 @@ def test_nothing_outlives_a_search_that_is_killed(task) -> None:
     assert comes_true(lambda: all(map(is_gone, left)))
 
 
+def test_temporary_files_go_with_their_worker(
+    task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = (
+        "import runpy, tempfile; tempfile.mkstemp(); "
+        f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
+    )
+    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+        answer(workers, task(stub.ANSWER))
+        [folder] = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1
+        answer(workers, task(stub.SEGFAULT))
+        assert list(tmp_path.iterdir()) == []
+        answer(workers, task(stub.ANSWER))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_worker_ends_with_its_keeper(task) -> None:
     with WorkerPool(1, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
