@@ -13,7 +13,7 @@ Where workers are far and the way to one is lost, its task is begun again on ano
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -133,23 +133,26 @@ class WorkerPool:
     def cancel(self) -> None:
         """Forget every pending task: those begun end with their process, idle ones live on."""
         self._queue.clear()
-        for process in [each for each in self._processes if each.request is not None]:
-            process.end()
-            self._processes.remove(process)
+        self._end([each for each in self._processes if each.request is not None])
 
     def close(self) -> None:
         """End every process and forget what was pending."""
         self._queue.clear()
-        for process in self._processes:
+        self._end(list(self._processes))
+
+    def _end(self, processes: Sequence[_Process]) -> None:
+        """End processes, all at once."""
+        for process in processes:
+            process.hang_up()
+        for process in processes:
             process.end()
-        self._processes.clear()
+            self._processes.remove(process)
 
     def _assign(self) -> None:
         idle = [process for process in self._processes if process.request is None]
         if self._queue:
-            for process in [each for each in idle if not each.is_quiet]:
-                idle.remove(process)  # it died, or what it says answers nothing
-                self._remove(process)
+            self._end([each for each in idle if not each.is_quiet])  # dead, or it answers nothing
+            idle = [process for process in idle if process in self._processes]
         while self._queue and (idle or self._may_start()):
             if not idle:
                 self._processes.append(_Process(self._transport))
@@ -185,21 +188,17 @@ class WorkerPool:
             self._outage = None
             self._on_outage("connected again")
         if reply is not None and reply.fatal:
-            self._remove(process)
+            self._end([process])
         elif reply is None and time.monotonic() > process.deadline:
             return self._replace(process, Outcome.TIMEOUT)
         return reply
-
-    def _remove(self, process: _Process) -> None:
-        process.end()
-        self._processes.remove(process)
 
     def _refuse(self, process: _Process, error: ReplyError) -> Reply | None:
         """The reply for a process that does not keep to what is agreed: it is believed no more.
 
         What else it sent would be taken for the answer to the next task.
         """
-        self._remove(process)
+        self._end([process])
         request = process.request
         assert request
         if not process.connected:

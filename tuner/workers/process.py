@@ -76,6 +76,11 @@ class WorkerProcess:
         """Whether it lives and has said nothing since the line that was read last."""
         return not self._arrived and not wait_for_any([self], 0.0)
 
+    @property
+    def floods(self) -> bool:
+        """Whether more came on standard error than is kept."""
+        return os.fstat(self._errors.fileno()).st_size > MOST_ON_DISK
+
     def write(self, line: str) -> None:
         """Hand over a line; a process that is gone shows at the next read."""
         self._write(line.encode() + b"\n")
@@ -100,6 +105,8 @@ class WorkerProcess:
         What comes before the greeting is not the worker's: a login shell may print things.
         Raises ReplyError where more comes than any worker of ours sends.
         """
+        if self.floods:
+            raise ReplyError(f"more than {MOST_ON_DISK} bytes on standard error")
         try:
             piece = os.read(self.stdout.fileno(), PIECE_BYTES)
         except BlockingIOError:
@@ -110,8 +117,6 @@ class WorkerProcess:
             raise EOFError
         if line is None and len(self._arrived) > MOST_BYTES:
             raise ReplyError(f"a line of more than {MOST_BYTES} bytes")
-        if os.fstat(self._errors.fileno()).st_size > MOST_ON_DISK:
-            raise ReplyError(f"more than {MOST_ON_DISK} bytes on standard error")
         return line
 
     def _line(self) -> bytes | None:
@@ -130,17 +135,20 @@ class WorkerProcess:
         if self.connected:
             self._errors_from = os.fstat(self._errors.fileno()).st_size
 
+    def hang_up(self) -> None:
+        """Have its keeper, here or at the far end, end it with all that it started."""
+        self.stdin.close()
+
     def end(self, patience: float = 0.0) -> Ending:
         """End it with all that it started, unless it ends by itself within `patience` seconds.
 
-        Where standard input ends, its keeper, here or at the far end, ends it. Said once more, it
-        is the same ending.
+        Waits until it is gone. Said once more, it is the same ending.
         """
         if self._ending is not None:
             return self._ending
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(patience)
-        self.stdin.close()
+        self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(END_SECONDS)
         with contextlib.suppress(ProcessLookupError):
@@ -168,7 +176,7 @@ Process = TypeVar("Process", bound=WorkerProcess)
 
 
 def wait_for_any(processes: Sequence[Process], seconds: float) -> list[Process]:
-    """The processes that have something to be read, waiting for any at most so long.
+    """The processes of which `read` has something to say, waiting for any at most so long.
 
     Meanwhile they are handed what they had not taken yet.
     """
@@ -181,4 +189,5 @@ def wait_for_any(processes: Sequence[Process], seconds: float) -> list[Process]:
     for key, event in ready:
         if event & selectors.EVENT_WRITE:
             key.data.push()
-    return [key.data for key, event in ready if event & selectors.EVENT_READ]
+    readable = [key.data for key, event in ready if event & selectors.EVENT_READ]
+    return [process for process in processes if process in readable or process.floods]
