@@ -102,3 +102,39 @@ def test_a_folder_is_whole_after_it_was_kept(state: str, tmp_path: Path) -> None
     keep_folder(folder, FILES)
     assert is_whole_folder(folder, FILES)
     assert [each.name for each in folder.parent.iterdir()] == ["digest"]
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["more", "open", "open inside", "another's", "another's file", "a link", "a link inside"],
+)
+def test_a_folder_that_others_could_change_or_that_has_more_is_made_again(
+    state: str, tmp_path: Path, give_away: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "code" / "digest"
+    before = os.umask(0)
+    try:
+        keep_folder(folder, FILES)
+    finally:
+        os.umask(before)
+    assert is_whole_folder(folder, FILES)
+    if state == "more":
+        (folder / "flashtune/torch.py").write_bytes(b"")
+    elif state.startswith("open"):
+        (folder / "flashtune" if "inside" in state else folder).chmod(0o777)
+    elif state.startswith("another's"):
+        give_away(folder / "data.json" if "file" in state else folder)
+    else:
+        inner = folder / "flashtune/a" if "inside" in state else folder
+        inner.rename(tmp_path / "elsewhere")
+        inner.symlink_to(tmp_path / "elsewhere")
+    assert not is_whole_folder(folder, FILES)
+    keep_folder(folder, FILES)
+    assert is_whole_folder(folder, FILES)
+
+
+def test_a_folder_is_not_made_where_others_can_write(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code").chmod(0o777)
+    with pytest.raises(PermissionError, match="others can write"):
+        keep_folder(tmp_path / "code" / "digest", FILES)

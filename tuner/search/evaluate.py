@@ -10,16 +10,19 @@ Usage:
 Both keep compilers running ahead: `room` says how many more configs may be submitted.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -112,6 +115,12 @@ class PredictingEvaluator:
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
             )
+        named = {use.kernel for use in reply.uses}
+        unsaid = [use.kernel for use in candidate.launches if use.kernel not in named]
+        if unsaid:
+            return Measurement(
+                outcome=Outcome.CRASH, error=f"the worker did not say what {unsaid[0]} needs"
+            )
         try:
             prediction = predict(candidate, reply.uses)
         except FlashtuneError as error:  # a plan that the cost model does not cover
@@ -129,6 +138,9 @@ class MeasuringEvaluator:
 
     Where compilers would disturb the timing, the two take turns. Where there are none, the
     worker that measures compiles, too.
+
+    A time so short that it would prune the best one known is taken once more before it counts, as
+    finalists are. So what is pruned is slower than a config that was timed twice.
     """
 
     provenance = Provenance.MEASURED
@@ -151,6 +163,7 @@ class MeasuringEvaluator:
         self._compilers, self._measurer = compilers, measurer
         self._elsewhere = elsewhere
         self._best_us: float | None = None
+        self._confirmed_us = math.inf  # the best time that was taken twice
         self._in_turns = target_of(device).times_alone
         self._compiled: list[Config] = []
 
@@ -189,11 +202,21 @@ class MeasuringEvaluator:
                 self._measure(config)
             self._compiled.clear()
         for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
-            measurement = reply.measurement or _UNSAID
-            if measurement.outcome is Outcome.OK and measurement.median_us is not None:
-                self._best_us = min(self._best_us or measurement.median_us, measurement.median_us)
-            evaluations.append(Evaluation(task.candidates[0].config, measurement))
+            evaluations += self._judged(task, reply.measurement or _UNSAID)
         return evaluations
+
+    def _judged(self, task: Task, measurement: Measurement) -> list[Evaluation]:
+        """What a measurement says of its config: nothing yet where that is to be timed again."""
+        config = task.candidates[0].config
+        again = task.kind == "compare"
+        if measurement.outcome is Outcome.OK and measurement.median_us is not None:
+            if again:
+                self._confirmed_us = min(self._confirmed_us, measurement.median_us)
+            elif FAR_BEHIND * measurement.median_us < self._confirmed_us:
+                self._measurer.submit(self._task("compare", (config,)), COMPARE_SECONDS)
+                return []
+            self._best_us = min(self._best_us or math.inf, measurement.median_us)
+        return [Evaluation(config, replace(measurement, policy=SEARCH_POLICY))]
 
     def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
         """Time several configs in turns, so that a drifting clock favours none.

@@ -10,7 +10,7 @@ goes on where it was.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
@@ -27,7 +27,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
-MOST_COMPARISONS = 3  # each after the first because a finalist failed
+MOST_COMPARISONS = 10  # in which none fails, but the lead is lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,19 +182,18 @@ class _Run:
     def _finals(self) -> dict[Config, Measurement]:
         """What became of the finalists that worked; a failure is written at once.
 
-        One that fails when it is timed again is no longer a finalist: the others are compared
-        once more, together with the next best.
+        One that fails when it is timed again is no longer a finalist, and one that takes longer
+        than it did may leave the lead to a config that was no finalist. Then those that are now
+        the best are compared, until neither happens.
         """
         finals: dict[Config, Measurement] = {}
-        for _ in range(MOST_COMPARISONS):
-            ranked = self.proposals.ranked()
-            wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
-            configs = [config for config in wanted if config in ranked]
-            if len(configs) < 2:
-                break
+        tried: set[Config] = set()
+        left = MOST_COMPARISONS
+        while left and (configs := self._finalists(finals, tried)):
             found = {each.config: each.measurement for each in self.evaluator.compare(configs)}
             for measurement in found.values():
                 _stop_for_the_machine(measurement)
+            tried.update(configs)
             finals |= found
             failed = {config: each for config, each in found.items() if each.median_us is None}
             for config, measurement in failed.items():
@@ -202,8 +201,45 @@ class _Run:
                 self.proposals.correct(config, measurement)
                 self._write(config, measurement)
             if not failed:
-                break
+                left = left - 1 if self._may_lose(finals, tried) else 0
         return finals
+
+    def _finalists(
+        self, finals: Mapping[Config, Measurement], tried: Collection[Config]
+    ) -> list[Config]:
+        """The best configs, and the default and the baseline where they work.
+
+        None where only one config ever worked.
+        """
+        times = self._expected_us(finals)
+        ranked = sorted(times, key=lambda config: times[config])
+        wanted = dict.fromkeys([*ranked[:FINALISTS], *references(self.space)])
+        configs = [config for config in wanted if config in times]
+        return configs if len(times) > 1 or tried else []
+
+    def _may_lose(self, finals: Mapping[Config, Measurement], tried: Collection[Config]) -> bool:
+        """Whether a config that was not compared may be faster than all that were."""
+        if not finals:
+            return False
+        best = min(finals.values(), key=lambda each: each.median_us or math.inf)
+        bound_us = (best.median_us or 0.0) - best.noise_us
+        times = self._expected_us(finals)
+        return any(times[config] < bound_us for config in times if config not in tried)
+
+    def _expected_us(self, finals: Mapping[Config, Measurement]) -> dict[Config, float]:
+        """The times of the configs that work: what they took in a comparison, or would take.
+
+        A comparison may find every config slower, as clocks drift; and one that was timed too
+        short, by far more than the others. So what all have in common is the least.
+        """
+        known = {
+            config: self.proposals.known[config].median_us or 0.0
+            for config in self.proposals.ranked()
+        }
+        again = {config: each.median_us or 0.0 for config, each in finals.items()}
+        drift = min((again[each] / known[each] for each in again if known.get(each)), default=1.0)
+        drift = max(1.0, drift)
+        return {config: again.get(config, drift * time_us) for config, time_us in known.items()}
 
     def event(self, comparing: bool = False) -> Event:
         """How far the search is."""

@@ -1,53 +1,56 @@
-"""What a machine can be tuned for: run there, it prints its devices as a line of JSON.
+"""What a machine can be tuned for: run there, it answers what its devices are.
 
 Usage:
-    python -m flashtune.tuner.workers.far_device
+    python -m flashtune.tuner.workers.far_device < requests 3> answers     # lines of message.py
 
-`trouble` says why nothing can be tuned there; else `devices` has for each kind of device its own
-`trouble`, or a `device` with its `toolchain`. For each line with what a target's
-`bandwidth_sources` are for the CPU it then prints the bandwidth of its memory in bytes/s.
+A request's content is null, and the answer a report: `trouble` says why nothing can be tuned
+there, or is empty; `devices` has for each kind of device its own `trouble`, or a `device` with
+its `toolchain`. Or it is what a target's `bandwidth_sources` are for the CPU, and the answer the
+`bandwidth` of its memory in bytes/s.
 """
 
-import contextlib
-import json
+import os
 import sys
 from dataclasses import asdict
 from typing import Any
 
+from flashtune.tuner.workers.answers.message import from_line, to_line
+from flashtune.tuner.workers.keeper import REPLIES
 from flashtune.tuning_db.package import why_unusable
 
 
 def main() -> None:
-    """Print the report, then bandwidths until standard input ends."""
-    answers = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # what is imported may print
-        print(json.dumps(report()), file=answers, flush=True)
+    """Answer until standard input ends."""
+    os.set_inheritable(REPLIES, False)
+    with os.fdopen(REPLIES, "w", encoding="utf-8") as replies:
         for line in sys.stdin:
-            from flashtune.kernels.backends.cpp.this_cpu import describe_cpu, fresh_bandwidth
-
-            bandwidth = fresh_bandwidth(describe_cpu(), json.loads(line))
-            print(bandwidth, file=answers, flush=True)
+            request, sources = from_line(line)
+            replies.write(to_line(request, report() if sources is None else _rate(sources)) + "\n")
+            replies.flush()
 
 
 def report() -> dict[str, Any]:
     """The machine's devices by their kind, or the first thing that is missing for each."""
     trouble = why_unusable("torch")
     if trouble:
-        return {"trouble": trouble}
+        return {"trouble": trouble, "devices": {}}
     from flashtune.kernels.backends.target import Target, all_targets
 
     def found(target: Target) -> dict[str, Any]:
         trouble = target.trouble()
         device = None if trouble else target.described()
         if device is None:
-            return {"trouble": trouble or "there is no such device"}
-        return {
-            "trouble": None,
-            "device": asdict(device),
-            "toolchain": asdict(target.toolchain()),
-        }
+            trouble = trouble or "there is no such device"
+            return {"trouble": trouble, "device": None, "toolchain": None}
+        return {"trouble": "", "device": asdict(device), "toolchain": asdict(target.toolchain())}
 
-    return {"trouble": None, "devices": {each.name: found(each) for each in all_targets()}}
+    return {"trouble": "", "devices": {each.name: found(each) for each in all_targets()}}
+
+
+def _rate(sources: list[str]) -> dict[str, float]:
+    from flashtune.kernels.backends.cpp.this_cpu import describe_cpu, fresh_bandwidth
+
+    return {"bandwidth": fresh_bandwidth(describe_cpu(), sources)}
 
 
 if __name__ == "__main__":

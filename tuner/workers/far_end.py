@@ -1,12 +1,12 @@
-"""Runs a worker on the far side of a connection, and ends it when the connection ends.
+"""Keeps a worker on the far side of a connection, and ends it when the connection ends.
 
 Usage:
     ssh HOST python3 -c "import sys; exec(sys.stdin.buffer.read(SIZE))" < INPUT
 
-INPUT is this file with the module that it imports (SIZE bytes, see ssh.py), a line of JSON (`size`
-and `digest` of an archive, the `module` to run, and a `token` of the search's own), the archive,
-then whatever the module reads. The greeting says that all of that arrived. Nothing of ours is
-there yet when this runs: it uses the standard library alone.
+INPUT is this file with the modules that it imports (SIZE bytes, see ssh.py), a line of JSON
+(`size` and `digest` of an archive, the `module` to run, and a `token` of the search's own), the
+archive, then whatever the module reads. The greeting says that all of that arrived. Nothing of
+ours is there yet when this runs: it uses the standard library alone.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashtune.tuner.workers.keeper import Kept, kill
 from flashtune.tuning_db.cached_file import is_whole_folder, keep_folder
 
 GREETING = "flashtune: ready"
@@ -39,11 +39,14 @@ def main() -> None:
     try:
         folder = unpacked(archive, header["digest"])
     except (OSError, RuntimeError) as error:  # of a user without a home folder
-        sys.exit(f"no place for the worker ({error}): set FLASHTUNE_CACHE there")
+        sys.exit(
+            f"no place for the worker ({error}): set FLASHTUNE_CACHE there to a folder that you "
+            "can write and no other user can"
+        )
     end_earlier(header["token"])
     print(GREETING, flush=True)
-    code = run([sys.executable, "-m", header["module"], header["token"]], folder)
-    os._exit(128 - code if code < 0 else min(code, 127))  # a thread of ours waits for input
+    command = [sys.executable, "-m", header["module"], header["token"]]
+    os._exit(run(command, folder))  # a thread of ours waits for input
 
 
 def cache_folder() -> Path:
@@ -53,7 +56,10 @@ def cache_folder() -> Path:
 
 
 def unpacked(archive: bytes, digest: str) -> Path:
-    """The folder with the archive's files, unpacked unless all of them are there already."""
+    """The folder with the archive's files, unpacked unless just these are there already.
+
+    Raises OSError where it can't be written, or others could change what lies there.
+    """
     if hashlib.sha256(archive).hexdigest() != digest:
         sys.exit("flashtune's code arrived damaged: try again")
     folder = cache_folder() / "code" / digest
@@ -86,46 +92,43 @@ def arguments(process: Path) -> list[str]:
         return []
 
 
-def kill(group: int) -> None:
-    """End a worker with all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
 def run(command: Sequence[str], folder: Path) -> int:
     """Run a command on the code in `folder`. It is fed from standard input, and ends with it."""
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
+    kept = Kept(
         command,
         stdin=subprocess.PIPE,
         cwd=folder,  # not where `torch` or `triton` may be the name of somebody's checkout
-        env={**os.environ, "PYTHONPATH": path, "FLASHTUNE_CACHE": str(cache_folder())},
-        start_new_session=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONDONTWRITEBYTECODE": "1",  # the folder has what was sent, and no more
+            "FLASHTUNE_CACHE": str(cache_folder()),
+        },
     )
     pieces = Pieces()
     for work in (take, hand_on):
-        threading.Thread(target=work, args=(child, pieces), daemon=True).start()
-    code = child.wait()
-    kill(child.pid)  # what it started would keep the connection open
-    return code
+        threading.Thread(target=work, args=(kept, pieces), daemon=True).start()
+    return kept.wait()
 
 
-def take(child: subprocess.Popen[bytes], pieces: Pieces) -> None:
+def take(kept: Kept, pieces: Pieces) -> None:
     """Read until the connection ends. Not what hands on: a hung child may take nothing more."""
     source = sys.stdin.buffer
     assert isinstance(source, io.BufferedReader)
     while piece := source.read1(PIECE_BYTES):
         pieces.put(piece)
-    kill(child.pid)
+    kept.end()
 
 
-def hand_on(child: subprocess.Popen[bytes], pieces: Pieces) -> None:
+def hand_on(kept: Kept, pieces: Pieces) -> None:
     """Give the child what was read, until it is gone."""
-    assert child.stdin
+    target = kept.child.stdin
+    assert target
     with contextlib.suppress(BrokenPipeError):
         while True:
-            child.stdin.write(pieces.get())
-            child.stdin.flush()
+            target.write(pieces.get())
+            target.flush()
 
 
 if __name__ == "__main__":

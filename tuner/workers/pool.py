@@ -6,19 +6,21 @@ Usage:
         for task, reply in pool.wait(1.0):
             …
 
+A worker that answers anything but what it was asked is ended as well, and its task has failed.
 Where workers are far and the way to one is lost, its task is begun again on another connection.
 """
 
-import selectors
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
-from flashtune.kernels.measure.failure import MOST_CHARACTERS
-from flashtune.tuner.workers.process import Ending, WorkerProcess
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.answers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.reply import Reply, policy_of, read_reply
+from flashtune.tuner.workers.process import Ending, WorkerProcess, wait_for_any
+from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome
@@ -32,11 +34,12 @@ MOST_LOSSES = 3  # a task that was begun so often may be what breaks the connect
 
 @dataclass(slots=True)
 class _Request:
-    """A task to be answered, and how often its connection was lost."""
+    """A task to be answered, the name that its answer must bear, and how often it was lost."""
 
     task: Task
     seconds: float
     losses: int = 0
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(slots=True)
@@ -62,15 +65,16 @@ class _Process(WorkerProcess):
         self.request = request
         allowance = START_SECONDS if self.fresh else 0.0
         self.deadline = time.monotonic() + request.seconds + allowance
-        self.write(request.task.to_json())
+        self.write(to_line(request.name, request.task.data()))
 
     def reply(self) -> Reply | None:
-        """The reply if it is complete; raises EOFError when the process is gone."""
+        """The reply if it is complete; raises EOFError when the process is gone, or ReplyError."""
         line = self.read()
         if line is None:
             return None
+        assert self.request
         self.fresh = False
-        return Reply.from_json(line)
+        return read_reply(answer_to(self.request.name, line), self.request.task)
 
 
 class WorkerPool:
@@ -129,19 +133,26 @@ class WorkerPool:
     def cancel(self) -> None:
         """Forget every pending task: those begun end with their process, idle ones live on."""
         self._queue.clear()
-        for process in [each for each in self._processes if each.request is not None]:
-            process.end()
-            self._processes.remove(process)
+        self._end([each for each in self._processes if each.request is not None])
 
     def close(self) -> None:
         """End every process and forget what was pending."""
         self._queue.clear()
-        for process in self._processes:
+        self._end(list(self._processes))
+
+    def _end(self, processes: Sequence[_Process]) -> None:
+        """End processes, all at once."""
+        for process in processes:
+            process.hang_up()
+        for process in processes:
             process.end()
-        self._processes.clear()
+            self._processes.remove(process)
 
     def _assign(self) -> None:
         idle = [process for process in self._processes if process.request is None]
+        if self._queue:
+            self._end([each for each in idle if not each.is_quiet])  # dead, or it answers nothing
+            idle = [process for process in idle if process in self._processes]
         while self._queue and (idle or self._may_start()):
             if not idle:
                 self._processes.append(_Process(self._transport))
@@ -154,10 +165,7 @@ class WorkerPool:
 
     def _collect(self, seconds: float) -> list[tuple[Task, Reply]]:
         busy = [process for process in self._processes if process.request is not None]
-        with selectors.DefaultSelector() as selector:
-            for process in busy:
-                selector.register(process.stdout, selectors.EVENT_READ, process)
-            ready = [key.data for key, _ in selector.select(seconds)]
+        ready = wait_for_any(busy, seconds)
         answered = []
         for process in busy:
             request = process.request
@@ -174,18 +182,32 @@ class WorkerPool:
             reply = process.reply() if readable else None
         except EOFError:
             return self._replace(process, Outcome.CRASH)
+        except ReplyError as error:
+            return self._refuse(process, error)
         if self._outage and process.connected and not connected:
             self._outage = None
             self._on_outage("connected again")
         if reply is not None and reply.fatal:
-            process.end()
-            self._processes.remove(process)
+            self._end([process])
         elif reply is None and time.monotonic() > process.deadline:
             return self._replace(process, Outcome.TIMEOUT)
         return reply
 
+    def _refuse(self, process: _Process, error: ReplyError) -> Reply | None:
+        """The reply for a process that does not keep to what is agreed: it is believed no more.
+
+        What else it sent would be taken for the answer to the next task.
+        """
+        self._end([process])
+        request = process.request
+        assert request
+        if not process.connected:
+            return self._lost(process, request, f"no worker could be started: {error}")
+        return _failure(request, Outcome.CRASH, f"the worker gave no valid reply: {error}")
+
     def _replace(self, process: _Process, outcome: Outcome) -> Reply | None:
         """The reply for a process that is of no more use; None if its request is begun again."""
+        unsent = outcome is Outcome.TIMEOUT and process.unsent > 0
         ending = process.end(LAST_SECONDS if outcome is Outcome.CRASH else 0.0)
         self._processes.remove(process)
         request = process.request
@@ -193,6 +215,8 @@ class WorkerPool:
         why = _why_ended(request, outcome, ending)
         if outcome is Outcome.CRASH and ending.why_lost is not None:
             return self._lost(process, request, ending.why_lost)
+        if unsent:
+            return self._lost(process, request, f"the worker takes no task: {why}")
         if not process.connected:
             return self._lost(process, request, f"no worker could be started: {why}")
         return _failure(request, outcome, why)
@@ -237,5 +261,7 @@ def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:
     n_configs = len(request.task.candidates)
     if n_configs > 1:
         return Reply(measurements=(None,) * n_configs)
-    measurement = Measurement(outcome=outcome, error=error[:MOST_CHARACTERS])
+    measurement = Measurement(
+        outcome=outcome, error=error[:MOST_CHARACTERS], policy=policy_of(request.task)
+    )
     return Reply(measurements=(measurement,))

@@ -3,20 +3,30 @@
 Usage:
     process = WorkerProcess(transport)
     process.write(line)
-    process.read()      # a line once it is complete; select on process.stdout to wait for it
-    process.end()       # kill it, and hear how it ended
+    wait_for_any([process], seconds)    # those that have something to be read
+    process.read()                      # a line once it is complete
+    process.end()                       # end it, and hear how it ended
+
+Nothing here waits for a process but `wait_for_any` and `end`, and nothing that one sends is kept
+without bounds.
 """
 
 import contextlib
 import os
+import selectors
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeVar
 
+from flashtune.tuner.workers.answers.message import MOST_BYTES, ReplyError, clean
 from flashtune.tuner.workers.transport import Transport
 
-PIPE_BYTES = 2**18  # a preamble must fit, so that writing it does not wait for a connection
+END_SECONDS = 5.0  # for a keeper to end what it keeps
+PIECE_BYTES = 2**16
+MOST_ERRORS = 2**16  # bytes at the end of standard error that are read
+MOST_ON_DISK = 2**24  # bytes of standard error: a keeper passes on far less
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +45,7 @@ class WorkerProcess:
     """A process that reads and writes lines."""
 
     def __init__(self, transport: Transport) -> None:
-        """Start it, and hand over the transport's preamble."""
+        """Start it, and begin to hand over the transport's preamble."""
         self._transport = transport
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         self.popen = subprocess.Popen(
@@ -43,43 +53,80 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            bufsize=0,
             start_new_session=True,  # Ctrl-C is for the search, which then ends its workers
-            pipesize=PIPE_BYTES if transport.preamble else -1,
         )
         assert self.popen.stdin and self.popen.stdout
         self.stdin, self.stdout = self.popen.stdin, self.popen.stdout
-        os.set_blocking(self.stdout.fileno(), False)
-        self._buffer = b""
+        for stream in (self.stdin, self.stdout):
+            os.set_blocking(stream.fileno(), False)
+        self._arrived, self._unsent = b"", bytearray()
         self._errors_from = 0
         self._ending: Ending | None = None
         self.connected = not transport.greeting
         self._write(transport.preamble)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the process has not taken yet."""
+        return len(self._unsent)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it lives and has said nothing since the line that was read last."""
+        return not self._arrived and not wait_for_any([self], 0.0)
+
+    @property
+    def floods(self) -> bool:
+        """Whether more came on standard error than is kept."""
+        return os.fstat(self._errors.fileno()).st_size > MOST_ON_DISK
 
     def write(self, line: str) -> None:
         """Hand over a line; a process that is gone shows at the next read."""
         self._write(line.encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(data)
-            self.stdin.flush()
+        self._unsent += data
+        self.push()
 
-    def read(self) -> str | None:
+    def push(self) -> None:
+        """Hand over what it takes now."""
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self.stdin.fileno(), self._unsent[:PIECE_BYTES])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._unsent.clear()
+
+    def read(self) -> bytes | None:
         """The next line if it is complete; raises EOFError when the process is gone.
 
         What comes before the greeting is not the worker's: a login shell may print things.
+        Raises ReplyError where more comes than any worker of ours sends.
         """
-        chunk = self.stdout.read()
-        self._buffer += chunk or b""
-        line, found, rest = self._buffer.partition(b"\n")
+        if self.floods:
+            raise ReplyError(f"more than {MOST_ON_DISK} bytes on standard error")
+        try:
+            piece = os.read(self.stdout.fileno(), PIECE_BYTES)
+        except BlockingIOError:
+            return self._line()
+        self._arrived += piece
+        line = self._line()
+        if line is None and not piece:
+            raise EOFError
+        if line is None and len(self._arrived) > MOST_BYTES:
+            raise ReplyError(f"a line of more than {MOST_BYTES} bytes")
+        return line
+
+    def _line(self) -> bytes | None:
+        line, found, rest = self._arrived.partition(b"\n")
         while found:
-            self._buffer = rest
+            self._arrived = rest
             if self.connected:
-                return line.decode()
+                return line
             self._greet(line)
             line, found, rest = rest.partition(b"\n")
-        if chunk == b"":
-            raise EOFError
         return None
 
     def _greet(self, line: bytes) -> None:
@@ -88,28 +135,59 @@ class WorkerProcess:
         if self.connected:
             self._errors_from = os.fstat(self._errors.fileno()).st_size
 
-    def end(self, patience: float = 0.0) -> Ending:
-        """Kill it with all that it started, unless it ends by itself within `patience` seconds.
+    def hang_up(self) -> None:
+        """Have its keeper, here or at the far end, end it with all that it started."""
+        self.stdin.close()
 
-        Said once more, it is the same ending.
+    def end(self, patience: float = 0.0) -> Ending:
+        """End it with all that it started, unless it ends by itself within `patience` seconds.
+
+        Waits until it is gone. Said once more, it is the same ending.
         """
         if self._ending is not None:
             return self._ending
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(patience)
+        self.hang_up()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(END_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, 9)
         code = self.popen.wait()
-        self._errors.seek(0)
-        errors = self._errors.read()
-        said = errors[self._errors_from :].decode(errors="replace").strip().splitlines()
-        why_lost = self._transport.why_lost(code, errors.decode(errors="replace"))
-        for stream in (self.stdin, self.stdout, self._errors):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        said = self._said(self._errors_from).splitlines()
+        why_lost = self._transport.why_lost(code, self._said(0))
+        self.stdout.close()
+        self._errors.close()
         self._ending = Ending(
-            code=self._transport.exit_code(code),
-            said=said[-1] if said else "",
-            why_lost=why_lost,
+            code=128 - code if code > 128 else code,  # a keeper ends as a shell does
+            said=clean(said[-1]) if said else "",
+            why_lost=clean(why_lost) if why_lost is not None else None,
         )
         return self._ending
+
+    def _said(self, start: int) -> str:
+        """The end of standard error, of what came after `start` bytes."""
+        size = os.fstat(self._errors.fileno()).st_size
+        self._errors.seek(max(start, size - MOST_ERRORS))
+        return self._errors.read(MOST_ERRORS).decode(errors="replace").strip()
+
+
+Process = TypeVar("Process", bound=WorkerProcess)
+
+
+def wait_for_any(processes: Sequence[Process], seconds: float) -> list[Process]:
+    """The processes of which `read` has something to say, waiting for any at most so long.
+
+    Meanwhile they are handed what they had not taken yet.
+    """
+    with selectors.DefaultSelector() as selector:
+        for process in processes:
+            selector.register(process.stdout, selectors.EVENT_READ, process)
+            if process.unsent:
+                selector.register(process.stdin, selectors.EVENT_WRITE, process)
+        ready = selector.select(seconds)
+    for key, event in ready:
+        if event & selectors.EVENT_WRITE:
+            key.data.push()
+    readable = [key.data for key, event in ready if event & selectors.EVENT_READ]
+    return [process for process in processes if process in readable or process.floods]

@@ -6,15 +6,16 @@ Usage:
     WorkerPool(1, machine.transport)        # workers there
 """
 
-import json
-import selectors
+import secrets
 import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flashtune.kernels.backends.target import target_of
-from flashtune.tuner.workers.process import Ending, WorkerProcess
+from flashtune.tuner.workers.answers.message import ReplyError, answer_to, to_line
+from flashtune.tuner.workers.answers.report import Report, read_bandwidth, read_report
+from flashtune.tuner.workers.process import Ending, WorkerProcess, wait_for_any
 from flashtune.tuner.workers.ssh import NOT_FOUND, PYTHON, SshTransport
 from flashtune.tuner.workers.transport import Transport
 from flashtune.tuning_db.device import Device, Toolchain
@@ -64,11 +65,17 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
         raise FlashtuneError("there is no ssh here: install OpenSSH's client")
     process = WorkerProcess(asked)
     try:
-        device, toolchain = _choose(destination, json.loads(_answer(process, asked)), wanted)
+        report = read_report(_answer(process, asked, None))
+        device, toolchain = _choose(destination, report, wanted)
         sources = target_of(device).bandwidth_sources(device)
         if sources:
-            process.write(json.dumps(sources))
-            device = replace(device, memory_bandwidth=float(_answer(process, asked)))
+            bandwidth = read_bandwidth(_answer(process, asked, sources))
+            device = replace(device, memory_bandwidth=bandwidth)
+    except ReplyError as error:
+        raise FlashtuneError(
+            f"{destination} gave no valid answer ({error}): see that nothing else answers for "
+            f"{python} there"
+        ) from None
     finally:
         process.end()
     return RemoteMachine(
@@ -79,41 +86,40 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
     )
 
 
-def _choose(
-    destination: str, report: dict[str, Any], wanted: Device | None
-) -> tuple[Device, Toolchain]:
+def _choose(destination: str, report: Report, wanted: Device | None) -> tuple[Device, Toolchain]:
     """The wanted device of those found; without a wish the first that can be tuned."""
-    if report["trouble"]:
-        raise FlashtuneError(f"{destination}: {report['trouble']}")
-    devices = report["devices"]
+    if report.trouble:
+        raise FlashtuneError(f"{destination}: {report.trouble}")
     if wanted is None:
-        usable = [each for each in devices.values() if not each["trouble"]]
-        found = usable[0] if usable else list(devices.values())[-1]
+        every = list(report.found.values())
+        usable = [each for each in every if each.device]
+        found = next(iter([*usable, *every[::-1]]), None)
     else:
-        target = target_of(wanted)
-        found = devices[target.name]
-    if found["trouble"]:
-        raise FlashtuneError(f"{destination}: {found['trouble']}")
-    device = Device.from_json(found["device"])
-    if wanted is not None and target.registered and device != wanted:
+        found = report.found.get(target_of(wanted).name)
+    if found is None:
+        raise FlashtuneError(f"{destination} names no device of that kind")
+    device, tools = found.device, found.toolchain
+    if device is None or tools is None:
+        raise FlashtuneError(f"{destination}: {found.trouble}")
+    if wanted is not None and target_of(wanted).registered and device != wanted:
         raise FlashtuneError(
             f"{destination} has {device.title} ({device.name}, {device.arch}), not "
             f"{wanted.title} ({wanted.name}, {wanted.arch}): leave --device out"
         )
-    return device, Toolchain.from_json(found["toolchain"])
+    return device, tools
 
 
-def _answer(process: WorkerProcess, transport: SshTransport) -> str:
-    """The next line of the far process; raises FlashtuneError where none comes."""
+def _answer(process: WorkerProcess, transport: SshTransport, content: Any) -> Any:
+    """What the far process answers; raises FlashtuneError where nothing comes, or ReplyError."""
+    request = secrets.token_hex(8)
+    process.write(to_line(request, content))
     end = time.monotonic() + FIND_SECONDS
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while time.monotonic() < end:
-            try:
-                if selector.select(1.0) and (line := process.read()) is not None:
-                    return line
-            except EOFError:
-                raise FlashtuneError(_why_none(process.end(LAST_SECONDS), transport)) from None
+    while time.monotonic() < end:
+        try:
+            if wait_for_any([process], 1.0) and (line := process.read()) is not None:
+                return answer_to(request, line)
+        except EOFError:
+            raise FlashtuneError(_why_none(process.end(LAST_SECONDS), transport)) from None
     host = transport.destination
     raise FlashtuneError(
         f"no answer from {host} in {FIND_SECONDS:.0f} s: see that `ssh {host}` works"

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shlex
 import zipfile
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from flashtune.tuner.workers import keeper
 from flashtune.tuner.workers.far_end import GREETING
-from flashtune.tuning_db import cached_file
+from flashtune.tuning_db import cached_file, private_folder
 
 PYTHON = "python3"
 LEAST_PYTHON = (3, 10)
@@ -92,29 +94,26 @@ class SshTransport:
         said = " ".join(said.removeprefix("ssh: ").split()).rstrip(".")
         return f"ssh {self.destination}: {said}"
 
-    def exit_code(self, code: int) -> int:
-        """far_end.py ends as a shell does: 128 and more for a signal."""
-        return 128 - code if code > 128 else code
-
 
 def _quoted(python: str) -> str:
-    """For the far shell, which replaces a tilde by the user's folder."""
+    """For the far shell, which may replace a tilde by a user's folder, and nothing else."""
     home, slash, rest = python.partition("/")
-    if slash and home.startswith("~"):
+    if slash and re.fullmatch(r"~[\w.-]*", home, re.ASCII):
         return f"{home}/{shlex.quote(rest)}"
     return shlex.quote(python)
 
 
 @functools.cache
 def _far_end() -> bytes:
-    """far_end.py, behind what makes the module that it imports, which is not there yet."""
-    name = cached_file.__name__
-    package, _, module = name.rpartition(".")
-    source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
-    first = (
-        f"import sys, types; module = types.ModuleType({name!r}); "
-        f"exec({source!r}, module.__dict__); sys.modules[{name!r}] = module\n"
-    )
+    """far_end.py, behind what makes the modules that it imports, which are not there yet."""
+    first = "import sys, types\n"
+    for name in (private_folder.__name__, cached_file.__name__, keeper.__name__):
+        package, _, module = name.rpartition(".")
+        source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
+        first += (
+            f"module = types.ModuleType({name!r}); "
+            f"exec({source!r}, module.__dict__); sys.modules[{name!r}] = module\n"
+        )
     far_end = resources.files("flashtune.tuner.workers").joinpath("far_end.py")
     return first.encode() + far_end.read_bytes()
 

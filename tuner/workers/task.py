@@ -1,20 +1,17 @@
-"""What is asked of a worker process and what it answers: one JSON line each.
+"""What is asked of a worker process.
 
 Usage:
-    line = Task(kind="measure", candidates=(candidate,)).to_json()
-    task = Task.from_json(line)
+    data = Task(kind="measure", candidates=(candidate,)).data()     # which message.py sends
+    task = Task.from_data(data)
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +39,9 @@ class Task:
         """The candidates' device."""
         return self.candidates[0].device
 
-    def to_json(self) -> str:
-        """One line, without its end."""
-        data = {
+    def data(self) -> dict[str, Any]:
+        """The task as plain data."""
+        return {
             "kind": self.kind,
             "problem": self.problem.data(),
             "configs": [config_data(each.config) for each in self.candidates],
@@ -53,12 +50,10 @@ class Task:
             "best_us": self.best_us,
             "sources": self.sources,
         }
-        return json.dumps(data)
 
     @classmethod
-    def from_json(cls, line: str) -> "Task":
-        """Read `to_json`'s line back; configs pass their own validation."""
-        data = json.loads(line)
+    def from_data(cls, data: Any) -> "Task":
+        """Read `data` back; configs pass their own validation."""
         problem, device = Problem.from_json(data["problem"]), Device.from_json(data["device"])
         configs = [parse_config(config) for config in data["configs"]]
         return cls(
@@ -68,46 +63,3 @@ class Task:
             best_us=data["best_us"],
             sources=tuple(data["sources"]),
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
-    """One answer: a measurement a config, and of a compilation what its kernels need.
-
-    A compilation that went well has no measurement. None stands for a config that was not timed,
-    though that is not known to be its fault: another one took the worker or its device along.
-    `fatal` says that the worker is not to be used any more.
-    """
-
-    measurements: tuple[Measurement | None, ...] = ()
-    uses: tuple[KernelUse, ...] = ()
-    fatal: bool = False
-
-    @property
-    def measurement(self) -> Measurement | None:
-        """What became of a task's only config; None of a compilation that went well."""
-        return self.measurements[0] if self.measurements else None
-
-    def to_json(self) -> str:
-        """One line, without its end."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> "Reply":
-        """Read `to_json`'s line back."""
-        data = json.loads(line)
-        return cls(
-            measurements=tuple(each and _measurement(each) for each in data["measurements"]),
-            uses=tuple(_use(each) for each in data["uses"]),
-            fatal=data["fatal"],
-        )
-
-
-def _measurement(data: Mapping[str, Any]) -> Measurement:
-    known = {field.name for field in fields(Measurement)}
-    values = {name: value for name, value in data.items() if name in known}
-    return Measurement(**{**values, "outcome": Outcome(values["outcome"])})
-
-
-def _use(data: Mapping[str, Any]) -> KernelUse:
-    return KernelUse(**{**data, "arguments": tuple(data["arguments"])})

@@ -6,11 +6,14 @@ Usage:
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
+
+from flashtune.tuner.workers import keeper
 
 
 class Transport(Protocol):
-    """Starts workers in one place. All of them speak lines of JSON."""
+    """Starts workers in one place, each with its keeper. All of them speak lines of JSON."""
 
     @property
     def command(self) -> Sequence[str]:
@@ -30,9 +33,6 @@ class Transport(Protocol):
         code: how the command ended. errors: all that it said on standard error.
         """
 
-    def exit_code(self, code: int) -> int:
-        """The worker's exit code, negative for a signal, from the command's."""
-
 
 class LocalTransport:
     """Workers on this machine."""
@@ -44,12 +44,9 @@ class LocalTransport:
         self, command: Sequence[str] = (sys.executable, "-m", "flashtune.tuner.workers.worker")
     ) -> None:
         """By default this Python's and this flashtune's worker."""
-        self.command = tuple(command)
+        kept = (sys.executable, "-I", "-S", str(Path(keeper.__file__)))
+        self.command = (*kept, *command)
 
     def why_lost(self, code: int, errors: str) -> str | None:
         """Never: there is nothing between."""
         return None
-
-    def exit_code(self, code: int) -> int:
-        """The same."""
-        return code

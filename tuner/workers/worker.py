@@ -1,17 +1,16 @@
-"""A worker process: reads tasks on standard input, answers on standard output, can be killed.
+"""A worker process: reads tasks on standard input, answers on a descriptor, can be killed.
 
 Usage:
-    python -m flashtune.tuner.workers.worker < tasks > replies      # see task.py for the lines
+    python -m flashtune.tuner.workers.worker < tasks 3> replies     # lines of message.py
 
-What a candidate prints goes to standard error. Nothing here knows of the search or the database.
+Whatever else is printed, by a library or a candidate, is no reply. Nothing here knows of the
+search or the database.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import TextIO
 
 import torch
 
@@ -20,12 +19,13 @@ from flashtune.kernels.measure.failure import failure
 from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.weights import Step
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.answers.message import from_line, to_line
+from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply, policy_of
+from flashtune.tuner.workers.keeper import REPLIES
+from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
-from flashtune.tuning_db.store import FINAL_POLICY
 
-SEARCH_POLICY = "search"
 SAMPLES = 10
 COMPARE_ROUNDS, COMPARE_REPLAYS = 8, 5
 
@@ -64,20 +64,18 @@ class Worker:
                 trial.drop_slower_than(FAR_BEHIND * task.best_us)
             trial.take_turns(rounds=1, replays=SAMPLES)
 
-        return self._try(task, SEARCH_POLICY, run)
+        return self._try(task, run)
 
     def _compare(self, task: Task) -> Reply:
         """Time several configs in turns; those that fail leave the others to go on."""
-        return self._try(
-            task, FINAL_POLICY, lambda trial: trial.take_turns(COMPARE_ROUNDS, COMPARE_REPLAYS)
-        )
+        return self._try(task, lambda trial: trial.take_turns(COMPARE_ROUNDS, COMPARE_REPLAYS))
 
-    def _try(self, task: Task, policy: str, run: Callable[[Trial[int]], None]) -> Reply:
+    def _try(self, task: Task, run: Callable[[Trial[int]], None]) -> Reply:
         """Put a task's configs, by number, on trial.
 
         A crash ends the worker: what it left behind on the device must not reach the next task.
         """
-        numbers = range(len(task.candidates))
+        numbers, policy = range(len(task.candidates)), policy_of(task)
         try:
             workload = self.workload(task)
         except Exception as error:  # no room, or a device that no longer answers
@@ -114,20 +112,14 @@ class Worker:
         return backend_of(candidate).loader(candidate, where, source)()
 
 
-@contextlib.contextmanager
-def _replies() -> Iterator[TextIO]:
-    """The standard output of old, for replies alone; what else is printed goes to stderr."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)
-        yield replies
-
-
 def main(worker: Worker) -> None:
     """Answer until standard input ends."""
-    with _replies() as replies:
+    os.set_inheritable(REPLIES, False)  # not for what candidates start
+    with os.fdopen(REPLIES, "w", encoding="utf-8") as replies:
         for line in sys.stdin:
-            reply = worker.answer(Task.from_json(line))
-            replies.write(reply.to_json() + "\n")
+            request, task = from_line(line)
+            reply = worker.answer(Task.from_data(task))
+            replies.write(to_line(request, reply.data()) + "\n")
             replies.flush()
             if reply.fatal:
                 return

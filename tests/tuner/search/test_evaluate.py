@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -13,7 +14,8 @@ from flashtune.tuner.predict.cost_model import predict
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.space import Space
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.answers.reply import Reply
+from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome
 
@@ -127,6 +129,15 @@ def test_what_spills_is_predicted_to_fail(space: Space) -> None:
     assert evaluation.measurement.error == "spills bytes a thread: {'gather': 48}"
 
 
+def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
+    pool = InstantPool(1, lambda task: Reply(uses=(FITS[0], replace(FITS[1], kernel="other"))))
+    evaluator = PredictingEvaluator(space.problem, space.device, pool)
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.CRASH
+    assert evaluation.measurement.error == "the worker did not say what select needs"
+
+
 def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space: Space) -> None:
     evaluator = evaluators["predict"]
     evaluator.submit(next(space.configs()))
@@ -166,22 +177,67 @@ def test_what_fails_to_compile_is_not_measured(space: Space) -> None:
 
 
 def test_the_best_time_so_far_goes_with_each_measurement(space: Space) -> None:
-    times = iter([30.0, 20.0, 15.0, 9.0])
-    outcomes = iter([Outcome.OK, Outcome.OK, Outcome.PRUNED, Outcome.OK])
+    outcomes = [(Outcome.OK, 30.0), (Outcome.OK, 25.0), (Outcome.PRUNED, 15.0), (Outcome.OK, 24.0)]
+    found, asked = measured_in_turn(space, outcomes, {})
+    assert [task.best_us for task in asked if task.kind == "measure"] == [None, 30.0, 25.0, 25.0]
+    assert {task.seed for task in asked} == {5}
+    assert found == outcomes
+
+
+def measured_in_turn(
+    space: Space, outcomes: list[tuple[Outcome, float]], again: dict[int, float | None]
+) -> tuple[list[tuple[Outcome, float | None]], list[Task]]:
+    """What becomes of configs that a worker says this of, and other times when asked `again`."""
+    configs = list(space.configs())[: len(outcomes)]
 
     def reply(task: Task) -> Reply:
-        return Reply(measurements=(Measurement(outcome=next(outcomes), median_us=next(times)),))
+        number = configs.index(task.candidates[0].config)
+        outcome, time_us = outcomes[number]
+        if task.kind == "measure":
+            return Reply(measurements=(Measurement(outcome=outcome, median_us=time_us),))
+        time = again.get(number, time_us)
+        found = CRASH if time is None else ok(time)
+        return Reply(measurements=(replace(found, policy="final"),))
 
     measurer = InstantPool(1, reply)
     evaluator = MeasuringEvaluator(
         space.problem, space.device, InstantPool(1, compiles), measurer, seed=5
     )
-    for config in list(space.configs())[:4]:
+    answers: dict[Config, Measurement] = {}
+    for config in configs:
         evaluator.submit(config)
         while evaluator.pending:
-            evaluator.wait(0)
-    assert [task.best_us for task in measurer.asked] == [None, 30.0, 20.0, 20.0]
-    assert {task.seed for task in measurer.asked} == {5}
+            for each in evaluator.wait(0):
+                assert each.config not in answers
+                answers[each.config] = each.measurement
+    assert {each.policy for each in answers.values()} == {"search"}
+    found = [(answers[each].outcome, answers[each].median_us) for each in configs]
+    return found, measurer.asked
+
+
+@pytest.mark.parametrize("liar", [0, 2])
+@pytest.mark.parametrize("truth", [41.0, None])
+def test_a_time_that_beats_the_rest_by_far_is_taken_twice_before_it_prunes(
+    space: Space, liar: int, truth: float | None
+) -> None:
+    times = [40.0, 39.0, 38.0, 37.0]
+    outcomes = [(Outcome.OK, 1.0 if n == liar else time) for n, time in enumerate(times)]
+    found, asked = measured_in_turn(space, outcomes, {liar: truth})
+    honest = [each for number, each in enumerate(outcomes) if number != liar]
+    assert [each for number, each in enumerate(found) if number != liar] == honest
+    assert found[liar] == ((Outcome.OK, 41.0) if truth else (Outcome.CRASH, None))
+    assert min(task.best_us for task in asked if task.best_us) > 37.0
+    twice = [task.candidates[0].config for task in asked if task.kind == "compare"]
+    configs = list(space.configs())
+    assert len(twice) == len({*twice, configs[liar]}) <= 3
+
+
+def test_a_real_lead_is_believed_when_it_shows_again(space: Space) -> None:
+    outcomes = [(Outcome.OK, 40.0), (Outcome.OK, 20.0), (Outcome.OK, 19.0)]
+    found, asked = measured_in_turn(space, outcomes, {})
+    assert found == outcomes
+    assert [task.kind for task in asked] == ["measure", "compare"] * 2 + ["measure"]
+    assert asked[-1].best_us == 20.0
 
 
 CRASH = Measurement(outcome=Outcome.CRASH, error="the worker died by signal 11")

@@ -422,6 +422,37 @@ def test_a_finalist_that_fails_when_it_is_timed_again_is_no_winner(
     assert len(evaluator.compared) == FINALISTS + 1  # with the next best in their place
 
 
+@pytest.mark.parametrize("truth", [None, 30.0], ids=["they fail", "they were timed too short"])
+def test_more_liars_than_finalists_leave_the_best_honest_config(
+    run, replay, store: Store, space: Space, truth: float | None
+) -> None:
+    default = default_config(space.problem, space.device)
+    by_time = [each for each in sorted(space.configs(), key=landscape) if each != default]
+    liars, honest = by_time[: 4 * FINALISTS], by_time[4 * FINALISTS :]
+    evaluator = replay()
+    evaluator.final_us = dict.fromkeys(liars, truth)
+    evaluator.final_us |= {config: 1.05 * landscape(config) for config in honest}
+    evaluator.final_us[default] = 1.05 * 30.0
+    result = run(evaluator, 10_000, sampler="exhaustive")
+    assert result.winner is not None
+    assert result.winner.config in [
+        config_data(each) for each in honest if landscape(each) == landscape(honest[0])
+    ]
+    assert result.winner.measurement.median_us == 1.05 * landscape(honest[0])
+    assert result.failed == (0 if truth else len(liars))
+    assert evaluator.comparisons <= 6
+
+
+def test_the_last_config_that_works_is_timed_again_too(
+    run, replay, store: Store, space: Space
+) -> None:
+    evaluator = replay()
+    evaluator.final_us = dict.fromkeys(space.configs())
+    result = run(evaluator, 10_000, sampler="exhaustive")
+    assert result.winner is None
+    assert result.failed == len(list(space.configs()))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_failures_are_written_whether_or_not_the_default_is_kept(
     run, replay, store: Store, space: Space, kept: bool

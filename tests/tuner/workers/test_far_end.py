@@ -41,7 +41,7 @@ def files(cache: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
     }
 
 
@@ -72,4 +72,45 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     done = far_end(tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(b"no place for the worker") and done.stderr.count(b"\n") == 1
-    assert done.stderr.endswith(b"set FLASHTUNE_CACHE there\n")
+    assert b": set FLASHTUNE_CACHE there to a folder that you can write" in done.stderr
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """The folder of an earlier run."""
+    far_end(tmp_path)
+    [folder] = (tmp_path / "code").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["open", "a link"])
+def test_nothing_is_run_from_a_folder_that_others_can_change(
+    how: str, left: Path, tmp_path: Path
+) -> None:
+    """Though it looks right while it is checked."""
+    if how == "open":
+        left.chmod(0o777)
+    else:
+        left.rename(tmp_path / "elsewhere")
+        left.symlink_to(tmp_path / "elsewhere")
+    before = left.stat().st_ino
+    done = far_end(tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"flashtune: ready\n"), done.stderr
+    assert left.stat().st_ino != before
+    assert not left.is_symlink()
+    assert left.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_else_lies_in_the_folder_is_not_run(left: Path, tmp_path: Path) -> None:
+    (left / "sitecustomize.py").write_text("import os; os.write(1, b'planted')")
+    done = far_end(tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"flashtune: ready\n"), done.stderr
+    assert not (left / "sitecustomize.py").exists()
+
+
+def test_a_folder_for_everybody_is_no_place(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir(mode=0o700)
+    (tmp_path / "code").chmod(0o777)
+    done = far_end(tmp_path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"others can write to it" in done.stderr and done.stderr.count(b"\n") == 1

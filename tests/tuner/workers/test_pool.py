@@ -1,11 +1,14 @@
 """Worker processes that crash, hang, lie and are replaced, and the search that goes on."""
 
+import contextlib
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,9 +22,11 @@ from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool
+from flashtune.tuner.workers.answers.message import answer_to, to_line
+from flashtune.tuner.workers.answers.reply import Reply, read_reply
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.ssh import SshTransport
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import LocalTransport, Transport
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
@@ -158,6 +163,172 @@ def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch)
         assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT
 
 
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        (stub.GARBAGE, "the worker gave no valid reply: not JSON"),
+        (stub.ANOTHERS, "the worker gave no valid reply: it does not answer what was asked"),
+        (stub.HUGE, "the worker gave no valid reply: a line of more than 262144 bytes"),
+        (stub.ENDLESS, "the worker gave no valid reply: a line of more than 262144 bytes"),
+    ],
+)
+def test_what_is_no_reply_is_a_crash_and_the_worker_is_believed_no_more(
+    task, what: int, error: str
+) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        before = answer(workers, task(stub.ANSWER))
+        largest = peak_bytes()
+        wrong = answer(workers, task(what))
+        after = answer(workers, task(stub.ANSWER))
+        assert peak_bytes() - largest < 16 * 2**20
+        assert wrong.outcome is Outcome.CRASH
+        assert wrong.error.startswith(error)
+        assert after.outcome is Outcome.OK
+        assert after.median_us != before.median_us
+
+
+def test_what_is_printed_at_start_is_no_reply(task) -> None:
+    program = (
+        "import runpy; print('hello', flush=True); "
+        f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
+    )
+    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+        assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
+        assert answer(workers, task(stub.EXIT)).error.endswith("code 7: last words")
+
+
+def test_no_time_is_no_measurement(task) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        assert answer(workers, task(stub.NO_TIME)).outcome is Outcome.WRONG_RESULT
+
+
+def test_what_comes_after_a_reply_is_not_taken_for_the_next(task) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        first = answer(workers, task(stub.MORE))
+        second = answer(workers, task(stub.ANSWER))
+    assert (first.outcome, second.outcome) == (Outcome.OK, Outcome.OK)
+    assert first.median_us != second.median_us
+
+
+def test_a_worker_that_dies_idle_is_nobodys_fault(task) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        pid = int(answer(workers, task(stub.ANSWER)).median_us or 0)
+        os.kill(pid, 9)
+        assert comes_true(lambda: not workers._processes[0].is_quiet)
+        assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
+
+
+def test_of_a_flood_the_end_is_kept(workers: WorkerPool, task) -> None:
+    answer(workers, task(stub.ANSWER))
+    largest = peak_bytes()
+    flooded = answer(workers, task(stub.FLOOD))
+    assert flooded.error == "the worker died with exit code 7: ?[2Jlast words"
+    assert peak_bytes() - largest < 16 * 2**20
+
+
+def test_a_worker_that_takes_nothing_is_not_waited_for(
+    task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it greets: what it is sent fits in no pipe."""
+    monkeypatch.setattr(pool, "START_SECONDS", 0.0)
+    notes: list[str] = []
+
+    class Deaf(LocalTransport):
+        greeting = "there"
+
+    long = replace(task(stub.ANSWER), sources=("x" * 2**20,))
+    program = "import os, time; os.write(3, b'there\\n'); time.sleep(600)"
+    with WorkerPool(1, Deaf((sys.executable, "-S", "-c", program)), notes.append) as workers:
+        began = time.monotonic()
+        failed = answer(workers, long, seconds=0.3)
+        assert time.monotonic() - began < PATIENCE
+    assert failed.outcome is Outcome.CRASH
+    assert failed.error.startswith("lost 3 times: the worker takes no task")
+    assert [note.rpartition(": ")[2] for note in notes] == [
+        "trying again in 1 s",
+        "connected again",
+    ] * 2
+
+
+def children(parent: int) -> list[int]:
+    """The living processes whose parent a process is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, its_parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(its_parent) == parent and state != "Z":
+                found.append(int(process.name))
+    return found
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_process_that_left_its_group_ends_with_its_worker(workers: WorkerPool, task) -> None:
+    escaped = int(answer(workers, task(stub.ESCAPE)).median_us or 0)
+    assert not is_gone(escaped)
+    answer(workers, task(stub.EXIT))
+    assert comes_true(lambda: is_gone(escaped))
+    escaped = int(answer(workers, task(stub.ESCAPE)).median_us or 0)
+    assert not is_gone(escaped)
+    workers.close()
+    assert comes_true(lambda: is_gone(escaped))
+
+
+def test_nothing_outlives_a_search_that_is_killed(task) -> None:
+    """Its candidate hangs, hears no signal, and has started a process that left its group."""
+    line = to_line("mine", task(stub.DEAF).data())
+    program = (
+        "import sys, time; from flashtune.tuner.workers.process import WorkerProcess; "
+        "from flashtune.tuner.workers.transport import LocalTransport; "
+        f"process = WorkerProcess(LocalTransport({COMMAND!r})); process.write(sys.argv[1]); "
+        "print(process.popen.pid, flush=True); time.sleep(600)"
+    )
+    search = subprocess.Popen(
+        [sys.executable, "-c", program, line], stdout=subprocess.PIPE, text=True
+    )
+    assert search.stdout
+    keeper = int(search.stdout.readline())
+    began = comes_true(lambda: len(children(keeper)) == 2)  # the worker, and who lost its parent
+    left = [keeper, *children(keeper)]
+    search.kill()
+    search.communicate()
+    assert began
+    assert comes_true(lambda: all(map(is_gone, left)))
+
+
+def test_temporary_files_go_with_their_worker(
+    task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = (
+        "import runpy, tempfile; tempfile.mkstemp(); "
+        f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
+    )
+    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+        answer(workers, task(stub.ANSWER))
+        [folder] = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1
+        answer(workers, task(stub.SEGFAULT))
+        assert list(tmp_path.iterdir()) == []
+        answer(workers, task(stub.ANSWER))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_ends_with_its_keeper(task) -> None:
+    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+        workers.submit(task(stub.HANG), PATIENCE)
+        keeper = workers._processes[0].popen.pid
+        assert comes_true(lambda: len(children(keeper)) == 1)
+        [worker] = children(keeper)
+        os.kill(keeper, 9)
+        assert comes_true(lambda: is_gone(worker))
+        [(_, reply)] = workers.wait(PATIENCE)
+        assert reply.measurements[0].error == "the worker died by signal 9"
+
+
 def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
     began = time.monotonic()
     assert workers.wait(20.0) == []  # nothing is pending
@@ -184,7 +355,7 @@ def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
     with WorkerPool(2, LocalTransport(COMMAND)) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
-        [busy] = [each.popen.pid for each in workers._processes if each.popen.pid != idle]
+        [busy] = [each.popen.pid for each in workers._processes if each.request]
         workers.cancel()
         assert workers.pending == 0
         assert is_gone(busy)
@@ -304,21 +475,22 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
 def test_a_worker_answers_until_its_input_ends(
     faulty_script: Path, faulty: ModuleType, problem: Problem, device: Device
 ) -> None:
-    def line(programs: int, slack: int) -> str:
+    def task(programs: int, slack: int) -> Task:
         data = config_data(default_config(problem, device))
         config = parse_config({**data, "score_programs_per_sm": programs, "slack": slack})
-        task = Task(kind="measure", candidates=(Candidate(problem, config, device),))
-        return task.to_json() + "\n"
+        return Task(kind="measure", candidates=(Candidate(problem, config, device),))
 
+    tasks = {str(place): task(*place) for place in ((4, 64), (0, 0), (4, 0))}
     done = subprocess.run(
-        [sys.executable, str(faulty_script)],
-        input=line(4, 64) + line(0, 0) + line(4, 0),
+        ["sh", "-c", 'exec "$@" 3>&1 >&2', "sh", sys.executable, str(faulty_script)],
+        input="".join(to_line(name, each.data()) + "\n" for name, each in tasks.items()),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=True,
     )
-    replies = [Reply.from_json(each) for each in done.stdout.splitlines()]
+    lines = zip(tasks.items(), done.stdout.splitlines(), strict=True)
+    replies = [read_reply(answer_to(name, line.encode()), each) for (name, each), line in lines]
     outcomes = [reply.measurements[0].outcome for reply in replies]
     assert outcomes == [Outcome.OK, Outcome.OK, Outcome.WRONG_RESULT]
     assert "noise of a compiled library" in done.stderr

@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -284,6 +284,9 @@ class TestWhatIsThere:
         assert far_command("~/venv/bin/python").startswith("~/venv/bin/python -c ")
         assert far_command("/a b/python").startswith("'/a b/python' -c ")
         assert far_command("$(reboot)").startswith("'$(reboot)' -c ")
+        assert far_command("~$(reboot)/python").startswith("'~$(reboot)/python' -c ")
+        assert far_command("~a;b/python").startswith("'~a;b/python' -c ")
+        assert far_command("~us.er-1/a b").startswith("~us.er-1/'a b' -c ")
 
     def test_what_it_needs_is_what_is_declared(self) -> None:
         declared = "\n".join(importlib.metadata.requires("flashtune") or ())
@@ -349,6 +352,101 @@ class TestAGpuThere:
                 evaluations = evaluator.wait(PATIENCE)
         [measurement] = [each.measurement for each in evaluations]
         assert measurement.median_us == pytest.approx(faulty.time_of(config), rel=1e-3)
+
+
+HOSTILE = """#!{python}
+import json, os, sys, time
+
+{before}
+os.write(1, b"flashtune: ready\\n")
+for line in sys.stdin.buffer:
+    _, found, rest = line.partition(b'{{"request": "')  # the archive ends in no newline
+    if not found:
+        continue
+    request = rest.partition(b'"')[0].decode()
+    {answer}
+"""
+
+
+class TestAHostileMachine:
+    """Whatever it sends ends in one line, soon."""
+
+    @pytest.fixture
+    def machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Have it answer so; it is reached through a stand-in for ssh."""
+        monkeypatch.setattr(remote, "FIND_SECONDS", 30.0)
+        monkeypatch.setattr("flashtune.tuner.workers.process.END_SECONDS", 0.5)
+
+        def make(answer: str, before: str = "") -> None:
+            stand_in = tmp_path / "ssh"
+            stand_in.write_text(
+                HOSTILE.format(python=sys.executable, before=before, answer=answer)
+            )
+            stand_in.chmod(0o755)
+            monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            ("os.write(1, b'{garbage]\\n')", "far gave no valid answer .not JSON"),
+            ("os.write(1, b'{}\\n')", "no valid answer .not an object of request, content"),
+            ("while True: os.write(1, b'x' * 2**20)", "a line of more than 262144 bytes"),
+            (
+                "while True: os.write(2, b'x' * 2**16)",
+                "more than 16777216 bytes on standard error",
+            ),
+            (
+                "print(json.dumps({'request': 'another', 'content': {}}), flush=True)",
+                "it does not answer what was asked",
+            ),
+            (
+                "print(json.dumps({'request': request, 'content': {'devices': {},"
+                " 'trouble': '\\x1b[2J\\n' * 9999}}), flush=True)",
+                r"far: [?]\[2J [?]\[2J .{480,490}$",
+            ),
+            (
+                "print(json.dumps({'request': request, 'content': {'trouble': '',"
+                " 'devices': {}}}), flush=True)",
+                "far names no device of that kind",
+            ),
+        ],
+    )
+    def test_an_answer_that_is_none_is_told(self, machine, answer: str, said: str) -> None:
+        machine(answer)
+        with pytest.raises(FlashtuneError, match=said) as told:
+            find_machine("far", None)
+        assert str(told.value).isprintable()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"sm_count": 10**30}, {"sm_count": 0}, {"l2_bytes": -1}, {"clock_hz": float("nan")},
+            {"memory_bandwidth": "fast"}, {"name": "\x1b[2J"}, {"arch": "sm_x"}, {"title": 3},
+            {"memory_bandwidth": 1e12},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_figures_that_no_device_has_are_told(self, machine, change: dict[str, Any]) -> None:
+        device = {**asdict(find_device("orin")), **change}
+        found = {"trouble": "", "device": device, "toolchain": asdict(Toolchain())}
+        report = {"trouble": "", "devices": {"nvidia": found}}
+        answer = f"content = json.loads({json.dumps(report)!r})"
+        machine(f"{answer}; print(json.dumps(dict(request=request, content=content)), flush=True)")
+        with pytest.raises(FlashtuneError, match="far gave no valid answer") as told:
+            find_machine("far", None)
+        assert str(told.value).isprintable()
+
+    @pytest.mark.parametrize("before", ["time.sleep(600)", "while True: os.write(1, b'x\\n')"])
+    def test_one_that_never_answers_is_given_up(
+        self, machine, before: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Though it may print for ever, as a login shell does, or read nothing."""
+        monkeypatch.setattr(remote, "FIND_SECONDS", 0.5)
+        machine("pass", before)
+        with pytest.raises(FlashtuneError, match="no answer from far in 0 s"):
+            find_machine("far", None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from flashtune.kernels.measure import trial
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
-from flashtune.tuner.workers.task import Reply, Task
+from flashtune.tuner.workers.answers.message import answer_to, from_line, to_line
+from flashtune.tuner.workers.answers.reply import Reply, read_reply
+from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.worker import Worker
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -46,16 +48,24 @@ def task(problem: Problem, device: Device) -> MakeTask:
     return make
 
 
+def read(reply: Reply, task: Task) -> Reply:
+    """The reply as the search has it."""
+    return read_reply(answer_to("a name", to_line("a name", reply.data()).encode()), task)
+
+
 def test_tasks_and_replies_survive_their_lines(task: MakeTask, backend) -> None:
     asked = task("compare", FINE, SLOW, seed=3, best_us=12.5, sources=("a\nb", "c"))
-    assert "\n" not in asked.to_json()
-    assert Task.from_json(asked.to_json()) == asked
-    for reply in (
-        Worker().answer(task("compile", FINE)),
-        Reply(measurements=(Measurement(outcome=Outcome.CRASH, error="a\nb"),), fatal=True),
-    ):
-        assert "\n" not in reply.to_json()
-        assert Reply.from_json(reply.to_json()) == reply
+    line = to_line("a name", asked.data())
+    assert "\n" not in line
+    request, data = from_line(line)
+    assert (request, Task.from_data(data)) == ("a name", asked)
+    for kind in ("compile", "measure"):
+        reply = Worker().answer(task(kind, FINE))
+        assert read(reply, task(kind, FINE)) == reply
+    crashed = Reply(measurements=(Measurement(outcome=Outcome.CRASH, error="a\nb"),), fatal=True)
+    assert "\n" not in to_line("a name", crashed.data())
+    [measurement] = read(crashed, task("measure", FINE)).measurements
+    assert measurement.error == "a b"
 
 
 def test_a_compilation_says_what_its_kernels_need(task: MakeTask, backend) -> None:
@@ -102,10 +112,11 @@ def test_what_the_device_was_lost_to_is_known_and_the_others_are_not(
         self.lost = True
 
     monkeypatch.setattr(trial.Trial, "_fail", lose)
-    reply = Worker().answer(task("compare", FINE, ILLEGAL, SLOW))
+    asked = task("compare", FINE, ILLEGAL, SLOW)
+    reply = Worker().answer(asked)
     assert [each and each.outcome for each in reply.measurements] == [None, Outcome.CRASH, None]
     assert reply.fatal
-    assert Reply.from_json(reply.to_json()) == reply
+    assert read(reply, asked) == reply
 
 
 def test_finalists_are_not_blamed_where_the_inputs_cannot_be_made(
