@@ -1,8 +1,10 @@
 """The switch for golden files, and what tests of kernels share."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,30 @@ def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
     if "racing" not in request.fixturenames:
         monkeypatch.setattr("flashtune.kernels.runtime.decoder.MOST_SECONDS", 0.0)
+
+
+@pytest.fixture
+def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a path look as if another user had made it."""
+    theirs = set()
+
+    def pretending(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def looked(*arguments: object, **named: object) -> os.stat_result:
+            found = look(*arguments, **named)
+            if (found.st_dev, found.st_ino) not in theirs:
+                return found
+            return os.stat_result((*found[:4], 54321, *found[5:10]))
+
+        return looked
+
+    for name in ("lstat", "fstat"):
+        monkeypatch.setattr(os, name, pretending(getattr(os, name)))
+
+    def give(path: Path) -> None:
+        found = path.lstat()
+        theirs.add((found.st_dev, found.st_ino))
+
+    return give
 
 
 @pytest.fixture

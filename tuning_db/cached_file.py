@@ -1,7 +1,7 @@
 """Files and folders of a cache: written whole or not at all, and checked before they are used.
 
 Usage:
-    content = whole(path)                  # None: absent, cut short, changed, or of no seal
+    content = whole(path)      # None: absent, cut short, changed, of no seal, or not ours alone
     if content is None:
         keep(path, content := compute())
     if not is_whole_folder(folder, files):
@@ -9,6 +9,7 @@ Usage:
 
 A file ends in its own SHA-256, so that what a power cut or a full disk left behind is not trusted
 because it exists. Loaders of shared libraries do not look beyond what a library's header names.
+What is kept here is run: only files that no other user can have written are read.
 This module uses the standard library alone: it is also sent to machines that have nothing else.
 """
 
@@ -20,6 +21,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from flashtune.tuning_db.private_folder import make_private, read_private
+
 _MARK = b"\nflashtune sha256 "
 _SEAL_BYTES = len(_MARK) + 64
 
@@ -29,10 +32,11 @@ def _seal(content: bytes) -> bytes:
 
 
 def whole(path: Path) -> bytes | None:
-    """What was kept at `path`, without its seal; None unless it is there as it was written."""
-    try:
-        data = path.read_bytes()
-    except OSError:
+    """What was kept at `path`, without its seal; None unless it is there as it was written, and
+    nobody else can have written it.
+    """
+    data = read_private(path)
+    if data is None:
         return None
     content = data[:-_SEAL_BYTES]
     return content if data[-_SEAL_BYTES:] == _seal(content) and len(data) >= _SEAL_BYTES else None
@@ -41,9 +45,10 @@ def whole(path: Path) -> bytes | None:
 def keep(path: Path, content: bytes) -> None:
     """Write a file and its seal, sync it, and give it its name; others see all of it or nothing.
 
-    Makes the folder. Raises OSError where that fails, with `path` as it was before.
+    Makes the folder. Raises OSError where that fails or others can write to it, with `path` as it
+    was before.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
         fresh = Path(folder, path.name)
         _write(fresh, content + _seal(content))
@@ -82,7 +87,7 @@ def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -92,7 +92,7 @@ def _check_mode(found: os.stat_result, name: str, *, last: bool) -> None:
     """A folder for everybody will do on the way, if there nobody can replace what others made."""
     sticky = bool(found.st_mode & stat.S_ISVTX) and not last
     if _others_may_write(found) and not sticky:
-        raise _refused("others can write to it", name)
+        raise _refused("others can write to it (chmod go-w)", name)
 
 
 def _refused(why: str, name: str) -> PermissionError:

@@ -12,30 +12,6 @@ from flashtune.tuning_db.private_folder import check_private, make_private, read
 GiveAway = Callable[[Path], None]
 
 
-@pytest.fixture
-def give_away(monkeypatch: pytest.MonkeyPatch) -> GiveAway:
-    """Makes a path look as if another user had made it."""
-    theirs = set()
-
-    def pretending(look: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
-        def looked(*arguments: object) -> os.stat_result:
-            found = look(*arguments)
-            if (found.st_dev, found.st_ino) not in theirs:
-                return found
-            return os.stat_result((*found[:4], 54321, *found[5:10]))
-
-        return looked
-
-    for name in ("lstat", "fstat"):
-        monkeypatch.setattr(os, name, pretending(getattr(os, name)))
-
-    def give(path: Path) -> None:
-        found = path.lstat()
-        theirs.add((found.st_dev, found.st_ino))
-
-    return give
-
-
 def refused(folder: Path) -> bool:
     try:
         check_private(folder)
@@ -81,7 +57,7 @@ def test_nothing_is_read_below_a_folder_that_others_can_write(
     path.parents[which].chmod(mode)
     assert read_private(path) is None
     assert refused(path.parent)
-    with pytest.raises(PermissionError, match=r"others can write to it.*cache"):
+    with pytest.raises(PermissionError, match=r"others can write to it .chmod go-w.*cache"):
         make_private(path.parent / "deeper")
 
 

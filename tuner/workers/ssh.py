@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from flashtune.tuner.workers.far_end import GREETING
-from flashtune.tuning_db import cached_file
+from flashtune.tuning_db import cached_file, private_folder
 
 PYTHON = "python3"
 LEAST_PYTHON = (3, 10)
@@ -107,14 +107,15 @@ def _quoted(python: str) -> str:
 
 @functools.cache
 def _far_end() -> bytes:
-    """far_end.py, behind what makes the module that it imports, which is not there yet."""
-    name = cached_file.__name__
-    package, _, module = name.rpartition(".")
-    source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
-    first = (
-        f"import sys, types; module = types.ModuleType({name!r}); "
-        f"exec({source!r}, module.__dict__); sys.modules[{name!r}] = module\n"
-    )
+    """far_end.py, behind what makes the modules that it imports, which are not there yet."""
+    first = "import sys, types\n"
+    for name in (private_folder.__name__, cached_file.__name__):
+        package, _, module = name.rpartition(".")
+        source = resources.files(package).joinpath(f"{module}.py").read_text("utf-8")
+        first += (
+            f"module = types.ModuleType({name!r}); "
+            f"exec({source!r}, module.__dict__); sys.modules[{name!r}] = module\n"
+        )
     far_end = resources.files("flashtune.tuner.workers").joinpath("far_end.py")
     return first.encode() + far_end.read_bytes()
 
