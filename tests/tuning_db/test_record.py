@@ -38,7 +38,7 @@ def test_what_a_record_is_of_changes_its_key_and_what_was_measured_does_not(
     assert record.key == record_key(record.device, record.toolchain, record.problem, record.config)
 
 
-@pytest.mark.parametrize("time_us", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("time_us", [-1.0, float("nan"), float("inf"), 1e13, True, "1"])
 def test_times_are_finite_and_not_negative(time_us: float) -> None:
     with pytest.raises(ValueError, match="microseconds"):
         Measurement(outcome=Outcome.OK, median_us=time_us)
