@@ -165,7 +165,7 @@ def test_an_invalid_config_is_skipped_and_the_explanation_says_so() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
+        {"plan": "torch", "staged": True},
         {"plan": "staged"},
         {"plan": "later"},
         {**config_data(staged(2)), "score_rows": 3},
