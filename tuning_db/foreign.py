@@ -21,7 +21,7 @@ from flashtune.tuning_db.one_line import quoted
 
 MOST_BYTES = 2**28
 MOST_DEPTH = 64
-_MOST_DIGITS = 20
+_MOST_DIGITS, _MOST_SHOWN = 20, 50
 _INTEGERS = range(-(2**63), 2**63)
 
 
@@ -109,7 +109,8 @@ def _integer(digits: str) -> int | float:
 def _exact_integer(digits: str) -> int:
     found = _integer(digits)
     if isinstance(found, float):
-        raise FlashtuneError(f"a whole number of more than 64 bits: {quoted(digits)}")
+        shown = digits if len(digits) < _MOST_SHOWN else f"{len(digits)} digits"
+        raise FlashtuneError(f"a whole number of more than 64 bits: {shown}")
     return found
 
 

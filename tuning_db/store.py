@@ -383,7 +383,9 @@ def _check_path(path: Path, read_only: bool) -> None:
     """Reject what SQLite would hang on or report unclearly; make our own default folder."""
     if os.path.exists(path):  # Path.exists would raise for a name that is too long
         if not path.is_file():
-            raise FlashtuneError(f"{path} is not a file: set FLASHTUNE_DB to a database's path")
+            raise FlashtuneError(
+                f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
+            )
     elif read_only:
         raise FlashtuneError(f"there is no database {path}: run a search first")
     elif not os.path.isdir(path.parent):
