@@ -422,6 +422,14 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
             f"{path} was made by a newer flashtune (schema {version}, this one knows "
             f"{SCHEMA_VERSION}): upgrade flashtune, or set FLASHTUNE_DB to another file"
         )
+    own = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE type = 'table' "
+        "AND name IN ('records', 'measurements')"
+    ).fetchone()[0]
+    if version > 0 and own < 2:
+        raise FlashtuneError(
+            f"{path} lacks the tables of a tuning database: move it away, or set FLASHTUNE_DB"
+        )
     return version
 
 

@@ -1,5 +1,6 @@
 """Each bad state a database can be in: one clear line, and nothing lost."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -173,6 +174,32 @@ def test_a_newer_schema(tmp_path: Path, make_record: MakeRecord, read_only: bool
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     connection.close()
     assert_refused(path, "made by a newer flashtune .*upgrade", read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_views_are_no_tables(tmp_path: Path, make_record: MakeRecord, read_only: bool) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE records RENAME TO others")
+        connection.execute("CREATE VIEW records AS SELECT * FROM others")
+    connection.close()
+    assert_refused(path, "lacks the tables of a tuning database", read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("column", ["policy", "config", "created"])
+def test_a_missing_column_is_one_line(
+    tmp_path: Path, make_record: MakeRecord, column: str, read_only: bool
+) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"ALTER TABLE records RENAME COLUMN {column} TO other")
+    connection.close()
+    with Store(path, read_only=read_only) as store, contextlib.suppress(FlashtuneError):
+        assert store.records() == []
+        assert store.left_out
+    with Store(path) as store, pytest.raises(FlashtuneError):
+        store.add(make_record())
 
 
 @pytest.mark.parametrize("read_only", [False, True])
