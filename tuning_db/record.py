@@ -4,6 +4,7 @@ A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`)
 it must first pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -18,10 +19,11 @@ from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 
 NOISE = 0.01  # of a time; a smaller lead is none
-MOST_NAME = 200  # characters of a name or a version
+MOST_NAME = 500  # characters of a name or a version
 MOST_ERROR = 10_000  # characters of an error's text
 _LEAST_US, _MOST_US = 1e-3, 1e12  # a nanosecond, which tables round to, and eleven days
 _MOST_SAMPLES = 2**31 - 1
+_KNOB = re.compile("[a-z][a-z0-9_]*")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)", re.ASCII)
 _CLOCKS_APART = timedelta(days=1)  # of machines that set their clocks
 Scalar = int | float | str | bool
@@ -118,8 +120,7 @@ class Record:
         if self.measurement.outcome is Outcome.ENVIRONMENT:
             raise ValueError(f"a record of the machine's trouble: {self.measurement.error}")
         _check_text("device", self.device, MOST_NAME)
-        for tool, version in asdict(self.toolchain).items():
-            _check_text(f"the toolchain's {tool}", version, MOST_NAME, empty=True)
+        _check_tools(self.toolchain)
         _check_config(self.config)
         if not isinstance(self.provenance, Provenance):
             raise ValueError(f"provenance must be one, not {quoted(self.provenance)}")
@@ -176,6 +177,12 @@ def when_made(created: str) -> str:
     return created if created < latest.strftime("%Y-%m-%dT%H:%M:%SZ") else ""
 
 
+@functools.lru_cache(maxsize=64)
+def _check_tools(tools: Toolchain) -> None:
+    for tool, version in asdict(tools).items():
+        _check_text(f"the toolchain's {tool}", version, MOST_NAME, empty=True)
+
+
 def _check_created(created: Any) -> None:
     if not isinstance(created, str) or not _CREATED.fullmatch(created):
         raise ValueError(f"created must be UTC as 2026-01-31T12:00:00Z, not {quoted(created)}")
@@ -213,7 +220,7 @@ def _check_config(config: Any) -> None:
     if not isinstance(config, Mapping):
         raise ValueError(f"config must be an object, not {quoted(config)}")
     for name, value in config.items():
-        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        if not isinstance(name, str) or not _KNOB.fullmatch(name):
             raise ValueError(f"config has a key {quoted(name)}: use small letters, digits and _")
         if type(value) not in (int, float, str, bool):
             raise ValueError(f"{name} in config must be a number, text or boolean")

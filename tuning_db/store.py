@@ -31,7 +31,7 @@ from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import parse_json
 from flashtune.tuning_db.lock import knows_locks
-from flashtune.tuning_db.one_line import one_line
+from flashtune.tuning_db.one_line import one_line, quoted
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
     ConfigData,
@@ -230,9 +230,7 @@ class Store:
 
     def problems(self, device: str) -> list[Problem]:
         """The problems with any record on this device, sorted."""
-        rows = self._select("SELECT DISTINCT problem FROM records WHERE device = ?", (device,))
-        with self._blamed():
-            return sorted(Problem.from_json(_json_of(row, "problem")) for row in rows)
+        return sorted({record.problem for record in self.records(device=device)})
 
     def _prepare(self, version: int) -> None:
         from sqlite_utils import Database
@@ -282,7 +280,7 @@ class Store:
     def _blamed(self) -> Iterator[None]:
         try:
             yield
-        except FlashtuneError as error:
+        except (FlashtuneError, ValueError, IndexError) as error:
             raise FlashtuneError(
                 f"{self.path} holds a row that this flashtune cannot read ({error}): "
                 "upgrade flashtune, or set FLASHTUNE_DB to another file"
@@ -298,9 +296,9 @@ def _record(row: sqlite3.Row) -> Record:
     try:
         return Record(
             device=row["device"],
-            toolchain=Toolchain.from_json(_json_of(row, "toolchain")),
-            problem=Problem.from_json(_json_of(row, "problem")),
-            config=_json_of(row, "config"),
+            toolchain=_toolchain(row["toolchain"]),
+            problem=_problem(row["problem"]),
+            config=_parsed(row["config"]),
             provenance=Provenance(row["provenance"]),
             measurement=_measurement(row),
             created=row["created"],
@@ -314,10 +312,19 @@ def _measurement(row: sqlite3.Row) -> Measurement:
     return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
 
 
-def _json_of(row: sqlite3.Row, column: str) -> Any:
-    text = row[column]
+@functools.lru_cache(maxsize=64)  # most rows have those of others
+def _toolchain(text: Any) -> Toolchain:
+    return Toolchain.from_json(_parsed(text))
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(text: Any) -> Problem:
+    return Problem.from_json(_parsed(text))
+
+
+def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
-        raise FlashtuneError(f"{column} is no text")
+        raise FlashtuneError(f"{quoted(text)} is no text")
     return parse_json(text, exact=True)
 
 

@@ -22,6 +22,7 @@ from flashtune.tuning_db.environment import cache_dir, named_compiler
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.lock import hold
 from flashtune.tuning_db.private_folder import make_private
+from flashtune.tuning_db.record import MOST_NAME
 
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 100
@@ -141,7 +142,7 @@ def compiler_version() -> str:
         said = _version(_compiler(named_compiler())[0])
     except FlashtuneError:
         return ""
-    return next(iter(said.splitlines()), "")
+    return next(iter(said.splitlines()), "")[:MOST_NAME]
 
 
 @functools.cache
