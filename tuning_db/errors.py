@@ -1,12 +1,19 @@
 """The errors a person can act on."""
 
+from flashtune.tuning_db.one_line import one_line
+
 
 class FlashtuneError(Exception):
     """Something the caller can mend: a bad shape, an unknown device, a corrupt file.
 
-    The message is one line that says what is wrong and what to do. The command line
-    prints it and exits with 2; the runtime catches it and falls back.
+    The message is one line that says what is wrong and what to do, whatever it quotes of a file
+    or another program. The command line prints it and exits with 2; the runtime catches it and
+    falls back.
     """
+
+    def __init__(self, message: str) -> None:
+        """message: what is not printable is spelled out; of a long one the middle is cut."""
+        super().__init__(one_line(message))
 
 
 class MachineTroubleError(FlashtuneError):

@@ -21,7 +21,7 @@ from typing import Any
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Outcome, Provenance, Record
+from flashtune.tuning_db.record import Outcome, Provenance, Record, when_made
 from flashtune.tuning_db.shortlist import shortlist
 from flashtune.tuning_db.table import TuningTable, rank, toolchain_age
 
@@ -117,10 +117,10 @@ def _settle(one: _Side, other: _Side) -> tuple[_Side, str]:
 def _settle_predictions(one: _Side, other: _Side) -> tuple[_Side, str]:
     models = [side.best.measurement.policy for side in (one, other)]
     if models[0] != models[1]:
-        newer = max(one, other, key=lambda side: side.best.created)
+        newer = max(one, other, key=lambda side: when_made(side.best.created))
         return newer, f"{newer.best.measurement.policy} predicted last"
     newest: dict[str, Record] = {}
-    for record in sorted((*one.records, *other.records), key=lambda record: record.created):
+    for record in sorted((*one.records, *other.records), key=lambda each: when_made(each.created)):
         newest[record.key] = record
     both = tuple(shortlist(newest.values()))
     return _Side(name=BOTH, records=both), "a shortlist of both"

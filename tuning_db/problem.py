@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.registry import Registry
 
 DEFAULT_PROBES = 256
 _YOUNGER = frozenset(["model_dtype", "n_rescored", "n_pinned"])
+LARGEST = 2**31 - 1  # of a problem's numbers: kernels count in 32 bits
 MOST_TOKENS = 32  # of one step: heads decode more one part after the other
 
 
@@ -83,7 +85,11 @@ class Problem:
         for name in ("vocab_size", "hidden_size", "n_clusters", "n_probes", "n_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise FlashtuneError(f"{name} must be a positive whole number, not {value!r}")
+                raise FlashtuneError(
+                    f"{name} must be a positive whole number, not {quoted(value)}"
+                )
+            if value > LARGEST:
+                raise FlashtuneError(f"{name} must be at most {LARGEST}, not {quoted(value)}")
         if self.vocab_size % self.n_clusters:
             raise FlashtuneError(
                 f"vocab_size {self.vocab_size} is not a multiple of n_clusters "
@@ -96,18 +102,19 @@ class Problem:
         for name in ("weight_dtype", "centroid_dtype"):
             if getattr(self, name) not in FORMATS:
                 raise FlashtuneError(
-                    f"{name} must be one of {', '.join(FORMATS)}, not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(FORMATS)}, "
+                    f"not {quoted(getattr(self, name))}"
                 )
         self._check_model_dtype()
         for name, most in (("n_rescored", self.vocab_size), ("n_pinned", self.n_clusters)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= most:
                 raise FlashtuneError(
-                    f"{name} must be a whole number from 0 to {most}, not {value!r}"
+                    f"{name} must be a whole number from 0 to {most}, not {quoted(value)}"
                 )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
-                f"epilogue must be one of {', '.join(EPILOGUES)}, not {self.epilogue!r}"
+                f"epilogue must be one of {', '.join(EPILOGUES)}, not {quoted(self.epilogue)}"
             )
 
     def _check_model_dtype(self) -> None:
@@ -116,9 +123,9 @@ class Problem:
             if self.model_dtype not in plain:
                 raise FlashtuneError(
                     f"model_dtype must be one of {', '.join(plain)} where the weight is "
-                    f"{self.weight_dtype}, not {self.model_dtype!r}"
+                    f"{self.weight_dtype}, not {quoted(self.model_dtype)}"
                 )
-        elif self.model_dtype or self.n_rescored:
+        elif self.model_dtype != "" or self.n_rescored:
             raise FlashtuneError(
                 f"model_dtype and n_rescored are for quantised weights: with {self.weight_dtype} "
                 "leave them out"
@@ -249,7 +256,7 @@ def parse_shape(text: str) -> Problem:
         values |= {"vocab_size": vocab, "hidden_size": hidden, "n_clusters": clusters}
     else:
         raise FlashtuneError(
-            f"unknown shape {first!r}: give a preset ({', '.join(PRESETS)}) "
+            f"unknown shape {quoted(first)}: give a preset ({', '.join(PRESETS)}) "
             "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…,weight=…,centroids=…,"
             "rescored=…,epilogue=…]"
         )
@@ -257,21 +264,25 @@ def parse_shape(text: str) -> Problem:
         name, _, value = pair.partition("=")
         if name not in _SHAPE_KEYS and name not in _NAME_KEYS:
             known = ", ".join((*_SHAPE_KEYS, *_NAME_KEYS))
-            raise FlashtuneError(f"unknown key {name!r} in shape {text!r}: use {known}")
+            raise FlashtuneError(
+                f"unknown key {quoted(name)} in shape {quoted(text)}: use {known}"
+            )
         if name in _NAME_KEYS:
             names[name] = value
         elif value.isascii() and value.isdecimal() and len(value) <= _MOST_DIGITS:
             values[_SHAPE_KEYS[name]] = int(value)
         else:
-            raise FlashtuneError(f"{name} in shape {text!r} must be a whole number, not {value!r}")
+            raise FlashtuneError(
+                f"{name} in shape {quoted(text)} must be a whole number, not {quoted(value)}"
+            )
     if values.get("n_tokens", 1) > MOST_TOKENS:
         raise FlashtuneError(
-            f"tokens={values['n_tokens']} in shape {text!r} is more than {MOST_TOKENS}: a head "
-            f"decodes more tokens in parts of {MOST_TOKENS}"
+            f"tokens={values['n_tokens']} in shape {quoted(text)} is more than {MOST_TOKENS}: "
+            f"a head decodes more tokens in parts of {MOST_TOKENS}"
         )
     missing = [key for key in ("vocab", "hidden", "clusters") if _SHAPE_KEYS[key] not in values]
     if missing:
-        raise FlashtuneError(f"shape {text!r} lacks {', '.join(missing)}")
+        raise FlashtuneError(f"shape {quoted(text)} lacks {', '.join(missing)}")
     weight = names.get("weight", names["dtype"])
     values |= {
         "weight_dtype": weight,

@@ -4,18 +4,28 @@ A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`)
 it must first pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
+import functools
 import hashlib
 import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
 
 from flashtune.tuning_db.device import Toolchain
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 
 NOISE = 0.01  # of a time; a smaller lead is none
+MOST_NAME = 500  # characters of a name or a version
+MOST_ERROR = 10_000  # characters of an error's text
+_LEAST_US, _MOST_US = 1e-3, 1e12  # a nanosecond, which tables round to, and eleven days
+_MOST_SAMPLES = 2**31 - 1
+_KNOB = re.compile("[a-z][a-z0-9_]*")
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)", re.ASCII)
+_CLOCKS_APART = timedelta(days=1)  # of machines that set their clocks
 Scalar = int | float | str | bool
 ConfigData = Mapping[str, Scalar]
 
@@ -66,15 +76,23 @@ class Measurement:
     policy: str = "search"
 
     def __post_init__(self) -> None:
-        """An OK measurement has a time, and only then; times are finite and not negative."""
-        for time_us in (self.median_us, self.spread_us):
-            if time_us is not None and not 0 <= time_us < math.inf:
-                raise ValueError(f"a measurement of {time_us} microseconds")
+        """Raises ValueError for what no evaluation gives.
+
+        OK and PRUNED outcomes alone have a time, of at least a nanosecond.
+        """
+        if not isinstance(self.outcome, Outcome):
+            raise ValueError(f"outcome must be an Outcome, not {quoted(self.outcome)}")
+        _check_time("median_us", self.median_us, _LEAST_US)
+        _check_time("spread_us", self.spread_us, 0.0)
         timed = self.outcome in (Outcome.OK, Outcome.PRUNED)
         if (self.median_us is not None) != timed:
             raise ValueError(
                 f"a measurement with outcome {self.outcome.value} and median {self.median_us}"
             )
+        if type(self.samples) is not int or not 0 <= self.samples <= _MOST_SAMPLES:
+            raise ValueError(f"samples must be a count, not {quoted(self.samples)}")
+        _check_text("error", self.error, MOST_ERROR, empty=True)
+        _check_text("policy", self.policy, MOST_NAME)
 
     @property
     def noise_us(self) -> float:
@@ -86,7 +104,7 @@ class Measurement:
 class Record:
     """A database row: device, toolchain, problem, config, provenance and the newest measurement.
 
-    `created` is UTC in ISO 8601, to the second.
+    `created` is UTC in ISO 8601, to the second. Raises ValueError for what can't be one.
     """
 
     device: str
@@ -98,9 +116,15 @@ class Record:
     created: str
 
     def __post_init__(self) -> None:
-        """The machine's trouble is held against no config."""
+        """Check what it is made of; the machine's trouble is held against no config."""
         if self.measurement.outcome is Outcome.ENVIRONMENT:
             raise ValueError(f"a record of the machine's trouble: {self.measurement.error}")
+        _check_text("device", self.device, MOST_NAME)
+        _check_tools(self.toolchain)
+        _check_config(self.config)
+        if not isinstance(self.provenance, Provenance):
+            raise ValueError(f"provenance must be one, not {quoted(self.provenance)}")
+        _check_created(self.created)
 
     @property
     def key(self) -> str:
@@ -142,3 +166,67 @@ def record_key(device: str, toolchain: Toolchain, problem: Problem, config: Conf
     """The identity of the record of a config, as 32 hex digits."""
     parts = "\n".join((device, toolchain.key, problem.key, config_key(config)))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def when_made(created: str) -> str:
+    """A record's `created`, to tell the newer of two; empty, older than any, if it is to come.
+
+    A clock was wrong then. Nothing that is measured now could replace what is of next year.
+    """
+    latest = datetime.now(timezone.utc) + _CLOCKS_APART
+    return created if created < latest.strftime("%Y-%m-%dT%H:%M:%SZ") else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _check_tools(tools: Toolchain) -> None:
+    for tool, version in asdict(tools).items():
+        _check_text(f"the toolchain's {tool}", version, MOST_NAME, empty=True)
+
+
+def _check_created(created: Any) -> None:
+    if not isinstance(created, str) or not _CREATED.fullmatch(created):
+        raise ValueError(f"created must be UTC as 2026-01-31T12:00:00Z, not {quoted(created)}")
+    try:
+        datetime.fromisoformat(created.removesuffix("Z").removesuffix("+00:00"))
+    except ValueError as error:
+        raise ValueError(f"created is no time: {created}: {error}") from error
+
+
+def _check_time(name: str, time_us: Any, least: float) -> None:
+    if time_us is None:
+        return
+    if type(time_us) not in (int, float) or not least <= time_us <= _MOST_US:
+        raise ValueError(
+            f"{name} must be microseconds from {least:g} to {_MOST_US:g}, or null, "
+            f"not {quoted(time_us)}"
+        )
+
+
+def _check_text(name: str, text: Any, most: int, *, empty: bool = False) -> None:
+    if not isinstance(text, str) or not (text or empty):
+        raise ValueError(
+            f"{name} must be text{'' if empty else ' and not empty'}, not {quoted(text)}"
+        )
+    if len(text) > most:
+        raise ValueError(f"{name} has more than {most} characters: {quoted(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} cannot be encoded: {quoted(text)}") from error
+
+
+def _check_config(config: Any) -> None:
+    """Plain data: names, and values that any plan may have."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be an object, not {quoted(config)}")
+    for name, value in config.items():
+        if not isinstance(name, str) or not _KNOB.fullmatch(name):
+            raise ValueError(f"config has a key {quoted(name)}: use small letters, digits and _")
+        if type(value) not in (int, float, str, bool):
+            raise ValueError(f"{name} in config must be a number, text or boolean")
+        if type(value) is str:
+            _check_text(f"{name} in config", value, MOST_NAME, empty=True)
+        elif not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} in config must be a number of 64 bits")
+    if type(config.get("plan")) is not str:
+        raise ValueError("config must name its plan")

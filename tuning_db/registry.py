@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import quoted
 
 
 class Named(Protocol):
@@ -42,7 +43,9 @@ class Registry(Mapping[str, Member]):
         """The member of that name; raises FlashtuneError if there is none."""
         members = self._members()
         if not isinstance(name, str) or name not in members:
-            raise FlashtuneError(f"{self._kind} must be one of {', '.join(members)}, not {name!r}")
+            raise FlashtuneError(
+                f"{self._kind} must be one of {', '.join(members)}, not {quoted(name)}"
+            )
         return members[name]
 
     def __contains__(self, name: Any) -> bool:

@@ -9,10 +9,12 @@ Usage:
 Opening for writing creates the file and its schema; reading never changes a file, and loads
 neither sqlite-utils nor click. Several processes may read and write at once (write-ahead log).
 Whatever is wrong with the file is a FlashtuneError that says what to do, and the file is left
-as it was. A Store belongs to the thread that opened it.
+as it was. Rows that are no records, as others may have written them, are left out; a warning says
+how many. A Store belongs to the thread that opened it.
 """
 
-import json
+import functools
+import logging
 import os
 import re
 import sqlite3
@@ -27,7 +29,9 @@ from typing import TYPE_CHECKING, Any
 from flashtune.tuning_db import environment
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import parse_json
 from flashtune.tuning_db.lock import knows_locks
+from flashtune.tuning_db.one_line import one_line, quoted
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
     ConfigData,
@@ -36,12 +40,14 @@ from flashtune.tuning_db.record import (
     Provenance,
     Record,
     config_key,
+    when_made,
 )
 from flashtune.tuning_db.schema import APPLICATION_ID, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
+LOG = logging.getLogger("flashtune")
 BUSY_SECONDS = 10.0
 FINAL_POLICY = "final"  # of a search's finalists, timed side by side
 RACE_POLICY = "race"  # of the winner of a race at a model's first load
@@ -82,6 +88,7 @@ class Store:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open `path`, creating file and schema unless `read_only`."""
         self.path = path
+        self._odd_rows: dict[object, str] = {}
         self._database: Database | None = None
         _check_path(path, read_only)
         with _clear_errors(path):
@@ -111,21 +118,36 @@ class Store:
     def close(self) -> None:
         """Close the database; closing twice is fine."""
         self._connection.close()
+        if self._odd_rows:
+            _warn(f"{one_line(str(self.path))}: {self.left_out}")
 
-    def add(self, record: Record) -> None:
-        """Keep a record, in one transaction, and append its measurement to the history.
+    @property
+    def left_out(self) -> str:
+        """How many of the rows that were asked for are no records, and why the first is none.
+
+        Empty where all are.
+        """
+        if not self._odd_rows:
+            return ""
+        first, count = next(iter(self._odd_rows.values())), len(self._odd_rows)
+        return f"rows left out that this flashtune cannot read: {count} (the first: {first})"
+
+    def add(self, *records: Record) -> None:
+        """Keep records, all or none, and append their measurements to the history.
 
         Of two measurements of the same config the newer is the record's current one, except
         that a prediction never replaces a measurement, nor anything but another `final`
-        measurement a `final` one.
+        measurement a `final` one. One whose time is still to come is older than any.
         """
-        row = _row_of(record)
         with self._transaction() as database:
-            found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
-            if not found or _standing(row) >= _standing(found[0]):
-                database.table("records").upsert(row, pk="key")
-            measured = {name: row[name] for name in _HISTORY_COLUMNS}
-            database.table("measurements").insert({"record": record.key, **measured})
+            for record in records:
+                row = _row_of(record)
+                found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
+                before = next(self._those_that_are(found), None)
+                if before is None or _standing(record) >= _standing(before):
+                    database.table("records").upsert(row, pk="key")
+                measured = {name: row[name] for name in _HISTORY_COLUMNS}
+                database.table("measurements").insert({"record": record.key, **measured})
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove records by their whole keys, with all their measurements, in one transaction."""
@@ -154,7 +176,7 @@ class Store:
         rows = self._matching(
             wanted, "device, problem, median_us IS NULL, median_us, config, toolchain"
         )
-        return [self._record(row) for row in rows]
+        return list(self._those_that_are(rows))
 
     def best(
         self,
@@ -178,7 +200,7 @@ class Store:
             f"provenance = '{Provenance.MEASURED.value}' DESC, policy = '{FINAL_POLICY}' DESC, "
             "median_us, config, toolchain"
         )
-        records = map(self._record, self._matching(wanted, order))
+        records = self._those_that_are(self._matching(wanted, order))
         return next((record for record in records if accept(record.config)), None)
 
     def get(self, key_prefix: str) -> Record:
@@ -194,21 +216,21 @@ class Store:
             raise FlashtuneError(f"no record's key starts with {prefix!r} in {self.path}")
         if len(rows) > 1:
             raise FlashtuneError(
-                f"{prefix!r} is ambiguous ({', '.join(row['key'] for row in rows)}, …): "
+                f"{prefix!r} is ambiguous ({', '.join(str(row['key']) for row in rows)}, …): "
                 "give more digits"
             )
-        return self._record(rows[0])
+        with self._blamed():
+            return _record(rows[0])
 
     def measurements(self, key: str) -> list[tuple[str, Measurement]]:
         """Every measurement of the record with this key, in the order of adding, with its time."""
         rows = self._select("SELECT * FROM measurements WHERE record = ? ORDER BY id", (key,))
-        return [(row["created"], self._measurement(row)) for row in rows]
+        with self._blamed():
+            return [(row["created"], _measurement(row)) for row in rows]
 
     def problems(self, device: str) -> list[Problem]:
         """The problems with any record on this device, sorted."""
-        rows = self._select("SELECT DISTINCT problem FROM records WHERE device = ?", (device,))
-        with self._decoding():
-            return sorted(Problem.from_json(json.loads(row["problem"])) for row in rows)
+        return sorted({record.problem for record in self.records(device=device)})
 
     def _prepare(self, version: int) -> None:
         from sqlite_utils import Database
@@ -246,32 +268,64 @@ class Store:
             cursor.row_factory = sqlite3.Row
             return cursor.execute(sql, values).fetchall()
 
+    def _those_that_are(self, rows: Iterable[sqlite3.Row]) -> Iterator[Record]:
+        """The records of rows, without the rows that are none."""
+        for row in rows:
+            try:
+                yield _record(row)
+            except FlashtuneError as error:
+                self._odd_rows.setdefault(_identity(row), str(error))
+
     @contextmanager
-    def _decoding(self) -> Iterator[None]:
+    def _blamed(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, TypeError, FlashtuneError) as error:
+        except (FlashtuneError, ValueError, IndexError) as error:
             raise FlashtuneError(
                 f"{self.path} holds a row that this flashtune cannot read ({error}): "
                 "upgrade flashtune, or set FLASHTUNE_DB to another file"
             ) from error
 
-    def _measurement(self, row: sqlite3.Row) -> Measurement:
-        with self._decoding():
-            values = {name: row[name] for name in _MEASUREMENT_FIELDS}
-            return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
 
-    def _record(self, row: sqlite3.Row) -> Record:
-        with self._decoding():
-            return Record(
-                device=row["device"],
-                toolchain=Toolchain.from_json(json.loads(row["toolchain"])),
-                problem=Problem.from_json(json.loads(row["problem"])),
-                config=json.loads(row["config"]),
-                provenance=Provenance(row["provenance"]),
-                measurement=self._measurement(row),
-                created=row["created"],
-            )
+def _identity(row: sqlite3.Row) -> object:
+    return row["key"] if "key" in row.keys() else tuple(row)  # noqa: SIM118 - a row is no mapping
+
+
+def _record(row: sqlite3.Row) -> Record:
+    """The record that a row is; FlashtuneError for one that is none."""
+    try:
+        return Record(
+            device=row["device"],
+            toolchain=_toolchain(row["toolchain"]),
+            problem=_problem(row["problem"]),
+            config=_parsed(row["config"]),
+            provenance=Provenance(row["provenance"]),
+            measurement=_measurement(row),
+            created=row["created"],
+        )
+    except (ValueError, IndexError) as error:  # IndexError: a column is missing
+        raise FlashtuneError(str(error)) from error
+
+
+def _measurement(row: sqlite3.Row) -> Measurement:
+    values = {name: row[name] for name in _MEASUREMENT_FIELDS}
+    return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
+
+
+@functools.lru_cache(maxsize=64)  # most rows have those of others
+def _toolchain(text: Any) -> Toolchain:
+    return Toolchain.from_json(_parsed(text))
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(text: Any) -> Problem:
+    return Problem.from_json(_parsed(text))
+
+
+def _parsed(text: Any) -> Any:
+    if not isinstance(text, str):
+        raise FlashtuneError(f"{quoted(text)} is no text")
+    return parse_json(text, exact=True)
 
 
 def _row_of(record: Record) -> dict[str, Any]:
@@ -290,10 +344,17 @@ def _row_of(record: Record) -> dict[str, Any]:
     }
 
 
-def _standing(row: dict[str, Any] | sqlite3.Row) -> tuple[bool, bool, str]:
-    """How much a row's measurement is worth: the greater replaces the lesser."""
-    measured = row["provenance"] == Provenance.MEASURED.value
-    return measured, row["policy"] == FINAL_POLICY, row["created"]
+@functools.cache
+def _warn(text: str) -> None:
+    """Once a process: a head opens the database for each shape."""
+    LOG.warning("%s", text)
+
+
+def _standing(record: Record) -> tuple[bool, bool, str]:
+    """How much a record's measurement is worth: the greater replaces the lesser."""
+    measured = record.provenance is Provenance.MEASURED
+    final = record.measurement.policy == FINAL_POLICY
+    return measured, final, when_made(record.created)
 
 
 def _connect(path: Path, read_only: bool) -> tuple[sqlite3.Connection, int]:
@@ -312,17 +373,26 @@ def _connect_as(mode: str, path: Path) -> tuple[sqlite3.Connection, int]:
         f"{path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None
     )
     try:
+        connection.text_factory = _text
+        connection.execute("PRAGMA trusted_schema = OFF")  # views and triggers of others
         return connection, _schema_version(connection, path)
     except BaseException:
         connection.close()
         raise
 
 
+def _text(data: bytes) -> str:
+    """A column's text; what is not UTF-8 can't be encoded again, which no record may be."""
+    return data.decode("utf-8", "surrogateescape")
+
+
 def _check_path(path: Path, read_only: bool) -> None:
     """Reject what SQLite would hang on or report unclearly; make our own default folder."""
     if os.path.exists(path):  # Path.exists would raise for a name that is too long
         if not path.is_file():
-            raise FlashtuneError(f"{path} is not a file: set FLASHTUNE_DB to a database's path")
+            raise FlashtuneError(
+                f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
+            )
     elif read_only:
         raise FlashtuneError(f"there is no database {path}: run a search first")
     elif not os.path.isdir(path.parent):
@@ -358,6 +428,14 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
         raise FlashtuneError(
             f"{path} was made by a newer flashtune (schema {version}, this one knows "
             f"{SCHEMA_VERSION}): upgrade flashtune, or set FLASHTUNE_DB to another file"
+        )
+    own = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE type = 'table' "
+        "AND name IN ('records', 'measurements')"
+    ).fetchone()[0]
+    if version > 0 and own < 2:
+        raise FlashtuneError(
+            f"{path} lacks the tables of a tuning database: move it away, or set FLASHTUNE_DB"
         )
     return version
 

@@ -17,28 +17,28 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, fields
-from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import parse_json, read_text
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
-    ConfigData,
     Measurement,
     Outcome,
     Provenance,
     Record,
     config_key,
+    when_made,
 )
 from flashtune.tuning_db.shortlist import MOST, shortlist
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 TABLE_VERSION = 1
 _TIME_DIGITS = 3  # a nanosecond: finer than any timer that a measurement comes from
-_LARGEST_COUNT = 2**31 - 1
 _PREBUILT = resources.files("flashtune.tuning_db") / "prebuilt"
 
 
@@ -83,23 +83,17 @@ def loads_table(text: str, *, origin: str) -> TuningTable:
     Raises FlashtuneError for anything that `dumps_table` would not have written.
     """
     try:
-        return _read_table(
-            json.loads(text, object_pairs_hook=_read_object, parse_constant=_refuse_constant)
-        )
+        return _read_table(parse_json(text, exact=True))
     except (FlashtuneError, ValueError) as error:
         raise FlashtuneError(f"cannot use the tuning table {origin}: {error}") from error
-    except RecursionError:
-        raise FlashtuneError(f"cannot use the tuning table {origin}: too deeply nested") from None
 
 
 def read_table(path: Path) -> TuningTable:
     """Read a table's file; raises FlashtuneError when it is missing, unreadable or invalid."""
     try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise FlashtuneError(f"cannot read the tuning table {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FlashtuneError(f"cannot use the tuning table {path}: it is not UTF-8") from error
+        text = read_text(path)
+    except FlashtuneError as error:
+        raise FlashtuneError(f"cannot read the tuning table {error}") from error
     return loads_table(text, origin=str(path))
 
 
@@ -187,7 +181,7 @@ def toolchain_age(record: Record) -> tuple[list[list[int]], str]:
         [int(part) for part in re.findall(r"\d+", text.partition("+")[0])]
         for text in (chain.triton, chain.torch, chain.driver)
     ]
-    return versions, record.created
+    return versions, when_made(record.created)
 
 
 def rank(record: Record) -> tuple[bool, bool, float, str]:
@@ -218,23 +212,12 @@ def _rounded(time_us: float | None) -> float | None:
     return None if time_us is None else round(float(time_us), _TIME_DIGITS)
 
 
-def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise FlashtuneError(f"an object has a key twice: {sorted(key for key, _ in pairs)}")
-    return data
-
-
-def _refuse_constant(name: str) -> Any:
-    raise FlashtuneError(f"{name} is not a number that a table can hold")
-
-
 def _check_keys(data: Any, names: set[str], what: str) -> None:
     if not isinstance(data, dict):
         raise FlashtuneError(f"{what} must be an object")
     if set(data) != names:
         unknown, missing = sorted(set(data) - names), sorted(names - set(data))
-        raise FlashtuneError(f"{what} has unknown keys {unknown} and lacks {missing}")
+        raise FlashtuneError(f"{what} has unknown keys {quoted(unknown)} and lacks {missing}")
 
 
 def _read_table(data: Any) -> TuningTable:
@@ -246,10 +229,10 @@ def _read_table(data: Any) -> TuningTable:
         )
     _check_keys(data, {"schema_version", "device", "records"}, "a table")
     if type(version) is not int or version != TABLE_VERSION:
-        raise FlashtuneError(f"schema_version must be {TABLE_VERSION}, not {version!r}")
+        raise FlashtuneError(f"schema_version must be {TABLE_VERSION}, not {quoted(version)}")
     device, rows = data["device"], data["records"]
     if not isinstance(device, str):
-        raise FlashtuneError(f"device must be text, not {device!r}")
+        raise FlashtuneError(f"device must be text, not {quoted(device)}")
     if not isinstance(rows, list):
         raise FlashtuneError("records must be a list")
     records = []
@@ -268,65 +251,20 @@ def _read_record(device: str, data: Any) -> Record:
         device=device,
         toolchain=Toolchain.from_json(data["toolchain"]),
         problem=Problem.from_json(data["problem"]),
-        config=_read_config(data["config"]),
+        config=data["config"],
         provenance=_read_choice(Provenance, data["provenance"], "provenance"),
         measurement=_read_measurement(data["measurement"]),
-        created=_read_created(data["created"]),
+        created=data["created"],
     )
-
-
-def _read_config(data: Any) -> ConfigData:
-    if not isinstance(data, dict):
-        raise FlashtuneError("config must be an object")
-    for name, value in data.items():
-        if not re.fullmatch("[a-z][a-z0-9_]*", name):
-            raise FlashtuneError(f"config has a key {name!r}: use small letters, digits and _")
-        if type(value) not in (int, float, str, bool):
-            raise FlashtuneError(f"{name} in config must be a number, text or boolean")
-        if type(value) is float and not math.isfinite(value):
-            raise FlashtuneError(f"{name} in config must be finite")
-    if type(data.get("plan")) is not str:
-        raise FlashtuneError("config must name its plan")
-    return data
 
 
 def _read_measurement(data: Any) -> Measurement:
     _check_keys(data, {field.name for field in fields(Measurement)}, "a measurement")
-    samples, error, policy = data["samples"], data["error"], data["policy"]
-    if type(samples) is not int or not 0 <= samples <= _LARGEST_COUNT:
-        raise FlashtuneError(f"samples must be a count, not {samples!r}")
-    if not isinstance(error, str):
-        raise FlashtuneError(f"error must be text, not {error!r}")
-    if not isinstance(policy, str) or not policy:
-        raise FlashtuneError(f"policy must be text and not empty, not {policy!r}")
-    return Measurement(
-        outcome=_read_choice(Outcome, data["outcome"], "outcome"),
-        median_us=_read_time(data["median_us"], "median_us"),
-        spread_us=_read_time(data["spread_us"], "spread_us"),
-        samples=samples,
-        error=error,
-        policy=policy,
-    )
+    return Measurement(**{**data, "outcome": _read_choice(Outcome, data["outcome"], "outcome")})
 
 
 def _read_choice(kind: Any, value: Any, what: str) -> Any:
     choices = [member.value for member in kind]
     if value not in choices:
-        raise FlashtuneError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+        raise FlashtuneError(f"{what} must be one of {', '.join(choices)}, not {quoted(value)}")
     return kind(value)
-
-
-def _read_time(value: Any, what: str) -> float | None:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise FlashtuneError(f"{what} must be microseconds or null, not {value!r}")
-    return float(value)
-
-
-def _read_created(value: Any) -> str:
-    shape = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)"
-    if not isinstance(value, str) or not re.fullmatch(shape, value, re.ASCII):
-        raise FlashtuneError(f"created must be UTC as 2026-01-31T12:00:00Z, not {value!r}")
-    datetime.fromisoformat(value.removesuffix("Z").removesuffix("+00:00"))
-    return value

@@ -12,7 +12,7 @@ The file holds `centroids`, `[1, 1, hidden, n_clusters]` or `[hidden, n_clusters
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from safetensors.torch import save
 from flashtune.kernels.formats.format import dtype_name, format_named, plain_formats
 from flashtune.kernels.model_folder.tensor_file import open_tensors, shape_of
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import parse_json
+from flashtune.tuning_db.one_line import quoted
 
 CENTROIDS, ASSIGNMENTS = "centroids", "cluster_assignments"
 _METADATA = "flashtune"
@@ -85,7 +87,7 @@ def _shapes(path: Path, tensors: Any) -> tuple[int, int, int]:
     for name in (CENTROIDS, ASSIGNMENTS):
         if name not in names:
             raise FlashtuneError(
-                f"{path}: need the tensors {CENTROIDS} and {ASSIGNMENTS}, found {names}"
+                f"{path}: need the tensors {CENTROIDS} and {ASSIGNMENTS}, found {quoted(names)}"
             )
     centroids, assignments = shape_of(tensors, CENTROIDS), shape_of(tensors, ASSIGNMENTS)
     if len(centroids) < 2 or any(size != 1 for size in centroids[:-2]) or 0 in centroids:
@@ -135,11 +137,18 @@ def _origin(path: Path, text: str | None) -> Origin | None:
     if text is None:
         return None
     try:
-        return Origin(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        data = parse_json(text, exact=True)
+        kinds = {field.name: field.type for field in fields(Origin)}
+        if not isinstance(data, dict) or set(data) != set(kinds):
+            raise FlashtuneError(f"not just {', '.join(kinds)}")
+        for name, value in data.items():
+            if type(value) is not kinds[name]:
+                raise FlashtuneError(f"{name} is {quoted(value)}")
+    except FlashtuneError as error:
         raise FlashtuneError(
-            f"{path}: its metadata {_METADATA!r} cannot be read: make the file again"
+            f"{path}: its metadata {_METADATA!r} cannot be read ({error}): make the file again"
         ) from error
+    return Origin(**data)
 
 
 def write_clusters(path: Path, clusters: Clusters) -> None:

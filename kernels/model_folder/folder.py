@@ -9,7 +9,7 @@ This module and those that it reads with (`clustering`, `head_weight`) own the f
 docs/model-folders.md describes it.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,10 +31,13 @@ from flashtune.kernels.model_folder.clusters import (
     read_shapes,
 )
 from flashtune.kernels.model_folder.head_weight import HeadWeight, find_head_weight, has_weights
+from flashtune.kernels.model_folder.inside import inside
 from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.special_token import checked_special_tokens
 from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import read_json
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -74,9 +77,9 @@ class ModelFolder:
         nothing is downloaded. Raises FlashtuneError naming the file and what is wrong.
         """
         path = Path(source)
-        if not path.is_dir() and _REPOSITORY.fullmatch(str(source)):
+        if not os.path.isdir(path) and _REPOSITORY.fullmatch(str(source)):
             path = _cached(str(source), revision)
-        config = _read_config(path / CONFIG)
+        config = _read_config(path, CONFIG)
         nested = config.get("text_config")
         text = {**config, **nested} if isinstance(nested, dict) else config
         return cls(path=path, config=config, text=text)
@@ -84,15 +87,22 @@ class ModelFolder:
     @property
     def clustering_file(self) -> Path:
         """Where the clusters are, or ought to be."""
-        named = self.path / str(self.config.get(ASSETS_KEY, ASSETS_FOLDER)) / CLUSTERING_FILE
-        beside = self.path / CLUSTERING_FILE
-        return beside if beside.exists() and not named.exists() else named
+        named = inside(self.path, self.config.get(ASSETS_KEY, ASSETS_FOLDER), CLUSTERING_FILE)
+        beside = inside(self.path, CLUSTERING_FILE)
+        return beside if os.path.exists(beside) and not os.path.exists(named) else named
+
+    @property
+    def architectures(self) -> list[str]:
+        """The names of the model's classes, as the config lists them."""
+        names = self.config.get("architectures")
+        return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
     def has_clusters(self) -> bool:
         """Whether the config says that this is a FlashHead model."""
-        names = self.config.get("architectures") or []
-        return ASSETS_KEY in self.config or any(str(name).startswith(PREFIX) for name in names)
+        return ASSETS_KEY in self.config or any(
+            name.startswith(PREFIX) for name in self.architectures
+        )
 
     @property
     def dtype(self) -> str:
@@ -111,7 +121,9 @@ class ModelFolder:
             return None
         known = {each.torch_name: each.name for each in plain_formats()}
         if not isinstance(name, str) or name not in known:
-            raise FlashtuneError(f"{self.path / CONFIG}: dtype {name} is none of {list(known)}")
+            raise FlashtuneError(
+                f"{self.path / CONFIG}: dtype {quoted(name)} is none of {list(known)}"
+            )
         return known[name]
 
     def special_token_ids(self, vocab_size: int) -> list[int]:
@@ -124,13 +136,15 @@ class ModelFolder:
             return self._end_tokens(vocab_size)
         with _blaming(self.path / CONFIG):
             if not isinstance(ids, list) or any(type(token) is not int for token in ids):
-                raise FlashtuneError(f"{SPECIAL_KEY} must be a list of token ids, not {ids!r}")
+                raise FlashtuneError(
+                    f"{SPECIAL_KEY} must be a list of token ids, not {quoted(ids)}"
+                )
             return checked_special_tokens(ids, vocab_size)
 
     def _end_tokens(self, vocab_size: int) -> list[int]:
         """The tokens that end a text, by the model's config and its generation config."""
-        path = self.path / GENERATION_CONFIG
-        usual = _read_config(path) if path.exists() else {}
+        there = os.path.exists(self.path / GENERATION_CONFIG)
+        usual = _read_config(self.path, GENERATION_CONFIG) if there else {}
         named = (each.get(END_KEY) for each in (self.config, self.text, usual))
         return end_tokens(named, vocab_size)
 
@@ -148,7 +162,7 @@ class ModelFolder:
         if type(named) is not int or named < 1:
             raise FlashtuneError(
                 f"{self.path / CONFIG}: {PROBES_KEY} must be a positive whole number, "
-                f"not {named!r}"
+                f"not {quoted(named)}"
             )
         return named
 
@@ -162,8 +176,8 @@ class ModelFolder:
         said = self.text.get("hidden_size")
         if hidden != said and not has_weights(self.path):
             raise FlashtuneError(
-                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size {said}: "
-                "the assets are of another model"
+                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size "
+                f"{quoted(said)}: the assets are of another model"
             )
         if hidden != said:  # not all models call their head's width so
             self._check_width(hidden, self.head_weight())
@@ -253,7 +267,7 @@ class ModelFolder:
 
     def _existing_clusters(self) -> Path:
         path = self.clustering_file
-        if not path.exists():
+        if not os.path.exists(path):
             raise FlashtuneError(
                 f"{path}: no such file: this is not a FlashHead model; make one of it with "
                 "`flashtune cluster`"
@@ -303,13 +317,11 @@ def _cached(repository: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise FlashtuneError(f"{path}: {error.strerror}: give a model folder") from error
-    except ValueError as error:
-        raise FlashtuneError(f"{path}: not JSON: {error}") from error
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = inside(folder, name)
+    if not os.path.lexists(path):
+        raise FlashtuneError(f"{path}: No such file or directory: give a model folder")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise FlashtuneError(f"{path}: must hold a JSON object")
     return config

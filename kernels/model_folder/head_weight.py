@@ -10,7 +10,7 @@ The model's own class says what the weight is called and whether it is tied to t
 else the embedding's, also where the text model is nested in a multimodal one.
 """
 
-import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from flashtune.kernels.formats.format import format_of, plain_formats
+from flashtune.kernels.model_folder.inside import inside
 from flashtune.kernels.model_folder.own_class import OwnHead, ask_model
 from flashtune.kernels.model_folder.quantised_weight import (
     CURE,
@@ -28,6 +29,7 @@ from flashtune.kernels.model_folder.quantised_weight import (
 )
 from flashtune.kernels.model_folder.tensor_file import dtype_of, open_tensors, shape_of
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEADS = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
@@ -157,23 +159,25 @@ def _check_bias(name: str, files: dict[str, Path], own: OwnHead | None) -> None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a model folder holds weights, and not its config and clusters alone."""
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return any(os.path.exists(folder / name) for name in (SINGLE, INDEX))
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a model, of those that transformers would load."""
-    path, index = folder / SINGLE, folder / INDEX
-    if path.exists():
+    path, index = inside(folder, SINGLE), inside(folder, INDEX)
+    if os.path.exists(path):
         with open_tensors(path) as tensors:
             return dict.fromkeys(tensors.keys(), path)
-    if not index.exists():
+    if not os.path.exists(index):
         raise FlashtuneError(
             f"{folder}: has neither {SINGLE} nor {INDEX}: weights are read from safetensors only"
         )
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {str(name): folder / str(file) for name, file in weight_map.items()}
-    except OSError as error:
-        raise FlashtuneError(f"{index}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FlashtuneError(f"{index}: must be JSON with a weight_map of names") from error
+    data = read_json(index)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict):
+        raise FlashtuneError(f"{index}: must be JSON with a weight_map of names")
+    paths: dict[str, Path] = {}
+    for file in weight_map.values():
+        if not isinstance(file, str) or file not in paths:
+            paths[file] = inside(folder, file)
+    return {name: paths[file] for name, file in weight_map.items()}

@@ -64,9 +64,9 @@ def ask_model(folder: Path) -> OwnHead | None:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model = _instance(folder)
+            head = model.get_output_embeddings()
     except Exception:  # not installed, of another version, remote code, a config of no model
         return None
-    head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if weight is None:
         raise FlashtuneError(

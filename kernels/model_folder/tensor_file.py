@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import check_file
 
 
 @contextmanager
@@ -22,11 +23,10 @@ def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
     Raises FlashtuneError for a file that is absent, unreadable or cut short, also where that
     shows only as a tensor is read.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device=device) as tensors:
             yield tensors
-    except FileNotFoundError as error:
-        raise FlashtuneError(f"{path}: no such file") from error
     except OSError as error:
         raise FlashtuneError(f"{path}: {error.strerror or error}: cannot be read") from error
     except SafetensorError as error:

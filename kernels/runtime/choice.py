@@ -51,10 +51,14 @@ class Level(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Records, and where they come from: `USER` or `PREBUILT`."""
+    """Records, and where they come from: `USER` or `PREBUILT`.
+
+    left_out: one line on what was there and could not be read.
+    """
 
     name: str
     records: Sequence[Record]
+    left_out: str = ""
 
 
 class Difference(NamedTuple):
@@ -150,8 +154,9 @@ def choose(
     Every record's config is checked for this problem and device before it is chosen. Failed
     records are never chosen, nor is a config that failed here, on this problem and toolchain.
     """
-    skipped: Counter[str] = Counter()
-    for candidate, config in _usable(problem, device, toolchain, list(sources), skipped):
+    sources = list(sources)
+    skipped = Counter(f"{each.name}: {each.left_out}" for each in sources if each.left_out)
+    for candidate, config in _usable(problem, device, toolchain, sources, skipped):
         return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
     return default_choice(problem, device, skipped=_counted(skipped))
 

@@ -48,7 +48,7 @@ def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -
             with store:
                 name = device.name if problem else None
                 records = store.records(device=name, problem=problem)
-                sources.append(Source(name=USER, records=records))
+                sources.append(Source(name=USER, records=records, left_out=store.left_out))
     except Exception as error:
         note(troubles, f"the tuning database is not used: {one_line(error)}")
     for name in [device.name] if problem else prebuilt_devices():

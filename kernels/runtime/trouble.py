@@ -6,6 +6,7 @@ from types import CodeType
 from typing import Any
 
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import spelled
 
 
 def note(troubles: list[str], trouble: str) -> None:
@@ -15,8 +16,8 @@ def note(troubles: list[str], trouble: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The error's first line, with its kind where it isn't one of ours."""
-    first = next(iter(str(error).splitlines()), "")
+    """The error's first line, printable, with its kind where it isn't one of ours."""
+    first = spelled(next(iter(str(error).splitlines()), ""))
     return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"
 
 

@@ -38,7 +38,7 @@ def test_what_a_record_is_of_changes_its_key_and_what_was_measured_does_not(
     assert record.key == record_key(record.device, record.toolchain, record.problem, record.config)
 
 
-@pytest.mark.parametrize("time_us", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("time_us", [-1.0, float("nan"), float("inf"), 1e13, True, "1"])
 def test_times_are_finite_and_not_negative(time_us: float) -> None:
     with pytest.raises(ValueError, match="microseconds"):
         Measurement(outcome=Outcome.OK, median_us=time_us)
@@ -51,3 +51,45 @@ def test_only_what_worked_has_a_time() -> None:
         Measurement(outcome=Outcome.OK)
     with pytest.raises(ValueError, match="outcome crash"):
         Measurement(outcome=Outcome.CRASH, median_us=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": ""}, "device must be text and not empty"),
+        ({"device": 7}, "device must be text"),
+        ({"device": "d" * 501}, "device has more than 500"),
+        ({"device": "d\ud800"}, "device cannot be encoded"),
+        ({"toolchain": Toolchain(driver="9" * 5000)}, "toolchain's driver has more than 500"),
+        ({"config": None}, "config must be an object"),
+        ({"config": {"plan": "a" * 501}}, "plan in config has more than 500"),
+        ({"config": {"plan": "a", "n": 2**63}}, "n in config must be a number of 64 bits"),
+        ({"config": {"plan": "a", "n": float("nan")}}, "n in config must be a number"),
+        ({"config": {"plan": "a", 7: 1}}, "config has a key 7"),
+        ({"provenance": "measured"}, "provenance must be one"),
+        ({"created": "yesterday"}, "created must be UTC"),
+        ({"created": None}, "created must be UTC"),
+        ({"policy": "p" * 501}, "policy has more than 500"),
+    ],
+)
+def test_what_a_record_holds_has_bounds(
+    changes: dict[str, object], message: str, make_record: Callable[..., Record]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_record(**changes)
+
+
+@pytest.mark.parametrize("samples", [-1, 2**31, True, 1.0])
+def test_samples_are_a_count(samples: int) -> None:
+    with pytest.raises(ValueError, match="samples must be a count"):
+        Measurement(outcome=Outcome.OK, median_us=1.0, samples=samples)
+
+
+def test_a_measurement_s_texts_have_bounds() -> None:
+    for name in ("error", "policy"):
+        with pytest.raises(ValueError, match=f"{name} "):
+            Measurement(outcome=Outcome.CRASH, **{name: "x" * 20_000})
+        with pytest.raises(ValueError, match=f"{name} "):
+            Measurement(outcome=Outcome.CRASH, **{name: "\udcff"})
+    with pytest.raises(ValueError, match="outcome"):
+        Measurement(outcome="ok", median_us=1.0)  # type: ignore[arg-type]

@@ -184,6 +184,20 @@ def test_measurements_of_an_unknown_record_are_none(store: Store) -> None:
     assert store.measurements("0" * 32) == []
 
 
+@pytest.mark.parametrize("to_come", ["9999-12-31T23:59:59Z", "2199-01-01T00:00:00+00:00"])
+def test_a_time_to_come_is_older_than_any(
+    to_come: str, store: Store, make_record: MakeRecord
+) -> None:
+    """Else the record of a wrong clock would stay for ever."""
+    store.add(make_record(1.0, policy="final", created=to_come))
+    store.add(make_record(25.0, policy="final", created=LATE))
+    assert [each.measurement.median_us for each in store.records()] == [25.0]
+    store.add(make_record(1.0, policy="final", created=to_come))
+    assert [each.measurement.median_us for each in store.records()] == [25.0]
+    store.add(make_record(None, policy="final", created=LATE))
+    assert store.best("nvidia-h200", make_record().problem) is None
+
+
 def test_a_failed_add_leaves_nothing_behind(store: Store, make_record: MakeRecord) -> None:
     broken = make_record()
     store.add(broken)

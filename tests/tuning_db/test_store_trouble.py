@@ -1,5 +1,6 @@
 """Each bad state a database can be in: one clear line, and nothing lost."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -97,16 +98,73 @@ def test_a_corrupt_page_is_told_when_it_is_met(tmp_path: Path, make_record: Make
     assert path.read_bytes() == content
 
 
-def test_a_row_that_cannot_be_read_names_the_file(tmp_path: Path, make_record: MakeRecord) -> None:
-    path = filled(tmp_path / "tuning.db", make_record)
+DEEP = "[" * 5000 + "]" * 5000
+NO_RECORD = {
+    "config": ("'[]'", "'null'", "'7'", "x'ff00'", "7", "'{}'", "'{\"plan\": [1]}'", f"'{DEEP}'",
+               f"'{'9' * 5000}'", "'{\"plan\": \"a\", \"b\": NaN}'", "'{\"plan\": \"\\ud800\"}'",
+               "'{\"plan\": \"a\", \"plan\": \"b\"}'"),
+    "problem": ("'{}'", "7", "x'ff'", f"'{DEEP}'", "replace(problem, '64,', '64' || '0' || ',')",
+                "replace(problem, '1024', '1' || printf('%0400d', 0))",
+                "replace(problem, '\"bf16\"', '[]')", "replace(problem, '\"argmax\"', '{}')"),
+    "toolchain": ("'[]'", "x'fe'", "'null'", f"'{DEEP}'"),
+    "device": ("x'ff'", "''", "cast(x'ff41' as text)"),
+    "median_us": ("'abc'", "-1", "1e999", "x'00'", "9223372036854775807", "NULL", "0"),
+    "spread_us": ("'abc'", "-1", "1e999"),
+    "samples": ("'x'", "-5", "1e300"),
+    "outcome": ("'improved'", "7", "'crash'"),
+    "provenance": ("'said'", "7"),
+    "policy": ("x'ff'", "''"),
+    "error": ("x'ff'",),
+    "created": ("7", "x'ff'", "''", "'9999'", "'2026-02-30T00:00:00Z'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(column, value) for column, values in NO_RECORD.items() for value in values],
+    ids=lambda text: text[:30],
+)
+def test_a_row_that_is_no_record_is_left_out_and_counted(
+    column: str,
+    value: str,
+    tmp_path: Path,
+    make_record: MakeRecord,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = filled(tmp_path / "tuning.db", make_record, 2)
+    with Store(path) as store:
+        first, second = store.records()
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE records SET outcome = 'improved'")
+        connection.execute(f"UPDATE records SET {column} = {value} WHERE key = ?", (first.key,))
     connection.close()
-    with (
-        Store(path) as store,
-        pytest.raises(FlashtuneError, match=r"tuning\.db holds a row .*improved.*upgrade"),
-    ):
-        store.records()
+    with Store(path, read_only=True) as store:
+        assert store.records() == [second]
+        assert store.best(second.device, second.problem) in (None, second)
+        assert store.left_out.startswith("rows left out that this flashtune cannot read: 1 ")
+        with pytest.raises(FlashtuneError, match=r"tuning\.db holds a row .*upgrade") as told:
+            store.get(first.key)
+        assert str(told.value).isprintable()
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "tuning.db: rows left out" in caplog.text
+    with Store(path) as store:  # a good one may take its place
+        store.add(first)
+        assert first in store.records()
+
+
+def test_all_records_are_added_or_none(tmp_path: Path, make_record: MakeRecord) -> None:
+    records = [make_record(config={"plan": "staged", "n": number}) for number in range(3)]
+    with Store(tmp_path / "tuning.db") as store:
+        store.add(records[0])
+        with sqlite3.connect(store.path) as connection:
+            connection.execute(
+                "CREATE TRIGGER no_third BEFORE INSERT ON records WHEN NEW.config LIKE '%2,%' "
+                "BEGIN SELECT RAISE(ABORT, 'no third'); END"
+            )
+        connection.close()
+        with pytest.raises(FlashtuneError, match="no third"):
+            store.add(*records)
+        assert store.records() == records[:1]
+        assert len(store.measurements(records[0].key)) == 1
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -116,6 +174,32 @@ def test_a_newer_schema(tmp_path: Path, make_record: MakeRecord, read_only: bool
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     connection.close()
     assert_refused(path, "made by a newer flashtune .*upgrade", read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_views_are_no_tables(tmp_path: Path, make_record: MakeRecord, read_only: bool) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE records RENAME TO others")
+        connection.execute("CREATE VIEW records AS SELECT * FROM others")
+    connection.close()
+    assert_refused(path, "lacks the tables of a tuning database", read_only)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("column", ["policy", "config", "created"])
+def test_a_missing_column_is_one_line(
+    tmp_path: Path, make_record: MakeRecord, column: str, read_only: bool
+) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"ALTER TABLE records RENAME COLUMN {column} TO other")
+    connection.close()
+    with Store(path, read_only=read_only) as store, contextlib.suppress(FlashtuneError):
+        assert store.records() == []
+        assert store.left_out
+    with Store(path) as store, pytest.raises(FlashtuneError):
+        store.add(make_record())
 
 
 @pytest.mark.parametrize("read_only", [False, True])

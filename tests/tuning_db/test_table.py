@@ -127,7 +127,7 @@ OK_TIME = ("records", 0, "measurement", "median_us")
         (set_in(*FIRST, "provenance", to="guessed"), "provenance must be one of"),
         (set_in(*FIRST, "provenance", to=[]), "provenance must be one of"),
         (set_in(*FIRST, "created", to="2026-01-31"), "created must be UTC"),
-        (set_in(*FIRST, "created", to="2026-02-30T00:00:00Z"), "record 1: day"),
+        (set_in(*FIRST, "created", to="2026-02-30T00:00:00Z"), "record 1: .*day"),
         (set_in(*FIRST, "created", to=3), "created must be UTC"),
         (drop(*FIRST, "toolchain", "torch"), "a toolchain must have"),
         (set_in(*FIRST, "toolchain", "torch", to=2), "versions must be text"),
@@ -156,7 +156,8 @@ OK_TIME = ("records", 0, "measurement", "median_us")
         (set_in(*FIRST, "measurement", "spread_us", to=-0.5), "spread_us must be"),
         (set_in(*FIRST, "measurement", "samples", to=-1), "samples must be a count"),
         (set_in(*FIRST, "measurement", "samples", to=True), "samples must be a count"),
-        (set_in(*FIRST, "measurement", "samples", to=10**20), "samples must be a count"),
+        (set_in(*FIRST, "measurement", "samples", to=2**40), "samples must be a count"),
+        (set_in(*FIRST, "measurement", "samples", to=10**20), "more than 64 bits"),
         (set_in(*FIRST, "measurement", "error", to=None), "error must be text"),
         (set_in(*FIRST, "measurement", "policy", to=""), "policy must be text"),
     ],
@@ -172,9 +173,9 @@ def test_whatever_is_wrong_is_named(data: dict[str, Any], edit: Edit, message: s
 def test_a_time_too_large_for_a_float(table: TuningTable) -> None:
     text = dumps_table(table)
     assert '"median_us": 9.0' in text
-    with pytest.raises(FlashtuneError, match="median_us must be microseconds"):
+    with pytest.raises(FlashtuneError, match="'1e999' is too large a number"):
         loads_table(text.replace('"median_us": 9.0', '"median_us": 1e999'), origin="x")
-    with pytest.raises(FlashtuneError, match="slack in config must be finite"):
+    with pytest.raises(FlashtuneError, match="'1e999' is too large a number"):
         loads_table(text.replace('"slack": 0.1', '"slack": 1e999'), origin="x")
 
 
@@ -191,7 +192,7 @@ def test_the_same_record_twice(data: dict[str, Any]) -> None:
         ("[]", "a table must be an object"),
         ("null", "a table must be an object"),
         ('{"a": 1, "a": 2}', "a key twice"),
-        ("[" * 100_000, "too deeply nested"),
+        ("[" * 100_000, "nested more than 64 deep"),
     ],
 )
 def test_text_that_is_no_table(text: str, message: str) -> None:
@@ -233,8 +234,8 @@ def test_a_full_disk_keeps_the_old_file(
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "a.json"
-    bad = TuningTable(device="nvidia-h200", records=(make_record(config={"Plan": "x"}),))
-    with pytest.raises(FlashtuneError, match="config has a key 'Plan'"):
+    bad = TuningTable(device="nvidia-h200", records=(), schema_version=7)
+    with pytest.raises(FlashtuneError, match="schema 7"):
         write_table(path, bad)
     assert not path.exists()
 
@@ -247,7 +248,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, table: TuningTable
     with pytest.raises(FlashtuneError, match=r"cannot write .*No such file"):
         write_table(tmp_path / "none" / "a.json", table)
     (tmp_path / "latin.json").write_bytes(b'{"\xe9": 1}')
-    with pytest.raises(FlashtuneError, match=r"latin\.json: it is not UTF-8"):
+    with pytest.raises(FlashtuneError, match=r"latin\.json: is not UTF-8"):
         read_table(tmp_path / "latin.json")
 
 

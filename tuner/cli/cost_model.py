@@ -1,11 +1,11 @@
 """`flashtune model`: calibrate, fit and check the cost model."""
 
-import json
 from pathlib import Path
 
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.store import Store
 
@@ -51,7 +51,7 @@ def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int
     with WorkerPool(jobs) as pool, StepProgress("compiling", len(records)) as progress:
         calibration = calibrate(records, device, pool, progress.show_of)
     write_calibration(out, calibration)
-    click.echo(f"{out}: {len(calibration.samples)} of {len(records)} records of {device.name}")
+    say(f"{out}: {len(calibration.samples)} of {len(records)} records of {device.name}")
 
 
 @model.command()
@@ -73,7 +73,7 @@ def fit(calibration: Path | None, out: Path) -> None:
     with StepProgress("fitting") as progress:
         fitted = fit_model(found, device_named(found.device), progress.show_of)
     write_fit(out, fitted)
-    click.echo(f"{out}: fitted to {len(found.samples)} records of {found.device}")
+    say(f"{out}: fitted to {len(found.samples)} records of {found.device}")
 
 
 @model.command()
@@ -109,7 +109,7 @@ def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
     fitted = read_fit(read_model_file(file or MODEL_FILE))
     report = check_model(fitted, found, device_named(found.device))
     if as_json:
-        click.echo(json.dumps(report.data(), indent=1))
+        say_json(report.data())
     else:
         print_report(report)
     if not all(holds for _, holds in verdicts(report)):

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import click
 from rich.table import Table
 
-from flashtune.tuner.cli.terminal import print_table
+from flashtune.tuner.cli.terminal import print_table, say
 from flashtune.tuner.predict.check import (
     LEAST_CORRELATION,
     MOST_ERROR,
@@ -20,7 +19,7 @@ def print_report(report: Report) -> None:
     for table in (splits_table(report), problems_table(report), figures_table(report)):
         print_table(table)
     for what, holds in verdicts(report):
-        click.echo(f"{'passed' if holds else 'FAILED'}: {what}")
+        say(f"{'passed' if holds else 'FAILED'}: {what}")
 
 
 def _table(title: str, *headings: str) -> Table:

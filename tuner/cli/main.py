@@ -17,6 +17,7 @@ from flashtune.tuner.cli.search import search
 from flashtune.tuner.cli.tables import tables
 from flashtune.tuner.cli.terminal import printable
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import one_line
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 
@@ -62,7 +63,7 @@ class Commands(click.Group):
 
 def _end(text: str, code: int) -> NoReturn:
     """Say in one line what is wrong, and exit."""
-    print(f"Error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"Error: {one_line(text)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,6 +1,5 @@
 """`flashtune cluster` and `flashtune quality`: make a FlashHead model, and say how good it is."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from flashtune.kernels.formats.screen import Screen
@@ -92,12 +92,12 @@ def cluster(
     try:
         result = cluster_model(request, choose)
     except KeyboardInterrupt:
-        click.echo("interrupted: the same command goes on from here", err=True)
+        say("interrupted: the same command goes on from here", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if as_json:
-        click.echo(json.dumps({**asdict(result), "out": str(out)}, indent=1))
+        say_json({**asdict(result), "out": str(out)})
         return
-    click.echo(
+    say(
         f"{out}: {result.vocab_size}x{result.hidden_size} in {result.n_clusters} clusters, "
         f"{result.n_probes} probes{f', screened in {result.screen}' if result.screen else ''}"
     )
@@ -217,11 +217,11 @@ def quality(
         plot(report, picture)
     if as_json:
         data: dict[str, Any] = {"model": model, **quality_data(report)}
-        click.echo(json.dumps(data, indent=1))
+        say_json(data)
     else:
         print_table(quality_table(report))
         if recall is not None:
-            click.echo(pick_line(report))
+            say(pick_line(report))
     if report.interrupted:
-        click.echo("interrupted: this is what was counted until then", err=True)
+        say("interrupted: this is what was counted until then", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

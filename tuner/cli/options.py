@@ -127,6 +127,13 @@ def _known_fixings() -> list[str]:
     return list(found)
 
 
+def _existing(name: str) -> Path:
+    """A database to be read; what else may be wrong with it is said by what opens it."""
+    if not os.path.exists(name):
+        raise FlashtuneError(f"there is no database {name}: run a search first")
+    return Path(name)
+
+
 def _seconds(text: str) -> float:
     """A finite number of seconds that is more than 0."""
     try:
@@ -151,19 +158,19 @@ SHAPE_EPILOG = f"Presets: {', '.join(PRESETS)}; pairs may follow one, as qwen3-0
 database: Decorator[Any] = click.option(
     "--db",
     "database",
-    type=FILE,
+    type=PATH,
     help="The database; else $FLASHTUNE_DB, else the user's data folder.",
 )
 read_database: Decorator[Any] = click.option(
     "--db",
     "database",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=Parsed("path", _existing),
     help="The database; else $FLASHTUNE_DB, else the user's data folder.",
 )
 databases: Decorator[Any] = click.option(
     "--db",
     "databases",
-    type=FILE,
+    type=PATH,
     multiple=True,
     required=True,
     help="A database; may be given several times. Of one config's records the first counts.",

@@ -1,12 +1,12 @@
 """What is known: `flashtune devices`, `show`, `best`, `render` and `forget`."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -31,7 +31,7 @@ def devices(as_json: bool) -> None:
     here = set(devices_here())
     known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
     if as_json:
-        click.echo(json.dumps([device_data(each, each in here) for each in known], indent=1))
+        say_json([device_data(each, each in here) for each in known])
     else:
         print_devices(known, here)
 
@@ -68,10 +68,10 @@ def show(
     shown = known[:limit]
     if as_json:
         rows = [{**each.record.data(), "shipped": each.shipped} for each in shown]
-        click.echo(json.dumps(rows, indent=1))
+        say_json(rows)
         return
     print_records(shown)
-    click.echo(f"{len(shown)} of {len(known)} records")
+    say(f"{len(shown)} of {len(known)} records")
 
 
 @click.command()
@@ -95,7 +95,7 @@ def best(device: Device, problem: Problem, database: Path | None, as_json: bool)
             f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
         )
     if as_json:
-        click.echo(json.dumps(found.record.data(), indent=1))
+        say_json(found.record.data())
     else:
         print_records([found])
 
@@ -170,7 +170,7 @@ def forget(
         and not (failed and record.measurement.outcome in (Outcome.OK, Outcome.PRUNED))
     ]
     if not found:
-        click.echo(f"no such record in {path}")
+        say(f"no such record in {path}")
         return
     print_records([KnownRecord(record, shipped=False) for record in found])
     if not yes:
@@ -179,4 +179,4 @@ def forget(
         click.confirm(f"remove these {len(found)} records from {path}?", abort=True, err=True)
     with Store(path) as store:
         store.remove([record.key for record in found])
-    click.echo(f"{path}: {len(found)} records removed")
+    say(f"{path}: {len(found)} records removed")

@@ -10,24 +10,25 @@ from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.search.lookup import KnownRecord
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import one_line
 from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
 
 
 def short_config(config: ConfigData) -> str:
-    """The plan, and the knobs that differ from their defaults."""
-    plan = PLANS[str(config["plan"])].config
+    """The plan, and the knobs that differ from their defaults or from what this version knows."""
+    if config["plan"] not in PLANS:
+        return f"{config['plan']}, which is not known here"
+    plan = PLANS[config["plan"]].config
+    known = knobs(plan)
     changed = [
         f"{name}={config[name]}"
-        for name, knob in knobs(plan).items()
-        if config.get(name) != knob["default"]
+        for name, knob in known.items()
+        if name in config and config[name] != knob["default"]
     ]
+    odd = sorted(set(known) ^ (set(config) - {"plan"}))
+    if odd:
+        changed.append(f"(of another version of flashtune: see {', '.join(odd)})")
     return " ".join([plan.plan, *changed])
-
-
-def known_config(config: ConfigData) -> str:
-    """As `short_config`, also for a plan that this version does not know."""
-    plan = config.get("plan")
-    return short_config(config) if plan in PLANS else f"{plan}, which is not known here"
 
 
 def number(time_us: float | None) -> str:
@@ -63,7 +64,7 @@ def print_records(known: Sequence[KnownRecord]) -> None:
                 time_of(record),
                 (measurement.outcome.value if failed else record.provenance.value)
                 + ("*" if each.shipped else ""),
-                " ".join(measurement.error.split()) if failed else known_config(record.config),
+                one_line(measurement.error) if failed else short_config(record.config),
             )
         )
     notes = []

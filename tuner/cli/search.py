@@ -1,6 +1,5 @@
 """`flashtune search`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 from flashtune.tuner.search.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -114,7 +114,7 @@ def search(
     with Store(database or default_path()) as store:
         session = Session(request, store)
         if not as_json and session.provenance is Provenance.PREDICTED:
-            click.echo(
+            say(
                 f"{request.device.title} is not this machine's device: times are PREDICTED by "
                 "a cost model, none is measured.",
                 err=True,
@@ -122,7 +122,7 @@ def search(
         with SearchProgress(session.provenance) as progress:
             outcome = session.run(progress)
     if as_json:
-        click.echo(json.dumps(result_data(outcome), indent=1))
+        say_json(result_data(outcome))
     else:
         print_results(outcome)
     if outcome.cancelled:
@@ -135,7 +135,7 @@ def _connect(destination: str, device: Device | None, python: str | None) -> "Re
     from flashtune.tuner.workers.remote import find_machine
     from flashtune.tuner.workers.ssh import PYTHON
 
-    click.echo(f"connecting to {destination}", err=True)
+    say(f"connecting to {destination}", err=True)
     machine = find_machine(destination, device, python or PYTHON)
-    click.echo(machine.describe(), err=True)
+    say(machine.describe(), err=True)
     return machine

@@ -18,6 +18,7 @@ from flashtune.tuner.search.lookup import best_shipped
 from flashtune.tuner.search.search import Event, Result
 from flashtune.tuner.search.session import SessionResult
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.one_line import spelled
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance, Record
 
@@ -37,7 +38,7 @@ class SearchProgress(ProgressBar):
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(spelled(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(
         self, problem: Problem, task: TaskID, event: Event, floor_us: float | None, left: TimeLeft

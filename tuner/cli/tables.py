@@ -1,12 +1,12 @@
 """`flashtune tables`: from the database to a reviewed file and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.merge import compare_tables, merge
@@ -60,14 +60,14 @@ def export(device: Device, out: Path, keep: int, shortlist: int, database: Path 
         raise FlashtuneError(f"no record of {device.name} that worked: run `flashtune search`")
     write_table(out, table)
     problems = len({record.problem for record in table.records})
-    click.echo(f"{out}: {len(table.records)} records of {device.name}, {problems} shapes")
+    say(f"{out}: {len(table.records)} records of {device.name}, {problems} shapes")
 
 
 @tables.command("import")
 @click.argument("files", type=options.FILE, nargs=-1, required=True)
 @options.database
 def import_(files: tuple[Path, ...], database: Path | None) -> None:
-    """Add tables' records to the database, once all of them are checked.
+    """Add tables' records to the database: all of them, or none.
 
     \b
     Example:
@@ -77,10 +77,9 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
 
     checked = [(path, checked_table(path)) for path in files]
     with Store(database or default_path()) as store:
-        for path, table in checked:
-            for record in table.records:
-                store.add(record)
-            click.echo(f"{path}: {len(table.records)} records of {table.device}")
+        store.add(*(record for _, table in checked for record in table.records))
+    for path, table in checked:
+        say(f"{path}: {len(table.records)} records of {table.device}")
 
 
 @tables.command()
@@ -114,10 +113,10 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
         for path, table in checked.items()
     ]
     if as_json:
-        click.echo(json.dumps({"compiled": compiles, "tables": rows}, indent=1))
+        say_json({"compiled": compiles, "tables": rows})
         return
     for row in rows:
-        click.echo(f"{row['file']}: {row['records']} records of {row['device']}, all good")
+        say(f"{row['file']}: {row['records']} records of {row['device']}, all good")
 
 
 @tables.command("merge")
@@ -154,11 +153,11 @@ def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
             for conflict in merged.conflicts
         ]
         data = {"out": str(out), "records": count, "conflicts": conflicts}
-        click.echo(json.dumps(data, indent=1))
+        say_json(data)
         return
     for conflict in merged.conflicts:
-        click.echo(f"{conflict.problem.describe()}: {conflict.taken_from}: {conflict.why}")
-    click.echo(f"{out}: {count} records of {merged.table.device}")
+        say(f"{conflict.problem.describe()}: {conflict.taken_from}: {conflict.why}")
+    say(f"{out}: {count} records of {merged.table.device}")
 
 
 @tables.command()
@@ -176,17 +175,17 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     """
     found = compare_tables(read_table(a), read_table(b))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        say_json(found)
         return
-    click.echo(
+    say(
         f"{len(found['changed'])} shapes changed, {len(found['only_a'])} only in {a}, "
         f"{len(found['only_b'])} only in {b}, {found['same']} the same"
     )
     for change in found["changed"]:
-        click.echo(f"{Problem(**change['problem']).describe()}: {_changed_line(change)}")
+        say(f"{Problem(**change['problem']).describe()}: {_changed_line(change)}")
     for name, path in (("only_a", a), ("only_b", b)):
         for problem in found[name]:
-            click.echo(f"{Problem(**problem).describe()}: only in {path}")
+            say(f"{Problem(**problem).describe()}: only in {path}")
 
 
 def _changed_line(change: dict[str, Any]) -> str:

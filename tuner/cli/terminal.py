@@ -1,15 +1,25 @@
 """Where output goes: terminals of any width and encoding, pipes, files, and ends that are closed.
 
 Usage:
+    say("made.json: 12 records")      # err=True: on standard error
+    say_json(data)
     print_table(table)
     print_rows("title", ("problem", ">us", "config"), rows, notes=["what it means"])
+
+All that commands print goes through here: names and errors out of files that others wrote are
+spelled where a terminal would obey them, and are never taken for markup.
 """
 
 import codecs
 import io
+import json
 import os
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from flashtune.tuning_db.one_line import spelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +46,23 @@ def printable(*streams: IO[str] | None) -> None:
             stream.reconfigure(errors=_ENCODING_ERRORS)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line on standard output or, with `err`, on standard error."""
+    click.echo(spelled(text), err=err)
+
+
+def say_json(data: Any) -> None:
+    """Print plain data as JSON, in ASCII."""
+    click.echo(json.dumps(data, indent=1))
+
+
 def output() -> "Console":
     """A console on standard output, as wide as the terminal; a pipe or a file is never cut."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=_UNLIMITED)
+        console.width = _UNLIMITED
     return console
 
 
@@ -72,11 +92,11 @@ def print_rows(
         console.print(_table(title, headings[:-1], [row[:-1] for row in rows]))
         for row in rows:
             if row[-1]:
-                console.print(f"{row[0]}: {row[-1]}", markup=False, soft_wrap=True)
+                console.print(spelled(f"{row[0]}: {row[-1]}"), soft_wrap=True)
     else:
         console.print(table)
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(spelled(note), soft_wrap=True)
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
@@ -84,7 +104,7 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
     from rich.text import Text
 
     table = Table(
-        title=title and Text(title),
+        title=title and Text(spelled(title)),
         title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
@@ -99,5 +119,5 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(spelled(cell)) for cell in row))
     return table

@@ -32,11 +32,13 @@ from flashtune.kernels.model_folder.folder import (
     SCREEN_KEY,
     ModelFolder,
 )
+from flashtune.kernels.model_folder.inside import inside
 from flashtune.kernels.model_folder.own_class import PREFIX
 from flashtune.kernels.model_folder.tensor_file import open_tensors
 from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import parse_json
 
 CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
 _METADATA = "flashtune"
@@ -194,7 +196,7 @@ def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
 
 
 def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
-    """Copy the files of a model without its clusters, following links."""
+    """Copy the files of a model without its clusters, following links to its own files."""
 
     def copy(path: str, to: str) -> None:
         if link and path.endswith(".safetensors"):
@@ -204,17 +206,21 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         old = {str(source.config.get(ASSETS_KEY, ASSETS_FOLDER)), *_LEFT_OUT}
-        return old & set(names) if Path(folder) == source.path else set()
+        without = old & set(names) if Path(folder) == source.path else set()
+        for path in (Path(folder, name) for name in names if name not in without):
+            inside(source.path, str(path.relative_to(source.path)))
+            if path.is_symlink() and path.is_dir():  # it may hold itself
+                raise FlashtuneError(f"{path}: is a link to a folder: put the folder itself there")
+        return without
 
     shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)
 
 
 def _write_config(source: ModelFolder, target: Path, chosen: Chosen) -> None:
     """The source's config with what makes it a FlashHead model's."""
-    names = source.config.get("architectures") or []
     config: dict[str, Any] = {
         **{name: value for name, value in source.config.items() if name != SCREEN_KEY},
-        "architectures": [PREFIX + str(name).removeprefix(PREFIX) for name in names],
+        "architectures": [PREFIX + name.removeprefix(PREFIX) for name in source.architectures],
         ASSETS_KEY: ASSETS_FOLDER,
         CENTROIDS_KEY: MEAN_ROWS,
         PROBES_KEY: chosen.n_probes,
@@ -242,7 +248,7 @@ class Checkpoint:
         if not self.path.exists():
             return
         with open_tensors(self.path) as tensors:
-            metadata = json.loads((tensors.metadata() or {}).get(_METADATA, "{}"))
+            metadata = parse_json((tensors.metadata() or {}).get(_METADATA, "{}"))
             names = list(tensors.keys())
             if names != [ASSIGNMENTS] or metadata.get("run") != self._run:
                 raise FlashtuneError(

@@ -9,6 +9,7 @@ A file is JSON, packed: fitting and checking then need neither a database nor a 
 """
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -25,6 +26,7 @@ from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import MOST_BYTES, parse_json, read_file
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
@@ -173,20 +175,22 @@ def read_calibration(path: Any) -> Calibration:
     the file has its default. Raises FlashtuneError for anything else that is wrong with it.
     """
     try:
-        packed = path.read_bytes()
-    except OSError as error:
-        raise FlashtuneError(f"cannot read the calibration {path}: {error.strerror}") from error
+        packed = read_file(Path(str(path)))
+    except FlashtuneError as error:
+        raise FlashtuneError(f"cannot read the calibration {error}") from error
     try:
-        data = json.loads(gzip.decompress(packed))
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            data = parse_json(file.read(MOST_BYTES).decode("utf-8"), exact=True)
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
         problems = [Problem.from_json(each) for each in data["problems"]]
         samples = [_sample(row, problems) for row in data["samples"]]
         toolchain = Toolchain.from_json(data["toolchain"])
     except (
+        AttributeError,
         EOFError,
         OSError,
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         FlashtuneError,

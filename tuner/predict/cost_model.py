@@ -10,10 +10,10 @@ What comes out ranks candidates: it is a prediction, and records say so.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from flashtune.kernels.plans.config import Config, config_data
 from flashtune.tuner.predict.stages.registry import stages_of
 from flashtune.tuner.predict.stages.stage import Stage
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import parse_json, read_text
 from flashtune.tuning_db.record import Measurement, family
 
 VERSION = "stages-1"
@@ -166,14 +167,15 @@ def shipped_model() -> CostModel:
 def read_model_file(path: Any) -> dict[str, Any]:
     """The decoded file of a fit; raises FlashtuneError when it cannot be used."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        text = read_text(Path(str(path)))
+    except FlashtuneError as error:
+        raise FlashtuneError(f"cannot read the cost model {error}") from error
+    try:
+        data: dict[str, Any] = parse_json(text, exact=True)
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
         CostModel.from_json(data["model"])
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FlashtuneError(f"cannot read the cost model {path}: {reason}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, FlashtuneError) as error:
         raise FlashtuneError(
             f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
         ) from error

@@ -6,7 +6,7 @@ Usage:
 
 A library's name is a hash of its source, the compiler with its version, the flags and the
 machine's instruction sets: a cache folder may be shared by machines, and none loads what was
-built for another.
+built for another. Only what no other user can have put there is loaded.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.environment import cache_dir, named_compiler
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.lock import hold
+from flashtune.tuning_db.private_folder import make_private
+from flashtune.tuning_db.record import MOST_NAME
 
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 100
@@ -62,14 +64,14 @@ def build_library(source: str, arch: str, simd: str) -> Path:
     if whole(path) is not None:
         return path
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         with hold(folder / f"{name[:2]}.lock", COMPILE_SECONDS):
             if whole(path) is None:
                 keep(path, _compile(command, source, folder))
     except OSError as error:
         raise MachineTroubleError(
-            f"kernels can't be kept in {folder} ({error}): set FLASHTUNE_CACHE to a folder "
-            "that can be written"
+            f"kernels can't be kept in {folder} ({error}): set FLASHTUNE_CACHE to a folder that "
+            "you can write and no other user can"
         ) from error
     return path
 
@@ -140,7 +142,7 @@ def compiler_version() -> str:
         said = _version(_compiler(named_compiler())[0])
     except FlashtuneError:
         return ""
-    return next(iter(said.splitlines()), "")
+    return next(iter(said.splitlines()), "")[:MOST_NAME]
 
 
 @functools.cache

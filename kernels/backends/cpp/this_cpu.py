@@ -21,6 +21,7 @@ from flashtune.tuning_db.cached_file import keep, whole
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.environment import cache_dir
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.record import MOST_NAME
 
 ALIAS = "cpu"
 _CPUINFO = Path("/proc/cpuinfo")
@@ -58,7 +59,7 @@ def describe_cpu() -> Device:
     cores = usable_cores()
     slug = re.sub(r"[^a-z0-9]+", "-", f"{title} {cores}c {arch.partition('-')[2]}".lower())
     return Device(
-        name=slug.strip("-"),
+        name=slug.strip("-")[:MOST_NAME],
         title=f"{title}, {cores} cores",
         vendor="cpu",
         arch=arch,

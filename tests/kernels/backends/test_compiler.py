@@ -62,6 +62,44 @@ def test_many_at_once_build_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(paths) == len(built) == 1
 
 
+@pytest.mark.parametrize("way", ["owner", "mode", "link", "link to a folder"])
+def test_what_another_user_planted_is_not_run(
+    way: str, cache: Path, tmp_path: Path, give_away: Callable[[Path], None]
+) -> None:
+    """Under the right name, of the right form, and with a seal that is right."""
+    path = build_library(SOURCE, ARCH, "scalar")
+    planted = build_library(SOURCE.replace("42", "13"), ARCH, "scalar")
+    theirs = tmp_path / "theirs" / path.name
+    theirs.parent.mkdir()
+    planted.rename(theirs)
+    path.unlink()
+    if way == "link":
+        path.symlink_to(theirs)
+    elif way == "link to a folder":
+        path.parent.rename(tmp_path / "moved")
+        path.parent.symlink_to(theirs.parent)
+        give_away(theirs.parent)
+    else:
+        theirs.rename(path)
+        give_away(path) if way == "owner" else path.chmod(0o777)
+    if way == "link to a folder":
+        with pytest.raises(MachineTroubleError, match=r"not private: it belongs to user"):
+            load_library(SOURCE, ARCH, "scalar")
+    else:
+        assert load_library(SOURCE, ARCH, "scalar").answer() == 42
+
+
+def test_a_cache_that_others_can_write_to_is_refused_in_one_line(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(
+        MachineTroubleError, match=r"others can write to it \(chmod go-w\)"
+    ) as told:
+        load_library(SOURCE, ARCH, "scalar")
+    assert "\n" not in str(told.value)
+    assert not list(cache.rglob("*.so"))
+
+
 def test_source_arch_flags_and_compiler_are_in_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """FlashHead model folders: what is read from where, and what is said of those that are broken."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -402,7 +403,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "said"),
         [
-            ({"dtype": "int8"}, "dtype int8 is none of"),
+            ({"dtype": "int8"}, "dtype 'int8' is none of"),
             ({"dtype": ["bfloat16"]}, "is none of"),
             ({"dtype": {"a": 1}}, "is none of"),
             ({"n_probes": "many"}, "n_probes must be a positive whole number, not 'many'"),
@@ -459,12 +460,103 @@ class TestRefusals:
         (folder / file).mkdir()
         assert str(folder / file) in refused(folder)
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+    @pytest.mark.parametrize("text", ["[]", '{"weight_map": 3}', "{}", "null", "7"])
     def test_an_index_that_is_none(self, write: Write, text: str) -> None:
         folder = write(shards=2)
         index = folder / "model.safetensors.index.json"
         index.write_text(text)
         assert f"{index}: must be JSON with a weight_map" in refused(folder)
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("{", "not JSON"),
+            ('{"a":' * 10**5, "nested more than"),
+            ('{"a": "\\ud800"}', "half a character"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    def test_json_that_is_none(self, write: Write, name: str, text: str, said: str) -> None:
+        folder = write(shards=2)
+        (folder / name).write_text(text)
+        assert f"{folder / name}: {said}" in refused(folder)
+
+    @pytest.mark.parametrize(
+        "name", [None, 7, [], {}, "x\0y", "../other", "/etc/passwd", "x" * 300]
+    )
+    def test_names_that_lead_nowhere_of_the_model_s(
+        self, write: Write, tmp_path: Path, name: object
+    ) -> None:
+        folder = write({"flash_head_cache_dir": name}, shards=2)
+        said = ("cannot be the name", "leads out of the model's folder", "no such file")
+        assert any(each in refused(folder) for each in said)
+        shutil.rmtree(folder)
+        folder = write(shards=2)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        assert any(each in refused(folder) for each in (*said, "name too long"))
+
+    @pytest.mark.parametrize("file", ["config.json", FILE, "model.safetensors"])
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_links_out_of_the_folder(
+        self, write: Write, tmp_path: Path, file: str, whole: bool
+    ) -> None:
+        """What a folder of others names is read only if it is theirs."""
+        folder, other = write(), tmp_path / "other"
+        path = (folder / file).parent if whole and file == FILE else folder / file
+        path.rename(other)
+        path.symlink_to(other)
+        assert "leads out of the model's folder" in refused(folder)
+        path.unlink()
+        inner = folder / "inner"
+        other.rename(inner)
+        path.symlink_to(inner)
+        assert FlashHead.from_pretrained(folder)(HIDDEN).tolist() == expected(HIDDEN)
+
+    def test_a_snapshot_links_to_its_repository_s_blobs(
+        self, write: Write, tmp_path: Path
+    ) -> None:
+        folder = write()
+        blobs = tmp_path / "hub" / "models--a--b" / "blobs"
+        snapshot = blobs.parent / "snapshots" / "c0ffee"
+        snapshot.parent.mkdir(parents=True)
+        blobs.mkdir()
+        folder.rename(snapshot)
+        for number, path in enumerate([each for each in snapshot.rglob("*") if each.is_file()]):
+            path.rename(blobs / str(number))
+            path.symlink_to(blobs / str(number))
+        assert FlashHead.from_pretrained(snapshot)(HIDDEN).tolist() == expected(HIDDEN)
+        (tmp_path / "link").symlink_to(snapshot)
+        FlashHead.from_pretrained(tmp_path / "link")
+        blobs.rename(tmp_path / "blobs")
+        blobs.symlink_to(tmp_path / "blobs")
+        assert "leads out of the model's folder" in refused(snapshot)
+
+    @pytest.mark.parametrize("file", ["config.json", FILE, "model.safetensors"])
+    @pytest.mark.parametrize("kind", ["pipe", "device"])
+    def test_pipes_and_devices_are_not_waited_for(
+        self, write: Write, file: str, kind: str
+    ) -> None:
+        folder = write()
+        (folder / file).unlink()
+        os.mkfifo(folder / file) if kind == "pipe" else (folder / file).symlink_to("/dev/zero")
+        assert str(folder / file) in refused(folder)
+
+    @pytest.mark.parametrize("names", [7, None, "FlashHeadX", {"a": 1}, [7, None, []]])
+    def test_architectures_that_are_none(self, write: Write, names: object) -> None:
+        config = {"architectures": names, "flash_head_cache_dir": "flash_head_assets"}
+        assert ModelFolder.open(write(config)).has_clusters
+
+    @pytest.mark.parametrize(
+        "said", ["[" * 3000, "7", "{}", '{"vocab_size": "x"}', "9" * 5000, "null", '{"a": NaN}']
+    )
+    def test_metadata_that_is_none(self, write: Write, said: str) -> None:
+        folder = write()
+        save_file(assets(), folder / FILE, {"flashtune": said})
+        assert "its metadata 'flashtune' cannot be read" in refused(folder)
+        text = json.dumps({"vocab_size": True, "hidden_size": 8, "dtype": "bf16", "digest": "x"})
+        save_file(assets(), folder / FILE, {"flashtune": text})
+        assert "vocab_size is True" in refused(folder)
 
     def test_an_index_that_names_the_wrong_shard(self, write: Write) -> None:
         folder = write(shards=2)

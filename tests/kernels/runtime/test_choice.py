@@ -27,7 +27,7 @@ from flashtune.kernels.runtime.choice import (
     shape_distance,
 )
 from flashtune.tuning_db.device import Toolchain, find_device
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import LARGEST, Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
 PROBLEM = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
@@ -165,7 +165,7 @@ def test_an_invalid_config_is_skipped_and_the_explanation_says_so() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
+        {"plan": "torch", "staged": True},
         {"plan": "staged"},
         {"plan": "later"},
         {**config_data(staged(2)), "score_rows": 3},
@@ -178,6 +178,29 @@ def test_a_config_that_cannot_be_parsed_is_skipped(config: dict[str, Any]) -> No
     choice = pick([record(config, 1.0)], [record(staged(4))])
     assert choice.config == staged(4)
     assert len(choice.skipped) == 1
+
+
+def test_what_could_not_be_read_is_told() -> None:
+    found = Source(name=USER, records=[record(staged(4))], left_out="rows left out: 3")
+    choice = choose(PROBLEM, H200, TOOLS, [found])
+    assert choice.config == staged(4)
+    assert choice.explain()["skipped"] == ["user database: rows left out: 3"]
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"vocab_size": LARGEST, "n_clusters": 1, "n_probes": 1},
+        {"vocab_size": LARGEST, "n_clusters": LARGEST, "n_probes": LARGEST},
+        {"hidden_size": LARGEST, "n_tokens": LARGEST},
+        {"hidden_size": 1, "vocab_size": 1, "n_clusters": 1, "n_probes": 1},
+    ],
+)
+def test_the_largest_problem_on_record_can_be_compared(extreme: dict[str, int]) -> None:
+    """Any record that there can be: one that can't would take every head down to plain torch."""
+    far = record(staged(2), 0.001, problem=replace(PROBLEM, **extreme))
+    assert pick([far, record(staged(4))]).config == staged(4)
+    assert pick([far]).level in (Level.NEAREST_SHAPE, Level.DEFAULT)
 
 
 def test_equal_reasons_are_counted() -> None:

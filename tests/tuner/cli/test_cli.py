@@ -203,7 +203,7 @@ class TestDatabases:
         [
             ("/proc/tuning.db", "cannot open or write /proc/tuning.db"),
             ("no/such/folder/tuning.db", "the folder no/such/folder does not exist"),
-            (".", "'--db': File '.' is a directory"),
+            (".", ". is not a file: name a database's, by --db or FLASHTUNE_DB"),
         ],
     )
     def test_a_path_that_cannot_be_written_is_refused(

@@ -181,13 +181,30 @@ class TestCluster:
         )
 
     def test_links_of_a_cache_are_followed(self, model: Path, tmp_path: Path, out: Path) -> None:
-        cache = tmp_path / "snapshot"
-        cache.mkdir()
+        cache = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+        cache.mkdir(parents=True)
+        model.rename(tmp_path / "models--a--b" / "blobs")
         for name in ("config.json", "model.safetensors"):
-            (cache / name).symlink_to(model / name)
+            (cache / name).symlink_to(f"../../blobs/{name}")
         done("cluster", "--model", cache, "--out", out, "--link")
         assert not any(path.is_symlink() for path in out.rglob("*"))
         assert load_file(out / "model.safetensors")[EMBEDDING].shape == (VOCAB, WIDTH)
+
+    @pytest.mark.parametrize(
+        ("target", "said"),
+        [
+            ("/etc", "leads out of the model's folder"),
+            ("../other", "leads out of the model's folder"),
+            (".", "is a link to a folder"),
+        ],
+    )
+    def test_links_to_what_is_not_the_model_s_are_not_copied(
+        self, model: Path, tmp_path: Path, out: Path, target: str, said: str
+    ) -> None:
+        (tmp_path / "other").write_text("mine")
+        (model / "notes").symlink_to(target)
+        assert said in refused("cluster", "--model", model, "--out", out)
+        assert not out.exists()
 
     def test_ctrl_c_keeps_what_is_done(
         self, model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,8 @@
 """What a terminal, a shell and a pipe see of the command line, whatever they can do."""
 
+import ast
 import io
+import json
 import os
 import pty
 import subprocess
@@ -12,9 +14,12 @@ from click.shell_completion import ShellComplete
 from rich.console import Console
 
 import flashtune
+from flashtune.kernels.plans import STAGED
+from flashtune.kernels.plans.config import config_data
 from flashtune.tuner import progress
 from flashtune.tuner.cli import terminal
 from flashtune.tuner.cli.main import cli
+from flashtune.tuner.cli.report import short_config
 
 SOURCE = Path(flashtune.__file__).parents[1]
 HEAVY = ("torch", "triton", "numpy", "optuna", "rich", "jinja2", "sqlite_utils", "transformers")
@@ -39,6 +44,53 @@ def test_it_runs_as_a_module() -> None:
     found = run("--version")
     assert (found.returncode, found.stderr) == (0, "")
     assert flashtune.__version__ in found.stdout
+
+
+def test_commands_print_through_one_module() -> None:
+    """It alone makes what others wrote harmless; generated source goes out as it is."""
+    printing = {"click.echo", "print", "click.secho", "sys.stdout.write", "console.print"}
+    found = set()
+    for path in Path(terminal.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in printing:
+                found.add((path.stem, ast.unparse(node.func)))
+    assert found == {
+        ("terminal", "click.echo"),
+        ("terminal", "console.print"),
+        ("main", "print"),  # errors, which are one printable line
+        ("records", "click.echo"),  # generated source
+        ("search_report", "print"),  # numbers
+    }
+
+
+HOSTILE = "\x1b[2J [/b] [bold]x[/bold] :smile: \u202e\ud800\n."
+SPELLED = "\\x1b[2J [/b] [bold]x[/bold] :smile: \\u202e\\ud800\\n."
+
+
+def test_what_others_wrote_only_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.say(HOSTILE)
+    assert capsys.readouterr().out == SPELLED + "\n"
+    terminal.say(HOSTILE, err=True)
+    assert capsys.readouterr().err == SPELLED + "\n"
+    for width in ("40", "400"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", width)
+            terminal.print_rows(HOSTILE, ("one", "two"), [(HOSTILE, "x")], notes=[HOSTILE])
+        said = capsys.readouterr().out
+        assert all(line.isprintable() for line in said.splitlines())
+        assert SPELLED[:30] in said
+    terminal.say_json({HOSTILE: [HOSTILE]})
+    assert json.loads(capsys.readouterr().out) == {HOSTILE: [HOSTILE]}
+
+
+def test_a_config_of_another_version_is_shown() -> None:
+    good = dict(config_data(STAGED.config()))
+    assert short_config(good) == "staged"
+    assert short_config({**good, "score_rows": 8}) == "staged score_rows=8"
+    lacking = {name: value for name, value in good.items() if name != "pdl"}
+    assert short_config(lacking) == "staged (of another version of flashtune: see pdl)"
+    assert short_config({**good, "x": 1}) == "staged (of another version of flashtune: see x)"
+    assert short_config({"plan": "later", "x": 1}) == "later, which is not known here"
 
 
 def test_help_completion_and_version_load_nothing_heavy() -> None:

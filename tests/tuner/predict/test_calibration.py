@@ -80,8 +80,28 @@ def test_a_config_that_is_none_of_today_is_dropped(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b"{}")[:-9]],
-    ids=["empty", "no gzip", "no calibration", "a list", "cut off"],  # gzip puts the time in
+    [
+        b"",
+        b"no gzip",
+        gzip.compress(b"{}"),
+        gzip.compress(b"[1]"),
+        gzip.compress(b"{}")[:-9],
+        gzip.compress(b"[" * 10**5),
+        gzip.compress(b'{"version": ' + b"9" * 5000 + b"}"),
+        gzip.compress(b"\xff"),
+        gzip.compress(b"null"),
+    ],
+    ids=[
+        "empty",
+        "no gzip",
+        "no calibration",
+        "a list",
+        "cut off",
+        "deep",
+        "huge",
+        "bytes",
+        "null",
+    ],
 )
 def test_what_is_no_calibration_is_one_clear_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.json.gz"

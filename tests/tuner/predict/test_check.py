@@ -21,6 +21,7 @@ from flashtune.tuner.predict.fit import (
 )
 from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
 from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
@@ -117,6 +118,13 @@ def test_a_file_that_is_not_there_is_one_line(option: str, tmp_path: Path) -> No
     result = CliRunner().invoke(cli, ["model", "check", option, str(tmp_path / "none")])
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: cannot read the c")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "null", "[]", '{"version": NaN}', "9" * 5000])
+def test_what_is_no_cost_model_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(FlashtuneError, match="flashtune model fit"):
+        read_model_file(tmp_path / "model.json")
 
 
 @pytest.mark.parametrize("name", prebuilt_devices())

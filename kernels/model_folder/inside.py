@@ -1,0 +1,33 @@
+"""Which files are a model folder's own: those inside it, whatever its config and its index name.
+
+Usage:
+    path = inside(folder, "flash_head_assets", "clustering_cache.safetensors")
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import quoted
+
+
+def inside(folder: Path, *names: Any) -> Path:
+    """The path of a file that the folder names, part by part; it need not be there.
+
+    Links are followed inside the folder and, from a snapshot in Hugging Face's cache, to the
+    blobs of the same repository. Raises FlashtuneError for a name that leads anywhere else.
+    """
+    for name in names:
+        if not isinstance(name, str) or "\0" in name:
+            raise FlashtuneError(f"{folder}: {quoted(name)} cannot be the name of a file")
+    path = folder.joinpath(*names)
+    root, found = (Path(os.path.realpath(each)) for each in (folder, path))
+    places = [root]
+    if root.parent.name == "snapshots":
+        places.append(root.parents[1] / "blobs")
+    if not any(found.is_relative_to(place) for place in places):
+        raise FlashtuneError(
+            f"{path}: leads out of the model's folder, to {found}: put a copy of the file there"
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Tables, databases and model folders that are mutated at random: one line, or what they say."""

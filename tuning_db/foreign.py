@@ -1,0 +1,159 @@
+"""Files that others wrote: read whole, decoded, and every way in which that fails in one line.
+
+Usage:
+    data = parse_json(text)                # FlashtuneError says what is wrong with the text
+    data = read_json(path)                 # and where
+    table = read_json(path, exact=True)    # a format of our own, in which nothing is unusual
+
+What comes out is plain: whole numbers of 64 bits at most, text that can be encoded, and nothing
+nested so deep that walking it could fail.
+"""
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.one_line import quoted
+
+MOST_BYTES = 2**28
+MOST_DEPTH = 64
+_MOST_DIGITS, _MOST_SHOWN = 20, 50
+_INTEGERS = range(-(2**63), 2**63)
+
+
+def read_file(path: Path) -> bytes:
+    """A file's content. Raises FlashtuneError for what is absent, no file, or beyond 256 MiB.
+
+    A pipe or a device is no file: reading it may never end.
+    """
+    try:
+        with open(path, "rb", opener=_open) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise FlashtuneError(f"{path}: is not a file")
+            if found.st_size > MOST_BYTES:
+                raise FlashtuneError(f"{path}: is larger than {MOST_BYTES} bytes: another file?")
+            return file.read(MOST_BYTES)
+    except OSError as error:
+        raise FlashtuneError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a null character
+        raise FlashtuneError(f"{path}: cannot be the name of a file") from error
+
+
+def check_file(path: Path) -> None:
+    """Raises FlashtuneError unless there is a file: for those who open it themselves."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise FlashtuneError(f"{path}: {(error.strerror or '').lower()}") from error
+    except ValueError as error:
+        raise FlashtuneError(f"{path}: cannot be the name of a file") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise FlashtuneError(f"{path}: is not a file")
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises FlashtuneError as `read_file`, and where it is not UTF-8."""
+    try:
+        return read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FlashtuneError(f"{path}: is not UTF-8") from error
+
+
+def read_json(path: Path, *, exact: bool = False) -> Any:
+    """A file's JSON; see `parse_json`. Raises FlashtuneError that names the file."""
+    text = read_text(path)
+    try:
+        return parse_json(text, exact=exact)
+    except FlashtuneError as error:
+        raise FlashtuneError(f"{path}: {error}") from error
+
+
+def parse_json(text: str, *, exact: bool = False) -> Any:
+    """Decoded JSON. Raises FlashtuneError for anything else.
+
+    exact: NaN, infinities, whole numbers of more than 64 bits and keys that are there twice are
+    refused. Else of two keys the last counts, and a number so large is a float, maybe an infinity.
+    """
+    try:
+        data = json.loads(
+            text,
+            parse_int=_exact_integer if exact else _integer,
+            parse_float=_exact_float if exact else None,
+            parse_constant=_refuse_constant if exact else None,
+            object_pairs_hook=_exact_object if exact else None,
+        )
+    except ValueError as error:
+        raise FlashtuneError(f"not JSON: {error}") from error
+    except RecursionError:
+        raise FlashtuneError(f"nested more than {MOST_DEPTH} deep") from None
+    _check(data)
+    return data
+
+
+def _open(name: str, flags: int) -> int:
+    """Waits for no writer of a pipe."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def _integer(digits: str) -> int | float:
+    if len(digits) > _MOST_DIGITS or int(digits) not in _INTEGERS:
+        return float(digits)
+    return int(digits)
+
+
+def _exact_integer(digits: str) -> int:
+    found = _integer(digits)
+    if isinstance(found, float):
+        shown = digits if len(digits) < _MOST_SHOWN else f"{len(digits)} digits"
+        raise FlashtuneError(f"a whole number of more than 64 bits: {shown}")
+    return found
+
+
+def _exact_float(digits: str) -> float:
+    found = float(digits)
+    if not math.isfinite(found):
+        raise FlashtuneError(f"{quoted(digits)} is too large a number")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise FlashtuneError(f"{name} is not a number that can be held")
+
+
+def _exact_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = sorted(key for key, _ in pairs)
+        raise FlashtuneError(f"an object has a key twice: {quoted(names)}")
+    return data
+
+
+def _check(data: Any) -> None:
+    """Raises FlashtuneError for half a character, and for what is nested too deep."""
+    level = [data]
+    for _ in range(MOST_DEPTH):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                below += each
+                below += each.values()
+            elif isinstance(each, list):
+                below += each
+            elif isinstance(each, str):
+                _check_text(each)
+        if not below:
+            return
+        level = below
+    raise FlashtuneError(f"nested more than {MOST_DEPTH} deep")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FlashtuneError(f"half a character (a lone surrogate) in {quoted(text)}") from error
