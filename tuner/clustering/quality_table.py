@@ -17,7 +17,9 @@ from flashtune.kernels.measure.timing import Timing
 from flashtune.tuner.clustering.quality_report import QualityReport, TimedRow
 from flashtune.tuning_db.errors import FlashtuneError
 
-_NUMBERS = ("probes", "top token", "top five", "probability", "median us", "spread")
+_NUMBERS = (
+    "probes", "top token", "top five", "probability", "same answers", "median us", "spread"
+)  # fmt: skip
 _BYTES = ("MB read", "MB added")
 
 
@@ -47,8 +49,17 @@ def _cells(report: QualityReport, row: TimedRow) -> list[str]:
     mine = (row.form, quality.n_probes) == (report.own_form, report.own_probes)
     probes = f"{quality.n_probes}{'*' if mine else ''}" if row.form.clustered else ""
     shares = [f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass)]
+    same = round((quality.answers or 0) * report.n_answers)
     sizes = [f"{size / 1e6:.2f}" for size in (row.read_bytes, row.added_bytes)]
-    return [str(row.form), probes, *shares, *_times(row.timing), *sizes, row.level]
+    return [
+        str(row.form),
+        probes,
+        *shares,
+        f"{same}/{report.n_answers}",
+        *_times(row.timing),
+        *sizes,
+        row.level,
+    ]
 
 
 def _times(timing: Timing | None) -> tuple[str, str]:
@@ -83,6 +94,7 @@ def quality_data(report: QualityReport) -> dict[str, Any]:
     return {
         "device": report.device,
         "states": report.n_states,
+        "answers": report.n_answers,
         "n_clusters": report.n_clusters,
         "n_probes": report.own_probes,
         "head": str(report.own_form),
