@@ -114,9 +114,7 @@ class RunningModel:
                 model = auto.from_pretrained(folder.path, dtype="auto")
             return cls(model.to(device).eval(), tokenizer)
         except Exception as error:  # whatever a model's own code raises
-            raise FlashtuneError(
-                f"{folder.path}: transformers cannot load it: {_first_line(error)}"
-            ) from error
+            raise model_error(f"{folder.path}: transformers cannot load it", error) from error
 
     def answers(
         self,
@@ -148,10 +146,11 @@ class RunningModel:
                     break
                 except Exception as error:  # whatever a model's own code raises
                     longest = max(prompts[start : start + _BATCH], key=len)
-                    raise FlashtuneError(
+                    what = (
                         f"the model cannot continue the prompts from {start + 1} on, the longest "
-                        f"of {len(longest)} characters: {_first_line(error)}"
-                    ) from error
+                        f"of {len(longest)} characters"
+                    )
+                    raise model_error(what, error) from error
                 progress.show(min(start + _BATCH, len(prompts)))
         if not states:
             raise FlashtuneError(
@@ -165,7 +164,7 @@ class RunningModel:
         try:
             return self._logits(raw)
         except Exception as error:  # whatever a model's own code raises
-            raise FlashtuneError(f"the model gives no logits: {_first_line(error)}") from error
+            raise model_error("the model gives no logits", error) from error
 
     def tokenized(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` `[prompts, tokens]`, padded on the left."""
@@ -175,7 +174,7 @@ class RunningModel:
         return {name: inputs[name].to(self.model.device) for name in _INPUTS}
 
     def counted(self, tokens: torch.Tensor) -> list[int]:
-        """How many tokens of each answer `[answers, tokens]` count: to its end token, inclusive."""
+        """How many tokens of each answer `[answers, tokens]` count: up to its end token."""
         ended = torch.isin(tokens, self.ends).cumsum(dim=1) > 0
         counts: list[int] = ((~ended).sum(dim=1) + ended.any(dim=1)).tolist()
         return counts
@@ -201,6 +200,8 @@ class RunningModel:
         return [found[row, :own] for row, own in enumerate(counts)]
 
 
-def _first_line(error: Exception) -> str:
+def model_error(what: str, error: Exception) -> FlashtuneError:
+    """What could not be done, and the first line of what a model's code raised."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    name = type(error).__name__
+    return FlashtuneError(f"{what}: {name}: {said}" if said else f"{what}: {name}")

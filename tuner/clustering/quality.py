@@ -100,7 +100,8 @@ class Study:
         forms: that of the weight's own dtype unless given. Special tokens are candidates always;
         of other tokens in the clusters that are pinned for them this is not counted. logits_of:
         what the model makes of its head's logits `[states, vocab]`, which changes the
-        probabilities. lengths: how many states each answer has, where answers count. Raises FlashtuneError for states that do not fit.
+        probabilities. lengths: how many states each answer has, where answers count. Raises
+        FlashtuneError for states that do not fit.
         """
         weight = parts.weight
         if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):

@@ -172,6 +172,11 @@ def plot(report: QualityReport, path: Path) -> None:
     by_probes.set(xscale="log", xlabel="probes")
     by_probes.axvline(report.own_probes, color="grey", linewidth=0.5)
     figure.legend(loc="outside right upper")
+    save_picture(figure, path)
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure. Raises FlashtuneError."""
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
