@@ -7,7 +7,7 @@ Usage:
 import torch
 
 from flashtune.kernels.formats.screen import Screen
-from flashtune.kernels.head import FlashHead
+from flashtune.kernels.head import TUNE, FlashHead
 from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuning_db.errors import FlashtuneError
@@ -18,11 +18,13 @@ def flash_head_of(
     weight: torch.Tensor,
     n_probes: int | None = None,
     screen: Screen | str | None = None,
+    tune: str = TUNE[0],
 ) -> FlashHead:
     """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
 
-    n_probes, screen: those of the folder's config unless given; `none` is no screen. Raises
-    FlashtuneError where the folder has no clusters, or they were made for another weight.
+    n_probes, screen: those of the folder's config unless given; `none` is no screen. tune: as
+    for FlashHead. Raises FlashtuneError where the folder has no clusters, or they were made for
+    another weight.
     """
     clusters, path = folder.read_clusters(), folder.clustering_file
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
@@ -43,4 +45,5 @@ def flash_head_of(
         n_probes=folder.probes(len(clusters.centroids)) if n_probes is None else n_probes,
         special_token_ids=folder.special_token_ids(len(weight)),
         screen=folder.screen if screen is None else screen,
+        tune=tune,
     )

@@ -28,6 +28,9 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 ANSWER_SECONDS, STEP_SECONDS = 120.0, 60.0  # for the answers, and for the turns
 _ROUNDS, _STEPS = 12, 16  # of the turns, which need no whole answers
+_ENOUGH = 18
+"""Answers from which on a number of probes that keeps them all may be expected to keep 95 % of
+others: (n + 1) / (n + 2). Of fewer answers, only what all clusters keep is known."""
 
 
 def choose_probes(
@@ -40,7 +43,8 @@ def choose_probes(
 ) -> Chosen:
     """The number of probes for a folder's clusters behind a screen, and why.
 
-    source: the model, and folder: where its clusters are, which may be the same. Raises FlashtuneError where the model cannot be run here, or not in time.
+    source: the model, and folder: where its clusters are, which may be the same. Raises
+    FlashtuneError where the model cannot be run here, or not in time.
     """
     require_transformers()
     _check_memory(source, device)
@@ -52,8 +56,8 @@ def choose_probes(
     agreement = study.of_form(form)
     n_clusters = len(parts.clusters.centroids)
     numbers = {parts.n_probes, n_clusters}
-    for share in (LEAST_SAME, 1.0):
-        numbers.add(agreement.least_for_answers(share) or n_clusters)
+    if len(answers.lengths) >= _ENOUGH:
+        numbers |= {agreement.least_for_answers(share) or n_clusters for share in (LEAST_SAME, 1)}
     del parts, study
     dense = Entry(dtype=folder.dtype)
     entries = [replace(dense, n_probes=number, screen=screen) for number in sorted(numbers)]

@@ -132,11 +132,12 @@ class RunningModel:
         Raises FlashtuneError where the model can't, or no answer was whole in time.
         """
         states: list[torch.Tensor] = []
-        until = time.monotonic() + seconds
+        begun, start, size = time.monotonic(), 0, _BATCH
         with StepProgress("decoding prompts", len(prompts)) as progress:
-            for start in range(0, len(prompts), _BATCH):
+            while start < len(prompts) and size:
+                part = prompts[start : start + size]
                 try:
-                    states += self._continue(prompts[start : start + _BATCH], n_tokens, until)
+                    states += self._continue(part, n_tokens, begun + seconds)
                 except KeyboardInterrupt:
                     if not (keep_interrupted and states):
                         raise
@@ -145,13 +146,17 @@ class RunningModel:
                 except _OutOfTime:
                     break
                 except Exception as error:  # whatever a model's own code raises
-                    longest = max(prompts[start : start + _BATCH], key=len)
+                    longest = max(part, key=len)
                     what = (
                         f"the model cannot continue the prompts from {start + 1} on, the longest "
                         f"of {len(longest)} characters"
                     )
                     raise model_error(what, error) from error
-                progress.show(min(start + _BATCH, len(prompts)))
+                start += len(part)
+                progress.show(start)
+                taken = time.monotonic() - begun
+                if taken:  # as many as there is time for, at the pace until now
+                    size = int(min(_BATCH, (seconds - taken) * start / taken))
         if not states:
             raise FlashtuneError(
                 f"{len(prompts[:_BATCH])} answers of {n_tokens} tokens take more than "

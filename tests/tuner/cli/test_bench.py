@@ -294,15 +294,26 @@ class TestCluster:
         return data
 
     def test_probes_keep_the_answers_where_that_costs_little(
-        self, model: Path, prompts: Path, timed: Callable[..., None]
+        self,
+        model: Path,
+        prompts: Path,
+        timed: Callable[..., None],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         timed({None: 1110.0} | {number: 1000 + 2 * number for number in range(1, 17)})
+        monkeypatch.setattr(default_probes, "_ENOUGH", 6)
         data = self.made(model, prompts)
         dense, chosen = written(model, None, 12), data["n_probes"]
         assert written(model.parent / "made", chosen, 12) == dense
         assert written(model.parent / "made", chosen - 1, 12) != dense
         assert f"fp32 with {chosen} probes (1." in data["why"]
         assert "6 of 6 answers the same" in data["why"]
+
+    def test_few_answers_promise_nothing_but_of_all_clusters(
+        self, model: Path, prompts: Path, timed: Callable[..., None]
+    ) -> None:
+        timed({None: 1110.0, 1: 1000.0, 16: 1032.0})  # no other number is tried
+        assert self.made(model, prompts)["n_probes"] == CLUSTERS
 
     def test_probes_stay_few_where_more_cost_much(
         self, model: Path, prompts: Path, timed: Callable[..., None]

@@ -140,6 +140,7 @@ class TestCluster:
         }
         data = json.loads(told)
         assert 0 < data.pop("fit") < 1
+        assert "1 probes, a sixteenth of the clusters, are not measured" in data.pop("why")
         assert data == {
             "out": str(out),
             "vocab_size": VOCAB,
