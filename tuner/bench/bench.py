@@ -52,11 +52,13 @@ class BenchRow:
     """What was measured of a head, by the rounds in which it and the dense head had their turn.
 
     tokens_per_s, ratio (to the dense head's tokens/s of the same round): one value a round.
-    head_share: of a step's time, the median. same_tokens: before the first that differs.
+    head_share: of a step's time, the median. same_tokens: before the first that differs. level,
+    model_weight: as `head.explain` has them.
     """
 
     entry: Entry
     level: str
+    model_weight: str | None
     added_bytes: int
     tokens_per_s: tuple[float, ...]
     ratio: tuple[float, ...]
@@ -238,6 +240,7 @@ def _row(turns: _Turns, dense: _Turns, request: BenchRequest, running: RunningMo
     return BenchRow(
         entry=turns.entry,
         level=turns.level,
+        model_weight=turns.head.whose_weight if turns.head else None,
         added_bytes=turns.head.added_bytes if turns.head else 0,
         tokens_per_s=tuple(request.batch * 1e6 / run.step_us for run, _ in runs),
         ratio=tuple(right.step_us / run.step_us for run, right in runs),

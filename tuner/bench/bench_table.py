@@ -61,6 +61,8 @@ def notes(report: BenchReport) -> Iterator[str]:
     for row in report.rows:
         if row.level == "torch" and not row.entry.dense:
             yield f"{row.entry.name}: plain torch, no kernel runs it here"
+        if row.model_weight and row.model_weight.startswith("a copy"):
+            yield f"{row.entry.name}: of MB, the model's weight is {row.model_weight}"
     if len(report.rows) > 1:
         yield f"recommended: {report.verdict.describe()}"
     if not report.has_clusters:
@@ -98,6 +100,7 @@ def _row_data(row: BenchRow) -> dict[str, Any]:
         **_head_data(row),
         "own": row.entry.own,
         "level": row.level,
+        "model_weight": row.model_weight,
         "tokens_per_s": speed.median_us,
         "tokens_per_s_spread": speed.spread_us,
         "ratio": ratio.median_us,

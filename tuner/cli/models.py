@@ -236,6 +236,7 @@ def quality(
         pick_line,
         plot,
         quality_data,
+        quality_notes,
         quality_table,
     )
     from flashtune.tuner.here import torch_device_named
@@ -259,6 +260,8 @@ def quality(
         click.echo(json.dumps(data, indent=1))
     else:
         print_table(quality_table(report))
+        for note in quality_notes(report):
+            click.echo(note)
         if recall is not None:
             click.echo(pick_line(report))
     if report.interrupted:

@@ -95,7 +95,7 @@ def best(device: Device, problem: Problem, database: Path | None, as_json: bool)
             f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
         )
     if as_json:
-        click.echo(json.dumps(found.record.data(), indent=1))
+        click.echo(json.dumps({**found.record.data(), "shipped": found.shipped}, indent=1))
     else:
         print_records([found])
 

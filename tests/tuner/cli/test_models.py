@@ -427,6 +427,16 @@ class TestQuality:
         assert "40 decode steps, 20 clusters" in text
         assert "5*" in text and "dense" in text
         assert "probes are the fewest that agree in 100.00%" in text
+        assert "runs torch: fp32, dense fp32" in text
+
+    def test_a_table_of_80_columns_cuts_no_number(
+        self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        text = done("quality", "--model", flash, "--screen", "int8").stdout
+        assert "…" not in text and "no clusters int8:8" in text
+        row = next(line for line in text.splitlines() if line.startswith("dense fp32"))
+        assert row.split()[2:6] == ["1.0000", "1.0000", "1.0000", "4/4"] and len(row) <= 80
 
     def test_each_form_has_its_lines(self, flash: Path, states: torch.Tensor) -> None:
         options = ("--probes", 2, "--probes", 5, "--screen", "int8", "--screen", "int4:0")
@@ -508,7 +518,7 @@ class TestQuality:
             len(data["rows"]) - 1
         )
         timed.clear()
-        assert "not timed" in run("quality", "--model", flash, *options).stdout
+        assert "- not timed" in run("quality", "--model", flash, *options).stdout
 
     def test_ctrl_c_while_decoding_keeps_what_was_counted(
         self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
