@@ -101,7 +101,11 @@ def bench(
         rounds=rounds,
         device=device or torch_device_named(None),
     )
-    report = bench_model(folder, lineup(folder, n_probes, screens), request)
+    try:
+        report = bench_model(folder, lineup(folder, n_probes, screens), request)
+    except KeyboardInterrupt:
+        click.echo("interrupted: there is nothing to compare yet", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
     if picture is not None:
         plot(report, picture)
     if as_json:

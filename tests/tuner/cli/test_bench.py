@@ -247,6 +247,7 @@ class TestBench:
         calls[:] = [()] * 5  # before there is anything to compare
         result = bench(flash, *words)
         assert result.exit_code == 130 and result.stdout == ""
+        assert "interrupted: there is nothing to compare yet" in result.stderr
 
     def test_a_picture(
         self,
