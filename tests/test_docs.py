@@ -60,7 +60,9 @@ def test_every_option_is_in_its_commands_section(name: str) -> None:
     assert undocumented(name, command, sections()[name]) == []
 
 
-@pytest.mark.parametrize("name", ["search", "show", "tables export", "cluster", "quality"])
+@pytest.mark.parametrize(
+    "name", ["search", "show", "tables export", "cluster", "quality", "bench"]
+)
 def test_defaults_are_told_as_they_are(name: str) -> None:
     text = without_code(sections()[name])
     for option in dict(commands())[name].params:

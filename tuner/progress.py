@@ -161,7 +161,8 @@ class StepProgress(ProgressBar):
         self._show(self._task, done, self._total, note, self._left.ends(self._total))
         if self._line_due():
             told = f", {note}" if note else ""
-            print(f"{self._title}: {done}/{self._total}{told}", file=sys.stderr)
+            left = self._left.describe(self._total)
+            print(f"{self._title}: {done}/{self._total}{told}, {left}", file=sys.stderr)
 
     def show_of(self, done: int, total: int) -> None:
         """Show that `done` steps of so many are done."""

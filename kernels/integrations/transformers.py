@@ -3,6 +3,7 @@
 Usage:
     flashtune.apply(model, assets="path/to/flash-head-model")
     flashtune.apply(model, screen="int4")      # any model, without clusters
+    flashtune.apply(model, assets="…", prepare=(1, 8))    # kernels for 1 and 8 sequences, now
     model.generate(…)          # greedy or sampled, with any cache, compiled or not
     flashtune.remove(model)    # the dense head is back
 
@@ -10,6 +11,7 @@ Nothing of transformers is imported: a model is whatever has its output head beh
 `get_output_embeddings` and `set_output_embeddings`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from flashtune.kernels.formats.screen import Screen, screen_of
-from flashtune.kernels.head import FlashHead
+from flashtune.kernels.head import TUNE, FlashHead
 from flashtune.kernels.integrations.flash_linear import LOG, FlashLinear, made_of
 from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.generation import Generation
@@ -25,7 +27,7 @@ from flashtune.kernels.integrations.model_logits import ModelLogits
 from flashtune.kernels.model_folder.folder import END_KEY, ModelFolder, end_tokens
 from flashtune.tuning_db.environment import flash_head_always
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES
+from flashtune.tuning_db.problem import DEFAULT_PROBES, MOST_TOKENS
 
 _SAMPLED_ROWS = 64  # of a weight, to tell whose it is
 
@@ -40,6 +42,8 @@ def apply(
     n_probes: int | None = None,
     screen: Screen | str | None = None,
     always: bool = False,
+    tune: str | None = None,
+    prepare: Sequence[int] = (),
 ) -> FlashHead:
     """Let a model decode with FlashHead, and return the FlashHead, to `explain` or `prepare`.
 
@@ -49,7 +53,9 @@ def apply(
     `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors. screen: of
     rows and centroids in 8 or 4 bits (docs/formats.md), unless given as the folder's config says,
     and none for tensors; without head and assets, of the whole vocabulary. The end tokens of the
-    model, or of the folder's config, are candidates of every step.
+    model, or of the folder's config, are candidates of every step. tune: as for FlashHead, `race`
+    unless given. prepare: numbers of sequences, of 1 to 32, whose kernels are to be chosen and
+    compiled now; else the first step with each number does so, which can take 20 seconds.
 
     The first time that a number of rows decodes, FlashHead is timed against the dense head, which
     answers where it is as fast. With always, or FLASHHEAD_ENABLED=always, FlashHead does anyway.
@@ -63,11 +69,18 @@ def apply(
     """
     dense = _dense_head(model)
     screened = screen_of(screen)
+    for number in prepare:
+        if type(number) is not int or not 1 <= number <= MOST_TOKENS:
+            raise FlashtuneError(
+                f"prepare must name numbers of sequences from 1 to {MOST_TOKENS}, not {number!r}"
+            )
     if head is None and assets is None and screened:
-        head = FlashHead.screened(dense.weight, screened)  # whose logits no fill is among
+        # Whose logits no fill is among
+        head = FlashHead.screened(dense.weight, screened, tune=tune or TUNE[0])
     else:
         _check_logits(model, dense)
-        head = _made(model, dense.weight, head, assets, n_probes, screen)
+        head = _made(model, dense.weight, head, assets, n_probes, screen, tune)
+    head.prepare(*prepare, epilogue="logits")
     linear = FlashLinear(dense, head, always=always or flash_head_always())
     _replace(model, dense, linear)
     if hasattr(model, "generate"):
@@ -82,16 +95,18 @@ def _made(
     assets: str | Path | None,
     n_probes: int | None,
     screen: Screen | str | None,
+    tune: str | None,
 ) -> FlashHead:
     """The FlashHead that is given, or of the clusters that are."""
     if (head is None) == (assets is None):
         raise FlashtuneError("give just one of head and assets, or a screen for neither")
     if assets is not None:
-        return flash_head_of(ModelFolder.open(assets), weight, n_probes, screen)
+        return flash_head_of(ModelFolder.open(assets), weight, n_probes, screen, tune or TUNE[0])
     if isinstance(head, FlashHead):
         for name, wanted, found in (
             ("n_probes", n_probes, head.n_probes),
             ("screen", screen and screen_of(screen), head.screen),
+            ("tune", tune, head.tune),
         ):
             if wanted is not None and wanted != found:
                 raise FlashtuneError(
@@ -109,6 +124,7 @@ def _made(
         n_probes=DEFAULT_PROBES if n_probes is None else n_probes,
         special_token_ids=_end_tokens(model, len(weight)),
         screen=screen,
+        tune=tune or TUNE[0],
     )
 
 

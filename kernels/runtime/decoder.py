@@ -30,6 +30,7 @@ from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
+SILENCE = 2.0  # seconds that a call may keep a person waiting without a word
 StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 
@@ -188,8 +189,9 @@ class Decoder:
         sizes = self.step_sizes(hidden.shape[0]) if hidden.shape[0] else []
         new = any((epilogue, size) not in self._bounds for size in sizes)
         if self._index is not None and new and not torch.cuda.is_current_stream_capturing():
-            with ThreadPoolExecutor(1) as elsewhere:
-                elsewhere.submit(self.prepare, hidden.shape[0], epilogue).result()
+            number = hidden.shape[0]
+            with self._telling(epilogue, number), ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(self.prepare, number, epilogue).result()
         return self.decode(hidden, epilogue)
 
     def prepare(self, n_tokens: int, epilogue: str) -> None:
@@ -249,12 +251,31 @@ class Decoder:
                     f"this stream: call head.prepare({arguments}) before the capture"
                 )
                 return self._torch_step(epilogue, n_tokens)
-            bound = self.bound(epilogue, n_tokens)
+            with self._telling(epilogue, n_tokens):
+                bound = self.bound(epilogue, n_tokens)
             with _lasting(self.weights.weight.device):
                 step = bound.take_step()
             shared = step if isinstance(step, TorchStep) else LockedStep(step)
             self._steps[key] = shared
             return shared
+
+    @contextmanager
+    def _telling(self, epilogue: str, n_tokens: int) -> Iterator[None]:
+        """Log what a call waits for, once it has waited for a while."""
+        seconds = self._allowance.race_seconds
+        race = f", after racing several for up to {seconds:.0f} s" if seconds else ""
+        how = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
+        text = (
+            f"FlashHead: the first call with {n_tokens} tokens chooses and compiles its kernel"
+            f"{race}; head.prepare({how}) does so ahead of time"
+        )
+        timer = threading.Timer(SILENCE, LOG.warning, (text,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _rescue(self, step: Step, key: StepKey, call: StepCall, error: Exception) -> None:
         """Answer a call that failed by plain torch, and if that can, all calls from now on.

@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -502,6 +503,35 @@ def test_a_choice_is_logged_once_and_a_cpu_is_no_trouble(caplog: pytest.LogCaptu
             "plain torch runs instead",
         )
     ]
+
+
+def test_a_call_that_keeps_waiting_says_for_what(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bind = decoder.bind
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return bind(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "bind", slow)
+    monkeypatch.setattr(decoder, "SILENCE", 0.05)
+    head = FlashHead(**_with())
+    head._allowance.race_seconds = 20.0
+    head.prepare(1)
+    head(torch.zeros(1, WIDTH))
+    assert not caplog.records
+    for _ in range(2):
+        head.logits(torch.zeros(3, WIDTH))
+    [line] = caplog.records
+    assert line.levelname == "WARNING" and "first call with 3 tokens" in line.getMessage()
+    assert "compiles its kernel, after racing several for up to 20 s; " in line.getMessage()
+    assert "head.prepare(3, epilogue='logits') does so ahead of time" in line.getMessage()
+    FlashHead(**_with(), tune="never")(torch.zeros(1, WIDTH))
+    assert "race" not in caplog.records[-1].getMessage() and len(caplog.records) == 2
+    monkeypatch.setattr(decoder, "SILENCE", 60.0)
+    FlashHead(**_with())(torch.zeros(1, WIDTH))
+    assert len(caplog.records) == 2
 
 
 def test_threads_may_share_a_head() -> None:

@@ -16,7 +16,7 @@ def test_lines_come_now_and_then(
         now += LINE_SECONDS
         progress.show(2, "fit 0.6")
         progress.show(3)
-    assert capsys.readouterr().err == "clustering: 2/3, fit 0.6\n"
+    assert capsys.readouterr().err == "clustering: 2/3, fit 0.6, about 10 s left\n"
 
 
 def paces(first: float, steps: list[float]) -> list[tuple[float, float]]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from flashtune.tuner.cli.bench import bench
 from flashtune.tuner.cli.cost_model import model
 from flashtune.tuner.cli.models import cluster, quality
 from flashtune.tuner.cli.records import best, devices, forget, render, show
@@ -81,6 +82,6 @@ def cli() -> None:
 
 
 for command in (
-    search, cluster, quality, devices, show, best, render, forget, tables, model
+    search, cluster, quality, bench, devices, show, best, render, forget, tables, model
 ):  # fmt: skip
     cli.add_command(command)

@@ -9,6 +9,7 @@ import click
 
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import say, say_json
+from flashtune.tuning_db.errors import FlashtuneError
 
 if TYPE_CHECKING:
     from flashtune.kernels.formats.screen import Screen
@@ -25,14 +26,19 @@ INTERRUPTED = 130
     "--clusters", "n_clusters", type=click.IntRange(1), help="Else a sixteenth of the vocabulary."
 )
 @click.option(
-    "--probes", "n_probes", type=click.IntRange(1), help="Else a sixteenth of the clusters."
+    "--probes", "n_probes", type=click.IntRange(1), help="Else chosen by running the model."
 )
 @click.option(
     "--recall", type=options.SHARE, help="Choose probes and screen so that this share agrees."
 )
 @options.screens("Of those to choose from with --recall; else what the folder's head gets.")
 @options.prompts
-@options.tokens
+@click.option(
+    "--tokens",
+    "n_tokens",
+    type=click.IntRange(1),
+    help="Tokens to continue each prompt by; else 64, or 32 with --recall.",
+)
 @options.run_device
 @options.seed
 @click.option(
@@ -48,7 +54,7 @@ def cluster(
     recall: float | None,
     screens: "tuple[Screen | None, ...]",
     prompts: Path | None,
-    n_tokens: int,
+    n_tokens: int | None,
     device: str | None,
     seed: int,
     iterations: int,
@@ -58,8 +64,10 @@ def cluster(
     """Make a FlashHead model of any causal language model.
 
     Clusters the rows of its head and writes a folder with the model and its clusters. Run the
-    same command again to go on where an interrupted one was. With --recall, what is fastest
-    here is taken of the screens and of their fewest probes that reach it.
+    same command again to go on where an interrupted one was. How many clusters are probed is
+    found by running the model for a few minutes at most: as many as keep its answers, where that
+    costs little of a step. With --recall, what is fastest here is taken of the screens and of
+    their fewest probes that reach it.
 
     \b
     Examples:
@@ -75,15 +83,18 @@ def cluster(
     if not recall and len(screens) > 1:
         raise click.UsageError("give one --screen, or --recall to choose among several")
     where = device or torch_device_named(None)
+    screen = screens[0] if screens and recall is None else None
     choose = None
     if recall is not None:
-        choose = _fastest_of(recall, screens, prompts, n_tokens, where)
+        choose = _fastest_of(recall, screens, prompts, n_tokens or 32, where)
+    elif n_probes is None:
+        choose = _keeping_answers(model, screen, prompts, n_tokens or 64, where)
     request = ClusterRequest(
         model=model,
         out=out,
         n_clusters=n_clusters,
         n_probes=n_probes,
-        screen=screens[0] if screens and recall is None else None,
+        screen=screen,
         device=where,
         seed=seed,
         iterations=iterations,
@@ -101,6 +112,8 @@ def cluster(
         f"{out}: {result.vocab_size}x{result.hidden_size} in {result.n_clusters} clusters, "
         f"{result.n_probes} probes{f', screened in {result.screen}' if result.screen else ''}"
     )
+    if result.why:
+        click.echo(result.why)
 
 
 def _fastest_of(
@@ -114,6 +127,7 @@ def _fastest_of(
     from flashtune.tuner.clustering.clustered_folder import Chosen
     from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
     from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
+    from flashtune.tuner.clustering.quality_table import pick_line
 
     require_transformers()
     request = QualityRequest(
@@ -130,7 +144,32 @@ def _fastest_of(
         if report.interrupted:
             raise KeyboardInterrupt
         assert report.pick is not None
-        return Chosen(n_probes=report.pick.quality.n_probes, screen=report.pick.form.screen)
+        pick = report.pick
+        return Chosen(
+            n_probes=pick.quality.n_probes, screen=pick.form.screen, why=pick_line(report)
+        )
+
+    return choose
+
+
+def _keeping_answers(
+    model: str, screen: "Screen | None", prompts: Path | None, n_tokens: int, device: str
+) -> "Callable[[ModelFolder], Chosen]":
+    """What chooses a folder's probes by the answers of its model and the time of its steps."""
+    from flashtune.kernels.model_folder.folder import ModelFolder
+    from flashtune.tuner.bench.default_probes import choose_probes
+    from flashtune.tuner.clustering.clustered_folder import Chosen
+    from flashtune.tuner.clustering.decode_state import read_prompts
+
+    texts, source = read_prompts(prompts), ModelFolder.open(model)
+
+    def choose(folder: ModelFolder) -> Chosen:
+        try:
+            return choose_probes(source, folder, screen, texts, n_tokens, device)
+        except FlashtuneError as error:
+            usual = folder.problem().n_probes
+            why = f"{usual} probes, a sixteenth of the clusters, are not measured: {error}"
+            return Chosen(n_probes=usual, screen=screen, why=why)
 
     return choose
 
@@ -197,6 +236,7 @@ def quality(
         pick_line,
         plot,
         quality_data,
+        quality_notes,
         quality_table,
     )
     from flashtune.tuner.here import torch_device_named
@@ -220,6 +260,8 @@ def quality(
         say_json(data)
     else:
         print_table(quality_table(report))
+        for note in quality_notes(report):
+            say(note)
         if recall is not None:
             say(pick_line(report))
     if report.interrupted:

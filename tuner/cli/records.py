@@ -95,7 +95,7 @@ def best(device: Device, problem: Problem, database: Path | None, as_json: bool)
             f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
         )
     if as_json:
-        say_json(found.record.data())
+        say_json({**found.record.data(), "shipped": found.shipped})
     else:
         print_records([found])
 

@@ -47,10 +47,11 @@ _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
-    """The number of probes, and what screens the head: None where it is read as it is."""
+    """The number of probes, what screens the head (None where it is read as it is), and why."""
 
     n_probes: int
     screen: Screen | None = None
+    why: str = ""
 
 
 Choose = Callable[[ModelFolder], Chosen]
@@ -77,7 +78,10 @@ class ClusterRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterResult:
-    """What was made; fit is the share of the rows' length along their centroids' directions."""
+    """What was made; fit is the share of the rows' length along their centroids' directions.
+
+    why: how probes and screen were chosen; empty where they were given.
+    """
 
     out: Path
     vocab_size: int
@@ -87,6 +91,7 @@ class ClusterResult:
     screen: str | None
     iterations: int
     fit: float
+    why: str
 
 
 def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> ClusterResult:
@@ -119,6 +124,7 @@ def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> Clus
         screen=None if chosen.screen is None else str(chosen.screen),
         iterations=kmeans.iteration,
         fit=kmeans.fit(),
+        why=chosen.why,
     )
 
 

@@ -2,13 +2,17 @@
 
 Usage:
     model = RunningModel.load(folder, device="cpu")
-    states = model.states(prompts, n_tokens=32)     # [states, hidden]
+    answers = model.answers(prompts, n_tokens=32)
+    answers.states                                  # [states, hidden], one answer after the other
     model.logits(states @ weight.T)                 # as the model returns them
 
 The model is run by Hugging Face's transformers, an extra of this package: `flashtune[hf]`.
 """
 
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,23 @@ from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
-_BATCH = 16  # prompts at a time
+_BATCH = 8  # prompts at a time
+_INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What the head was given at each step of some answers, one answer after the other.
+
+    states: float32 `[states, hidden]`; lengths: how many of them each answer has.
+    """
+
+    states: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+class _OutOfTime(Exception):
+    """There is no time left to end an answer."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -50,8 +70,8 @@ def require_transformers() -> Any:
 def decode_states(
     folder: ModelFolder, prompts: Sequence[str], n_tokens: int, device: str
 ) -> torch.Tensor:
-    """`RunningModel.states` of a folder's model."""
-    return RunningModel.load(folder, device).states(prompts, n_tokens)
+    """The states of `RunningModel.answers` of a folder's model: float32 `[states, hidden]`."""
+    return RunningModel.load(folder, device).answers(prompts, n_tokens).states
 
 
 class RunningModel:
@@ -59,12 +79,12 @@ class RunningModel:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """model: of transformers, with an output head. Its generation config is replaced."""
-        self._model, self._tokenizer = model, tokenizer
+        self.model, self._tokenizer = model, tokenizer
         self._logits = ModelLogits(model, model.get_output_embeddings())
         self.interrupted = False
         usual = model.generation_config
         ends = usual.eos_token_id
-        self._ends = torch.tensor([] if ends is None else ends, device=model.device).reshape(-1)
+        self.ends = torch.tensor([] if ends is None else ends, device=model.device).reshape(-1)
         # Not the model's own settings, which may ask for beams or several answers.
         model.generation_config = type(usual)(
             do_sample=False,
@@ -94,67 +114,99 @@ class RunningModel:
                 model = auto.from_pretrained(folder.path, dtype="auto")
             return cls(model.to(device).eval(), tokenizer)
         except Exception as error:  # whatever a model's own code raises
-            raise FlashtuneError(
-                f"{folder.path}: transformers cannot load it: {_first_line(error)}"
-            ) from error
+            raise model_error(f"{folder.path}: transformers cannot load it", error) from error
 
-    def states(
-        self, prompts: Sequence[str], n_tokens: int, keep_interrupted: bool = False
-    ) -> torch.Tensor:
-        """What the head is given at each decode step: float32 `[states, hidden]`.
+    def answers(
+        self,
+        prompts: Sequence[str],
+        n_tokens: int,
+        *,
+        keep_interrupted: bool = False,
+        seconds: float = math.inf,
+    ) -> Answers:
+        """What the head is given while it answers prompts.
 
         Each prompt is continued greedily, by the dense head, for up to n_tokens tokens; what comes
-        after a model's end token does not count. Raises FlashtuneError where the model can't.
-        keep_interrupted: after Ctrl-C, give what there is, and say `interrupted`.
+        after a model's end token does not count. keep_interrupted: after Ctrl-C, give what there
+        is, and say `interrupted`. seconds: after so many, only whole answers that are there.
+        Raises FlashtuneError where the model can't, or no answer was whole in time.
         """
         states: list[torch.Tensor] = []
+        begun, start, size = time.monotonic(), 0, _BATCH
         with StepProgress("decoding prompts", len(prompts)) as progress:
-            for start in range(0, len(prompts), _BATCH):
+            while start < len(prompts) and size:
+                part = prompts[start : start + size]
                 try:
-                    states += self._continue(prompts[start : start + _BATCH], n_tokens)
+                    states += self._continue(part, n_tokens, begun + seconds)
                 except KeyboardInterrupt:
                     if not (keep_interrupted and states):
                         raise
                     self.interrupted = True
                     break
+                except _OutOfTime:
+                    break
                 except Exception as error:  # whatever a model's own code raises
-                    longest = max(prompts[start : start + _BATCH], key=len)
-                    raise FlashtuneError(
+                    longest = max(part, key=len)
+                    what = (
                         f"the model cannot continue the prompts from {start + 1} on, the longest "
-                        f"of {len(longest)} characters: {_first_line(error)}"
-                    ) from error
-                progress.show(min(start + _BATCH, len(prompts)))
-        return torch.cat(states).float()
+                        f"of {len(longest)} characters"
+                    )
+                    raise model_error(what, error) from error
+                start += len(part)
+                progress.show(start)
+                taken = time.monotonic() - begun
+                if taken:  # as many as there is time for, at the pace until now
+                    size = int(min(_BATCH, (seconds - taken) * start / taken))
+        if not states:
+            raise FlashtuneError(
+                f"{len(prompts[:_BATCH])} answers of {n_tokens} tokens take more than "
+                f"{seconds:.0f} s here"
+            )
+        return Answers(states=torch.cat(states).float(), lengths=tuple(map(len, states)))
 
     def logits(self, raw: torch.Tensor) -> torch.Tensor:
         """What the model returns for its head's logits `[rows, vocab]`: scaled, capped, …"""
         try:
             return self._logits(raw)
         except Exception as error:  # whatever a model's own code raises
-            raise FlashtuneError(f"the model gives no logits: {_first_line(error)}") from error
+            raise model_error("the model gives no logits", error) from error
 
-    def _continue(self, prompts: Sequence[str], n_tokens: int) -> list[torch.Tensor]:
-        """The states of each prompt's steps, `[steps, hidden]`, up to its end token."""
-        model, seen = self._model, []
-        hook = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, arguments: seen.append(arguments[0][:, -1].detach().clone())
-        )
+    def tokenized(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` `[prompts, tokens]`, padded on the left."""
         inputs = self._tokenizer(
             list(prompts), return_tensors="pt", padding=True, return_attention_mask=True
         )
-        ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        return {name: inputs[name].to(self.model.device) for name in _INPUTS}
+
+    def counted(self, tokens: torch.Tensor) -> list[int]:
+        """How many tokens of each answer `[answers, tokens]` count: up to its end token."""
+        ended = torch.isin(tokens, self.ends).cumsum(dim=1) > 0
+        counts: list[int] = ((~ended).sum(dim=1) + ended.any(dim=1)).tolist()
+        return counts
+
+    def _continue(self, prompts: Sequence[str], n_tokens: int, until: float) -> list[torch.Tensor]:
+        """The states of each prompt's steps, `[steps, hidden]`, up to its end token."""
+        seen = []
+
+        def note(_: Any, arguments: Any) -> None:
+            if time.monotonic() > until:
+                raise _OutOfTime
+            seen.append(arguments[0][:, -1].detach().clone())
+
+        inputs = self.tokenized(prompts)
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
         try:
             with torch.inference_mode():
-                out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n_tokens)
+                out = self.model.generate(**inputs, max_new_tokens=n_tokens)
         finally:
             hook.remove()
-        tokens = out[:, ids.shape[1] :]
-        ended = torch.isin(tokens, self._ends).cumsum(dim=1) > 0
-        steps = (~ended).sum(dim=1) + ended.any(dim=1)
+        counts = self.counted(out[:, inputs["input_ids"].shape[1] :])
         found = torch.stack(seen, dim=1)
-        return [found[row, :own] for row, own in enumerate(steps.tolist())]
+        return [found[row, :own] for row, own in enumerate(counts)]
 
 
-def _first_line(error: Exception) -> str:
+def model_error(what: str, error: Exception) -> FlashtuneError:
+    """What could not be done, and the first line of what a model's code raised."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    name = type(error).__name__
+    return FlashtuneError(f"{what}: {name}: {said}" if said else f"{what}: {name}")

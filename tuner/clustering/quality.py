@@ -26,6 +26,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 TOP = 5
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 _STATES_AT_ONCE = 64
+_Interval = tuple[torch.Tensor, torch.Tensor]  # of each state, as `_between` has them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,26 +35,31 @@ class QualityRow:
 
     top1: the dense head's token is taken. top5: all of its five best tokens are among those that
     are decided in 16 bits; where none are, they are the five best. mass: the mean probability that
-    the dense head gives to the candidates.
+    the dense head gives to the candidates. answers: the share of the answers all of whose tokens
+    are taken, so that greedy decoding writes them just so; None where nobody said which they are.
     """
 
     n_probes: int
     top1: float
     top5: float
     mass: float
+    answers: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
     """By number of probes, less one: in how many of n_states each agrees, and the mean mass.
 
-    A head without clusters is as one with a single cluster.
+    answers: in how many of n_answers all states agree. A head without clusters is as one with a
+    single cluster.
     """
 
     n_states: int
+    n_answers: int
     top1: torch.Tensor
     top5: torch.Tensor
     mass: torch.Tensor
+    answers: torch.Tensor
 
     def row(self, n_probes: int) -> QualityRow:
         """The shares with that many probes."""
@@ -62,13 +68,16 @@ class Agreement:
             top1=int(self.top1[n_probes - 1]) / self.n_states,
             top5=int(self.top5[n_probes - 1]) / self.n_states,
             mass=float(self.mass[n_probes - 1]),
+            answers=int(self.answers[n_probes - 1]) / self.n_answers if self.n_answers else None,
         )
 
     def least_probes(self, recall: float) -> int | None:
         """The fewest probes with which a share `recall` of the states agrees in the top token."""
-        needed = math.ceil(recall * self.n_states - 1e-9)
-        enough = (self.top1 >= needed).nonzero()
-        return int(enough[0]) + 1 if len(enough) else None
+        return _least(self.top1, recall, self.n_states)
+
+    def least_for_answers(self, share: float) -> int | None:
+        """The fewest probes with which that share of the answers is the same."""
+        return _least(self.answers, share, self.n_answers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,19 +93,23 @@ class Study:
         states: torch.Tensor,
         logits_of: LogitsOf = lambda raw: raw,
         forms: Sequence[HeadForm] = (),
+        lengths: Sequence[int] = (),
     ) -> "Study":
         """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
 
         forms: that of the weight's own dtype unless given. Special tokens are candidates always;
         of other tokens in the clusters that are pinned for them this is not counted. logits_of:
         what the model makes of its head's logits `[states, vocab]`, which changes the
-        probabilities. Raises FlashtuneError for states that do not fit.
+        probabilities. lengths: how many states each answer has, where answers count. Raises
+        FlashtuneError for states that do not fit.
         """
         weight = parts.weight
         if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):
             raise FlashtuneError(
                 f"states must be [states, {weight.shape[1]}], not {list(states.shape)}"
             )
+        if lengths and sum(lengths) != len(states):
+            raise FlashtuneError(f"answers of {sum(lengths)} states, but there are {len(states)}")
         forms = list(forms) or [with_clusters(dtype_name(weight), None)]
         states = states.to(weight.device, torch.float32)
         dense = _Dense(parts, states, logits_of)
@@ -106,7 +119,7 @@ class Study:
         found: dict[HeadForm, Agreement] = {}
         for name in dict.fromkeys(form.rows for form in forms):
             alike = [form for form in forms if form.rows == name]
-            found |= dense.agreements(rounded(name, weight), alike, scores)
+            found |= dense.agreements(rounded(name, weight), alike, scores, lengths)
         return cls(forms={form: found[form] for form in forms})
 
     def of_form(self, form: HeadForm | None = None) -> Agreement:
@@ -161,7 +174,11 @@ class _Dense:
         )
 
     def agreements(
-        self, rows: torch.Tensor, forms: Sequence[HeadForm], ranks: dict[str, torch.Tensor]
+        self,
+        rows: torch.Tensor,
+        forms: Sequence[HeadForm],
+        ranks: dict[str, torch.Tensor],
+        lengths: Sequence[int],
     ) -> dict[HeadForm, Agreement]:
         """What forms with these rows `[vocab, hidden]` find."""
         sums = {form: _Sums(ranks[form.centroids].shape[1]) for form in forms}
@@ -171,12 +188,12 @@ class _Dense:
             for form, sum_ in sums.items():
                 of_clusters = ranks[form.centroids][part]
                 of_tokens = self._token_ranks(of_clusters)
-                for k, counts in ((1, sum_.top1), (self._top.shape[1], sum_.top5)):
+                for k, found in ((1, sum_.top1), (self._top.shape[1], sum_.top5)):
                     decided = max(k, form.n_rescored)
                     tokens = self._top[part, :k]
-                    _count(counts, *_between(logits, of_tokens, tokens, decided, sum_.n))
+                    found.append(_between(logits, of_tokens, tokens, decided, sum_.n))
                 sum_.add_mass(of_clusters, self._mass[part], self._always[part])
-        return {form: sum_.agreement(len(self._states)) for form, sum_ in sums.items()}
+        return {form: sum_.agreement(lengths) for form, sum_ in sums.items()}
 
     def _token_ranks(self, of_clusters: torch.Tensor) -> torch.Tensor:
         """The rank of each token's cluster `[states, vocab]`; special tokens have the best."""
@@ -188,12 +205,12 @@ class _Dense:
 
 
 class _Sums:
-    """Sums over states for each number of probes; of counts, what each number changes."""
+    """What is found of each state: between which numbers of probes it agrees, and the mass."""
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.top1 = torch.zeros(n + 1, dtype=torch.int64)
-        self.top5 = torch.zeros(n + 1, dtype=torch.int64)
+        self.top1: list[_Interval] = []
+        self.top5: list[_Interval] = []
         self._mass = torch.zeros(n, dtype=torch.float64)
 
     def add_mass(
@@ -206,12 +223,16 @@ class _Sums:
         found = by_rank.cumsum(dim=1, dtype=torch.float64) + always[:, None]
         self._mass += found.sum(dim=0).cpu()
 
-    def agreement(self, n_states: int) -> Agreement:
+    def agreement(self, lengths: Sequence[int]) -> Agreement:
+        top1, top5 = _joined(self.top1), _joined(self.top5)
+        n_states = len(top1[0])
         return Agreement(
             n_states=n_states,
-            top1=self.top1.cumsum(0)[: self.n],
-            top5=self.top5.cumsum(0)[: self.n],
+            n_answers=len(lengths),
+            top1=_counts(*top1, self.n),
+            top5=_counts(*top5, self.n),
             mass=self._mass / n_states,
+            answers=_counts(*_of_answers(*top1, lengths), self.n),
         )
 
 
@@ -234,12 +255,35 @@ def _between(
     return first, last
 
 
-def _count(changes: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> None:
-    """Note where states begin to agree and where they end, if they do at all."""
+def _joined(parts: Sequence[_Interval]) -> _Interval:
+    first, last = zip(*parts, strict=True)
+    return torch.cat(first).cpu(), torch.cat(last).cpu()
+
+
+def _of_answers(first: torch.Tensor, last: torch.Tensor, lengths: Sequence[int]) -> _Interval:
+    """Between which numbers of probes all states of each answer agree."""
+    answer = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    start = torch.zeros(len(lengths), dtype=torch.int64)
+    return (
+        start.scatter_reduce(0, answer, first[: len(answer)], "amax", include_self=False),
+        start.scatter_reduce(0, answer, last[: len(answer)], "amin", include_self=False),
+    )
+
+
+def _counts(first: torch.Tensor, last: torch.Tensor, n: int) -> torch.Tensor:
+    """How many agree, by number of probes less one: int64 `[n]`."""
     agree = last > first
     one = torch.ones(int(agree.sum()), dtype=torch.int64)
-    changes.index_add_(0, first[agree].cpu(), one)
-    changes.index_add_(0, last[agree].cpu(), -one)
+    changes = torch.zeros(n + 1, dtype=torch.int64)
+    changes.index_add_(0, first[agree], one)
+    changes.index_add_(0, last[agree], -one)
+    return changes.cumsum(0)[:n]
+
+
+def _least(counts: torch.Tensor, share: float, n: int) -> int | None:
+    """The fewest probes, of counts by probes less one, with which a share of n agrees."""
+    enough = (counts >= math.ceil(share * n - 1e-9)).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ Usage:
     report.pick                    # the fastest that reaches the recall asked for
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from flashtune.kernels.formats.format import dtype_name
 from flashtune.kernels.formats.screen import Screen
@@ -20,6 +21,8 @@ from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import QualityRow, Study, usual_probes
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
+
+Timed = TypeVar("Timed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,7 @@ class QualityReport:
     study: Study
     device: str
     n_states: int
+    n_answers: int
     n_clusters: int
     own_form: HeadForm
     own_probes: int
@@ -101,8 +105,11 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     if not request.survey:
         forms = [form for form in forms if form.clustered]
     model = RunningModel.load(folder, request.device)
-    states = model.states(request.prompts, request.n_tokens, request.keep_interrupted)
-    study = Study.of(parts, states, model.logits, forms)
+    answers = model.answers(
+        request.prompts, request.n_tokens, keep_interrupted=request.keep_interrupted
+    )
+    states = answers.states
+    study = Study.of(parts, states, model.logits, forms, answers.lengths)
     rows = _rows(parts, study, request, own_form)
     interrupted = model.interrupted
     if request.timed and not interrupted:
@@ -117,6 +124,7 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
         study=study,
         device=request.device,
         n_states=len(states),
+        n_answers=len(answers.lengths),
         n_clusters=n_clusters,
         own_form=own_form,
         own_probes=parts.n_probes,
@@ -149,7 +157,7 @@ def _rows(
             rows.append(_row(parts, form, row))
     if request.survey:
         dense = HeadForm(rows=dtype_name(parts.weight))
-        right = QualityRow(n_probes=1, top1=1.0, top5=1.0, mass=1.0)
+        right = QualityRow(n_probes=1, top1=1.0, top5=1.0, mass=1.0, answers=1.0)
         rows.append(_row(parts, dense, right))
     return rows
 
@@ -178,8 +186,7 @@ def _time(rows: list[TimedRow], latency: HeadLatency) -> None:
 def _fastest(rows: Iterable[TimedRow], recall: float) -> TimedRow:
     """Of the rows that reach the recall the fastest; of equally fast ones that of fewest bytes.
 
-    Two are equally fast where they differ by less than the larger one's spread. Where not all are
-    timed, the fewest bytes read in a step count as the fastest.
+    Where not all are timed, the fewest bytes read in a step count as the fastest.
     """
     enough = [row for row in rows if row.quality.top1 >= recall - 1e-9]
     timed = {row: row.timing for row in enough if row.timing}
@@ -189,10 +196,18 @@ def _fastest(rows: Iterable[TimedRow], recall: float) -> TimedRow:
 
     if len(timed) < len(enough):
         return min(enough, key=lambda row: (row.read_bytes, *size(row)))
+    return fastest(timed, size)
+
+
+def fastest(timed: Mapping[Timed, Timing], size: Callable[[Timed], Any]) -> Timed:
+    """The fastest; of equally fast ones the one of the least size.
+
+    Two are equally fast where they differ by less than the larger one's spread.
+    """
     best = min(timed.values(), key=lambda timing: timing.median_us)
     alike = [
-        row
-        for row, timing in timed.items()
+        each
+        for each, timing in timed.items()
         if timing.median_us - best.median_us <= max(timing.spread_us, best.spread_us)
     ]
     return min(alike, key=size)

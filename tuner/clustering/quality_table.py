@@ -7,6 +7,7 @@ Usage:
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,49 @@ from flashtune.kernels.measure.timing import Timing
 from flashtune.tuner.clustering.quality_report import QualityReport, TimedRow
 from flashtune.tuning_db.errors import FlashtuneError
 
-_NUMBERS = ("probes", "top token", "top five", "probability", "median us", "spread")
-_BYTES = ("MB read", "MB added")
+_HEADINGS = (
+    "probes", "top\ntoken", "top\nfive", "proba-\nbility", "same\nanswers", "median\nus", "spread",
+    "MB\nread", "MB\nadded",
+)  # fmt: skip
 
 
 def quality_table(report: QualityReport) -> Table:
-    """A line for each form and number of probes, then the heads without clusters."""
+    """A line for each form and number of probes, then the heads without clusters.
+
+    Its numbers are whole on a terminal of 80 columns.
+    """
     table = Table(
         title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
         f"on this machine's {report.device}, microseconds a token",
-        padding=0,
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    table.add_column("head", no_wrap=True)
-    for heading in (*_NUMBERS, *_BYTES):
-        table.add_column(heading, justify="right", no_wrap=heading in ("probes", "median us"))
-    table.add_column("runs")
-    for rows in (report.rows, report.whole):
-        for before, row in zip((None, *rows), rows, strict=False):
-            if before and before.form != row.form and row.form.clustered:
-                table.add_section()
-            table.add_row(*_cells(report, row))
-        table.add_section()
-    table.caption = "* the model's own"
+    table.add_column("head")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = (*report.rows, *report.whole)
+    for row, after in zip(rows, (*rows[1:], None), strict=True):
+        last = after is None or (row.form.clustered and after.form != row.form)
+        table.add_row(*_cells(report, row))
+        if last and after:
+            table.add_row()
     return table
+
+
+def quality_notes(report: QualityReport) -> Iterator[str]:
+    """What stands below the table."""
+    yield "* the model's own"
+    if any(row.timing is None for row in (*report.rows, *report.whole)):
+        yield "- not timed"
+    levels: dict[str, dict[str, None]] = {}
+    for row in (*report.rows, *report.whole):
+        if row.level:
+            levels.setdefault(row.level, {})[str(row.form)] = None
+    if levels:
+        told = (f"{level}: {', '.join(forms)}" for level, forms in levels.items())
+        yield f"runs {'; '.join(told)}"
 
 
 def _cells(report: QualityReport, row: TimedRow) -> list[str]:
@@ -47,13 +68,21 @@ def _cells(report: QualityReport, row: TimedRow) -> list[str]:
     mine = (row.form, quality.n_probes) == (report.own_form, report.own_probes)
     probes = f"{quality.n_probes}{'*' if mine else ''}" if row.form.clustered else ""
     shares = [f"{share:.4f}" for share in (quality.top1, quality.top5, quality.mass)]
+    same = round((quality.answers or 0) * report.n_answers)
     sizes = [f"{size / 1e6:.2f}" for size in (row.read_bytes, row.added_bytes)]
-    return [str(row.form), probes, *shares, *_times(row.timing), *sizes, row.level]
+    return [
+        str(row.form),
+        probes,
+        *shares,
+        f"{same}/{report.n_answers}",
+        *_times(row.timing),
+        *sizes,
+    ]
 
 
 def _times(timing: Timing | None) -> tuple[str, str]:
     if timing is None:
-        return "not timed", ""
+        return "-", ""
     return f"{timing.median_us:.1f}", f"{timing.spread_us:.1f}"
 
 
@@ -83,6 +112,7 @@ def quality_data(report: QualityReport) -> dict[str, Any]:
     return {
         "device": report.device,
         "states": report.n_states,
+        "answers": report.n_answers,
         "n_clusters": report.n_clusters,
         "n_probes": report.own_probes,
         "head": str(report.own_form),
@@ -160,6 +190,11 @@ def plot(report: QualityReport, path: Path) -> None:
     by_probes.set(xscale="log", xlabel="probes")
     by_probes.axvline(report.own_probes, color="grey", linewidth=0.5)
     figure.legend(loc="outside right upper")
+    save_picture(figure, path)
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure. Raises FlashtuneError."""
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

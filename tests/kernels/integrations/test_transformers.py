@@ -731,6 +731,39 @@ def test_a_copy_of_a_model_decodes_by_itself(way: str) -> None:
     assert generated(other, guidance_scale=1.5) != generated(model, guidance_scale=1.5)
 
 
+@pytest.mark.parametrize("way", ["clusters", "screen", "folder"])
+def test_kernels_are_prepared_and_races_turned_off(way: str, tmp_path: Path) -> None:
+    model = make_model()
+    options: dict[str, Any] = {"screen": "int8"}
+    if way == "clusters":
+        options = {"head": clusters()}
+    elif way == "folder":
+        centroids, assignments = clusters()
+        tensors = {"centroids": centroids.T.contiguous(), "cluster_assignments": assignments}
+        save_file(tensors, tmp_path / "clustering_cache.safetensors")
+        (tmp_path / "config.json").write_text('{"architectures": ["FlashHeadX"], "n_probes": 2}')
+        options = {"assets": tmp_path}
+    head = flashtune.apply(model, **{"n_probes": 2, **options}, tune="never", prepare=(1, 8))
+    assert set(head.decoder._bounds) == {("logits", 1), ("logits", 8)}
+    assert head.tune == "never"
+    flashtune.remove(model)
+    head = flashtune.apply(model, **{"n_probes": 2, **options})
+    assert head.tune == "race" and not head.decoder._bounds
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1, MOST_TOKENS + 1), (True,), ("1",)])
+def test_what_cannot_be_prepared_leaves_the_model_as_it_was(numbers: tuple[Any, ...]) -> None:
+    model = make_model()
+    dense = model.lm_head
+    with pytest.raises(FlashtuneError, match="numbers of sequences from 1 to 32, not"):
+        flashtune.apply(model, clusters(), n_probes=2, prepare=numbers)
+    with pytest.raises(FlashtuneError, match="tune must be one of race, never, not 'odd'"):
+        flashtune.apply(model, clusters(), n_probes=2, tune="odd")
+    with pytest.raises(FlashtuneError, match="tune never is not the FlashHead's race"):
+        flashtune.apply(model, flash(dense.weight, *clusters()), tune="never")
+    assert model.lm_head is dense
+
+
 def test_removing_what_is_not_there_is_an_error() -> None:
     with pytest.raises(FlashtuneError, match="nothing to remove"):
         flashtune.remove(make_model())

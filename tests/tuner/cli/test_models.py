@@ -18,7 +18,7 @@ from flashtune.kernels.model_folder.clusters import Clusters, read_clusters
 from flashtune.kernels.model_folder.folder import HeadParts, ModelFolder
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.clustering import clustered_folder, head_latency, quality_report
-from flashtune.tuner.clustering.decode_state import RunningModel, decode_states
+from flashtune.tuner.clustering.decode_state import Answers, RunningModel, decode_states
 from flashtune.tuner.clustering.head_form import HeadForm, with_clusters
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.kmeans import BalancedKMeans
@@ -45,8 +45,8 @@ class Continued:
 
     interrupted = False
 
-    def states(self, *_: Any) -> torch.Tensor:
-        return STATES
+    def answers(self, *_: Any, **__: Any) -> Answers:
+        return Answers(states=STATES, lengths=(10,) * 4)
 
     def logits(self, raw: torch.Tensor) -> torch.Tensor:
         return raw
@@ -140,6 +140,7 @@ class TestCluster:
         }
         data = json.loads(told)
         assert 0 < data.pop("fit") < 1
+        assert "1 probes, a sixteenth of the clusters, are not measured" in data.pop("why")
         assert data == {
             "out": str(out),
             "vocab_size": VOCAB,
@@ -443,6 +444,16 @@ class TestQuality:
         assert "40 decode steps, 20 clusters" in text
         assert "5*" in text and "dense" in text
         assert "probes are the fewest that agree in 100.00%" in text
+        assert "runs torch: fp32, dense fp32" in text
+
+    def test_a_table_of_80_columns_cuts_no_number(
+        self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        text = done("quality", "--model", flash, "--screen", "int8").stdout
+        assert "…" not in text and "no clusters int8:8" in text
+        row = next(line for line in text.splitlines() if line.startswith("dense fp32"))
+        assert row.split()[2:6] == ["1.0000", "1.0000", "1.0000", "4/4"] and len(row) <= 80
 
     def test_each_form_has_its_lines(self, flash: Path, states: torch.Tensor) -> None:
         options = ("--probes", 2, "--probes", 5, "--screen", "int8", "--screen", "int4:0")
@@ -524,7 +535,7 @@ class TestQuality:
             len(data["rows"]) - 1
         )
         timed.clear()
-        assert "not timed" in run("quality", "--model", flash, *options).stdout
+        assert "- not timed" in run("quality", "--model", flash, *options).stdout
 
     def test_ctrl_c_while_decoding_keeps_what_was_counted(
         self, flash: Path, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -545,7 +556,7 @@ class TestQuality:
         def stopped(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Continued, "states", stopped)
+        monkeypatch.setattr(Continued, "answers", stopped)
         result = run("cluster", "--model", model, "--out", out, "--recall", 0.9)
         assert result.exit_code == 130
         assert not out.exists()
@@ -654,11 +665,11 @@ class TestDecodeStates:
             raise IndexError("index out of range in self\nand a long story")
 
         model = RunningModel.load(folder, "cpu")
-        monkeypatch.setattr(model._model, "forward", short)
+        monkeypatch.setattr(model.model, "forward", short)
         with pytest.raises(
             FlashtuneError, match="the longest of 5 characters: IndexError"
         ) as caught:
-            model.states(["a b c", "d"], 3)
+            model.answers(["a b c", "d"], 3)
         assert "\n" not in str(caught.value)
         with pytest.raises(FlashtuneError, match="gives no logits: IndexError"):
             model.logits(torch.ones(1, 9))
@@ -678,11 +689,35 @@ class TestDecodeStates:
             return further(*arguments)
 
         monkeypatch.setattr(model, "_continue", stopped)
-        assert torch.equal(model.states(["a b c", "d"], 3, keep_interrupted=True), expected)
+        assert torch.equal(
+            model.answers(["a b c", "d"], 3, keep_interrupted=True).states, expected
+        )
         assert model.interrupted
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            model.states(["a b c", "d"], 3)
+            model.answers(["a b c", "d"], 3)
+
+    def test_out_of_time_it_gives_whole_answers(
+        self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("flashtune.tuner.clustering.decode_state._BATCH", 1)
+        model = RunningModel.load(folder, "cpu")
+        whole = model.answers(["a b c", "d"], 6)
+        now, further = [0.0], model._continue
+        monkeypatch.setattr(
+            "flashtune.tuner.clustering.decode_state.time.monotonic", lambda: now[0]
+        )
+
+        def slow(*arguments: Any) -> Any:
+            now[0] += 60
+            return further(*arguments)
+
+        monkeypatch.setattr(model, "_continue", slow)
+        cut = model.answers(["a b c", "d"], 6, seconds=100)
+        assert cut.lengths == whole.lengths[:1]
+        assert torch.equal(cut.states, whole.states[: whole.lengths[0]])
+        with pytest.raises(FlashtuneError, match="1 answers of 6 tokens take more than 50 s"):
+            model.answers(["a b c", "d"], 6, seconds=50)
 
     @pytest.mark.parametrize(
         ("kind", "changes", "returned"),
@@ -707,10 +742,10 @@ class TestDecodeStates:
         model = RunningModel.load(folder, "cpu")
         raw = torch.randn(5, 9)
         torch.testing.assert_close(model.logits(raw), returned(raw))
-        weight = model._model.get_output_embeddings().weight.detach()
+        weight = model.model.get_output_embeddings().weight.detach()
         clusters = Clusters(centroids=weight[::3].clone(), assignments=torch.arange(9) // 3)
         parts = HeadParts(weight=weight, clusters=clusters, n_probes=1, special_token_ids=[])
-        states = model.states(["a b c", "d"], 3)
+        states = model.answers(["a b c", "d"], 3).states
         study = Study.of(parts, states, model.logits)
         probed = (states @ clusters.centroids.T).argmax(dim=1)
         inside = clusters.assignments[None] == probed[:, None]

@@ -21,6 +21,7 @@ from flashtune.tuner.clustering.head_form import HeadForm, forms_of, rounded, wi
 from flashtune.tuner.clustering.head_latency import HeadLatency
 from flashtune.tuner.clustering.quality import Agreement, QualityRow, Study
 from flashtune.tuner.clustering.quality_report import TimedRow, _fastest
+from flashtune.tuning_db.errors import FlashtuneError
 
 VOCAB, WIDTH, CLUSTERS = 208, 32, 26
 PLAIN = with_clusters("fp32", None)
@@ -91,10 +92,32 @@ def test_agreement_is_that_of_the_step_for_any_number_of_probes(
         assert study.row(n_probes, form).top1 == pytest.approx(float(agree), abs=1e-12), n_probes
 
 
+@pytest.mark.parametrize("text", ["plain", "int8", "int4:3", "int4:0"])
+def test_an_answer_is_the_same_where_all_of_its_tokens_are(
+    parts: HeadParts, states: torch.Tensor, dense: torch.Tensor, text: str
+) -> None:
+    form = PLAIN if text == "plain" else screened(text)
+    lengths = [1, 5, 2, 30, 1, 1, 60, 50]
+    agreement = Study.of(parts, states, forms=[form], lengths=lengths).of_form(form)
+    right = dense.argmax(dim=1)
+    for n_probes in (1, 5, 9, 16, CLUSTERS):
+        same = answer(parts, form, n_probes, states) == right
+        whole = sum(bool(each.all()) for each in same.split(lengths))
+        assert int(agreement.answers[n_probes - 1]) == whole, n_probes
+        assert agreement.row(n_probes).answers == whole / len(lengths)
+    least = agreement.least_for_answers(3 / 8)
+    if least is not None:
+        assert agreement.answers[least - 1] >= 3 > agreement.answers[: least - 1].max()
+    with pytest.raises(FlashtuneError, match="answers of 3 states, but there are 150"):
+        Study.of(parts, states, forms=[form], lengths=[3])
+
+
 def test_the_fewest_probes_where_more_of_them_find_less() -> None:
     """As they may with a screen: other tokens take the places. Bisection would miss it."""
     counts = torch.tensor([3, 8, 7, 7, 6])
-    found = Agreement(n_states=10, top1=counts, top5=counts, mass=counts / 10)
+    found = Agreement(
+        n_states=10, n_answers=10, top1=counts, top5=counts, mass=counts / 10, answers=counts
+    )
     assert [found.least_probes(share) for share in (0.1, 0.3, 0.31, 0.7, 0.8)] == [1, 1, 2, 2, 2]
     assert found.least_probes(0.81) is None
 

@@ -1,0 +1,255 @@
+"""Answers with the dense head and with FlashHeads in turns: what each gains, and what it changes.
+
+Usage:
+    report = bench_model(ModelFolder.open("model"), BenchRequest(prompts=read_prompts(None)))
+    report.rows          # the dense head, then each FlashHead
+    report.verdict       # which to take
+
+A round is a batch of prompts that every head answers, so that what else the machine does meets all
+of them; a head's step is held against the dense head's of the same round. Answers are compared
+token by token, greedily, up to the end token of the dense head's.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flashtune.kernels.formats.screen import NO_SCREEN
+from flashtune.kernels.head import FlashHead
+from flashtune.kernels.integrations.transformers import apply, remove
+from flashtune.kernels.measure.memory import free_bytes
+from flashtune.kernels.measure.timing import Timing
+from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.tuner.bench.lineup import Entry
+from flashtune.tuner.bench.timed_answer import Run, timed_answers
+from flashtune.tuner.bench.verdict import Judged, Verdict, judge
+from flashtune.tuner.clustering.decode_state import RunningModel, model_error
+from flashtune.tuner.progress import StepProgress
+from flashtune.tuning_db.errors import FlashtuneError
+
+LEAST_TOKENS = 2  # the first one's step reads the prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRequest:
+    """What to write: a round is `batch` prompts, each continued by n_tokens tokens.
+
+    seconds: no round is begun after so many, but one.
+    """
+
+    prompts: Sequence[str]
+    n_tokens: int = 64
+    batch: int = 1
+    rounds: int = 20
+    device: str = "cpu"
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRow:
+    """What was measured of a head, by the rounds in which it and the dense head had their turn.
+
+    tokens_per_s, ratio (to the dense head's tokens/s of the same round): one value a round.
+    head_share: of a step's time, the median. same_tokens: before the first that differs. level,
+    model_weight: as `head.explain` has them.
+    """
+
+    entry: Entry
+    level: str
+    model_weight: str | None
+    added_bytes: int
+    tokens_per_s: tuple[float, ...]
+    ratio: tuple[float, ...]
+    head_us: float
+    head_share: float
+    same_answers: int
+    answers: int
+    same_tokens: int
+    tokens: int
+
+    def judged(self, dense_us: float) -> Judged:
+        """The row as the verdict takes it; dense_us: a step's median with the dense head."""
+        return Judged(
+            name=self.entry.name,
+            step=timing([dense_us / ratio for ratio in self.ratio]),
+            speed=statistics.median(self.ratio),
+            same=self.same_answers,
+            answers=self.answers,
+            added_bytes=self.added_bytes,
+            dense=self.entry.dense,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """What was measured; the dense head's row is the first. dense_us: of its step, the median."""
+
+    rows: tuple[BenchRow, ...]
+    n_tokens: int
+    batch: int
+    rounds: int
+    device: str
+    has_clusters: bool
+    dense_us: float
+    interrupted: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which head to take."""
+        return judge([row.judged(self.dense_us) for row in self.rows])
+
+
+def timing(samples: Sequence[float]) -> Timing:
+    """Median and spread of samples in microseconds, of which there may be one."""
+    return Timing.of(samples) if len(samples) > 1 else Timing(samples[0], 0.0, 1)
+
+
+@dataclass(slots=True)
+class _Turns:
+    """A head's runs, by round. head: None for the dense one."""
+
+    entry: Entry
+    head: FlashHead | None
+    level: str
+    runs: dict[int, Run] = field(default_factory=dict)
+
+
+def bench_model(
+    folder: ModelFolder,
+    entries: Sequence[Entry],
+    request: BenchRequest,
+    running: RunningModel | None = None,
+) -> BenchReport:
+    """Let a folder's model answer with each head in turns; the first entry is the dense head.
+
+    running: the model, where it is loaded already. Ctrl-C ends it with what was measured, once
+    there is a round of the dense head and of another. Raises FlashtuneError.
+    """
+    running = running or RunningModel.load(folder, request.device)
+    turns = _prepared(folder, entries, request, running)
+    done, interrupted = 0, False
+    until = time.monotonic() + request.seconds
+    try:
+        with StepProgress("answering", request.rounds * len(turns)) as progress:
+            for number in range(request.rounds):
+                if number and time.monotonic() > until:
+                    break
+                prompts = [request.prompts[at] for at in _batch(request, number)]
+                # Another head begins each round, so that none always comes after the same.
+                first = number % len(turns)
+                for each in [*turns[first:], *turns[:first]]:
+                    each.runs[number] = _run(running, each.head, prompts, request.n_tokens)
+                    done += 1
+                    progress.show(done, each.entry.name)
+    except KeyboardInterrupt:
+        if not any(each.runs.keys() & turns[0].runs.keys() for each in turns[1:]):
+            raise
+        interrupted = True
+    rows = [_row(each, turns[0], request, running) for each in turns]
+    steps = [run.step_us for run in turns[0].runs.values()]
+    return BenchReport(
+        rows=tuple(row for row in rows if row.ratio),
+        n_tokens=request.n_tokens,
+        batch=request.batch,
+        rounds=len(steps),
+        device=request.device,
+        has_clusters=folder.has_clusters,
+        dense_us=statistics.median(steps),
+        interrupted=interrupted,
+    )
+
+
+def _batch(request: BenchRequest, number: int) -> list[int]:
+    """Which prompts a round has: the next ones, from the first again after the last."""
+    first = number * request.batch
+    return [at % len(request.prompts) for at in range(first, first + request.batch)]
+
+
+def _prepared(
+    folder: ModelFolder, entries: Sequence[Entry], request: BenchRequest, running: RunningModel
+) -> list[_Turns]:
+    """The heads, made and their kernels chosen, and everything run once."""
+    model = running.model
+    weight = model.get_output_embeddings().weight
+    n_clusters = folder.problem().n_clusters if folder.has_clusters else 0
+    needed = sum(entry.added_bytes(tuple(weight.shape), n_clusters) for entry in entries)
+    free = free_bytes(weight.device)
+    if needed > free:
+        raise FlashtuneError(
+            f"the heads take {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} are "
+            "free: give fewer --probes or --screen"
+        )
+    turns = []
+    with StepProgress("preparing heads", len(entries)) as progress:
+        for number, entry in enumerate(entries, start=1):
+            turns.append(_made(model, folder, entry, request.batch))
+            prompts = [request.prompts[at] for at in _batch(request, 0)]
+            _run(running, turns[-1].head, prompts, LEAST_TOKENS)
+            progress.show(number, entry.name)
+    return turns
+
+
+def _made(model: object, folder: ModelFolder, entry: Entry, batch: int) -> _Turns:
+    if entry.dense:
+        return _Turns(entry, None, "torch")
+    screen = NO_SCREEN if entry.screen is None else entry.screen
+    if entry.n_probes is None:
+        head = apply(model, screen=screen)
+    else:
+        head = apply(model, assets=folder.path, n_probes=entry.n_probes, screen=screen)
+    try:
+        head.prepare(batch, epilogue="logits")
+        level = str(head.explain(batch, epilogue="logits")["level"])
+    finally:
+        remove(model)
+    return _Turns(entry, head, level)
+
+
+def _run(
+    running: RunningModel, head: FlashHead | None, prompts: Sequence[str], n_tokens: int
+) -> Run:
+    """Answers with a head. Raises FlashtuneError where the model can't."""
+    if head is not None:
+        apply(running.model, head)
+    try:
+        return timed_answers(running, prompts, n_tokens)
+    except Exception as error:  # whatever a model's own code raises
+        raise model_error("the model cannot continue the prompts", error) from error
+    finally:
+        if head is not None:
+            remove(running.model)
+
+
+def _row(turns: _Turns, dense: _Turns, request: BenchRequest, running: RunningModel) -> BenchRow:
+    rounds = sorted(turns.runs.keys() & dense.runs.keys())
+    runs = [(turns.runs[number], dense.runs[number]) for number in rounds]
+    same_answers = answers = same_tokens = tokens = 0
+    seen: set[int] = set()
+    for number, (run, right) in zip(rounds, runs, strict=True):
+        alike = (run.tokens == right.tokens).cumprod(dim=1)
+        counts = running.counted(right.tokens)
+        for row, at in enumerate(_batch(request, number)):
+            if at in seen:  # a prompt that comes again says nothing new
+                continue
+            seen.add(at)
+            kept = int(alike[row, : counts[row]].sum())
+            answers, tokens = answers + 1, tokens + counts[row]
+            same_answers, same_tokens = same_answers + (kept == counts[row]), same_tokens + kept
+    return BenchRow(
+        entry=turns.entry,
+        level=turns.level,
+        model_weight=turns.head.whose_weight if turns.head else None,
+        added_bytes=turns.head.added_bytes if turns.head else 0,
+        tokens_per_s=tuple(request.batch * 1e6 / run.step_us for run, _ in runs),
+        ratio=tuple(right.step_us / run.step_us for run, right in runs),
+        head_us=statistics.median(run.head_us for run, _ in runs) if runs else 0.0,
+        head_share=statistics.median(run.head_us / run.step_us for run, _ in runs)
+        if runs
+        else 0.0,
+        same_answers=same_answers,
+        answers=answers,
+        same_tokens=same_tokens,
+        tokens=tokens,
+    )

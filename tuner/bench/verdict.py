@@ -1,0 +1,105 @@
+"""Which head to take: the one rule of `flashtune bench` and of `flashtune cluster`.
+
+Usage:
+    verdict = judge(heads)       # each with the time of a step and the answers that it keeps
+    verdict.pick                 # the one to take
+    verdict.describe()           # why
+
+With fewer probes a head writes other answers, and it is only a part of a step. So answers are
+given up for time only where that buys enough of a whole step: of the heads whose step takes less
+than 5 % longer than the fastest one's, the one that keeps most answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashtune.kernels.measure.timing import Timing
+from flashtune.tuner.clustering.quality_report import fastest
+
+LEAST_SAME = 0.95  # of the answers, for a head to be said to keep them
+MOST_COST = 0.05  # of a step's time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A head: a step of the model with it, and how many of how many answers stay the same.
+
+    step: held against the dense head's steps of the same rounds; speed: tokens/s as a multiple of
+    its; added_bytes: in memory. dense: whether it is the dense head.
+    """
+
+    name: str
+    step: Timing
+    speed: float
+    same: int
+    answers: int
+    added_bytes: int
+    dense: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether enough answers stay the same."""
+        return self.same >= LEAST_SAME * self.answers - 1e-9
+
+    def __str__(self) -> str:
+        """Name and figures."""
+        if self.dense:
+            return self.name
+        return (
+            f"{self.name} ({self.speed:.2f} x the dense head's tokens/s, "
+            f"{self.same} of {self.answers} answers the same)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The head to take, the fastest one, and of those that keep the answers the fastest."""
+
+    pick: Judged
+    quickest: Judged
+    keeper: Judged | None
+
+    def describe(self) -> str:
+        """What to take, and why, in a sentence or two."""
+        pick, quickest, keeper = self.pick, self.quickest, self.keeper
+        gained = _longer(pick, quickest)
+        if pick is quickest:
+            why = "the fastest"
+        elif pick.dense:
+            why = f"{quickest} takes {gained:.1%} less time a step"
+        else:
+            why = f"{quickest} takes {gained:.1%} less time a step, and keeps fewer"
+            if quickest.same == pick.same:
+                why = f"as fast as {quickest}, within the spread, and adds less memory"
+        text = f"{pick}: {why}"
+        if pick.keeps:
+            return text
+        if keeper is None:
+            return f"{text}; none keeps {LEAST_SAME:.0%} of the answers"
+        return (
+            f"{text}; to keep {LEAST_SAME:.0%} of the answers take {keeper}, whose step takes "
+            f"{_longer(keeper, pick, of=pick):.0%} longer"
+        )
+
+
+def judge(heads: Sequence[Judged]) -> Verdict:
+    """The head to take of several."""
+    quickest = min(heads, key=lambda head: head.step.median_us)
+    near = [head for head in heads if _longer(head, quickest, of=quickest) < MOST_COST]
+    most = max(head.same / head.answers for head in near)
+    keeping = [head for head in heads if head.keeps]
+    return Verdict(
+        pick=_fastest([head for head in near if head.same / head.answers >= most]),
+        quickest=quickest,
+        keeper=_fastest(keeping) if keeping else None,
+    )
+
+
+def _fastest(heads: Sequence[Judged]) -> Judged:
+    return fastest({head: head.step for head in heads}, lambda head: head.added_bytes)
+
+
+def _longer(head: Judged, other: Judged, of: Judged | None = None) -> float:
+    """By what share, of its own step's time or of another's, a head's step takes longer."""
+    step = (of or head).step.median_us
+    return (head.step.median_us - other.step.median_us) / step
