@@ -43,7 +43,7 @@ def time_of(record: Record) -> str:
     if record.provenance is not Provenance.PREDICTED:
         return text
     try:
-        interval = interval_us(parse_config(record.config), record.measurement)
+        interval = interval_us(record.problem, parse_config(record.config), record.measurement)
     except FlashtuneError:  # of another version of its plan
         return text
     return text if interval is None else f"{text} ({interval[0]:.1f}-{interval[1]:.1f})"

@@ -111,7 +111,7 @@ def test_a_predicted_time_comes_with_its_interval(said, result, recorded) -> Non
     measurement = Measurement(
         outcome=Outcome.OK, median_us=10.0, spread_us=10 * (high - low), policy=VERSION
     )
-    assert interval_us(config, measurement) == pytest.approx((10 * low, 10 * high))
+    assert interval_us(QWEN, config, measurement) == pytest.approx((10 * low, 10 * high))
     winner = recorded(config, 10.0, measurement=measurement, provenance=Provenance.PREDICTED)
     text = said(result(winner=winner), provenance=Provenance.PREDICTED)
     assert f"10.0 ({10 * low:.1f}-{10 * high:.1f})" in text
