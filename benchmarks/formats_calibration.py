@@ -9,6 +9,7 @@ kernels need, compiled here for the results' device. Nothing is fitted to the fi
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def problem_of(row: dict[str, Any]) -> Problem:
     keys = ("vocab", "hidden", "clusters", "probes", "tokens")
     sizes = zip(keys, found.groups(default="1"), strict=True)
     plain = parse_shape(",".join(f"{key}={size}" for key, size in sizes))
+    if row["contender"] == "16-bit in place":
+        return replace(plain, in_place=True)
     kind, _, name = row["contender"].partition(" ")
     if kind == "dense":
         return Screen.parse(f"{name}:0").problem(plain)

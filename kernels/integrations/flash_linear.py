@@ -91,9 +91,10 @@ class FlashLinear(nn.Linear):
     position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
     goes through the weight: scoring and training read logits of every token, at every position.
 
-    FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another
-    one, or has other values, the dense layer answers, with one warning, until it has the old
-    values again: a copy made from new values would still have the clusters of the old ones.
+    FlashHead holds a copy of the weight, a screen made from it, or marks of its rows. Where the
+    weight is another one, or has other values, the dense layer answers, with one warning, until it
+    has the old values again: a copy made from new values would still have the clusters of the old
+    ones.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead) -> None:

@@ -6,7 +6,7 @@ Usage:
 
 import torch
 
-from flashtune.kernels.formats.screen import Screen
+from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
@@ -18,10 +18,11 @@ def flash_head_of(
     weight: torch.Tensor,
     n_probes: int | None = None,
     screen: Screen | str | None = None,
+    rows: str | None = None,
 ) -> FlashHead:
     """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
 
-    n_probes, screen: those of the folder's config unless given; `none` is no screen. Raises
+    n_probes, screen, rows: those of the folder's config unless given; `none` is no screen. Raises
     FlashtuneError where the folder has no clusters, or they were made for another weight.
     """
     clusters, path = folder.read_clusters(), folder.clustering_file
@@ -36,11 +37,13 @@ def flash_head_of(
         raise FlashtuneError(
             f"{path}: made for {differs}: cluster this model with `flashtune cluster`"
         )
+    own_screen = folder.screen if screen is None else screen_of(screen)
     return FlashHead(
         weight,
         clusters.centroids.to(weight),
         clusters.assignments,
         n_probes=folder.probes(len(clusters.centroids)) if n_probes is None else n_probes,
         special_token_ids=folder.special_token_ids(len(weight)),
-        screen=folder.screen if screen is None else screen,
+        screen=own_screen,
+        rows=folder.rows(own_screen) if rows is None else rows,
     )

@@ -157,6 +157,8 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
     problem = candidate.problem
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
+    if problem.in_place:
+        return "streamed copies rows that adjoin, not rows in place"
     if problem.n_rescored > MOST_RESCORED:
         return f"streamed decides {MOST_RESCORED} tokens again at most, not {problem.n_rescored}"
     if candidate.device.capability < 90:

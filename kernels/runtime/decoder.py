@@ -123,7 +123,7 @@ class Decoder:
         if epilogue == "argmax":
             out = torch.empty(n_tokens, dtype=torch.int64, device=like.device)
         else:
-            shape = (n_tokens, weights.weight.shape[0])
+            shape = (n_tokens, weights.ids.shape[0])
             out = torch.empty(shape, dtype=like.dtype, device=like.device)
         for first in range(0, n_tokens, MOST_TOKENS):
             number = min(MOST_TOKENS, n_tokens - first)

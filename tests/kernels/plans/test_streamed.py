@@ -55,6 +55,7 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
     ("changes", "config", "device", "why"),
     [
         ({"n_tokens": 2}, NARROW, H200, "one token at a time, not 2"),
+        ({"in_place": True}, NARROW, H200, "streamed copies rows that adjoin, not rows in place"),
         ({}, NARROW, ORIN, "need sm_90 or later"),
         ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
         ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),

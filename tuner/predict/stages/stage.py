@@ -96,6 +96,8 @@ def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
     parts = max(1, use.programs // problem.n_tokens)
     tiles = math.ceil(probed * problem.cluster_size / parts / config.gather_rows)
     values = row_pass("gather", candidate, use, tiles)
+    if problem.in_place:
+        values["loads"] += tiles  # the ids before the rows
     if lists:
         values["loads"] += 2 * tiles  # the list and the cluster's number before the rows
     else:
