@@ -72,6 +72,12 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
         ({"hidden_size": 32768}, NARROW, H200, "does not fit the registers of 8 warps"),
         ({"hidden_size": 8192}, NARROW, H200, "rows in flight of the score do not fit"),
         ({"hidden_size": 4096}, UNEVEN, H200, "do not fit on one multiprocessor"),
+        (
+            {"weight_dtype": "int8", "model_dtype": "bf16", "n_rescored": 8},
+            NARROW,
+            THOR,
+            "keeps of its rows takes more than 48 KiB of shared memory on 20 multiprocessors",
+        ),
         ({"n_clusters": 37984}, StreamedConfig(), H200, "scores are too many for 16 warps"),
     ],
 )
