@@ -25,7 +25,7 @@ from flashtune.tuner.predict.stages.registry import stages_of
 from flashtune.tuner.predict.stages.stage import REFERENCE_HZ, Stage
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import FORMATS, Problem
-from flashtune.tuning_db.record import Measurement, family
+from flashtune.tuning_db.record import ConfigData, Measurement, family
 
 VERSION = "stages-1"
 CYCLES_US = 1e9 / REFERENCE_HZ  # microseconds of a thousand cycles of the reference clock
@@ -138,9 +138,16 @@ class CostModel:
 
     def interval(self, problem: Problem, config: Config) -> tuple[float, float]:
         """The interval of a config's predicted time, as factors of it."""
-        formats = (FORMATS[problem.weight_dtype], FORMATS[problem.centroid_dtype])
-        known = self.intervals.get(family(config_data(config)))
-        return self.widest() if known is None or any(f.quantised for f in formats) else known
+        data = config_data(config)
+        if self.unfitted(problem, data):
+            return self.widest()
+        return self.intervals[family(data)]
+
+    def unfitted(self, problem: Problem, config: ConfigData) -> list[str]:
+        """The formats, or else the family, of which no record was fitted."""
+        names = dict.fromkeys((problem.weight_dtype, problem.centroid_dtype))
+        formats = [name for name in names if FORMATS[name].quantised]
+        return formats or [name for name in (family(config),) if name not in self.intervals]
 
     def _predict(self, interval: tuple[float, float], stages: Sequence[Stage]) -> Prediction:
         time_us = float(stage_us(columns_of(stages), self.constants).sum())
@@ -209,6 +216,11 @@ def interval_us(
         measurement.median_us - (1 - low) * scale,
         measurement.median_us + (high - 1) * scale,
     )
+
+
+def unfitted(problem: Problem, config: ConfigData) -> list[str]:
+    """What of a recorded prediction the model that ships knows no measured time of."""
+    return shipped_model().unfitted(problem, config)
 
 
 def predict(candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:
