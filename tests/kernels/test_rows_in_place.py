@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flashtune.kernels import head_tensors
+from flashtune.kernels.backends.torch import TorchStep
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.integrations.flash_linear import FlashLinear
 from flashtune.kernels.weights import marks_of
@@ -56,6 +57,19 @@ def test_it_answers_as_a_head_with_rows_in_order(
     assert torch.equal(head.logits(hidden), ordered.logits(hidden))
     assert head.logits(hidden).shape == (n_tokens, vocab)
     assert head.explain()["problem"] == {**ordered.explain()["problem"], "in_place": True}
+
+
+def test_a_step_has_room_for_the_logits_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which there are more than the model has, where clusters are filled up."""
+    widths, run = [], TorchStep.__call__
+
+    def noted(step: TorchStep, weights: Any, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        widths.append(out.shape[1])
+        run(step, weights, hidden, out)
+
+    monkeypatch.setattr(TorchStep, "__call__", noted)
+    assert made(vocab=VOCAB - 7).logits(states(2)).shape == (2, VOCAB - 7)
+    assert set(widths) == {VOCAB}
 
 
 @pytest.mark.parametrize("wrap", [lambda w: w, nn.Parameter])
