@@ -180,14 +180,15 @@ def measure(problem: Problem, device: Device, rounds: int) -> list[Row]:
     return _rows(timers, details, rounds)
 
 
-# Of rows and centroids, and how many candidates are decided again.
+# Of rows and centroids, how many candidates are decided again, and whether rows are in place.
 FORMATS = (
-    ("bf16", "bf16", 0),
-    ("bf16", "int8", 0),
-    ("int8", "int8", 0),
-    ("int8", "int8", 8),
-    ("int4", "int8", 32),
-    ("int4", "int4", 32),
+    ("bf16", "bf16", 0, False),
+    ("bf16", "bf16", 0, True),
+    ("bf16", "int8", 0, False),
+    ("int8", "int8", 0, False),
+    ("int8", "int8", 8, False),
+    ("int4", "int8", 32, False),
+    ("int4", "int4", 32, False),
 )
 
 
@@ -195,19 +196,21 @@ def measure_formats(problem: Problem, device: Device, rounds: int) -> list[Forma
     """The best config of each format among those that searches begin with, all in turns."""
     steps: dict[str, list[tuple[str, WallTimer]]] = {}
     reads: dict[str, list[ReadTimer]] = {}
-    for weight, centroids, n_rescored in FORMATS:
+    for weight, centroids, n_rescored, in_place in FORMATS:
         other = replace(
             problem,
             weight_dtype=weight,
             centroid_dtype=centroids,
             model_dtype=problem.state_dtype if weight != problem.state_dtype else "",
             n_rescored=n_rescored,
+            in_place=in_place,
         )
         workload = Workload.create(other, torch.device("cpu"), device.l2_bytes, seed=0)
         configs = [
             each for plan in plans_of(device).values() for each in plan.starts(other, device)
         ]
         name = f"{weight} / {centroids}" + (f", best {n_rescored} again" if n_rescored else "")
+        name += ", rows in place" if in_place else ""
         steps[name] = [
             (short_config(config_data(each)), WallTimer(step, workload))
             for each in configs

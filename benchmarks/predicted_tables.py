@@ -4,8 +4,10 @@
 
 For each registered GPU without measured records, each preset and 256 and 512 probes, the cost
 model ranks the space with estimated needs; the most promising configs are cross-compiled and
-predicted with what they really need, and the shortlist of the best is written to FOLDER. A problem
-with predictions of this model in the database is passed over, so that an interrupted run goes on.
+predicted with what they really need, and the shortlist of the best is written to FOLDER. The same
+for the usual screens, at each preset's own number of probes and with fewer configs. A problem with
+predictions of this model in the database is passed over, so that an interrupted run goes on. To
+predict only what a shipped table lacks, import that first (`flashtune tables import`).
 """
 
 import os
@@ -17,6 +19,7 @@ from pathlib import Path
 import click
 
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.tuner.cli.options import DEVICE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
@@ -32,7 +35,23 @@ from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table, table_from_store, write_table
 
 PROBES = (256, 512)
+SCREENS = ("int8", "int4/int8", "int4")
+SCREENED_PROBES = {"gemma-3-1b": 512, "gemma-3-270m": 512}  # of the others, the first of PROBES
 NEAR = 40  # measured configs of the same problem, from the calibration
+
+
+def plain_problems() -> list[Problem]:
+    """The 16-bit heads."""
+    return [parse_shape(f"{preset},probes={probes}") for preset in PRESETS for probes in PROBES]
+
+
+def screened_problems() -> list[Problem]:
+    """The heads with a screen."""
+    plain = [
+        parse_shape(f"{preset},probes={SCREENED_PROBES.get(preset, PROBES[0])}")
+        for preset in PRESETS
+    ]
+    return [Screen.parse(screen).problem(problem) for problem in plain for screen in SCREENS]
 
 
 def is_measured(device: Device) -> bool:
@@ -93,24 +112,31 @@ def predict_problem(
     "--device", "devices", type=DEVICE, multiple=True, help="Else all but measured ones."
 )
 @click.option("--db", "database", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--most", default=12, help="Configs to compile for each problem.")
+@click.option("--most", default=12, help="Configs to compile for each 16-bit problem.")
+@click.option("--most-screened", default=5, help="Configs to compile for each with a screen.")
 @click.option("--jobs", default=len(os.sched_getaffinity(0)), help="Compilers at a time.")
-def main(folder: Path, devices: Sequence[Device], database: Path, most: int, jobs: int) -> None:
+def main(
+    folder: Path,
+    devices: Sequence[Device],
+    database: Path,
+    most: int,
+    most_screened: int,
+    jobs: int,
+) -> None:
     """Predict and write the tables of devices that are not here."""
     others = [each for each in all_devices() if not is_measured(each)]
-    problems = [
-        parse_shape(f"{preset},probes={probes}") for preset in PRESETS for probes in PROBES
-    ]
-    near = {problem: measured_near(problem) for problem in problems}
+    wanted = {problem: most for problem in plain_problems()}
+    wanted |= {problem: most_screened for problem in screened_problems()}
+    near = {problem: measured_near(problem) for problem in wanted}
     start = time.monotonic()
     with Store(database) as store, WorkerPool(jobs) as compilers:
         for device in devices or others:
             tools = Toolchain(triton=toolchain(device).triton)
-            for problem in problems:
+            for problem, number in wanted.items():
                 known = store.records(device=device.name, toolchain=tools, problem=problem)
                 if not any(each.measurement.policy == VERSION for each in known):
                     working = predict_problem(
-                        problem, device, tools, near[problem], compilers, store, most
+                        problem, device, tools, near[problem], compilers, store, number
                     )
                     spent = time.monotonic() - start
                     what = f"{device.name} {problem.describe()}"

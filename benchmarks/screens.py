@@ -3,8 +3,9 @@
     python benchmarks/screens.py [--shape NAME]… [--tokens N]… [--screen SCREEN]… [--json FILE]
 
 Contenders of each problem: the dense head in 16 bits, dense heads in int8 and int4 (our plan
-`dense`, nothing decided again), the 16-bit head, and the head with each screen. Each runs what the
-runtime would choose, out of the user's database and the shipped tables: search first, for example
+`dense`, nothing decided again), the 16-bit head, the same with rows in place, and the head with
+each screen. Each runs what the runtime would choose, out of the user's database and the shipped
+tables: search first, for example
 `flashtune search --shape qwen3-vl-2b,weight=int8,centroids=int8,rescored=8`.
 
 Prints a Markdown table. `behind` is a CUDA graph of a norm and the head less a graph of the norm
@@ -81,7 +82,7 @@ class Norm:
 
 def contenders(plain: Problem, screens: Sequence[Screen]) -> dict[str, Problem]:
     """Every head of ours by what the table calls it; the first is what ratios refer to."""
-    found = {"16-bit": plain}
+    found = {"16-bit": plain, "16-bit in place": replace(plain, in_place=True)}
     for name in ("int8", "int4"):
         found[f"dense {name}"] = Screen.parse(f"{name}:0").problem(plain)
     found |= {f"screen {screen}": screen.problem(plain) for screen in screens}

@@ -31,7 +31,7 @@ from flashtune.kernels.runtime.decoder import Allowance, Decoder
 from flashtune.kernels.special_token import FEW
 from flashtune.kernels.weights import aligned, posed
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES
+from flashtune.tuning_db.problem import DEFAULT_PROBES, IN_PLACE
 
 TUNE = ("race", "never")
 # Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that
@@ -55,6 +55,11 @@ class FlashHead(HeadTensors):
     screen: centroids and rows are stored in 8 or 4 bits, and find the candidates; the best few are
     decided by the rows of `weight`, which the head refers to and never copies: it must stay as it
     is. A Screen or its text, like `int8` or `int4/int8:16` (docs/formats.md).
+
+    rows: where the rows lie that steps read. `in_order`: in a copy of the weight, a cluster's side
+    by side. `in_place`: in `weight` itself, which the head refers to and never copies: it must
+    stay as it is, and a step takes longer (docs/formats.md). Unless given, in place where the copy
+    would take more than half of the memory that is free. A screen has rows of its own.
 
     release_weight: keep no second copy of the weight, and never make one: the caller's tensor
     itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
@@ -81,6 +86,7 @@ class FlashHead(HeadTensors):
         n_probes: int = DEFAULT_PROBES,
         special_token_ids: Sequence[int] = (),
         screen: Screen | str | None = None,
+        rows: str | None = None,
         release_weight: bool = False,
         tune: str = "race",
     ) -> None:
@@ -95,6 +101,7 @@ class FlashHead(HeadTensors):
             n_probes=n_probes,
             special_token_ids=special_token_ids,
             screen=screen_of(screen),
+            rows=rows,
             release_weight=release_weight,
         )
         self.tune = tune
@@ -128,6 +135,7 @@ class FlashHead(HeadTensors):
         device: torch.device | str | None = None,
         n_probes: int | None = None,
         screen: Screen | str | None = None,
+        rows: str | None = None,
         revision: str | None = None,
         tune: str = "race",
     ) -> "FlashHead":
@@ -136,13 +144,15 @@ class FlashHead(HeadTensors):
         source: a model folder, or the name of a repository in Hugging Face's cache (at that
         revision); nothing is downloaded. device: torch's default device unless given. n_probes:
         as many as the model's config says unless given. screen: the config's unless given, and
-        `none` for none. tune: as for the class. Only the head is read, with the config's dtype;
+        `none` for none. rows, tune: as for the class; rows that are the head's own are brought in
+        order without a copy where they can be. Only the head is read, with the config's dtype;
         docs/model-folders.md says from where. Raises FlashtuneError naming the file and the
         tensor, what was found there and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         folder = ModelFolder.open(source, revision)
         own_screen = screen_of(screen) if screen is not None else folder.screen
+        own_rows = rows if rows is not None else folder.rows(own_screen)
         parts = folder.read_head(where)
         weight, centroids = aligned(parts.weight), parts.clusters.centroids
         return cls(
@@ -153,7 +163,9 @@ class FlashHead(HeadTensors):
             special_token_ids=parts.special_token_ids,
             tune=tune,
             screen=own_screen,
+            rows=own_rows,
             release_weight=own_screen is None
+            and own_rows != IN_PLACE
             and weight.shape[0] % centroids.shape[0] == 0
             and len(parts.special_token_ids) <= FEW,  # else clusters may be added for them
         )
@@ -192,6 +204,8 @@ class FlashHead(HeadTensors):
             f"{self.vocab_size}x{problem.hidden_size}, n_clusters={problem.n_clusters}, "
             f"n_probes={self.n_probes}"
         )
+        if self.problem.in_place:
+            return f"{text}, rows={IN_PLACE}"
         return text if self.screen is None else f"{text}, screen={self.screen}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -233,8 +247,9 @@ class FlashHead(HeadTensors):
         what went wrong on the way. `raced` says that the config once won a race here, `stale`
         that it was measured with tools that have changed since, and `race` what this process
         timed, if it did, and why each other config was dropped. More tokens than one step takes
-        run in several. `screen` is None without one, `added_bytes` what the head keeps beyond the
-        model's own weight, and `model_weight` says, where there is a screen, whether it is that.
+        run in several. `screen` is None without one, `rows` says where a 16-bit head's lie,
+        `added_bytes` what the head keeps beyond the model's own weight, and `model_weight`, where
+        there is a screen or rows are in place, whether it is that.
         """
         (size, *_) = self.decoder.step_sizes(n_tokens)
         bound = self.decoder.bound(epilogue, size)
@@ -242,6 +257,7 @@ class FlashHead(HeadTensors):
             "problem": bound.problem.data(),
             "device": device_of(self.decoder.like.device).name,
             "screen": None if self.screen is None else str(self.screen),
+            "rows": self.rows,
             "added_bytes": self.added_bytes,
             "model_weight": self.whose_weight,
             **bound.choice.explain(),

@@ -4,6 +4,7 @@ What steps read is in `weights`; what moves and conversions do to it, and what i
 is here. `FlashHead` (head.py) decodes with it.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from flashtune.kernels.formats.format import Stored, format_of
 from flashtune.kernels.formats.screen import Screen
+from flashtune.kernels.measure.memory import free_bytes
 from flashtune.kernels.special_token import checked_special_tokens, most_pinned, pin
 from flashtune.kernels.weights import (
     Weights,
@@ -21,11 +23,15 @@ from flashtune.kernels.weights import (
     checked_problem,
     enough_rows,
     in_order,
+    marks_of,
     order_of,
     stored_weights,
 )
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import IN_ORDER, IN_PLACE, ROWS, Problem
+
+LOG = logging.getLogger("flashtune")
+_MARKED_ROWS = 2**14  # at a time
 
 
 class HeadTensors(nn.Module):
@@ -39,6 +45,7 @@ class HeadTensors(nn.Module):
     ids: torch.Tensor
     like: torch.Tensor  # empty, [0, hidden], in the dtype of hidden states and logits
     problem: Problem  # of one token, as the head was made: `explain` tells what it is now
+    _marks: torch.Tensor | None
     _weight_scales: torch.Tensor | None
     _centroid_scales: torch.Tensor | None
 
@@ -52,6 +59,7 @@ class HeadTensors(nn.Module):
         n_probes: int,
         special_token_ids: Sequence[int],
         screen: Screen | None,
+        rows: str | None,
         release_weight: bool,
     ) -> None:
         """Check the tensors and bring the weight's rows in the order of clusters."""
@@ -62,6 +70,7 @@ class HeadTensors(nn.Module):
                 "release_weight permutes the weight, and a screen leaves it to the model: "
                 "give one of them"
             )
+        _check_rows(rows, screen, release_weight)
         model = weight
         weight, centroids = weight.detach(), centroids.detach()
         problem = checked_problem(weight, centroids, n_probes)
@@ -75,6 +84,7 @@ class HeadTensors(nn.Module):
         pinned = pin(
             order.to(weight.device), problem.n_clusters, () if all_probed else special, most
         )
+        copied = None if screen or release_weight else pinned.order.numel() * weight[0].nbytes
         self.problem = self._screened(
             replace(
                 problem,
@@ -83,6 +93,7 @@ class HeadTensors(nn.Module):
                 n_probes=n_probes
                 + pinned.n_added,  # which of the added are the best, nobody knows
                 n_pinned=pinned.n_pinned,
+                in_place=_read_in_place(rows, copied, weight.device),
             ),
             pinned.order,
         )
@@ -104,7 +115,7 @@ class HeadTensors(nn.Module):
         weight = model.detach()
         self._referred: tuple[torch.Tensor, ...] = ()
         self._copied = ""
-        if self.problem.n_rescored:
+        if self.problem.n_rescored or self.problem.in_place:
             whole = aligned(weight)
             # The caller's own tensor, so that copies of its model and moves find it to be one
             self._referred = (model if whole is weight and model.is_leaf else whole,)
@@ -122,9 +133,15 @@ class HeadTensors(nn.Module):
         return stored_weights(self.problem, weight, stored, order)
 
     def _keep(self, weights: Weights) -> None:
-        """Register the tensors. Scales go by their bits, which no change of dtype may touch."""
-        for name in ("weight", "centroids", "ids"):
+        """Register the tensors. Scales go by their bits, which no change of dtype may touch.
+
+        A weight that is read in place is the model's to move and convert.
+        """
+        own = ("centroids", "ids") if self.problem.in_place else ("weight", "centroids", "ids")
+        for name in own:
             self.register_buffer(name, getattr(weights, name), persistent=False)
+        marks = self._marked(weights.ids) if self.problem.in_place else None
+        self.register_buffer("_marks", marks, persistent=False)
         for name in ("weight_scales", "centroid_scales"):
             scales: torch.Tensor | None = getattr(weights, name)
             bits = None if scales is None else scales.view(_bits(scales.dtype))
@@ -138,18 +155,29 @@ class HeadTensors(nn.Module):
             bits = getattr(self, f"_{name}_scales")
             dtype = format_of(getattr(self.problem, kind)).scale_dtype
             scales[name] = None if bits is None else bits.view(dtype)
+        model = None if self.model_weight is None else self.model_weight.detach()
+        in_place = self.problem.in_place
         return Weights(
-            weight=self.weight,
+            weight=model if in_place and model is not None else self.weight,
             centroids=self.centroids,
             ids=self.ids,
             weight_scales=scales["weight"],
             centroid_scales=scales["centroid"],
-            model_weight=None if self.model_weight is None else self.model_weight.detach(),
+            model_weight=None if in_place else model,
+            marks=self._marks,
         )
+
+    def _marked(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the rows of the model's weight are now, in the order of clusters."""
+        model = self._referred[0].detach()
+        self._marked_dtype = model.dtype
+        marks = [marks_of(rows) for rows in torch.split(model, _MARKED_ROWS)]
+        return torch.cat(marks)[ids.long()]
 
     @property
     def model_weight(self) -> torch.Tensor | None:
-        """The weight `[vocab, hidden]` that decides among candidates, where there is a screen.
+        """The weight `[vocab, hidden]` that decides among a screen's candidates, or that rows are
+        read from in place; None where the head has its own.
 
         The tensor that was given, not a copy. As a model's parameter is converted, so is this.
         """
@@ -158,17 +186,28 @@ class HeadTensors(nn.Module):
     def refer_to(self, weight: torch.Tensor) -> None:
         """Take another tensor with the same values as the model's weight."""
         self._referred = (weight,)
+        self._mark_again()
         self._renew()
+
+    def _mark_again(self) -> None:
+        """Take the rows for what they are once the model's weight is of another dtype."""
+        if self.problem.in_place and self._referred[0].dtype is not self._marked_dtype:
+            self._marks = self._marked(self.ids)
 
     def _renew(self) -> None:
         """What is to be done when the tensors have changed."""
         raise NotImplementedError
 
     @property
+    def rows(self) -> str:
+        """Where the rows lie that steps read first: `in_order` of clusters, or `in_place`."""
+        return IN_PLACE if self.problem.in_place else IN_ORDER
+
+    @property
     def added_bytes(self) -> int:
         """Bytes that the head keeps beyond the model's own weight."""
-        kept = [self.centroids, self.ids, self._weight_scales, self._centroid_scales]
-        kept += [] if self._released else [self.weight]
+        kept = [self.centroids, self.ids, self._weight_scales, self._centroid_scales, self._marks]
+        kept += [] if self._released or self.problem.in_place else [self.weight]
         kept += self._referred if self._copied else ()
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
@@ -183,15 +222,46 @@ class HeadTensors(nn.Module):
         if any(new is not old for new, old in zip(referred, self._referred, strict=True)):
             self._copied = "the head was moved or converted apart from its model"
         self._referred = referred
+        self._mark_again()
         self._renew()
         return self
 
     @property
     def whose_weight(self) -> str | None:
-        """Whether `model_weight` is the one given, or why it is a copy; None without a screen."""
+        """Whether `model_weight` is the one given, or why it is a copy; None without one."""
         if not self._referred:
             return None
         return f"a copy: {self._copied}" if self._copied else "the one given"
+
+
+def _check_rows(rows: str | None, screen: Screen | None, release_weight: bool) -> None:
+    """Raise FlashtuneError unless rows can lie there."""
+    if rows not in (None, *ROWS):
+        raise FlashtuneError(f"rows must be one of {', '.join(ROWS)}, not {rows!r}")
+    if rows == IN_PLACE and (screen or release_weight):
+        other = "a screen has rows of its own" if screen else "release_weight moves the rows"
+        raise FlashtuneError(f"rows in_place are the model's, and {other}: give one of them")
+
+
+def _read_in_place(rows: str | None, copied: int | None, device: torch.device) -> bool:
+    """Whether rows are read where the model has them.
+
+    copied: bytes of a copy in the order of clusters; None where there would be none. Unless rows
+    says, they are where the copy would take more than half of what is free.
+    """
+    if rows is not None or copied is None:
+        return rows == IN_PLACE
+    free = free_bytes(device)
+    if not free or 2 * copied <= free:
+        return False
+    LOG.info(
+        "rows are read in place: a copy in the order of clusters takes %.0f MiB, of %.0f that are "
+        "free (rows=%r makes one all the same)",
+        copied / 2**20,
+        free / 2**20,
+        IN_ORDER,
+    )
+    return True
 
 
 def _bits(dtype: torch.dtype) -> torch.dtype:

@@ -39,6 +39,8 @@ class Weights:
     cluster_size: more than the vocabulary where that does not divide (see `token_order`).
     Of a quantised format both are its data, with its scales beside them. model_weight
     `[vocab, hidden]`, in the order of token ids, is what candidates are decided by, if any are.
+    Of a problem that is `in_place` the weight itself is the model's `[vocab, hidden]`: row i of
+    the head is its row ids[i]. marks int64 `[rows]` then say what each row was (`marks_of`).
     """
 
     weight: torch.Tensor
@@ -47,11 +49,14 @@ class Weights:
     weight_scales: torch.Tensor | None = None
     centroid_scales: torch.Tensor | None = None
     model_weight: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
 
     def rows(
         self, problem: Problem, which: torch.Tensor | slice, dtype: torch.dtype
     ) -> torch.Tensor:
         """The numbers that some rows of the weight stand for, computed in a dtype."""
+        if problem.in_place:
+            return self.weight[self.ids[which].long()].to(dtype)
         scales = None if self.weight_scales is None else self.weight_scales[which]
         stored = Stored(self.weight[which], scales)
         return format_of(problem.weight_dtype).unpack(stored, problem.hidden_size, dtype)
@@ -68,8 +73,10 @@ class Weights:
         """Whether some rows of the weight stand for these, `[rows, hidden]`.
 
         Quantised numbers may be off by half of one, and by what a conversion of the model's weight
-        to another dtype has rounded since.
+        to another dtype has rounded since. Rows that lie in the model are compared by their marks.
         """
+        if self.marks is not None:
+            return torch.equal(self.marks[which], marks_of(rows))
         if self.weight_scales is None:
             return torch.equal(self.weight[which], rows)
         steps = format_of(problem.weight_dtype).steps(self.weight_scales[which], rows.shape[1])
@@ -79,6 +86,9 @@ class Weights:
 
     def put(self, problem: Problem, row: int, values: torch.Tensor) -> None:
         """Store a row `[hidden]` in place of another, here and in the model's own weight."""
+        if problem.in_place:
+            self.weight[self.ids[row]] = values.to(self.weight.dtype)
+            return
         stored = format_of(problem.weight_dtype).pack(values[None])
         self.weight[row] = stored.data[0]
         if self.weight_scales is not None and stored.scales is not None:
@@ -92,7 +102,8 @@ def stored_weights(
 ) -> Weights:
     """A head's tensors in the problem's formats.
 
-    model: the weight `[vocab, hidden]` by token ids, kept where candidates are decided by it.
+    model: the weight `[vocab, hidden]` by token ids, kept where candidates are decided by it, or
+    rows are read in place.
     order: the token of each row, in the order of clusters.
     """
     packed = format_of(problem.weight_dtype)
@@ -101,7 +112,7 @@ def stored_weights(
         scales = [part.scales for part in parts if part.scales is not None]
         stored = Stored(torch.cat([part.data for part in parts]), torch.cat(scales))
     else:
-        stored = packed.pack(model[order])
+        stored = packed.pack(model if problem.in_place else model[order])
     return Weights(
         weight=stored.data,
         centroids=centroids.data,
@@ -110,6 +121,15 @@ def stored_weights(
         centroid_scales=centroids.scales,
         model_weight=model if problem.n_rescored else None,
     )
+
+
+def marks_of(rows: torch.Tensor) -> torch.Tensor:
+    """A whole number for each row `[n, hidden]` of plain numbers, by which a change shows: int64.
+
+    The sum of the numbers' bits, the same whatever computes it.
+    """
+    whole = {2: torch.int16, 4: torch.int32}[rows.element_size()]
+    return rows.contiguous().view(whole).sum(dim=1, dtype=torch.int64)
 
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]

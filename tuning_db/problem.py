@@ -17,7 +17,7 @@ from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.registry import Registry
 
 DEFAULT_PROBES = 256
-_YOUNGER = frozenset(["model_dtype", "n_rescored", "n_pinned"])
+_YOUNGER = frozenset(["model_dtype", "n_rescored", "n_pinned", "in_place"])
 LARGEST = 2**31 - 1  # of a problem's numbers: kernels count in 32 bits
 MOST_TOKENS = 32  # of one step: heads decode more one part after the other
 
@@ -58,9 +58,9 @@ class Problem:
     """A FlashHead decode step: score centroids, probe the best clusters, take their logits.
 
     Shapes: centroids `[n_clusters, hidden_size]`, weight `[vocab_size, hidden_size]` (rows of a
-    cluster contiguous), hidden states `[n_tokens, hidden_size]`. The epilogue says what comes
-    out: `argmax` the best token `[n_tokens]`, `logits` `[n_tokens, vocab_size]` in the weight's
-    dtype, filled in where no cluster was probed.
+    cluster contiguous; where in_place, rows by token id), hidden states `[n_tokens, hidden_size]`.
+    The epilogue says what comes out: `argmax` the best token `[n_tokens]`, `logits`
+    `[n_tokens, vocab_size]` in the weight's dtype, filled in where no cluster was probed.
     Weights and centroids are stored in number formats. Where the weight's is quantised,
     model_dtype is that of the model itself: of its hidden states, its logits, and of the rows
     that the best n_rescored candidates are decided by. The first n_pinned clusters are probed in
@@ -79,6 +79,7 @@ class Problem:
     model_dtype: str = ""
     n_rescored: int = 0
     n_pinned: int = 0
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         """Reject what cannot be solved, with one line that says why."""
@@ -112,6 +113,13 @@ class Problem:
                 raise FlashtuneError(
                     f"{name} must be a whole number from 0 to {most}, not {quoted(value)}"
                 )
+        if type(self.in_place) is not bool or (
+            self.in_place and FORMATS[self.weight_dtype].quantised
+        ):
+            raise FlashtuneError(
+                "in_place, of the model's own rows, must be true or false, and false where the "
+                f"weight is quantised: not {self.in_place!r} with {self.weight_dtype}"
+            )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
                 f"epilogue must be one of {', '.join(EPILOGUES)}, not {quoted(self.epilogue)}"
@@ -215,6 +223,8 @@ class Problem:
             text += f" r{self.n_rescored}"
         if self.n_pinned:
             text += f" pinned {self.n_pinned}"
+        if self.in_place:
+            text += " in place"
         if self.epilogue != "argmax":
             text += f" {self.epilogue}"
         return text
@@ -237,7 +247,9 @@ _SHAPE_KEYS = {
     "rescored": "n_rescored",
     "pinned": "n_pinned",
 }
-_NAME_KEYS = ("dtype", "weight", "centroids", "epilogue")
+_NAME_KEYS = ("dtype", "weight", "centroids", "epilogue", "rows")
+IN_ORDER, IN_PLACE = "in_order", "in_place"
+ROWS = (IN_ORDER, IN_PLACE)  # where they lie: a cluster's side by side, or as the model has them
 _MOST_DIGITS = 18  # int() refuses thousands of digits with an error of its own
 
 
@@ -258,7 +270,7 @@ def parse_shape(text: str) -> Problem:
         raise FlashtuneError(
             f"unknown shape {quoted(first)}: give a preset ({', '.join(PRESETS)}) "
             "or vocab=…,hidden=…,clusters=…[,probes=…,tokens=…,dtype=…,weight=…,centroids=…,"
-            "rescored=…,epilogue=…]"
+            "rescored=…,epilogue=…,rows=…]"
         )
     for pair in rest:
         name, _, value = pair.partition("=")
@@ -283,11 +295,17 @@ def parse_shape(text: str) -> Problem:
     missing = [key for key in ("vocab", "hidden", "clusters") if _SHAPE_KEYS[key] not in values]
     if missing:
         raise FlashtuneError(f"shape {quoted(text)} lacks {', '.join(missing)}")
+    rows = names.get("rows", IN_ORDER)
+    if rows not in ROWS:
+        raise FlashtuneError(
+            f"rows in shape {quoted(text)} must be one of {', '.join(ROWS)}, not {quoted(rows)}"
+        )
     weight = names.get("weight", names["dtype"])
     values |= {
         "weight_dtype": weight,
         "centroid_dtype": names.get("centroids", weight),
         "epilogue": names["epilogue"],
+        "in_place": rows == IN_PLACE,
     }
     if weight in FORMATS and FORMATS[weight].quantised:
         values["model_dtype"] = names["dtype"]

@@ -99,9 +99,10 @@ class FlashLinear(nn.Linear):
     So does what is not worth it: the first time that a number of rows decodes, FlashHead is timed
     against the dense layer (`verdicts`), which answers where it is as fast.
 
-    FlashHead holds a copy of the weight, or a screen made from it. Where the weight is another
-    one, or has other values, the dense layer answers, with one warning, until it has the old
-    values again: a copy made from new values would still have the clusters of the old ones.
+    FlashHead holds a copy of the weight, a screen made from it, or marks of its rows. Where the
+    weight is another one, or has other values, the dense layer answers, with one warning, until it
+    has the old values again: a copy made from new values would still have the clusters of the old
+    ones.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead, *, always: bool = False) -> None:

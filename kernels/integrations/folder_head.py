@@ -6,7 +6,7 @@ Usage:
 
 import torch
 
-from flashtune.kernels.formats.screen import Screen
+from flashtune.kernels.formats.screen import Screen, screen_of
 from flashtune.kernels.head import TUNE, FlashHead
 from flashtune.kernels.model_folder.clusters import Origin
 from flashtune.kernels.model_folder.folder import ModelFolder
@@ -18,11 +18,12 @@ def flash_head_of(
     weight: torch.Tensor,
     n_probes: int | None = None,
     screen: Screen | str | None = None,
+    rows: str | None = None,
     tune: str = TUNE[0],
 ) -> FlashHead:
     """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
 
-    n_probes, screen: those of the folder's config unless given; `none` is no screen. tune: as
+    n_probes, screen, rows: those of the folder's config unless given; `none` is no screen. tune: as
     for FlashHead. Raises FlashtuneError where the folder has no clusters, or they were made for
     another weight.
     """
@@ -38,12 +39,14 @@ def flash_head_of(
         raise FlashtuneError(
             f"{path}: made for {differs}: cluster this model with `flashtune cluster`"
         )
+    own_screen = folder.screen if screen is None else screen_of(screen)
     return FlashHead(
         weight,
         clusters.centroids.to(weight),
         clusters.assignments,
         n_probes=folder.probes(len(clusters.centroids)) if n_probes is None else n_probes,
         special_token_ids=folder.special_token_ids(len(weight)),
-        screen=folder.screen if screen is None else screen,
+        screen=own_screen,
+        rows=folder.rows(own_screen) if rows is None else rows,
         tune=tune,
     )

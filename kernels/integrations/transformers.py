@@ -27,7 +27,7 @@ from flashtune.kernels.integrations.model_logits import ModelLogits
 from flashtune.kernels.model_folder.folder import END_KEY, ModelFolder, end_tokens
 from flashtune.tuning_db.environment import flash_head_always
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import DEFAULT_PROBES, MOST_TOKENS
+from flashtune.tuning_db.problem import DEFAULT_PROBES, IN_PLACE, MOST_TOKENS
 
 _SAMPLED_ROWS = 64  # of a weight, to tell whose it is
 
@@ -41,6 +41,7 @@ def apply(
     assets: str | Path | None = None,
     n_probes: int | None = None,
     screen: Screen | str | None = None,
+    rows: str | None = None,
     always: bool = False,
     tune: str | None = None,
     prepare: Sequence[int] = (),
@@ -52,17 +53,19 @@ def apply(
     this model's output head, or centroids `[n_clusters, hidden]` and the cluster of each token
     `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors. screen: of
     rows and centroids in 8 or 4 bits (docs/formats.md), unless given as the folder's config says,
-    and none for tensors; without head and assets, of the whole vocabulary. The end tokens of the
-    model, or of the folder's config, are candidates of every step. tune: as for FlashHead, `race`
-    unless given. prepare: numbers of sequences, of 1 to 32, whose kernels are to be chosen and
-    compiled now; else the first step with each number does so, which can take 20 seconds.
+    and none for tensors; without head and assets, of the whole vocabulary. rows: `in_place` reads
+    the rows out of the model's weight, `in_order` out of a copy; unless given as the folder's
+    config says, else in place where memory is short. The end tokens of the model, or of the
+    folder's config, are candidates of every step. tune: as for FlashHead, `race` unless given.
+    prepare: numbers of sequences, of 1 to 32, whose kernels are to be chosen and compiled now;
+    else the first step with each number does so, which can take 20 seconds.
 
     The first time that a number of rows decodes, FlashHead is timed against the dense head, which
     answers where it is as fast. With always, or FLASHHEAD_ENABLED=always, FlashHead does anyway.
 
     The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
-    of it and the centroids; with a screen by that alone. Apply it once the weights are final and
-    where they will be used.
+    of it and the centroids; with a screen by that alone, with rows in place by the centroids.
+    Apply it once the weights are final and where they will be used.
     Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
     quantised, wrapped by an adapter, split over devices, with a bias, or with logits that the
     model caps. To find that out the model is run on one token.
@@ -75,11 +78,13 @@ def apply(
                 f"prepare must name numbers of sequences from 1 to {MOST_TOKENS}, not {number!r}"
             )
     if head is None and assets is None and screened:
+        if rows == IN_PLACE:
+            raise FlashtuneError("a head without clusters reads its screen: give no rows in_place")
         # Whose logits no fill is among
         head = FlashHead.screened(dense.weight, screened, tune=tune or TUNE[0])
     else:
         _check_logits(model, dense)
-        head = _made(model, dense.weight, head, assets, n_probes, screen, tune)
+        head = _made(model, dense.weight, head, assets, n_probes, screen, rows, tune)
     head.prepare(*prepare, epilogue="logits")
     linear = FlashLinear(dense, head, always=always or flash_head_always())
     _replace(model, dense, linear)
@@ -95,17 +100,20 @@ def _made(
     assets: str | Path | None,
     n_probes: int | None,
     screen: Screen | str | None,
+    rows: str | None,
     tune: str | None,
 ) -> FlashHead:
     """The FlashHead that is given, or of the clusters that are."""
     if (head is None) == (assets is None):
         raise FlashtuneError("give just one of head and assets, or a screen for neither")
     if assets is not None:
-        return flash_head_of(ModelFolder.open(assets), weight, n_probes, screen, tune or TUNE[0])
+        folder, mode = ModelFolder.open(assets), tune or TUNE[0]
+        return flash_head_of(folder, weight, n_probes, screen, rows, mode)
     if isinstance(head, FlashHead):
         for name, wanted, found in (
             ("n_probes", n_probes, head.n_probes),
             ("screen", screen and screen_of(screen), head.screen),
+            ("rows", rows, head.rows),
             ("tune", tune, head.tune),
         ):
             if wanted is not None and wanted != found:
@@ -124,6 +132,7 @@ def _made(
         n_probes=DEFAULT_PROBES if n_probes is None else n_probes,
         special_token_ids=_end_tokens(model, len(weight)),
         screen=screen,
+        rows=rows,
         tune=tune or TUNE[0],
     )
 

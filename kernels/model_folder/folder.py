@@ -38,12 +38,13 @@ from flashtune.kernels.weights import token_order
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import read_json
 from flashtune.tuning_db.one_line import quoted
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import ROWS, Problem
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 END_KEY = "eos_token_id"
 ASSETS_KEY, PROBES_KEY = "flash_head_cache_dir", "n_probes"
 SPECIAL_KEY, SCREEN_KEY = "flash_head_special_token_ids", "flash_head_screen"
+ROWS_KEY = "flash_head_rows"
 CENTROIDS_KEY, MEAN_ROWS = "flash_head_centroids", "mean_rows"
 ASSETS_FOLDER = "flash_head_assets"
 CLUSTERING_FILE = "clustering_cache.safetensors"
@@ -153,6 +154,18 @@ class ModelFolder:
         """What the config has the head screened in, if it has."""
         with _blaming(f"{self.path / CONFIG}: {SCREEN_KEY}"):
             return screen_of(self.config.get(SCREEN_KEY))
+
+    def rows(self, screen: Screen | None) -> str | None:
+        """Where the config has a head with that screen read its rows, if it says.
+
+        A screen has rows of its own.
+        """
+        named = self.config.get(ROWS_KEY)
+        if named not in (None, *ROWS):
+            raise FlashtuneError(
+                f"{self.path / CONFIG}: {ROWS_KEY} must be one of {', '.join(ROWS)}, not {named!r}"
+            )
+        return None if screen else named
 
     def probes(self, n_clusters: int) -> int:
         """The number of clusters to probe of so many."""

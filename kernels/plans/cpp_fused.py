@@ -69,13 +69,18 @@ def _starts(problem: Problem, device: Device) -> Sequence[CppFusedConfig]:
     """The default, with fewer threads, other tiles, other instructions."""
     fused = default(problem, device)
     levels = useful_levels(problem, device)
+    tiles = (
+        replace(fused, gather_rows=8, gather_prefetch=4),
+        replace(fused, gather_rows=4, gather_columns=1, gather_prefetch=4),
+    )
+    if problem.in_place:
+        tiles = (replace(fused, gather_prefetch=8), replace(fused, gather_prefetch=2))
     return (
         fused,
         replace(fused, simd=levels[max(0, len(levels) - 2)]),
         replace(fused, threads=1),
         replace(fused, score_columns=4, gather_columns=4),
-        replace(fused, gather_rows=8, gather_prefetch=4),
-        replace(fused, gather_rows=4, gather_columns=1, gather_prefetch=4),
+        *tiles,
         replace(fused, score_rows=2, score_columns=2, score_prefetch=4),
         replace(fused, selection="histogram"),
     )

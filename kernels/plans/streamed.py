@@ -20,6 +20,7 @@ from flashtune.tuning_db.problem import Problem
 
 MOST_SCORES_PER_THREAD = 64  # of the threshold search: a thread marks its own in a 64-bit number
 MOST_RESCORED = 64  # a thread holds what some blocks have sent of these
+MOST_STATIC = 48 * 1024  # bytes of shared memory that a block may have but for its ring
 BASE_REGISTERS = 40  # of a thread, beside the hidden state
 _STAGES = ("score", "gather")
 _ARGUMENTS = ("hidden", "centroids", "weight", "ids", "out", "scores", "moments", "state")
@@ -157,6 +158,8 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
     problem = candidate.problem
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
+    if problem.in_place:
+        return "streamed copies rows that adjoin, not rows in place"
     if problem.n_rescored > MOST_RESCORED:
         return f"streamed decides {MOST_RESCORED} tokens again at most, not {problem.n_rescored}"
     if candidate.device.capability < 90:
@@ -194,6 +197,12 @@ def _why_not_held(candidate: Candidate) -> str | None:
 def _why_not_beside(candidate: Candidate) -> str | None:
     launches, limits = _launches(candidate), candidate.device.limits
     for launch in launches:
+        if launch.shared_bytes - launch.dynamic_bytes > MOST_STATIC:
+            return (
+                f"what a block of the {launch.kernel} keeps of its rows takes more than "
+                f"{MOST_STATIC // 1024} KiB of shared memory on {candidate.device.sm_count} "
+                "multiprocessors"
+            )
         if launch.shared_bytes > limits.shared_per_block:
             return f"the rows in flight of the {launch.kernel} do not fit in shared memory"
     taken = sum(each.shared_bytes + limits.reserved_per_block for each in launches)

@@ -34,7 +34,12 @@ USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
 NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
-SMALL_FIELDS = ("epilogue", "n_rescored", "n_pinned")  # which change little of what is fast
+SMALL_FIELDS = (
+    "epilogue",
+    "n_rescored",
+    "n_pinned",
+    "in_place",
+)  # which change little of what is fast
 SMALL_OCTAVES = 0.1  # distance of another one
 PROBLEM_FIELDS = ("vocab_size", *SHAPE_FIELDS, *SMALL_FIELDS)
 

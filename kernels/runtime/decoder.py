@@ -101,7 +101,7 @@ class Decoder:
         self._vocab_size, self._allowance = vocab_size, allowance
         self._index = weights.weight.device.index if weights.weight.is_cuda else None
         self._rounds = weights.weight.is_cuda
-        self._n_rows = weights.weight.shape[0]
+        self._n_rows = weights.ids.shape[0]
         self._bounds: dict[tuple[str, int], Bound] = {}
         self._steps: dict[StepKey, Step] = {}
         _DECODERS.add(self)

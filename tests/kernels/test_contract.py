@@ -33,7 +33,7 @@ from flashtune.kernels.plans.parts.simd import simd_levels, useful_levels
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.weights import Step, Weights, stored_weights
+from flashtune.kernels.weights import Step, Weights, stored_weights, token_order
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import EPILOGUES, Problem
@@ -149,6 +149,8 @@ def _narrowed(config: Config, problem: Problem) -> Config:
     useful = useful_levels(problem, CPU)
     if getattr(config, "simd", useful[-1]) not in useful:
         config = replace(config, simd=useful[-1])
+    if problem.in_place:
+        config = replace(config, gather_rows=1)
     narrow = {
         f"{stage}_{knob}": 1 for stage in ("score", "gather") for knob in ("columns", "unroll")
     }
@@ -327,7 +329,7 @@ QUANTISED = [
 
 REFUSED = re.compile(
     "has no launch that decides|in_gather writes no list|topk pins no|tensor cores take one dtype|"
-    "prefetch knows clusters"
+    "prefetch knows clusters|streamed copies rows that adjoin"
 )
 
 
@@ -380,6 +382,55 @@ def test_the_smallest_of_tied_tokens_wins_among_the_decided(
     hidden = torch.ones(1, problem.hidden_size).bfloat16().to(runner.torch_device)
     out = run(step, problem, weights, hidden)
     assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+
+
+IN_PLACE = [
+    ("twelve", "argmax", "some", 1),
+    ("twelve", "logits", "all", 1),
+    ("sixteen", "argmax", "one", 1),
+    ("sixteen", "logits", "some", 3),
+    ("twelve", "argmax", "all", 3),
+]
+
+
+@pytest.mark.parametrize(("clusters_of", "epilogue", "probes", "tokens"), IN_PLACE)
+def test_rows_in_place_give_the_right_answer(
+    runner: Runner, config: Config, clusters_of: str, epilogue: str, probes: str, tokens: int
+) -> None:
+    problem = runner.problems[clusters_of]
+    numbers = {"one": 1, "some": problem.n_probes, "all": problem.n_clusters}
+    problem = replace(
+        problem, n_probes=numbers[probes], epilogue=epilogue, n_tokens=tokens, in_place=True
+    )
+    step = quantised_step(runner, problem, config)
+    workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
+    assert workload.why_wrong(step, slack_of(config)) is None
+    if epilogue == "logits" and probes == "all":  # bit for bit what rows in order give
+        weights, states = workload.sets[0], workload.checks[3]
+        ordered = replace(weights, weight=weights.weight[weights.ids.long()])
+        other = quantised_step(runner, replace(problem, in_place=False), config)
+        found = run(step, problem, weights, states)
+        assert torch.equal(found, run(other, problem, ordered, states))
+
+
+def test_rows_in_place_tie_and_fill_up_clusters(
+    runner: Runner, config: Config, epilogue: str
+) -> None:
+    """The model has fewer rows than the clusters have places: some tokens are there twice."""
+    problem = replace(runner.problems["twelve"], epilogue=epilogue, in_place=True)
+    step = quantised_step(runner, problem, config)
+    for seed in range(2):
+        drawn = make_weights(problem, runner, seed, whole=True)
+        vocab = problem.vocab_size - 5
+        mixed = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))
+        ids = token_order(mixed % problem.n_clusters, problem.n_clusters)
+        weights = replace(
+            drawn, weight=drawn.weight[:vocab].contiguous(), ids=ids.int().to(drawn.ids.device)
+        )
+        hidden = random_states(problem, runner, seed).sign()
+        judge = Judge(weights, problem, exact=True)
+        out = run(step, problem, weights, hidden)
+        assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
 
 def test_any_of_the_best_screened_can_win(runner: Runner, config: Config, epilogue: str) -> None:
@@ -848,4 +899,5 @@ def _small_problem(rng: random.Random) -> Problem:
         n_rescored=rng.choice((0, 1, min(8, clusters * size))) if quantised else 0,
         n_pinned=rng.choice((0, 0, min(2, clusters))),
         epilogue=rng.choice(tuple(EPILOGUES)),
+        in_place=rng.choice((False, not quantised)),
     )

@@ -50,6 +50,8 @@ INT4 = replace(
     FP16, weight_dtype="int4", centroid_dtype="int4", model_dtype="fp16", epilogue="logits"
 )
 
+IN_PLACE = parse_shape("gemma-3-1b,rows=in_place")
+
 INT8 = parse_shape("qwen3-vl-2b,weight=int8,rescored=8")
 INT4 = parse_shape("gemma-3-1b,weight=int4,rescored=32,pinned=2,tokens=2,epilogue=logits")
 
@@ -98,6 +100,8 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-int8": (INT8, StagedConfig(pdl=True), H200),
     "staged-int4-pinned-logits": (INT4, default_config(INT4, ORIN), ORIN),
     "batched-int8": (replace(INT8, n_tokens=8), BatchedConfig(pdl=True), H200),
+    "staged-in_place": (IN_PLACE, default_config(IN_PLACE, ORIN), ORIN),
+    "cpp_fused-in_place": (IN_PLACE, default_config(IN_PLACE, X86), X86),
     "streamed-prefetch": (QWEN, StreamedConfig(), H200),
     "streamed-logits-ragged": (
         replace(GEMMA, epilogue="logits", weight_dtype="fp16"),

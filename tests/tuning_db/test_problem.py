@@ -66,6 +66,7 @@ def test_sizes_in_bytes(problem: Problem) -> None:
         ({"weight_dtype": "int4"}, "model_dtype must be one of bf16, fp16, fp32 where"),
         ({"model_dtype": "bf16"}, "are for quantised weights"),
         ({"n_rescored": 8}, "are for quantised weights"),
+        ({"in_place": 1}, "in_place, of the model's own rows, must be true or false"),
         ({"n_pinned": -1}, "n_pinned must be a whole number from 0 to 64"),
         ({"centroid_dtype": "BF16"}, "centroid_dtype must be one of"),
         ({"epilogue": "beam"}, "epilogue must be one of"),
@@ -91,6 +92,7 @@ def test_describe_names_what_differs(problem: Problem) -> None:
     odd = dataclasses.replace(problem, n_tokens=4, weight_dtype="fp16")
     assert odd.describe() == "1024x64 c64 p8 t4 fp16 centroids bf16"
     assert dataclasses.replace(problem, epilogue="logits").describe() == "1024x64 c64 p8 logits"
+    assert dataclasses.replace(problem, in_place=True).describe() == "1024x64 c64 p8 in place"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -118,6 +120,8 @@ def test_shapes_from_pairs() -> None:
     )
     assert parse_shape("qwen3-0.6b, probes=512").n_probes == 512
     assert parse_shape("qwen3-0.6b,epilogue=logits").epilogue == "logits"
+    assert parse_shape("qwen3-0.6b,rows=in_place").in_place
+    assert parse_shape("qwen3-0.6b,rows=in_order") == parse_shape("qwen3-0.6b")
     screened = parse_shape("qwen3-0.6b,weight=int4,centroids=int8,rescored=32,pinned=1,dtype=fp16")
     assert (screened.weight_dtype, screened.centroid_dtype) == ("int4", "int8")
     assert (screened.model_dtype, screened.n_rescored, screened.n_pinned) == ("fp16", 32, 1)
@@ -128,7 +132,9 @@ def test_shapes_from_pairs() -> None:
     [
         ("", "unknown shape"),
         ("qwen9", "unknown shape 'qwen9'"),
-        ("qwen3-0.6b,rows=3", "unknown key 'rows'"),
+        ("qwen3-0.6b,row=3", "unknown key 'row'"),
+        ("qwen3-0.6b,rows=3", "must be one of in_order, in_place, not '3'"),
+        ("qwen3-0.6b,rows=in_place,weight=int8", "false where the weight is quantised"),
         ("qwen3-0.6b,probes", "must be a whole number"),
         ("qwen3-0.6b,probes=-1", "must be a whole number, not '-1'"),
         ("qwen3-0.6b,probes=0", "n_probes must be a positive"),
@@ -161,6 +167,8 @@ def test_younger_fields_leave_older_keys_as_they_were(problem: Problem) -> None:
     """Records of databases and tables that were written before must still be found."""
     assert "n_rescored" not in problem.key and "model_dtype" not in problem.data()
     assert Problem.from_json(problem.data()) == problem
+    in_place = dataclasses.replace(problem, in_place=True)
+    assert "in_place" not in problem.key and Problem.from_json(in_place.data()) == in_place
     screened = dataclasses.replace(
         problem, weight_dtype="int8", model_dtype="bf16", n_rescored=8, n_pinned=2
     )

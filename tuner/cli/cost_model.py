@@ -88,11 +88,11 @@ def fit(calibration: Path | None, out: Path) -> None:
 )
 @options.as_json
 def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
-    """Check the model on shapes that it never saw, and on published times of other devices.
+    """Check the model on shapes that it never saw, and on times of other devices and formats.
 
     Prints how predictions are ranked, how much is lost by trusting them, how often measurements
-    lie in their interval, and how far published times are off. Compiles and fits nothing. The
-    exit code is 1 where a check fails.
+    lie in their interval, and how far off are published times, and times of formats and plans
+    that no fit has seen. Compiles and fits nothing. The exit code is 1 where a check fails.
 
     \b
     Example:

@@ -16,7 +16,12 @@ from flashtune.tuner.predict.check import (
 
 def print_report(report: Report) -> None:
     """Print every table, and a line for each thing that was asked of the model."""
-    for table in (splits_table(report), problems_table(report), figures_table(report)):
+    for table in (
+        splits_table(report),
+        problems_table(report),
+        figures_table(report),
+        formats_table(report),
+    ):
         print_table(table)
     for what, holds in verdicts(report):
         say(f"{'passed' if holds else 'FAILED'}: {what}")
@@ -88,6 +93,31 @@ def figures_table(report: Report) -> Table:
             f"{each.published_us:.0f}",
             f"{each.predicted_us:.0f}",
             f"{each.error:+.0%}",
+        )
+    return table
+
+
+def formats_table(report: Report) -> Table:
+    """A line for each time in a format, or of a plan, that the fit knows nothing of."""
+    table = _table(
+        "measured on another device, with formats and plans that the fit never saw, microseconds",
+        "device",
+        "problem",
+        "plan",
+        "measured",
+        "predicted",
+        "error",
+        "in the interval",
+    )
+    for each in report.formats:
+        table.add_row(
+            each.device,
+            each.problem.describe(),
+            each.plan,
+            f"{each.measured_us:.1f}",
+            f"{each.predicted_us:.1f}",
+            f"{each.error:+.0%}",
+            "yes" if each.inside else "no",
         )
     return table
 

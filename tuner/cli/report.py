@@ -44,7 +44,7 @@ def time_of(record: Record) -> str:
     if record.provenance is not Provenance.PREDICTED:
         return text
     try:
-        interval = interval_us(parse_config(record.config), record.measurement)
+        interval = interval_us(record.problem, parse_config(record.config), record.measurement)
     except FlashtuneError:  # of another version of its plan
         return text
     return text if interval is None else f"{text} ({interval[0]:.1f}-{interval[1]:.1f})"
@@ -67,9 +67,7 @@ def print_records(known: Sequence[KnownRecord]) -> None:
                 one_line(measurement.error) if failed else short_config(record.config),
             )
         )
-    notes = []
-    if any(each.record.provenance is Provenance.PREDICTED for each in known):
-        notes.append(PREDICTED_NOTE)
+    notes = predicted_notes([each.record for each in known])
     if any(each.shipped for each in known):
         notes.append("* of a shipped table, not of the database")
     print_rows(
@@ -80,7 +78,21 @@ def print_records(known: Sequence[KnownRecord]) -> None:
     )
 
 
-PREDICTED_NOTE = "predicted times: in brackets the interval that held 80 % of what was measured"
+def predicted_notes(records: Iterable[Record]) -> list[str]:
+    """What is to be said of predicted times, those of formats and plans by guess above all."""
+    from flashtune.tuner.predict.cost_model import unfitted
+
+    predicted = [each for each in records if each.provenance is Provenance.PREDICTED]
+    if not predicted:
+        return []
+    notes = ["predicted times: in brackets the interval that held 80 % of what was measured"]
+    guessed = sorted({name for each in predicted for name in unfitted(each.problem, each.config)})
+    if guessed:
+        notes.append(
+            f"no measured time of {', '.join(guessed)} was there to fit: its interval is the "
+            "widest of others (flashtune model check)"
+        )
+    return notes
 
 
 def print_devices(devices: Iterable[Device], here: Collection[Device]) -> None:

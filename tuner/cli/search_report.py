@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import TaskID
 
-from flashtune.tuner.cli.report import PREDICTED_NOTE, number, short_config, time_of
+from flashtune.tuner.cli.report import number, predicted_notes, short_config, time_of
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.progress import ProgressBar, TimeLeft
@@ -132,9 +132,7 @@ def _notes(outcome: SessionResult) -> Iterator[str]:
     rate = outcome.device.memory_bandwidth
     if rate:
         yield f"floor: the fewest bytes at {rate / 1e9:.1f} GB/s; ratio: winner to floor"
-    predicted = outcome.provenance is Provenance.PREDICTED
-    if predicted and any(result.winner for result in outcome.results):
-        yield PREDICTED_NOTE
+    yield from predicted_notes(result.winner for result in outcome.results if result.winner)
     for result in outcome.results:
         yield from _notes_of(result, outcome.device)
 

@@ -33,6 +33,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 VERSION = 1
 CALIBRATIONS = resources.files("flashtune.tuning_db") / "calibration"
 SHIPPED = CALIBRATIONS / "nvidia-h200.json.gz"
+FORMATS_TIMED = CALIBRATIONS / "nvidia-h100-formats.json.gz"  # nothing is fitted to it
 COMPILE_SECONDS = 120.0
 _USE = ("kernel", "programs", "warps", "registers", "shared_bytes", "spilled")
 

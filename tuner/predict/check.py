@@ -1,4 +1,5 @@
-"""How far the cost model can be trusted: on shapes it never saw, and on published figures.
+"""How far the cost model can be trusted: on shapes, plans and formats it never saw, and on
+published figures.
 
 Usage:
     report = check_model(fit, calibration, device)
@@ -10,14 +11,15 @@ file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from flashtune.tuner.predict.calibration import Calibration
-from flashtune.tuner.predict.cost_model import Array
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.tuner.predict.calibration import FORMATS_TIMED, Calibration, read_calibration
+from flashtune.tuner.predict.cost_model import Array, CostModel
 from flashtune.tuner.predict.fit import (
     Fit,
     Samples,
@@ -26,7 +28,7 @@ from flashtune.tuner.predict.fit import (
     intervals,
 )
 from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
-from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -94,6 +96,26 @@ class FigureResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FormatResult:
+    """A time measured on a device, of a plan or in a format that the fit knows nothing of.
+
+    inside: whether it lies in the prediction's 80 % interval.
+    """
+
+    device: str
+    problem: Problem
+    plan: str
+    measured_us: float
+    predicted_us: float
+    inside: bool
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured time, less 1."""
+        return self.predicted_us / self.measured_us - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """Everything that was checked."""
 
@@ -101,6 +123,7 @@ class Report:
     samples: int
     splits: tuple[SplitResult, ...]
     figures: tuple[FigureResult, ...]
+    formats: tuple[FormatResult, ...]
 
     @property
     def headline(self) -> SplitResult:
@@ -142,6 +165,7 @@ class Report:
                 for split in self.splits
             ],
             "figures": [{**asdict(each), "error": each.error} for each in self.figures],
+            "formats": [{**asdict(each), "error": each.error} for each in self.formats],
         }
 
 
@@ -177,7 +201,24 @@ def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
         samples=len(calibration.samples),
         splits=tuple(splits),
         figures=tuple(figures),
+        formats=tuple(_formats(fit.model)),
     )
+
+
+def _formats(model: CostModel) -> Iterator[FormatResult]:
+    """The times that were measured in other formats, on another device than the fit's."""
+    timed = read_calibration(FORMATS_TIMED)
+    device = find_device(timed.device)
+    for sample in timed.samples:
+        found = model.predict(Candidate(sample.problem, sample.config, device), sample.uses)
+        yield FormatResult(
+            device=device.name,
+            problem=sample.problem,
+            plan=sample.config.plan,
+            measured_us=sample.time_us,
+            predicted_us=found.time_us,
+            inside=found.low_us <= sample.time_us <= found.high_us,
+        )
 
 
 def _split(

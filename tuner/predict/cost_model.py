@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.tuner.predict.stages.registry import stages_of
-from flashtune.tuner.predict.stages.stage import Stage
+from flashtune.tuner.predict.stages.stage import REFERENCE_HZ, Stage
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import parse_json, read_text
-from flashtune.tuning_db.record import Measurement, family
+from flashtune.tuning_db.problem import FORMATS, Problem
+from flashtune.tuning_db.record import ConfigData, Measurement, family
 
 VERSION = "stages-1"
+CYCLES_US = 1e9 / REFERENCE_HZ  # microseconds of a thousand cycles of the reference clock
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
 
 Array = NDArray[np.float64]
@@ -106,9 +108,11 @@ def stage_us(counts: Columns, constants: Constants) -> Array:
     waiting = waiting * (counts["waves"] + c.tail * counts["tail"])
     moving = 1e6 * counts["moved"] / (c.reach * counts["bandwidth"])
     working = clock * c.work * counts["work"]
-    most = np.maximum(np.maximum(waiting, moving), working)
+    widening = clock * CYCLES_US * counts["widening"]
+    parts = (waiting, moving, working, widening)
+    most = np.maximum.reduce(parts)
     scale = np.where(most > 0, most, 1.0)
-    powers = sum((part / scale) ** c.sharpness for part in (waiting, moving, working))
+    powers = sum((part / scale) ** c.sharpness for part in parts)
     return fixed + scale * powers ** (1 / c.sharpness)
 
 
@@ -116,7 +120,8 @@ def stage_us(counts: Columns, constants: Constants) -> Array:
 class CostModel:
     """Fitted constants, and each family's interval as factors of the predicted time.
 
-    device: whose records they were fitted to. A family without records has the widest interval.
+    device: whose records they were fitted to. A family without records has the widest interval,
+    and so has every config for a problem in quantised formats, of which there were none.
     """
 
     device: str
@@ -125,13 +130,29 @@ class CostModel:
 
     def predict(self, candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:
         """Predict a candidate; raises FlashtuneError for a plan that the model does not cover."""
-        name = family(config_data(candidate.config))
-        return self.predict_stages(name, stages_of(candidate, uses))
+        found = self.interval(candidate.problem, candidate.config)
+        return self._predict(found, stages_of(candidate, uses))
 
     def predict_stages(self, family_name: str, stages: Sequence[Stage]) -> Prediction:
-        """Predict a step that is given as its stages."""
+        """Predict a step of plain weights that is given as its stages."""
+        return self._predict(self.intervals.get(family_name) or self.widest(), stages)
+
+    def interval(self, problem: Problem, config: Config) -> tuple[float, float]:
+        """The interval of a config's predicted time, as factors of it."""
+        data = config_data(config)
+        if self.unfitted(problem, data):
+            return self.widest()
+        return self.intervals[family(data)]
+
+    def unfitted(self, problem: Problem, config: ConfigData) -> list[str]:
+        """The formats, or else the family, of which no record was fitted."""
+        names = dict.fromkeys((problem.weight_dtype, problem.centroid_dtype))
+        formats = [name for name in names if FORMATS[name].quantised]
+        return formats or [name for name in (family(config),) if name not in self.intervals]
+
+    def _predict(self, interval: tuple[float, float], stages: Sequence[Stage]) -> Prediction:
         time_us = float(stage_us(columns_of(stages), self.constants).sum())
-        low, high = self.intervals.get(family_name) or self.widest()
+        low, high = interval
         return Prediction(time_us=time_us, low_us=low * time_us, high_us=high * time_us)
 
     def widest(self) -> tuple[float, float]:
@@ -182,20 +203,26 @@ def read_model_file(path: Any) -> dict[str, Any]:
     return data
 
 
-def interval_us(config: Config, measurement: Measurement) -> tuple[float, float] | None:
+def interval_us(
+    problem: Problem, config: Config, measurement: Measurement
+) -> tuple[float, float] | None:
     """The 80 % interval of a recorded prediction; None where the record has none.
 
-    A record holds the interval's width, which is divided as the family's interval is.
+    A record holds the interval's width, which is divided as the model's interval is.
     """
     if measurement.median_us is None or not measurement.spread_us:
         return None
-    model = shipped_model()
-    low, high = model.intervals.get(family(config_data(config))) or model.widest()
+    low, high = shipped_model().interval(problem, config)
     scale = measurement.spread_us / (high - low)
     return (
         measurement.median_us - (1 - low) * scale,
         measurement.median_us + (high - 1) * scale,
     )
+
+
+def unfitted(problem: Problem, config: ConfigData) -> list[str]:
+    """What of a recorded prediction the model that ships knows no measured time of."""
+    return shipped_model().unfitted(problem, config)
 
 
 def predict(candidate: Candidate, uses: Sequence[KernelUse]) -> Prediction:

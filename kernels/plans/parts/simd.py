@@ -37,6 +37,7 @@ MOST_HIDDEN = 2**31 // (255 * 128)  # of products of two bytes in a sum of 32 bi
 MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
 THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 QUANTISED = {"score": (4, 8), "gather": (2, 16)}  # columns, and tiles ahead
+AHEAD_IN_PLACE = 4  # rows
 PARTS = (1, 2, 4, 8, 16, 32)
 SELECTIONS = ("threshold", "histogram", "nth_element")
 CPU_SLACKS = (0, 8, 16, 32, 64)
@@ -81,6 +82,7 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "centroid_quantised": centroid.quantised,
         "quantised": weight.quantised or centroid.quantised,
         "pinned": problem.n_pinned,
+        "in_place": problem.in_place,
         "scored": problem.n_probes < problem.n_clusters,
         "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
@@ -128,6 +130,8 @@ def _why_not_gathered(candidate: Candidate) -> str | None:
     rows, size = candidate.config.gather_rows, candidate.problem.cluster_size
     if rows > size:
         return f"gather_rows {rows} is more than a cluster's {size}"
+    if rows > 1 and candidate.problem.in_place:
+        return f"rows in place do not adjoin: gather_rows must be 1, not {rows}"
     return _why_not_tiled("gather", candidate)
 
 
@@ -170,6 +174,7 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     """The config with the device's best instructions, all its cores, and tiles that fit.
 
     Quantised rows are asked for ahead, and read by more sums: fewer bytes leave less time to wait.
+    So are rows in place, of which no processor can guess the next.
     """
     best = useful_levels(problem, device)[-1]
     changes: dict[str, Any] = {
@@ -182,6 +187,8 @@ def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
         if format_of(name).quantised:
             columns, ahead = QUANTISED[stage]
             changes |= {f"{stage}_columns": columns, f"{stage}_prefetch": ahead}
+        elif stage == "gather" and problem.in_place:
+            changes["gather_prefetch"] = AHEAD_IN_PLACE
         if columns * _block(stage, problem, best) > problem.hidden_size:
             changes[f"{stage}_columns"] = 1
     return replace(config, **changes)

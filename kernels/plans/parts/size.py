@@ -40,13 +40,14 @@ def read_by(language: str) -> Rule:
 
 
 def stored_values(problem: Problem) -> dict[str, Value]:
-    """How matrices are stored, which candidates are decided again, and what is pinned."""
+    """How matrices are stored, where rows lie, what is decided again, and what is pinned."""
     return {
         "weight_format": problem.weight_dtype,
         "centroid_format": problem.centroid_dtype,
         "state_format": problem.state_dtype,
         "rescored": problem.n_rescored,
         "pinned": problem.n_pinned,
+        "in_place": problem.in_place,
     }
 
 

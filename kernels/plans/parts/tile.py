@@ -103,6 +103,8 @@ def why_not_prefetched(candidate: Candidate) -> str | None:
         return None
     if candidate.device.capability < 90:
         return "prefetch of whole clusters needs sm_90 or later"
+    if problem.in_place:
+        return "prefetch knows clusters whose rows adjoin, not rows in place"
     if format_of(problem.weight_dtype).quantised:
         return f"prefetch knows clusters of plain numbers, not of {problem.weight_dtype}"
     if problem.cluster_bytes % 16:

@@ -205,6 +205,7 @@ def test_many_calls_with_many_threads_agree(workload: Workload) -> None:
         (replace(TWO, score_rows=8, score_columns=4), {}, "more than 16 sums"),
         (replace(TWO, gather_columns=8), {"hidden_size": 24}, "more than the hidden size"),
         (replace(TWO, gather_rows=8), {"vocab_size": 400}, "more than a cluster's 4"),
+        (replace(TWO, gather_rows=2), {"in_place": True}, "gather_rows must be 1, not 2"),
         (replace(TWO, score_rows=8), {"n_clusters": 4, "n_probes": 1}, "more than the 4 clusters"),
     ],
 )

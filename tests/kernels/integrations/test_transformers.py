@@ -345,6 +345,22 @@ def test_clusters_are_screened() -> None:
         flashtune.apply(model, other, screen="int4")
 
 
+def test_rows_are_read_in_place() -> None:
+    model = make_model()
+    head = flashtune.apply(model, clusters(), n_probes=3, rows="in_place")
+    assert head.model_weight is model.lm_head.weight
+    flashtune.remove(model)
+    ordered = FlashHead(model.lm_head.weight, *clusters(), n_probes=3)
+    hidden = torch.randn(4, head.like.shape[1]).to(head.like)
+    assert torch.equal(head(hidden), ordered(hidden))
+    assert flashtune.apply(model, head, rows="in_place") is head
+    flashtune.remove(model)
+    with pytest.raises(FlashtuneError, match="rows in_order is not the FlashHead's in_place"):
+        flashtune.apply(model, head, rows="in_order")
+    with pytest.raises(FlashtuneError, match="give no rows in_place"):
+        flashtune.apply(model, screen="int4", rows="in_place")
+
+
 @pytest.mark.parametrize(
     ("own", "usual", "special"), [(5, [9, 7], (5, 7, 9)), ([5, 9], None, (5, 9)), (None, 999, ())]
 )

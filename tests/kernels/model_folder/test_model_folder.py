@@ -259,6 +259,25 @@ class TestReading:
         assert head(HIDDEN).tolist() == applied(HIDDEN).tolist()
         assert head(HIDDEN).tolist() == (HIDDEN @ weight().T).argmax(dim=1).tolist()
 
+    @pytest.mark.parametrize(
+        ("named", "given", "screen", "found"),
+        [
+            ("in_place", None, None, "in_place"),
+            ("in_place", "in_order", None, "in_order"),
+            (None, "in_place", None, "in_place"),
+            (None, None, None, "in_order"),
+            ("in_place", None, "int8", "in_order"),  # a screen has rows of its own
+        ],
+    )
+    def test_rows_lie_where_the_config_says_unless_given(
+        self, write: Write, named: str | None, given: str | None, screen: str | None, found: str
+    ) -> None:
+        folder = write({"flash_head_rows": named})
+        head = FlashHead.from_pretrained(folder, rows=given, screen=screen)
+        applied = flash_head_of(ModelFolder.open(folder), weight(), rows=given, screen=screen)
+        assert (head.rows, applied.rows) == (found, found)
+        assert head(HIDDEN).tolist() == applied(HIDDEN).tolist() == expected(HIDDEN)
+
     def test_a_vocabulary_that_clusters_do_not_divide(self, write: Write) -> None:
         folder = write(clusters=assets(VOCAB - 5), tensors={"lm_head.weight": weight()[:-5]})
         head = FlashHead.from_pretrained(folder, n_probes=CLUSTERS)
@@ -411,6 +430,7 @@ class TestRefusals:
             ({"n_probes": 0}, "n_probes must be a positive whole number"),
             ({"flash_head_screen": "8 bits"}, "flash_head_screen: a screen must be like int8"),
             ({"flash_head_screen": 8}, "a Screen or a text like int8, not 8"),
+            ({"flash_head_rows": "here"}, "flash_head_rows must be one of in_order, in_place"),
             ({"flash_head_special_token_ids": 3}, "must be a list of token ids, not 3"),
             ({"flash_head_special_token_ids": ["</s>"]}, "must be a list of token ids"),
             ({"flash_head_special_token_ids": [60]}, "whole numbers from 0 to 59, not 60"),

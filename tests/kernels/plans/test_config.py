@@ -235,6 +235,12 @@ def test_a_knob_is_enabled_by_the_knobs_it_names() -> None:
             "multiple of 16 bytes, not 2050",
         ),
         (
+            replace(IN_GATHER, prefetch_margin=5),
+            {"in_place": True},
+            H200,
+            "prefetch knows clusters whose rows adjoin, not rows in place",
+        ),
+        (
             PersistentConfig(score_rows=1),
             {"n_tokens": 9},
             ORIN,

@@ -51,6 +51,7 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
     ("changes", "config", "device", "why"),
     [
         ({"n_tokens": 2}, NARROW, H200, "one token at a time, not 2"),
+        ({"in_place": True}, NARROW, H200, "streamed copies rows that adjoin, not rows in place"),
         ({}, NARROW, ORIN, "need sm_90 or later"),
         ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
         ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
@@ -67,6 +68,12 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
         ({"hidden_size": 32768}, NARROW, H200, "does not fit the registers of 8 warps"),
         ({"hidden_size": 8192}, NARROW, H200, "rows in flight of the score do not fit"),
         ({"hidden_size": 4096}, UNEVEN, H200, "do not fit on one multiprocessor"),
+        (
+            {"weight_dtype": "int8", "model_dtype": "bf16", "n_rescored": 8},
+            NARROW,
+            THOR,
+            "keeps of its rows takes more than 48 KiB of shared memory on 20 multiprocessors",
+        ),
         ({"n_clusters": 37984}, StreamedConfig(), H200, "scores are too many for 16 warps"),
     ],
 )

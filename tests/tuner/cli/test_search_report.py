@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from flashtune.kernels.formats.screen import Screen
+from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.kernels.plans.streamed import StreamedConfig
 from flashtune.tuner.cli.search_report import better_shipped, print_results, result_data
 from flashtune.tuner.predict.cost_model import VERSION, interval_us, shipped_model
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
@@ -111,11 +114,23 @@ def test_a_predicted_time_comes_with_its_interval(said, result, recorded) -> Non
     measurement = Measurement(
         outcome=Outcome.OK, median_us=10.0, spread_us=10 * (high - low), policy=VERSION
     )
-    assert interval_us(config, measurement) == pytest.approx((10 * low, 10 * high))
+    assert interval_us(QWEN, config, measurement) == pytest.approx((10 * low, 10 * high))
     winner = recorded(config, 10.0, measurement=measurement, provenance=Provenance.PREDICTED)
     text = said(result(winner=winner), provenance=Provenance.PREDICTED)
     assert f"10.0 ({10 * low:.1f}-{10 * high:.1f})" in text
     assert "in brackets the interval that held 80 %" in text
+    assert "was there to fit" not in text
+
+
+def test_a_time_that_nothing_was_fitted_to_says_so(said, result, recorded) -> None:
+    winner = recorded(StagedConfig(), 10.0, provenance=Provenance.PREDICTED)
+    screened = Screen.parse("int4/int8").problem(QWEN)
+    for changed, guessed in (
+        ({"problem": screened}, "no measured time of int4, int8 was there to fit"),
+        ({"config": config_data(StreamedConfig())}, "no measured time of streamed was there"),
+    ):
+        text = said(result(winner=replace(winner, **changed)), provenance=Provenance.PREDICTED)
+        assert guessed in text
 
 
 def test_what_ships_is_shown_where_it_is_better_than_a_prediction(said, result, recorded) -> None:

@@ -52,8 +52,21 @@ def test_the_document_has_the_checks_tables(report: Report) -> None:
         f"| {each.published_us:.0f} | {each.predicted_us:.0f} | {each.error:+.0%} |"
         for each in report.figures
     ]
+    rows += [
+        f"| {each.device} | {each.problem.describe()} | {each.plan} | {each.measured_us:.1f} "
+        f"| {each.predicted_us:.1f} | {each.error:+.0%} | {'yes' if each.inside else 'no'} |"
+        for each in report.formats
+    ]
     assert [row for row in rows if row not in text] == []
     assert f"holds {report.samples:,} measured" in text
+
+
+def test_formats_and_streamed_are_checked_on_what_was_measured(report: Report) -> None:
+    assert {"streamed", "batched", "dense"} <= {each.plan for each in report.formats}
+    assert {"int8", "int4"} <= {each.problem.weight_dtype for each in report.formats}
+    assert {each.device for each in report.formats} == {"nvidia-h100"}
+    for each in report.formats:
+        assert each.error == pytest.approx(each.predicted_us / each.measured_us - 1)
 
 
 def test_the_document_has_the_constants() -> None:

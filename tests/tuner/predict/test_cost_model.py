@@ -37,6 +37,11 @@ def uses(config: Config, problem: Problem, device: Device, **changes: int) -> li
     """What a config's kernels might need: as many programs as it has tiles."""
     if isinstance(config, PersistentConfig):
         rows = {"decode": (device.sm_count * config.programs_per_sm, config.warps)}
+    elif isinstance(config, StreamedConfig):
+        rows = {
+            name: (device.sm_count, getattr(config, f"{name}_warps"))
+            for name in ("score", "gather")
+        }
     else:
         probes = isinstance(config, StagedConfig)
         clusters = problem.n_probes if probes else problem.n_clusters
@@ -127,6 +132,7 @@ def test_overlapped_launches_are_faster() -> None:
 @pytest.mark.parametrize("config", [StagedConfig(), BatchedConfig(), DenseConfig()])
 def test_fewer_bytes_are_faster_and_deciding_again_costs_little(config: Config) -> None:
     orin = find_device("orin")
+    slow = replace(orin, memory_bandwidth=orin.memory_bandwidth / 4)  # there bytes are all
     tokens = 1 if isinstance(config, StagedConfig) else 8
     times = []
     for changes in (
@@ -139,7 +145,7 @@ def test_fewer_bytes_are_faster_and_deciding_again_costs_little(config: Config) 
             "n_rescored": 8,
         },
     ):
-        candidate = Candidate(replace(QWEN, n_tokens=tokens, **changes), config, orin)
+        candidate = Candidate(replace(QWEN, n_tokens=tokens, **changes), config, slow)
         times.append(cost_model.predict(candidate, candidate.launches).time_us)
     wide, narrow, decided = times
     assert narrow < decided < 0.8 * wide
@@ -152,7 +158,7 @@ def test_a_device_with_an_unknown_clock_has_a_prediction() -> None:
 
 def test_predictions_are_finite_and_positive(random_config, random_problem) -> None:
     generator = random.Random(3)
-    seen = {plan: 0 for plan in ("staged", "persistent", "batched", "dense")}
+    seen = dict.fromkeys(PLAN_STAGES, 0)
     for _ in range(10_000):
         config, device = random_config(generator), generator.choice(DEVICES)
         problem = random_problem(generator)
@@ -171,10 +177,59 @@ def test_predictions_are_finite_and_positive(random_config, random_problem) -> N
     assert min(seen.values()) > 5
 
 
-def test_every_plan_in_triton_is_covered() -> None:
-    assert {*PLAN_STAGES, "streamed"} == set(plans_of(find_device("h200")))
-    with pytest.raises(FlashtuneError, match="plan streamed are not predicted"):
-        cost_model.predict(Candidate(QWEN, StreamedConfig(), find_device("h200")), ())
+def test_every_plan_of_a_gpu_is_covered() -> None:
+    assert set(PLAN_STAGES) == set(plans_of(find_device("h200")))
+
+
+INT8 = {"weight_dtype": "int8", "centroid_dtype": "int8", "model_dtype": "bf16"}
+INT4 = {"weight_dtype": "int4", "centroid_dtype": "int4", "model_dtype": "bf16"}
+
+
+def estimated(config: Config, problem: Problem, device: Device) -> Prediction:
+    candidate = Candidate(problem, config, device)
+    return cost_model.predict(candidate, candidate.launches)
+
+
+def test_streamed_follows_bytes_and_deciding() -> None:
+    h100 = find_device("h100")
+    plain, narrow, decided = (
+        estimated(StreamedConfig(), problem, h100).time_us
+        for problem in (QWEN, replace(QWEN, **INT8), replace(QWEN, **INT8, n_rescored=8))
+    )
+    assert narrow < decided < plain
+
+
+def test_narrow_numbers_wait_to_become_floats_where_the_memory_is_fast() -> None:
+    # Without what it takes to widen them, they would cost their bytes alone.
+    config, orin = StagedConfig(), find_device("orin")
+    fast = replace(orin, memory_bandwidth=100 * orin.memory_bandwidth)
+    slow = replace(orin, memory_bandwidth=orin.memory_bandwidth / 10)
+    for narrow in (INT8, INT4):
+        narrowed = replace(QWEN, **narrow)
+        assert (
+            estimated(config, narrowed, slow).time_us < 0.6 * estimated(config, QWEN, slow).time_us
+        )
+        assert estimated(config, narrowed, fast).time_us > estimated(config, QWEN, fast).time_us
+
+
+@pytest.mark.parametrize(
+    ("arch", "less"),
+    [("sm_89", False), ("sm_90", True)],
+)
+def test_tensor_cores_are_fed_by_bits_from_sm_90_on(arch: str, less: bool) -> None:
+    old, new = (
+        estimated(DenseConfig(), replace(QWEN, **INT8), replace(find_device("h100"), arch=each))
+        for each in ("sm_80", arch)
+    )
+    assert (new.time_us < 0.9 * old.time_us) is less
+
+
+def test_formats_that_were_not_measured_have_the_widest_interval() -> None:
+    low, high = shipped_model().widest()
+    for problem in (replace(QWEN, **INT8), replace(QWEN, **{**INT8, "n_rescored": 8})):
+        found = estimated(StagedConfig(), problem, find_device("orin"))
+        assert found.low_us == pytest.approx(low * found.time_us)
+        assert found.high_us == pytest.approx(high * found.time_us)
 
 
 def test_cpus_have_no_prediction() -> None:

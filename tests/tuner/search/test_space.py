@@ -13,6 +13,7 @@ from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, enabled, knobs, parse_config
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.proposal import Proposals
 from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
@@ -300,7 +301,7 @@ class Told:
 def test_a_session_says_which_plan_it_cannot_search(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU no time of `streamed` is predicted; on an Orin it would not run at all."""
+    """A plan without stages is not predicted; on an Orin `streamed` would not run at all."""
     searched = []
 
     def search(space: Space, *_: object, **__: object) -> None:
@@ -308,6 +309,7 @@ def test_a_session_says_which_plan_it_cannot_search(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flashtune.tuner.search.session.search", search)
+    monkeypatch.delitem(PLAN_STAGES, "streamed")
     in_triton = ["staged", "persistent", "batched", "dense"]
     for device, said in ((H200, "plan streamed are not predicted"), (find_device("orin"), "")):
         display = Told()

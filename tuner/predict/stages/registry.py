@@ -7,13 +7,14 @@ Usage:
 
 from collections.abc import Callable, Mapping, Sequence
 
-from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED
+from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.tuner.predict.stages.batched import batched_stages
 from flashtune.tuner.predict.stages.dense import dense_stages
 from flashtune.tuner.predict.stages.persistent import persistent_stages
 from flashtune.tuner.predict.stages.stage import Stage
 from flashtune.tuner.predict.stages.staged import staged_stages
+from flashtune.tuner.predict.stages.streamed import streamed_stages
 from flashtune.tuning_db.errors import FlashtuneError
 
 StagesOf = Callable[[Candidate, Mapping[str, KernelUse]], list[Stage]]
@@ -22,6 +23,7 @@ PLAN_STAGES: dict[str, StagesOf] = {
     PERSISTENT.name: persistent_stages,
     BATCHED.name: batched_stages,
     DENSE.name: dense_stages,
+    STREAMED.name: streamed_stages,
 }
 
 

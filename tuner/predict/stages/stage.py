@@ -4,7 +4,7 @@ No constant of the model is in them. What stages of several plans have in common
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,14 @@ REFERENCE_HZ = 1.98e9  # clock that on-chip costs are stated at: the H200's
 _LANES_PER_CYCLE = 128  # float32 operations that a multiprocessor starts in a cycle
 _SLOW_LANES = {80: 64}  # of the architectures with fewer
 _WARPS = 16  # crossings and rounds are counted in programs of that many warps
+
+# What a stored number takes of the instructions that a multiprocessor can issue before it is a
+# float, counted in what Triton 3.6 compiles (docs/cost-model.md). A conversion counts 8: a
+# multiprocessor converts 16 numbers in a cycle, where it issues 128 instructions.
+_ISSUED_PER_CYCLE = 128
+_WIDENED_BY_ROWS = {"int8": 8.0, "int4": 8.5}
+_WIDENED_FOR_TENSORS = {"int8": 8.0, "int4": 9.0}
+_WIDENED_BY_BITS = {"int8": 4.5, "int4": 8.0}  # of sm_90 and later, for tensor cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +50,7 @@ class Stage:
     moved: float = 0.0  # bytes from memory
     prefetched: float = 0.0  # 1 where a stage before has asked for these bytes
     work: float = 0.0  # thousands of cycles of arithmetic on each multiprocessor
+    widening: float = 0.0  # thousands of its cycles in which quantised numbers become floats
     waves: float = 1.0  # programs over those that are resident at once
     tail: float = 0.0  # the part of the last wave that has no program
     loads: float = 0.0  # memory accesses that wait for one another
@@ -87,6 +96,8 @@ def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
     parts = max(1, use.programs // problem.n_tokens)
     tiles = math.ceil(probed * problem.cluster_size / parts / config.gather_rows)
     values = row_pass("gather", candidate, use, tiles)
+    if problem.in_place:
+        values["loads"] += tiles  # the ids before the rows
     if lists:
         values["loads"] += 2 * tiles  # the list and the cluster's number before the rows
     else:
@@ -122,12 +133,29 @@ def row_pass(stage: str, candidate: Candidate, use: KernelUse, tiles: int) -> di
     staged = (trips - 1) / (stages - 1) if stages > 1 else 0.0
     return {
         **_shared_out(use, candidate, elements),
+        "widening": _widening(
+            _WIDENED_BY_ROWS, stage, candidate, use.programs * tiles * rows * trips * block
+        ),
         "loads": tiles * (1 + staged),
         "repeats": 0.0 if stages > 1 else float(tiles * (trips - 1)),
         "trips": float(trips),
         "ragged": float(problem.hidden_size % block != 0 and trips > 1),
         "turns": float(tiles - 1) if stage == "score" else 0.0,
         "crossings": tiles * across / _WARPS,
+    }
+
+
+def row_stream(stage: str, candidate: Candidate, use: KernelUse, rows: float) -> dict[str, float]:
+    """The counts of a pass whose warps each stream whole rows through a ring in shared memory."""
+    problem, lanes = candidate.problem, candidate.lanes
+    dtype = problem.centroid_dtype if stage == "score" else problem.weight_dtype
+    of_warp = rows / (use.programs * use.warps)
+    numbers = 4 if dtype == "int8" else 1  # that an instruction multiplies
+    elements = of_warp * problem.hidden_size / lanes / numbers
+    return {
+        **_shared_out(use, candidate, elements),
+        "loads": 1 + of_warp / getattr(candidate.config, f"{stage}_stages"),
+        "crossings": of_warp / _WARPS,
     }
 
 
@@ -146,8 +174,15 @@ def tensor_pass(
     trips = -(-problem.hidden_size // block)
     threads = candidate.lanes * use.warps
     elements = share * trips * block * (rows + padded_tokens(problem)) / threads
+    bits = candidate.device.capability >= 90
     return {
         **_shared_out(use, candidate, elements * (1 + use.spilled / 64)),
+        "widening": _widening(
+            _WIDENED_BY_BITS if bits else _WIDENED_FOR_TENSORS,
+            stage,
+            candidate,
+            use.programs * share * rows * trips * block,
+        ),
         "loads": share * (1 + ((trips - 1) / (stages - 1) if stages > 1 else 0.0)),
         "repeats": 0.0 if stages > 1 else share * (trips - 1),
         "trips": float(trips),
@@ -167,6 +202,16 @@ def _shared_out(use: KernelUse, candidate: Candidate, elements: float) -> dict[s
         "elements": elements,
         "work": use.programs * threads * elements / lanes / device.sm_count / 1000,
     }
+
+
+def _widening(
+    issued: Mapping[str, float], stage: str, candidate: Candidate, numbers: float
+) -> float:
+    """Thousands of cycles of each multiprocessor that widening so many stored numbers takes."""
+    problem = candidate.problem
+    dtype = problem.centroid_dtype if stage == "score" else problem.weight_dtype
+    cycles = issued.get(dtype, 0.0) * numbers / _ISSUED_PER_CYCLE
+    return cycles / candidate.device.sm_count / 1000
 
 
 def search(candidate: Candidate, warps: int, programs: int) -> dict[str, float]:
@@ -221,6 +266,23 @@ def decided_singly(candidate: Candidate, use: KernelUse, warps: int) -> list[Sta
     found = bound_search(candidate, use.programs, warps, 1)
     searched = Stage(**scales(candidate.device), **found)
     return [searched, *decision(candidate, use, use.programs, 0)]
+
+
+def one_decides(candidate: Candidate, use: KernelUse) -> list[Stage]:
+    """The same by one block of a launch, which reads what the others have sent and then rows."""
+    problem = candidate.problem
+    if not problem.n_rescored:
+        return []
+    row = FORMATS[problem.state_dtype].bytes_of(1, problem.hidden_size)
+    rows = math.ceil(problem.n_rescored / use.warps)
+    return [
+        Stage(
+            **scales(candidate.device),
+            loads=2.0 + rows,
+            crossings=rows * use.warps / _WARPS,
+            moved=problem.n_rescored * row,
+        )
+    ]
 
 
 def bound_search(candidate: Candidate, maxima: int, warps: int, programs: int) -> dict[str, float]:
