@@ -250,7 +250,7 @@ class ServedHead:
         except FlashtuneError as error:
             raise FlashtuneError(f"FLASHTUNE_SCREEN: {error}") from error
         if folder is not None and folder.has_clusters:
-            return flash_head_of(folder, weight, probes, self._screen, tune)
+            return flash_head_of(folder, weight, probes, self._screen, tune=tune)
         own = folder.screen if folder is not None else None
         screen = screen_of(self._screen) if self._screen else own
         if screen is None:
