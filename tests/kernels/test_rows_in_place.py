@@ -172,7 +172,7 @@ class Model(nn.Module):
         dense = nn.Linear(WIDTH, VOCAB, bias=False, device="meta")
         dense.weight = self.embedding.weight
         head = FlashHead(dense.weight, centroids, assignments, n_probes=5, rows="in_place")
-        self.output = FlashLinear(dense, head)
+        self.output = FlashLinear(dense, head, always=True)
 
 
 @pytest.mark.parametrize("change", ["half", "deepcopy"])
