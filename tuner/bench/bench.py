@@ -196,9 +196,11 @@ def _made(model: object, folder: ModelFolder, entry: Entry, batch: int) -> _Turn
         return _Turns(entry, None, "torch")
     screen = NO_SCREEN if entry.screen is None else entry.screen
     if entry.n_probes is None:
-        head = apply(model, screen=screen)
+        head = apply(model, screen=screen, always=True)
     else:
-        head = apply(model, assets=folder.path, n_probes=entry.n_probes, screen=screen)
+        head = apply(
+            model, assets=folder.path, n_probes=entry.n_probes, screen=screen, always=True
+        )
     try:
         head.prepare(batch, epilogue="logits")
         level = str(head.explain(batch, epilogue="logits")["level"])
@@ -212,7 +214,7 @@ def _run(
 ) -> Run:
     """Answers with a head. Raises FlashtuneError where the model can't."""
     if head is not None:
-        apply(running.model, head)
+        apply(running.model, head, always=True)
     try:
         return timed_answers(running, prompts, n_tokens)
     except Exception as error:  # whatever a model's own code raises

@@ -110,7 +110,7 @@ def written(folder: Path, n_probes: int | None, n_tokens: int) -> list[list[int]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if n_probes is not None:
-        flashtune.apply(model, assets=folder, n_probes=n_probes)
+        flashtune.apply(model, assets=folder, n_probes=n_probes, always=True)
     answers = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
