@@ -461,6 +461,8 @@ def _clear_errors(path: Path) -> Iterator[None]:
         raise
     except sqlite3.DatabaseError as error:
         raise FlashtuneError(_explain(path, str(error))) from error
+    except UnicodeDecodeError as error:  # names in the schema, or SQLite's words about them
+        raise FlashtuneError(_explain(path, "malformed schema")) from error
 
 
 def _lacks_access(message: str) -> bool:

@@ -176,6 +176,20 @@ def test_a_newer_schema(tmp_path: Path, make_record: MakeRecord, read_only: bool
     assert_refused(path, "made by a newer flashtune .*upgrade", read_only)
 
 
+@pytest.mark.parametrize("old", [b"policy", b"records", b"CREATE TABLE", b'"config" TEXT'])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_schema_that_is_no_text_is_one_line(
+    tmp_path: Path, make_record: MakeRecord, old: bytes, read_only: bool
+) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(old, b"\xe1" + old[1:]))
+    with pytest.raises(FlashtuneError), Store(path, read_only=read_only) as store:
+        assert store.records() == []
+        assert store.left_out
+        raise FlashtuneError("as good")
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_views_are_no_tables(tmp_path: Path, make_record: MakeRecord, read_only: bool) -> None:
     path = filled(tmp_path / "tuning.db", make_record)

@@ -230,6 +230,22 @@ def table(tmp_path: Path, recorded, problem: Problem, device: Device) -> Path:
 
 
 class TestTables:
+    def test_an_import_that_fails_half_way_leaves_nothing(
+        self, table: Path, tmp_path: Path
+    ) -> None:
+        database = tmp_path / "tuning.db"
+        Store(database).close()
+        with sqlite3.connect(database) as connection:
+            connection.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON measurements "
+                "WHEN (SELECT count(*) FROM measurements) = 1 "
+                "BEGIN SELECT RAISE(ABORT, 'no more'); END"
+            )
+        connection.close()
+        assert "no more" in refused("tables", "import", table, table, "--db", database)
+        with Store(database, read_only=True) as store:
+            assert store.records() == []
+
     def test_a_good_table_is_imported(self, table: Path, tmp_path: Path) -> None:
         assert "1 records of orin-nano-super, all good" in done("tables", "check", table)
         assert "1 records" in done("tables", "import", table, "--db", tmp_path / "new.db")
