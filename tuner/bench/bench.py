@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flashtune.kernels.formats.screen import NO_SCREEN
 from flashtune.kernels.head import FlashHead
@@ -30,6 +30,7 @@ from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
 LEAST_TOKENS = 2  # the first one's step reads the prompt
+_OF_MEDIANS = math.sqrt(math.pi / 2)  # spread of medians to that of means, of normal samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +71,15 @@ class BenchRow:
     tokens: int
 
     def judged(self, dense_us: float) -> Judged:
-        """The row as the verdict takes it; dense_us: a step's median with the dense head."""
+        """The row as the verdict takes it; dense_us: a step's median with the dense head.
+
+        The spread is the median's own, which more rounds make smaller.
+        """
+        step = timing([dense_us / ratio for ratio in self.ratio])
+        spread = _OF_MEDIANS * step.spread_us / math.sqrt(step.samples)
         return Judged(
             name=self.entry.name,
-            step=timing([dense_us / ratio for ratio in self.ratio]),
+            step=replace(step, spread_us=spread),
             speed=statistics.median(self.ratio),
             same=self.same_answers,
             answers=self.answers,
@@ -94,6 +100,17 @@ class BenchReport:
     has_clusters: bool
     dense_us: float
     interrupted: bool
+
+    @property
+    def noise(self) -> float | None:
+        """The largest spread of a head's median step, as a share of that step.
+
+        As large as what the verdict goes by, it tells no heads apart. None after one round.
+        """
+        if self.rounds < 2:
+            return None
+        steps = [row.judged(self.dense_us).step for row in self.rows]
+        return max(step.spread_us / step.median_us for step in steps)
 
     @property
     def verdict(self) -> Verdict:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtune.tuner.bench.bench import BenchReport, BenchRow, timing
+from flashtune.tuner.bench.verdict import MOST_COST
 from flashtune.tuner.clustering.quality_table import require_matplotlib, save_picture
 
 HEADINGS = (
@@ -52,7 +53,7 @@ def notes(report: BenchReport) -> Iterator[str]:
     """What stands below the table: what its columns mean, and what is recommended."""
     if report.interrupted:
         yield f"INTERRUPTED: of {report.rounds} rounds only, the last one not finished"
-    yield "tok/s: after the prompt; spread: of rounds, from the 10th to the 90th percentile"
+    yield "tok/s: by the median step; spread: of rounds, from the 10th to the 90th percentile"
     yield "ratio: tok/s to the dense head's, round by round; share: of a step that is the head"
     yield "MB: memory added; answers, tokens: as the dense head's, greedily; tokens up to the"
     yield "first that differs"
@@ -63,6 +64,14 @@ def notes(report: BenchReport) -> Iterator[str]:
             yield f"{row.entry.name}: plain torch, no kernel runs it here"
         if row.model_weight and row.model_weight.startswith("a copy"):
             yield f"{row.entry.name}: of MB, the model's weight is {row.model_weight}"
+    noise = report.noise
+    if noise is None:
+        yield "one round only: how far it can be trusted is not known"
+    elif noise > MOST_COST:
+        yield (
+            f"NOISY: steps are known to {noise:.0%} only, and heads are told apart by "
+            f"{MOST_COST:.0%}: take more --rounds, on a machine that does nothing else"
+        )
     if len(report.rows) > 1:
         yield f"recommended: {report.verdict.describe()}"
     if not report.has_clusters:
@@ -81,6 +90,7 @@ def bench_data(report: BenchReport) -> dict[str, Any]:
         "clusters": report.has_clusters,
         "rows": [_row_data(row) for row in report.rows],
         "recommended": {**_head_data(picked), "why": report.verdict.describe()},
+        "noise": report.noise,
         "interrupted": report.interrupted,
     }
 

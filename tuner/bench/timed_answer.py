@@ -5,10 +5,12 @@ Usage:
     run.step_us, run.head_us, run.tokens
 
 Steps are counted from the first token on: the prompt is left out. The head is timed where it is
-called, in the same steps.
+called, in the same steps. Medians count: what else the machine does stops some steps for long.
 """
 
 import copy
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from flashtune.tuner.clustering.decode_state import RunningModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """tokens int64 `[prompts, tokens]`; means over the steps, in microseconds a step."""
+    """tokens int64 `[prompts, tokens]`; medians of the steps, in microseconds."""
 
     tokens: torch.Tensor
     step_us: float
@@ -52,8 +54,8 @@ def timed_answers(running: RunningModel, prompts: Sequence[str], n_tokens: int) 
     steps = n_tokens - 1
     return Run(
         tokens=out[:, inputs["input_ids"].shape[1] :].cpu(),
-        step_us=(stamps[-1] - stamps[0]) * 1e6 / steps,
-        head_us=sum(clock.microseconds()[-steps:]) / steps,
+        step_us=statistics.median(b - a for a, b in itertools.pairwise(stamps)) * 1e6,
+        head_us=statistics.median(clock.microseconds()[-steps:]),
     )
 
 

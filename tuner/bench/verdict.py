@@ -89,14 +89,13 @@ def judge(heads: Sequence[Judged]) -> Verdict:
     most = max(head.same / head.answers for head in near)
     keeping = [head for head in heads if head.keeps]
     return Verdict(
-        pick=_fastest([head for head in near if head.same / head.answers >= most]),
+        pick=fastest(
+            {head: head.step for head in near if head.same / head.answers >= most},
+            lambda head: head.added_bytes,
+        ),
         quickest=quickest,
-        keeper=_fastest(keeping) if keeping else None,
+        keeper=min(keeping, key=lambda head: head.step.median_us, default=None),
     )
-
-
-def _fastest(heads: Sequence[Judged]) -> Judged:
-    return fastest({head: head.step for head in heads}, lambda head: head.added_bytes)
 
 
 def _longer(head: Judged, other: Judged, of: Judged | None = None) -> float:

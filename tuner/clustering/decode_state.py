@@ -25,6 +25,7 @@ from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
 _BATCH = 8  # prompts at a time
+_FIRST = 2  # that show the pace, where time is bounded
 _INPUTS = ("input_ids", "attention_mask")
 
 
@@ -132,7 +133,8 @@ class RunningModel:
         Raises FlashtuneError where the model can't, or no answer was whole in time.
         """
         states: list[torch.Tensor] = []
-        begun, start, size = time.monotonic(), 0, _BATCH
+        begun, start = time.monotonic(), 0
+        size = _BATCH if seconds == math.inf else _FIRST
         with StepProgress("decoding prompts", len(prompts)) as progress:
             while start < len(prompts) and size:
                 part = prompts[start : start + size]
@@ -159,7 +161,7 @@ class RunningModel:
                     size = int(min(_BATCH, (seconds - taken) * start / taken))
         if not states:
             raise FlashtuneError(
-                f"{len(prompts[:_BATCH])} answers of {n_tokens} tokens take more than "
+                f"{len(prompts[:_FIRST])} answers of {n_tokens} tokens take more than "
                 f"{seconds:.0f} s here"
             )
         return Answers(states=torch.cat(states).float(), lengths=tuple(map(len, states)))

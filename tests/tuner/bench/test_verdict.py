@@ -48,6 +48,13 @@ def test_answers_are_given_up_only_for_what_is_worth_it(
     assert said in verdict.describe()
 
 
+def test_what_keeps_the_answers_is_the_fastest_of_those() -> None:
+    """Also where its time is not well known: it is named with what it costs."""
+    verdict = judge([DENSE, head("192", 900, 8), head("all", 990, 20, spread=900)])
+    assert verdict.pick.name == "192"
+    assert verdict.keeper is not None and verdict.keeper.name == "all"
+
+
 def test_none_may_keep_the_answers() -> None:
     verdict = judge([head("192", 1000, 3), head("all", 1020, 18)])
     assert verdict.pick.name == "all" and verdict.keeper is None

@@ -193,6 +193,7 @@ class TestBench:
         assert result.exit_code == 0, result.output
         assert "no clusters int8:8" in result.stdout and "no clusters int4:32" in result.stdout
         assert "`flashtune cluster` makes them" in result.stdout
+        assert "one round only: how far it can be trusted is not known" in result.stdout
         refused = bench(model, "--probes", 3)
         assert refused.exit_code == 2
         assert "has no clusters to probe: make them with `flashtune cluster`" in refused.output
@@ -222,6 +223,23 @@ class TestBench:
         assert "takes 2.9% less time a step, and keeps fewer" in data["recommended"]["why"]
         assert [row["ratio"] for row in data["rows"]] == pytest.approx([1, 1.11, 1110 / 1030])
         assert data["rows"][1]["tokens_per_s"] == pytest.approx(1000)
+
+    def test_noise_is_named(
+        self, flash: Path, bench: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured, steps = bench_module.timed_answers, list[float]()
+
+        def pretended(running: RunningModel, *arguments: Any) -> Run:
+            head = getattr(running.model.get_output_embeddings(), "head", None)
+            step_us = 1000.0 if head else steps.pop(0)
+            return replace(measured(running, *arguments), step_us=step_us)
+
+        monkeypatch.setattr(bench_module, "timed_answers", pretended)
+        words = ("--screen", "none", "--probes", 1, "--rounds", 4)
+        steps += [1000, 1000, 1000, 1010, 1000]  # the first is to prepare
+        assert "NOISY" not in bench(flash, *words).stdout
+        steps += [1000, 1000, 1400, 800, 1200]
+        assert bench(flash, *words).stdout.count("NOISY: steps are known to ") == 1
 
     def test_ctrl_c_keeps_what_was_measured(
         self, flash: Path, bench: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
