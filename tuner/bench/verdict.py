@@ -69,7 +69,8 @@ class Verdict:
         elif pick.dense:
             why = f"{quickest} takes {gained:.1%} less time a step"
         else:
-            why = f"{quickest} takes {gained:.1%} less time a step, and keeps fewer"
+            noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
+            why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
             if quickest.same == pick.same:
                 why = f"as fast as {quickest}, within the spread, and adds less memory"
         text = f"{pick}: {why}"
