@@ -27,7 +27,7 @@ from flashtune.tuner.clustering.quality import Study
 from flashtune.tuning_db.errors import FlashtuneError
 
 ANSWER_SECONDS, STEP_SECONDS = 120.0, 60.0  # for the answers, and for the turns
-_ROUNDS, _STEPS = 12, 16  # of the turns, which need no whole answers
+_ROUNDS, _STEPS = 24, 8  # of the turns, which need no whole answers
 _ENOUGH = 18
 """Answers from which on a number of probes that keeps them all may be expected to keep 95 % of
 others: (n + 1) / (n + 2). Of fewer answers, only what all clusters keep is known."""

@@ -6,8 +6,8 @@ Usage:
     verdict.describe()           # why
 
 With fewer probes a head writes other answers, and it is only a part of a step. So answers are
-given up for time only where that buys enough of a whole step: of the heads whose step takes less
-than 5 % longer than the fastest one's, the one that keeps most answers.
+given up for time only where that is known to buy enough of a whole step: of the heads whose step
+takes less than 5 % longer than the fastest one's, or is not told apart, the one that keeps most.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ MOST_COST = 0.05  # of a step's time
 class Judged:
     """A head: a step of the model with it, and how many of how many answers stay the same.
 
-    step: held against the dense head's steps of the same rounds; speed: tokens/s as a multiple of
+    step: held against the dense head's steps of the same rounds, with the spread of the median;
+    speed: tokens/s as a multiple of
     its; added_bytes: in memory. dense: whether it is the dense head.
     """
 
@@ -68,7 +69,8 @@ class Verdict:
         elif pick.dense:
             why = f"{quickest} takes {gained:.1%} less time a step"
         else:
-            why = f"{quickest} takes {gained:.1%} less time a step, and keeps fewer"
+            noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
+            why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
             if quickest.same == pick.same:
                 why = f"as fast as {quickest}, within the spread, and adds less memory"
         text = f"{pick}: {why}"
@@ -85,7 +87,7 @@ class Verdict:
 def judge(heads: Sequence[Judged]) -> Verdict:
     """The head to take of several."""
     quickest = min(heads, key=lambda head: head.step.median_us)
-    near = [head for head in heads if _longer(head, quickest, of=quickest) < MOST_COST]
+    near = [head for head in heads if _is_near(head, quickest)]
     most = max(head.same / head.answers for head in near)
     keeping = [head for head in heads if head.keeps]
     return Verdict(
@@ -96,6 +98,13 @@ def judge(heads: Sequence[Judged]) -> Verdict:
         quickest=quickest,
         keeper=min(keeping, key=lambda head: head.step.median_us, default=None),
     )
+
+
+def _is_near(head: Judged, quickest: Judged) -> bool:
+    """Whether a step takes less than 5 % longer, as far as their spread lets that be told."""
+    longer = head.step.median_us - quickest.step.median_us
+    spread = max(head.step.spread_us, quickest.step.spread_us)
+    return longer < MOST_COST * quickest.step.median_us + spread
 
 
 def _longer(head: Judged, other: Judged, of: Judged | None = None) -> float:

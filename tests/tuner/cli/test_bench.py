@@ -220,7 +220,7 @@ class TestBench:
         words = ("--screen", "none", "--probes", 1, "--probes", 16, "--rounds", 6)
         data = json.loads(bench(flash, *words, "--json").stdout)
         assert data["recommended"]["n_probes"] == 16
-        assert "takes 2.9% less time a step, and keeps fewer" in data["recommended"]["why"]
+        assert "takes 2.9% less time a step and keeps fewer" in data["recommended"]["why"]
         assert [row["ratio"] for row in data["rows"]] == pytest.approx([1, 1.11, 1110 / 1030])
         assert data["rows"][1]["tokens_per_s"] == pytest.approx(1000)
 

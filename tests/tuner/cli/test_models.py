@@ -701,6 +701,7 @@ class TestDecodeStates:
         self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("flashtune.tuner.clustering.decode_state._BATCH", 1)
+        monkeypatch.setattr("flashtune.tuner.clustering.decode_state._FIRST", 1)
         model = RunningModel.load(folder, "cpu")
         whole = model.answers(["a b c", "d"], 6)
         now, further = [0.0], model._continue
