@@ -157,11 +157,17 @@ def choose(
     """The config to run for `problem` on `device`; where that has no kernels, plain torch.
 
     Every record's config is checked for this problem and device before it is chosen. Failed
-    records are never chosen, nor is a config that failed here, on this problem and toolchain.
+    records are never chosen, nor is a config that failed here, on this problem and toolchain. What
+    was only predicted for another number of tokens does not go before the default, which is made
+    for this one: for several tokens another plan is right than for one.
     """
     sources = list(sources)
     skipped = Counter(f"{each.name}: {each.left_out}" for each in sources if each.left_out)
     for candidate, config in _usable(problem, device, toolchain, sources, skipped):
+        record = candidate.record
+        measured = record.provenance is Provenance.MEASURED
+        if not measured and record.problem.n_tokens != problem.n_tokens:
+            continue
         return _chosen(candidate, config, problem, device, toolchain, _counted(skipped))
     return default_choice(problem, device, skipped=_counted(skipped))
 

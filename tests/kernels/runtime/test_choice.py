@@ -357,3 +357,18 @@ def test_a_measured_record_of_other_tools_is_stale_and_a_prediction_is_not() -> 
     assert (guess.stale, guess.settled) == (False, False)
     assert not pick([record(staged(4), problem=SMALLER)]).settled
     assert not pick([]).settled
+
+
+@pytest.mark.parametrize(
+    ("provenance", "level"),
+    [(Provenance.PREDICTED, Level.DEFAULT), (Provenance.MEASURED, Level.NEAREST_SHAPE)],
+)
+def test_a_prediction_for_one_token_does_not_go_before_the_default_for_several(
+    provenance: Provenance, level: Level
+) -> None:
+    """What was measured for another number of tokens does; both are raced."""
+    known = [record(staged(4), provenance=provenance)]
+    several = replace(PROBLEM, n_tokens=8)
+    assert pick(known, problem=several).level is level
+    raced = contenders(several, H200, TOOLS, [Source(name=USER, records=known)])
+    assert staged(4) in raced[1:]
