@@ -367,8 +367,9 @@ def test_a_prediction_for_one_token_does_not_go_before_the_default_for_several(
     provenance: Provenance, level: Level
 ) -> None:
     """What was measured for another number of tokens does; both are raced."""
-    known = [record(staged(4), provenance=provenance)]
-    several = replace(PROBLEM, n_tokens=8)
+    config = staged(4, score_block=256)
+    known = [record(config, provenance=provenance)]
+    several = replace(PROBLEM, n_tokens=2)
     assert pick(known, problem=several).level is level
     raced = contenders(several, H200, TOOLS, [Source(name=USER, records=known)])
-    assert staged(4) in raced[1:]
+    assert config in raced[1:]
