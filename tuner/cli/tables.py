@@ -19,6 +19,7 @@ from flashtune.tuning_db.table import (
     table_from_store,
     write_table,
 )
+from flashtune.tuning_db.table_folder import added_paths
 
 
 @click.group()
@@ -87,9 +88,10 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
 @click.option("--compile", "compiles", is_flag=True, help="Cross-compile every config too.")
 @options.as_json
 def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
-    """Check tables, else those that ship: schema, every config valid, renders, and compiles.
+    """Check tables: schema, every config valid, renders, and compiles.
 
-    They must also be as `tables export` writes them, with nothing that failed.
+    Without files, those that ship and those that $FLASHTUNE_TABLES names. They must also be as
+    `tables export` writes them, with nothing that failed.
 
     \b
     Examples:
@@ -99,7 +101,8 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
     from flashtune.tuner.progress import StepProgress
     from flashtune.tuner.table_check import check_form, checked_table, compile_record
 
-    checked = {path: checked_table(path) for path in files or prebuilt_paths()}
+    paths = files or [*prebuilt_paths(), *added_paths()]
+    checked = {path: checked_table(path) for path in paths}
     for path, table in checked.items():
         check_form(path, table)
     if compiles:

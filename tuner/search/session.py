@@ -25,9 +25,10 @@ from flashtune.tuner.workers.remote import RemoteMachine
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Provenance, Record
+from flashtune.tuning_db.record import Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table
+from flashtune.tuning_db.table_folder import added_tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +184,19 @@ class Session:
         )
 
     def _near(self) -> list[Record]:
-        """Winners on this device, the user's first, then the shipped: its own is the nearest.
+        """Winners on this device: the user's, those of added tables, those that ship.
 
-        A shipped one is not taken at its word: it may have been measured with other tools.
+        Its own is the nearest. One of a table is not taken at its word: it may have been measured
+        with other tools.
         """
         name = self.request.device.name
         found = [self.store.best(name, other) for other in self.store.problems(name)]
         table = prebuilt_table(name)
-        return [record for record in found if record] + list(table.records if table else ())
+        shipped = table.records if table else ()
+        added = [
+            each for each in added_tables().of(name) if each.measurement.outcome is Outcome.OK
+        ]
+        return [*(record for record in found if record), *added, *shipped]
 
 
 def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
