@@ -27,6 +27,7 @@ ROOMS = {
         "search",
         "predict",
         "workers",
+        "tables",
         "table_check",
         "here",
         "progress",

@@ -97,10 +97,6 @@ def best(
 
     find = measured_record if require else best_record
     found = find(device, problem, database)
-    if found is None:
-        raise FlashtuneError(
-            f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
-        )
     if as_json:
         say_json(found.data())
     else:

@@ -2,7 +2,7 @@
 
 Usage:
     found = best_record(device, problem, database=None)
-    found.record, found.source
+    found.record, found.source      # FlashtuneError where there is none
     measured_record(device, problem, database=None)     # FlashtuneError where nobody measured it
 """
 
@@ -42,12 +42,17 @@ class KnownRecord:
         return {**self.record.data(), "source": self.source, "shipped": self.shipped}
 
 
-def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord | None:
+def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
     """The best record: measured before predicted, then the user's, added tables', shipped ones.
 
-    Raises FlashtuneError when the database or a shipped table cannot be read.
+    Raises FlashtuneError where there is none, or the database or a shipped table cannot be read.
     """
-    return _best(_of_problem(device, problem, database))
+    best = _best(_of_problem(device, problem, database))
+    if best is None:
+        raise FlashtuneError(
+            f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
+        )
+    return best
 
 
 def measured_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:

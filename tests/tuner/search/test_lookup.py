@@ -31,17 +31,17 @@ QWEN = parse_shape("qwen3-vl-2b")
 def test_without_a_database_the_shipped_record_is_found(tmp_path: Path) -> None:
     found = best_record(H200, QWEN, tmp_path / "none.db")
     table = prebuilt_table(H200.name)
-    assert found is not None and found.shipped
+    assert found.shipped
     assert table is not None and found.record in table.records
     assert found.record.problem == QWEN
-    assert best_record(H200, replace(QWEN, n_probes=300), tmp_path / "none.db") is None
+    with pytest.raises(FlashtuneError, match=r"no record for .* p300 on nvidia-h200: run"):
+        best_record(H200, replace(QWEN, n_probes=300), tmp_path / "none.db")
 
 
 def test_a_measured_record_goes_before_a_predicted_one_and_the_users_before_a_shipped_one(
     tmp_path: Path,
 ) -> None:
     known = best_record(H200, QWEN, tmp_path / "none.db")
-    assert known is not None
     shipped = known.record
     slow = replace(shipped.measurement, median_us=99.0)
     measured = replace(shipped, measurement=slow)
@@ -73,7 +73,6 @@ def test_an_added_table_is_looked_into_after_the_database_and_before_what_ships(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = best_record(H200, QWEN, tmp_path / "none.db")
-    assert shipped is not None
     slow = replace(shipped.record.measurement, median_us=77.0)
     added = replace(shipped.record, measurement=slow)
     write_table(tmp_path / "h200.json", TuningTable(device=H200.name, records=(added,)))
