@@ -22,6 +22,7 @@ MAY_IMPORT = {
 ROOMS = {
     "tuner": (
         "cli",
+        "api",
         "bench",
         "clustering",
         "search",

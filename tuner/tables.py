@@ -65,7 +65,10 @@ def export(
     keep: measured configs a shape; shortlist: predicted ones a shape that nobody has measured.
     Raises FlashtuneError where there is no record that worked, and where it cannot be written.
     """
-    device = _device(device)
+    if not isinstance(device, Device):
+        from flashtune.tuner.here import device_named  # loads torch, which others don't need
+
+        device = device_named(device)
     with Store(Path(db) if db else default_path(), read_only=True) as store:
         table = table_from_store(store, device.name, measured=keep, predicted=shortlist)
     if not table.records:
@@ -76,7 +79,7 @@ def export(
 
 def import_(*files: AnyPath, db: AnyPath | None = None) -> list[TableData]:
     """Check tables, then add their records to the database: all of them, or none."""
-    from flashtune.tuner.table_check import checked_table  # loads torch, which others don't need
+    from flashtune.tuner.table_check import checked_table
 
     checked = [(path, checked_table(path)) for path in map(Path, files)]
     with Store(Path(db) if db else default_path()) as store:
@@ -144,14 +147,6 @@ def diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
     Of what changed, the largest change of time comes first.
     """
     return compare_tables(read_table(Path(a)), read_table(Path(b)))
-
-
-def _device(device: str | Device) -> Device:
-    if isinstance(device, Device):
-        return device
-    from flashtune.tuner.here import device_named
-
-    return device_named(device)
 
 
 def _data(path: Path, table: TuningTable) -> TableData:
