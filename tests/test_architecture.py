@@ -22,11 +22,13 @@ MAY_IMPORT = {
 ROOMS = {
     "tuner": (
         "cli",
+        "api",
         "bench",
         "clustering",
         "search",
         "predict",
         "workers",
+        "tables",
         "table_check",
         "here",
         "progress",

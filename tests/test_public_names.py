@@ -10,6 +10,7 @@ import pytest
 import flashtune
 
 HEAVY = ("torch", "triton", "numpy", "jinja2", "optuna", "click", "sqlalchemy", "sqlite_utils")
+TORCH = ("torch", "triton")
 SEARCH_ONLY = ("optuna", "click", "sqlalchemy", "sqlite_utils", "rich")
 
 
@@ -28,11 +29,16 @@ def loaded_by(statement: str, names: tuple[str, ...]) -> list[str]:
 
 
 def test_the_public_names() -> None:
-    names = ["FlashHead", "FlashtuneError", "Problem", "__version__", "apply", "remove"]
-    assert flashtune.__all__ == names
+    names = ["FlashHead", "FlashtuneError", "Problem", "__version__", "apply"]
+    assert flashtune.__all__ == [*names, "best", "remove", "search", "tables"]
     assert dir(flashtune) == sorted(flashtune.__all__)
     for name in flashtune.__all__:
         assert getattr(flashtune, name) is not None
+
+
+def test_the_public_names_of_tables() -> None:
+    for name in ("check", "diff", "export", "import_", "merge"):
+        assert callable(getattr(flashtune.tables, name))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -43,6 +49,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import flashtune", HEAVY) == []
     assert loaded_by("from flashtune import Problem, FlashtuneError", HEAVY) == []
+    assert loaded_by("import flashtune; flashtune.tables.diff", (*TORCH, "click", "optuna")) == []
+    assert loaded_by("import flashtune; flashtune.search", ("click",)) == []
 
 
 def test_the_runtime_loads_nothing_of_the_search() -> None:

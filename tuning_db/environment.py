@@ -1,10 +1,11 @@
 """The environment variables, read here and nowhere else.
 
-`FLASHTUNE_DB` names the database file, `FLASHTUNE_CACHE` the folder for rendered sources and
-compiled kernels; `CXX`, as everywhere, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is
-`always` for models to use FlashHead without being timed against their dense head, and 0 to turn
-vLLM's plugin off. `FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN`, `FLASHTUNE_TUNE` and `FLASHTUNE_VERIFY`
-are the plugin's (docs/vllm.md). All are read at each call, and an empty value counts as unset.
+`FLASHTUNE_DB` names the database file, `FLASHTUNE_TABLES` a folder of tables that serve beside
+those that ship, `FLASHTUNE_CACHE` the folder for rendered sources and compiled kernels; `CXX`, as
+everywhere, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is `always` for models to use
+FlashHead without being timed against their dense head, and 0 to turn vLLM's plugin off.
+`FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN`, `FLASHTUNE_TUNE` and `FLASHTUNE_VERIFY` are the plugin's
+(docs/vllm.md). All are read at each call, and an empty value counts as unset.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 
 _DATABASE = "FLASHTUNE_DB to a file that can be written"
+_TABLES = "FLASHTUNE_TABLES to a folder without ~"
 _CACHE = "FLASHTUNE_CACHE to a folder that can be written"
 
 
@@ -33,6 +35,12 @@ def database_path() -> Path:
     if named:
         return _placed(lambda: named, _DATABASE)
     return default_data_folder() / "tuning.db"
+
+
+def tables_folder() -> Path | None:
+    """FLASHTUNE_TABLES, or None. Raises MachineTroubleError for `~` of a user without a home."""
+    named = os.environ.get("FLASHTUNE_TABLES")
+    return _placed(lambda: named, _TABLES) if named else None
 
 
 def cache_dir() -> Path:

@@ -74,6 +74,16 @@ def open_existing(path: Path) -> "Store | None":
         return None
 
 
+def existing(path: Path) -> Path:
+    """The path of a database to be read. Raises FlashtuneError where there is nothing.
+
+    What else may be wrong with it is said by what opens it.
+    """
+    if not os.path.exists(path):
+        raise FlashtuneError(f"there is no database {path}: run a search first")
+    return path
+
+
 class _EmptyDatabaseError(FlashtuneError):
     """A database whose schema nobody has written yet."""
 
@@ -394,7 +404,7 @@ def _check_path(path: Path, read_only: bool) -> None:
                 f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
             )
     elif read_only:
-        raise FlashtuneError(f"there is no database {path}: run a search first")
+        existing(path)
     elif not os.path.isdir(path.parent):
         if path.parent != _own_folder():
             raise FlashtuneError(

@@ -30,7 +30,8 @@ from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
 from flashtune.tuning_db.shortlist import MOST
 from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 
-USER, PREBUILT, BUILT_IN = "user database", "prebuilt table", "built in"
+USER, ADDED, PREBUILT = "user database", "added table", "prebuilt table"
+BUILT_IN = "built in"
 NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
@@ -56,7 +57,7 @@ class Level(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Records, and where they come from: `USER` or `PREBUILT`.
+    """Records, and where they come from: `USER`, `ADDED` or `PREBUILT`.
 
     left_out: one line on what was there and could not be read.
     """

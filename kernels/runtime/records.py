@@ -1,4 +1,4 @@
-"""The records there are for a head: the user's database, then the tables that are shipped.
+"""The records there are for a head: the user's database, then tables, those added first.
 
 Usage:
     choice = best_choice(problem, device, toolchain(device), troubles)
@@ -8,12 +8,13 @@ Nothing here raises because of a record, a database or a table: what cannot be r
 and `troubles` says so.
 """
 
-from flashtune.kernels.runtime.choice import PREBUILT, USER, Choice, Level, Source, choose
+from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER, Choice, Level, Source, choose
 from flashtune.kernels.runtime.trouble import note, one_line
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.store import default_path, open_existing
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+from flashtune.tuning_db.table_folder import added_tables
 
 
 def best_choice(problem: Problem, device: Device, tools: Toolchain, troubles: list[str]) -> Choice:
@@ -42,18 +43,24 @@ def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -
     What cannot be read is left out, and `troubles` says so once.
     """
     sources = []
+    name = device.name if problem else None
     try:
         store = open_existing(default_path())
         if store is not None:
             with store:
-                name = device.name if problem else None
                 records = store.records(device=name, problem=problem)
                 sources.append(Source(name=USER, records=records, left_out=store.left_out))
     except Exception as error:
         note(troubles, f"the tuning database is not used: {one_line(error)}")
-    for name in [device.name] if problem else prebuilt_devices():
+    try:
+        added = added_tables()
+    except Exception as error:
+        note(troubles, f"the added tables are not used: {one_line(error)}")
+    else:
+        sources.append(Source(name=ADDED, records=added.of(name), left_out=added.left_out))
+    for each in [name] if name else prebuilt_devices():
         try:
-            table = prebuilt_table(name)
+            table = prebuilt_table(each)
         except Exception as error:
             note(troubles, f"a prebuilt table is not used: {one_line(error)}")
         else:

@@ -6,8 +6,8 @@ import pytest
 
 from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.tuner import here
-from flashtune.tuner.cli.search_report import result_data
 from flashtune.tuner.search import session
+from flashtune.tuner.search.result_data import result_data
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem

@@ -13,14 +13,16 @@ def test_the_variables_name_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHTUNE_DB", "/some/where.db")
     monkeypatch.setenv("FLASHTUNE_CACHE", "~/cache")
     assert environment.database_path() == default_path() == Path("/some/where.db")
+    monkeypatch.setenv("FLASHTUNE_TABLES", "~/tables")
     assert environment.cache_dir() == Path.home() / "cache"
+    assert environment.tables_folder() == Path.home() / "tables"
 
 
 @pytest.mark.parametrize("value", [None, ""])
 def test_without_them_the_user_s_folders_are_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str | None
 ) -> None:
-    for name in ("FLASHTUNE_DB", "FLASHTUNE_CACHE"):
+    for name in ("FLASHTUNE_DB", "FLASHTUNE_CACHE", "FLASHTUNE_TABLES"):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
@@ -29,6 +31,7 @@ def test_without_them_the_user_s_folders_are_used(
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: tmp_path / "c")
     assert environment.database_path() == tmp_path / "flashtune" / "tuning.db"
     assert environment.cache_dir() == tmp_path / "c"
+    assert environment.tables_folder() is None
     assert not list(tmp_path.iterdir())
 
 

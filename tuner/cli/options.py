@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from flashtune.tuner.search.sampler import MOST_SEED
 from flashtune.tuning_db.device import all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
@@ -27,7 +28,6 @@ else:
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
-MOST_SEED = 2**32 - 1  # of NumPy's generators
 FILE: "click.ParamType[Path]" = click.Path(dir_okay=False, path_type=Path)
 PATH: "click.ParamType[Path]" = click.Path(path_type=Path)
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -128,10 +128,9 @@ def _known_fixings() -> list[str]:
 
 
 def _existing(name: str) -> Path:
-    """A database to be read; what else may be wrong with it is said by what opens it."""
-    if not os.path.exists(name):
-        raise FlashtuneError(f"there is no database {name}: run a search first")
-    return Path(name)
+    from flashtune.tuning_db.store import existing
+
+    return existing(Path(name))
 
 
 def _seconds(text: str) -> float:

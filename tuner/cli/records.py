@@ -51,7 +51,8 @@ def show(
 ) -> None:
     """Show the database's records, the fastest of each device and shape first.
 
-    With --device or --shape, what ships of it follows.
+    With --device or --shape, what tables have of it follows: those that $FLASHTUNE_TABLES names,
+    then those that ship.
 
     \b
     Example:
@@ -67,8 +68,7 @@ def show(
         )
     shown = known[:limit]
     if as_json:
-        rows = [{**each.record.data(), "shipped": each.shipped} for each in shown]
-        say_json(rows)
+        say_json([each.data() for each in shown])
         return
     print_records(shown)
     say(f"{len(shown)} of {len(known)} records")
@@ -77,25 +77,28 @@ def show(
 @click.command()
 @options.device("The device.", required=True)
 @options.shape(required=True)
+@click.option("--require", is_flag=True, help="Fail unless it was measured.")
 @options.read_database
 @options.as_json
-def best(device: Device, problem: Problem, database: Path | None, as_json: bool) -> None:
-    """Show the best record of a shape on a device, of the database or a shipped table.
+def best(
+    device: Device, problem: Problem, require: bool, database: Path | None, as_json: bool
+) -> None:
+    """Show the best record of a shape on a device, of the database or a table.
+
+    With --require the exit code is 2 where just this shape was not measured on that device.
 
     \b
-    Example:
+    Examples:
       flashtune best --device h200 --shape qwen3-vl-2b --json
+      flashtune best --device h200 --shape qwen3-vl-2b --require
     """
     from flashtune.tuner.cli.report import print_records
-    from flashtune.tuner.search.lookup import best_record
+    from flashtune.tuner.search.lookup import best_record, measured_record
 
-    found = best_record(device, problem, database)
-    if found is None:
-        raise FlashtuneError(
-            f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
-        )
+    find = measured_record if require else best_record
+    found = find(device, problem, database)
     if as_json:
-        say_json({**found.record.data(), "shipped": found.shipped})
+        say_json(found.data())
     else:
         print_records([found])
 
@@ -154,6 +157,7 @@ def forget(
       flashtune forget --device orin --failed
       flashtune forget --record 3f2a --yes
     """
+    from flashtune.kernels.runtime.choice import USER
     from flashtune.tuner.cli.report import print_records
     from flashtune.tuner.search.lookup import KnownRecord
 
@@ -172,7 +176,7 @@ def forget(
     if not found:
         say(f"no such record in {path}")
         return
-    print_records([KnownRecord(record, shipped=False) for record in found])
+    print_records([KnownRecord(record, USER) for record in found])
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError(f"to remove {len(found)} records, give --yes")

@@ -6,12 +6,19 @@ from typing import Any
 from flashtune.kernels.plans.candidate import PLANS
 from flashtune.kernels.plans.config import parse_config
 from flashtune.kernels.plans.knob import knobs
+from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.search.lookup import KnownRecord
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.one_line import one_line
 from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
+
+_MARKS = {USER: "", ADDED: "+", PREBUILT: "*"}  # after a record's outcome
+_TABLES = {
+    ADDED: "of a table in FLASHTUNE_TABLES, not of the database",
+    PREBUILT: "of a shipped table, not of the database",
+}
 
 
 def short_config(config: ConfigData) -> str:
@@ -63,13 +70,13 @@ def print_records(known: Sequence[KnownRecord]) -> None:
                 record.problem.describe(),
                 time_of(record),
                 (measurement.outcome.value if failed else record.provenance.value)
-                + ("*" if each.shipped else ""),
+                + _MARKS[each.source],
                 one_line(measurement.error) if failed else short_config(record.config),
             )
         )
     notes = predicted_notes([each.record for each in known])
-    if any(each.shipped for each in known):
-        notes.append("* of a shipped table, not of the database")
+    sources = {each.source for each in known}
+    notes += [f"{_MARKS[each]} {text}" for each, text in _TABLES.items() if each in sources]
     print_rows(
         "",
         ("record", "device", "problem", ">us", "outcome", "config"),

@@ -93,8 +93,9 @@ def search(
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
       flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
     """
-    from flashtune.tuner.cli.search_report import SearchProgress, print_results, result_data
+    from flashtune.tuner.cli.search_report import SearchProgress, print_results
     from flashtune.tuner.here import this_device
+    from flashtune.tuner.search.result_data import result_data
     from flashtune.tuner.search.session import SearchRequest, Session
 
     problems = list(dict.fromkeys([*shapes, *models]))

@@ -5,8 +5,6 @@ Progress goes to standard error: a live line on a terminal, a line now and then 
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
 from rich.progress import TaskID
 
@@ -14,13 +12,13 @@ from flashtune.tuner.cli.report import number, predicted_notes, short_config, ti
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.progress import ProgressBar, TimeLeft
-from flashtune.tuner.search.lookup import best_shipped
+from flashtune.tuner.search.result_data import better_shipped
 from flashtune.tuner.search.search import Event, Result
 from flashtune.tuner.search.session import SessionResult
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.one_line import spelled
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Provenance, Record
+from flashtune.tuning_db.record import Provenance
 
 
 class SearchProgress(ProgressBar):
@@ -166,48 +164,3 @@ def _notes_of(result: Result, device: Device) -> Iterator[str]:
             f"{name}: shipped and {shipped.provenance.value}: {time_of(shipped)}, "
             f"{short_config(shipped.config)}"
         )
-
-
-def better_shipped(result: Result, device: Device) -> Record | None:
-    """The shipped record that is better than a winner that was only predicted, if there is one.
-
-    Measured is better than predicted.
-    """
-    winner = result.winner
-    if winner is None or winner.provenance is not Provenance.PREDICTED:
-        return None
-    shipped = best_shipped(device, result.problem)
-    if shipped is None or shipped.provenance is Provenance.MEASURED:
-        return shipped
-    times = [record.measurement.median_us or 0.0 for record in (shipped, winner)]
-    return shipped if times[0] < times[1] else None
-
-
-def result_data(outcome: SessionResult) -> dict[str, Any]:
-    """The results as plain data."""
-    return {
-        "device": outcome.device.name,
-        "provenance": outcome.provenance.value,
-        "memory_bandwidth": outcome.device.memory_bandwidth,
-        "cancelled": outcome.cancelled,
-        "results": [_result_data(result, outcome.device) for result in outcome.results],
-    }
-
-
-def _result_data(result: Result, device: Device) -> dict[str, Any]:
-    shipped = better_shipped(result, device)
-    return {
-        "problem": result.problem.data(),
-        "winner": result.winner.data() if result.winner else None,
-        "shipped": shipped.data() if shipped else None,
-        "searched_us": result.searched_us,
-        "default_us": result.default_us,
-        "baseline_us": result.baseline_us,
-        "floor_us": floor_us(result.problem, device),
-        "evaluated": result.evaluated,
-        "failed": result.failed,
-        "failure": asdict(result.failure) if result.failure else None,
-        "default_kept": result.default_kept,
-        "timed_out": result.timed_out,
-        "cancelled": result.cancelled,
-    }

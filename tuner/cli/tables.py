@@ -5,20 +5,12 @@ from typing import Any
 
 import click
 
+from flashtune.tuner import tables as tables_of
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import say, say_json
 from flashtune.tuning_db.device import Device
-from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.merge import compare_tables, merge
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.shortlist import MOST
-from flashtune.tuning_db.store import Store, default_path
-from flashtune.tuning_db.table import (
-    prebuilt_paths,
-    read_table,
-    table_from_store,
-    write_table,
-)
 
 
 @click.group()
@@ -54,13 +46,8 @@ def export(device: Device, out: Path, keep: int, shortlist: int, database: Path 
     Example:
       flashtune tables export --device h200 --out nvidia-h200.json
     """
-    with Store(database or default_path(), read_only=True) as store:
-        table = table_from_store(store, device.name, measured=keep, predicted=shortlist)
-    if not table.records:
-        raise FlashtuneError(f"no record of {device.name} that worked: run `flashtune search`")
-    write_table(out, table)
-    problems = len({record.problem for record in table.records})
-    say(f"{out}: {len(table.records)} records of {device.name}, {problems} shapes")
+    found = tables_of.export(device, out, keep=keep, shortlist=shortlist, db=database)
+    say(f"{out}: {found['records']} records of {found['device']}, {found['shapes']} shapes")
 
 
 @tables.command("import")
@@ -73,13 +60,8 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
     Example:
       flashtune tables import nvidia-h200.json
     """
-    from flashtune.tuner.table_check import checked_table
-
-    checked = [(path, checked_table(path)) for path in files]
-    with Store(database or default_path()) as store:
-        store.add(*(record for _, table in checked for record in table.records))
-    for path, table in checked:
-        say(f"{path}: {len(table.records)} records of {table.device}")
+    for row in tables_of.import_(*files, db=database):
+        say(f"{row['file']}: {row['records']} records of {row['device']}")
 
 
 @tables.command()
@@ -87,9 +69,10 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
 @click.option("--compile", "compiles", is_flag=True, help="Cross-compile every config too.")
 @options.as_json
 def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
-    """Check tables, else those that ship: schema, every config valid, renders, and compiles.
+    """Check tables: schema, every config valid, renders, and compiles.
 
-    They must also be as `tables export` writes them, with nothing that failed.
+    Without files, those that ship and those that $FLASHTUNE_TABLES names. They must also be as
+    `tables export` writes them, with nothing that failed.
 
     \b
     Examples:
@@ -97,21 +80,12 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
       flashtune tables check --compile nvidia-h200.json
     """
     from flashtune.tuner.progress import StepProgress
-    from flashtune.tuner.table_check import check_form, checked_table, compile_record
 
-    checked = {path: checked_table(path) for path in files or prebuilt_paths()}
-    for path, table in checked.items():
-        check_form(path, table)
     if compiles:
-        pairs = [(path, record) for path, table in checked.items() for record in table.records]
-        with StepProgress("compiling", len(pairs)) as progress:
-            for done, (path, record) in enumerate(pairs, start=1):
-                compile_record(path, record)
-                progress.show(done)
-    rows = [
-        {"file": str(path), "device": table.device, "records": len(table.records)}
-        for path, table in checked.items()
-    ]
+        with StepProgress("compiling") as progress:
+            rows = tables_of.check(*files, compiles=True, on_step=progress.show_of)
+    else:
+        rows = tables_of.check(*files)
     if as_json:
         say_json({"compiled": compiles, "tables": rows})
         return
@@ -134,30 +108,16 @@ def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     Example:
       flashtune tables merge nvidia-h200.json mine.json -o nvidia-h200.json
     """
-    from flashtune.tuner.table_check import checked_table
-
     if len(files) < 2:
         raise click.UsageError("give at least two tables to merge")
-    merged = merge([(str(path), checked_table(path)) for path in files])
-    write_table(out, merged.table)
-    count = len(merged.table.records)
+    merged = tables_of.merge(*files, out=out)
     if as_json:
-        conflicts = [
-            {
-                "problem": conflict.problem.data(),
-                "taken_from": conflict.taken_from,
-                "why": conflict.why,
-                "taken": conflict.taken.data(),
-                "left": conflict.left.data(),
-            }
-            for conflict in merged.conflicts
-        ]
-        data = {"out": str(out), "records": count, "conflicts": conflicts}
-        say_json(data)
+        say_json(merged)
         return
-    for conflict in merged.conflicts:
-        say(f"{conflict.problem.describe()}: {conflict.taken_from}: {conflict.why}")
-    say(f"{out}: {count} records of {merged.table.device}")
+    for conflict in merged["conflicts"]:
+        name = Problem(**conflict["problem"]).describe()
+        say(f"{name}: {conflict['taken_from']}: {conflict['why']}")
+    say(f"{out}: {merged['records']} records of {merged['device']}")
 
 
 @tables.command()
@@ -173,7 +133,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     Example:
       flashtune tables diff nvidia-h200.json mine.json
     """
-    found = compare_tables(read_table(a), read_table(b))
+    found = tables_of.diff(a, b)
     if as_json:
         say_json(found)
         return

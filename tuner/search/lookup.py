@@ -1,60 +1,114 @@
-"""The records that are known of a problem: in the user's database, and in the shipped tables.
+"""The records that are known of a problem: in the user's database, and in tables.
 
 Usage:
     found = best_record(device, problem, database=None)
-    found.record, found.shipped
+    found.record, found.source      # FlashtuneError where there is none
+    measured_record(device, problem, database=None)     # FlashtuneError where nobody measured it
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import parse_config
+from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome, Provenance, Record
 from flashtune.tuning_db.store import default_path, open_existing
-from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table, rank
+from flashtune.tuning_db.table_folder import added_tables
+
+_SOURCES = (USER, ADDED, PREBUILT)  # in the order in which a head looks into them
 
 
 @dataclass(frozen=True, slots=True)
 class KnownRecord:
-    """A record, and whether it is of a shipped table and not of the database."""
+    """A record, and where it is from: `USER`, `ADDED` or `PREBUILT`."""
 
     record: Record
-    shipped: bool
+    source: str
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is of a table that ships."""
+        return self.source == PREBUILT
+
+    def data(self) -> dict[str, Any]:
+        """The record as plain data, with where it is from."""
+        return {**self.record.data(), "source": self.source, "shipped": self.shipped}
 
 
-def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord | None:
-    """The user's best record, or the shipped one where that is measured and the user's is not.
+def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
+    """The best record: measured before predicted, then the user's, added tables', shipped ones.
 
-    Raises FlashtuneError when the database or the table cannot be read.
+    Raises FlashtuneError where there is none, or the database or a shipped table cannot be read.
     """
-    own = None
-    store = open_existing(database or default_path())
-    if store is not None:
-        with store:
-            own = store.best(device.name, problem)
-    shipped = best_shipped(device, problem)
-    measured = [each for each in (own, shipped) if _is_measured(each)]
-    best = next(iter(measured), own or shipped)
-    return None if best is None else KnownRecord(best, shipped=best is not own)
+    best = _best(_of_problem(device, problem, database))
+    if best is None:
+        raise FlashtuneError(
+            f"no record for {problem.describe()} on {device.name}: run `flashtune search`"
+        )
+    return best
+
+
+def measured_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
+    """The best record of just this problem on this device that is measured and can run there.
+
+    Raises FlashtuneError where there is none, and as `best_record`.
+    """
+    found = _of_problem(device, problem, database)
+    measured = [each for each in found if each.record.provenance is Provenance.MEASURED]
+    best = _best(each for each in measured if why_not_run(each.record, device) is None)
+    if best is not None:
+        return best
+    why = "it was only predicted" if found else "there is no record"
+    if measured:
+        why = f"what was measured cannot run: {why_not_run(measured[0].record, device)}"
+    raise FlashtuneError(
+        f"no measured record of {problem.describe()} on {device.name} ({why}): run `flashtune "
+        "search` on that device, or name a folder with its table by FLASHTUNE_TABLES"
+    )
+
+
+def why_not_run(record: Record, device: Device) -> str | None:
+    """Why this version of flashtune would not run a record's config; None if it would."""
+    try:
+        config = parse_config(record.config)
+    except FlashtuneError as error:
+        return str(error)
+    return Candidate(record.problem, config, device).why_invalid()
 
 
 def best_shipped(device: Device, problem: Problem) -> Record | None:
     """The best record of the device's shipped table: measured before predicted, then by time."""
-    return min(_shipped([device.name], problem), key=_rank, default=None)
+    return min(_shipped([device.name], problem), key=rank, default=None)
 
 
 def known_records(
     device: Device | None, problem: Problem | None, database: Path | None
 ) -> list[KnownRecord]:
-    """The database's records; then, of a device or problem that is given, those shipped.
+    """The database's records; then, of a device or problem that is given, those of tables.
 
-    Each part by device and problem, the fastest first and failures last; what ships and is in the
-    database, too, is the database's. Raises FlashtuneError when the database or a table cannot be
-    read.
+    Added tables go before those that ship. Each part by device and problem, the fastest first and
+    failures last; a record is of the first part that has it. Raises FlashtuneError when the
+    database or a shipped table cannot be read.
     """
+    known: dict[str, KnownRecord] = {}
+    for each in _all_records(device, problem, database):
+        known.setdefault(each.record.key, each)
+    return list(known.values())
+
+
+def _all_records(
+    device: Device | None, problem: Problem | None, database: Path | None
+) -> list[KnownRecord]:
+    """As `known_records`, where several sources have a record from each."""
     own: list[Record] = []
+    added: list[Record] = []
     shipped: list[Record] = []
     name = device.name if device else None
     store = open_existing(database or default_path())
@@ -62,29 +116,41 @@ def known_records(
         with store:
             own = store.records(device=name, problem=problem)
     if name or problem:
-        keys = {record.key for record in own}
-        every = _shipped([name] if name else prebuilt_devices(), problem)
-        shipped = [record for record in every if record.key not in keys]
-    shipped.sort(key=lambda record: (record.device, record.problem.key, _rank(record)))
+        added = _that_work(added_tables().of(name), problem)
+        shipped = _shipped([name] if name else prebuilt_devices(), problem)
+    for records in (added, shipped):
+        records.sort(key=lambda record: (record.device, record.problem.key, rank(record)))
     return [
-        *(KnownRecord(record, shipped=False) for record in own),
-        *(KnownRecord(record, shipped=True) for record in shipped),
+        KnownRecord(record, source)
+        for source, records in zip(_SOURCES, (own, added, shipped), strict=True)
+        for record in records
     ]
+
+
+def _of_problem(device: Device, problem: Problem, database: Path | None) -> list[KnownRecord]:
+    """The records of a problem on a device that worked."""
+    every = _all_records(device, problem, database)
+    return [each for each in every if each.record.measurement.outcome is Outcome.OK]
+
+
+def _best(known: Iterable[KnownRecord]) -> KnownRecord | None:
+    return min(known, key=_place, default=None)
+
+
+def _place(known: KnownRecord) -> tuple[bool, int, tuple[bool, bool, float, str]]:
+    predicted = known.record.provenance is not Provenance.MEASURED
+    return predicted, _SOURCES.index(known.source), rank(known.record)
 
 
 def _shipped(devices: Iterable[str], problem: Problem | None) -> list[Record]:
     tables = [prebuilt_table(device) for device in devices]
+    records = (record for table in tables for record in (table.records if table else ()))
+    return _that_work(records, problem)
+
+
+def _that_work(records: Iterable[Record], problem: Problem | None) -> list[Record]:
     return [
         record
-        for table in tables
-        for record in (table.records if table else ())
+        for record in records
         if record.measurement.outcome is Outcome.OK and problem in (None, record.problem)
     ]
-
-
-def _is_measured(record: Record | None) -> bool:
-    return record is not None and record.provenance is Provenance.MEASURED
-
-
-def _rank(record: Record) -> tuple[bool, float]:
-    return not _is_measured(record), record.measurement.median_us or 0.0

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import optuna
 
 SAMPLERS = ("tpe", "gp", "random", "exhaustive")
+MOST_SEED = 2**32 - 1  # of NumPy's generators
 
 
 def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":

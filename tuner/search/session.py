@@ -5,6 +5,8 @@ Usage:
     outcome = session.run(display)      # which is told how it goes
 """
 
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +20,7 @@ from flashtune.tuner.here import as_it_is_now
 from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.search.sampler import MOST_SEED, SAMPLERS
 from flashtune.tuner.search.search import Budget, Event, Result, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
@@ -25,16 +28,18 @@ from flashtune.tuner.workers.remote import RemoteMachine
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Provenance, Record
+from flashtune.tuning_db.record import Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table
+from flashtune.tuning_db.table_folder import added_tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRequest:
     """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all.
 
-    remote: the machine that has the device, if that is to be measured on over ssh.
+    remote: the machine that has the device, if that is to be measured on over ssh. Raises
+    FlashtuneError for numbers out of range and for an unknown sampler.
     """
 
     device: Device
@@ -47,6 +52,21 @@ class SearchRequest:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     retry_failed: bool = False
     remote: RemoteMachine | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers, whoever gives them."""
+        for name in ("trials", "jobs"):
+            _check_count(name, getattr(self, name), range(1, sys.maxsize))
+        _check_count("seed", self.seed, range(MOST_SEED + 1))
+        timeout = self.timeout_s
+        if timeout is not None and not (
+            isinstance(timeout, int | float) and 0 < timeout < math.inf
+        ):
+            raise FlashtuneError(f"timeout must be seconds, more than 0, not {timeout!r}")
+        if self.sampler not in SAMPLERS:
+            raise FlashtuneError(
+                f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +203,26 @@ class Session:
         )
 
     def _near(self) -> list[Record]:
-        """Winners on this device, the user's first, then the shipped: its own is the nearest.
+        """Winners on this device: the user's, those of added tables, those that ship.
 
-        A shipped one is not taken at its word: it may have been measured with other tools.
+        Its own is the nearest. One of a table is not taken at its word: it may have been measured
+        with other tools.
         """
         name = self.request.device.name
         found = [self.store.best(name, other) for other in self.store.problems(name)]
         table = prebuilt_table(name)
-        return [record for record in found if record] + list(table.records if table else ())
+        shipped = table.records if table else ()
+        added = [
+            each for each in added_tables().of(name) if each.measurement.outcome is Outcome.OK
+        ]
+        return [*(record for record in found if record), *added, *shipped]
+
+
+def _check_count(name: str, value: Any, allowed: range) -> None:
+    if type(value) is not int or value not in allowed:
+        raise FlashtuneError(
+            f"{name} must be a whole number from {allowed[0]} to {allowed[-1]}, not {value!r}"
+        )
 
 
 def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:

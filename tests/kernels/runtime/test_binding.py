@@ -172,6 +172,66 @@ def test_a_prebuilt_table_serves_after_the_users_database(
     assert make_head().explain()["source"] == "user database"
 
 
+def test_an_added_table_serves_between_the_users_database_and_what_ships(
+    database: Path, tmp_path: Path, faked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as the nearest shape, where no source knows just this problem."""
+    shipped = record(StagedConfig(score_block=64, gather_block=64))
+    monkeypatch.setattr(records, "prebuilt_devices", lambda: (H200.name,))
+    monkeypatch.setattr(
+        records,
+        "prebuilt_table",
+        lambda name: table.TuningTable(device=name, records=(shipped,)),
+    )
+    monkeypatch.setenv("FLASHTUNE_TABLES", str(tmp_path))
+    few = replace(PROBLEM, n_probes=3)
+    added = (record(TUNED), record(TUNED, replace(few, n_tokens=2)))
+    table.write_table(tmp_path / "fleet.json", table.TuningTable(device=H200.name, records=added))
+    data = make_head().explain()
+    assert (data["source"], data["level"]) == ("added table", "exact")
+    assert data["config"]["score_rows"] == 8
+    assert make_head(n_probes=3).explain(2)["source"] == "added table"
+    with Store(database) as store:
+        store.add(shipped)
+    assert make_head().explain()["source"] == "user database"
+
+
+def test_an_added_table_that_cannot_be_read_is_one_warning_and_left_out(
+    tmp_path: Path,
+    faked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_TABLES", str(tmp_path))
+    table.write_table(
+        tmp_path / "good.json", table.TuningTable(device=H200.name, records=(record(TUNED),))
+    )
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "pipe.json").mkdir()
+    head = make_head()
+    head(states(1))
+    head(states(2))
+    data = head.explain()
+    assert (data["source"], data["config"]["score_rows"]) == ("added table", 8)
+    [skipped] = data["skipped"]
+    assert "added table: tables left out: 2 of 3" in skipped and "bad.json" in skipped
+    assert warnings_of(caplog) == [skipped.removeprefix("added table: ")]
+
+
+def test_a_folder_of_tables_that_is_not_there_is_one_warning(
+    tmp_path: Path,
+    faked: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_TABLES", str(tmp_path / "nowhere"))
+    head = make_head()
+    assert head(states(1)).shape == (1,)
+    assert head.explain()["level"] == "default"
+    [warning] = warnings_of(caplog)
+    assert "nowhere" in warning and "set FLASHTUNE_TABLES" in warning
+
+
 def test_a_kernel_that_fails_gives_way_to_the_default(
     database: Path, faked: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

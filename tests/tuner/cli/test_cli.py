@@ -34,11 +34,12 @@ from flashtune.tuning_db import problem as problem_module
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Outcome, Record
+from flashtune.tuning_db.record import Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import TuningTable, write_table
 
 TINY = "vocab=512,hidden=64,clusters=32,probes=4"
+FROM_DATABASE = {"source": "user database", "shipped": False}
 SEARCH = ("search", "--device", "orin", "--shape", TINY, "--jobs", "1")
 
 
@@ -438,10 +439,10 @@ class TestAPredictedSearch:
         database, data = predicted
         winner = data["results"][0]["winner"]
         where = ("--device", "orin", "--shape", TINY, "--db", database)
-        assert json.loads(done("best", *where, "--json")) == {**winner, "shipped": False}
+        assert json.loads(done("best", *where, "--json")) == {**winner, **FROM_DATABASE}
         rows = json.loads(done("show", *where, "--json", "--limit", 2))
         assert len(rows) == 2
-        assert rows[0] == {**winner, "shipped": False}
+        assert rows[0] == {**winner, **FROM_DATABASE}
         assert winner["key"][:12] in done("best", *where)
         assert "2 of 3 records" in done("show", *where, "--limit", 2)
         shipped = json.loads(done("show", "--device", "h200", "--db", database, "--json"))
@@ -449,6 +450,42 @@ class TestAPredictedSearch:
         missing = refused("best", "--device", "a40", "--shape", TINY, "--db", database)
         assert "512x64 c32 p4" in missing
         assert "flashtune search" in missing
+
+    def test_a_folder_of_tables_is_known(
+        self, predicted: Predicted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        database, data = predicted
+        shape, none = ("--device", "orin", "--shape", TINY), ("--db", tmp_path / "none.db")
+        Store(tmp_path / "none.db").close()
+        folder = tmp_path / "fleet"
+        folder.mkdir()
+        done("tables", "export", "--device", "orin", "--out", folder / "a.json", "--db", database)
+        monkeypatch.setenv("FLASHTUNE_TABLES", str(folder))
+        monkeypatch.setenv("COLUMNS", "200")
+        best = json.loads(done("best", *shape, *none, "--json"))
+        assert (best["source"], best["shipped"]) == ("added table", False)
+        assert best["key"] == data["results"][0]["winner"]["key"]
+        shown = done("show", *shape, *none)
+        assert "predicted+" in shown and "+ of a table in FLASHTUNE_TABLES" in shown
+        assert f"{folder / 'a.json'}: 3 records" in done("tables", "check")
+        (folder / "b.json").write_text("{")
+        assert "b.json" in refused("tables", "check")
+        assert json.loads(done("best", *shape, *none, "--json")) == best
+
+    def test_best_can_require_what_was_measured(
+        self, predicted: Predicted, tmp_path: Path
+    ) -> None:
+        where = ("--device", "orin", "--shape", TINY)
+        why = refused("best", *where, "--db", predicted[0], "--require")
+        assert "no measured record of 512x64 c32 p4 on orin-nano-super (it was only" in why
+        with Store(predicted[0], read_only=True) as store:
+            [record, *_] = store.records()
+        with Store(tmp_path / "measured.db") as store:
+            store.add(replace(record, provenance=Provenance.MEASURED))
+        found = json.loads(
+            done("best", *where, "--db", tmp_path / "measured.db", "--require", "--json")
+        )
+        assert found["key"] == record.key
 
     def test_render_prints_the_source_of_the_record(
         self, predicted: Predicted, problem: Problem, device: Device
@@ -475,7 +512,7 @@ class TestAPredictedSearch:
         back = json.loads(done("show", "--db", other, "--json"))
         assert len(back) == 2
         assert {**back[0], "measurement": None} == {
-            **winner, "measurement": None, "shipped": False
+            **winner, "measurement": None, **FROM_DATABASE
         }  # fmt: skip
         assert back[0]["measurement"]["median_us"] == pytest.approx(
             winner["measurement"]["median_us"], abs=1e-3
@@ -622,7 +659,8 @@ def test_a_search_on_this_machine_measures(tmp_path: Path) -> None:
     assert (found["evaluated"], found["failed"]) == (2, 0)
     assert found["winner"]["measurement"]["policy"] == "final"
     assert found["winner"]["toolchain"]["compiler"] == compiler_version()
-    assert found["winner"] == json.loads(done("best", *where, "--json"))
+    best = json.loads(done("best", *where, "--require", "--json"))
+    assert best == {**found["winner"], **FROM_DATABASE}
     assert 0 < found["default_us"] < 10_000
 
 

@@ -1,0 +1,131 @@
+"""The search and its records for Python programs, with the same results as the command line's.
+
+Usage:
+    found = flashtune.search(device="orin", shapes=["qwen3-vl-2b"], trials=100)
+    found["results"][0]["winner"]["config"]
+    flashtune.best("orin", "qwen3-vl-2b")["measurement"]["median_us"]
+
+A device is one by name or alias, as `flashtune devices` lists them, a shape a preset, pairs, or a
+Problem; `db` is the database, else $FLASHTUNE_DB, else the user's. Tables: `flashtune.tables`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flashtune.kernels.model_folder.folder import read_model
+from flashtune.tuner.here import device_named, this_device
+from flashtune.tuner.search.lookup import best_record, measured_record
+from flashtune.tuner.search.result_data import SearchData, result_data
+from flashtune.tuner.search.search import Event
+from flashtune.tuner.search.session import SearchRequest, Session
+from flashtune.tuner.search.space import parse_fixed
+from flashtune.tuner.tables import AnyPath
+from flashtune.tuner.workers.remote import find_machine
+from flashtune.tuner.workers.ssh import PYTHON
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem, parse_shape
+from flashtune.tuning_db.store import Store, default_path, existing
+
+LOG = logging.getLogger("flashtune")
+OnEvent = Callable[[Problem, Event], None]
+
+
+def search(
+    *,
+    device: str | Device | None = None,
+    shapes: Iterable[str | Problem] = (),
+    models: Iterable[AnyPath] = (),
+    trials: int = 150,
+    timeout: float | None = None,
+    sampler: str = "tpe",
+    seed: int = 0,
+    jobs: int | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    retry_failed: bool = False,
+    remote: str | None = None,
+    remote_python: str | None = None,
+    db: AnyPath | None = None,
+    on_event: OnEvent = lambda problem, event: None,
+) -> SearchData:
+    """Search for the fastest kernel of each shape on a device, as `flashtune search` does.
+
+    Measures where the device (else this machine's) is here or at the end of ssh, else predicts.
+    Everything is written to the database as it is found, and the same call goes on from there;
+    after Ctrl-C the result says `cancelled`. Where nothing worked for a shape, its `winner` is
+    None and `failure` says why.
+
+    models: FlashHead models' folders, whose shapes are searched. trials: configs for each shape.
+    timeout: seconds for all. jobs: compilers at a time, else one a processor. fixed: knobs and
+    their values. on_event: told of each evaluation. Raises FlashtuneError for what cannot be
+    searched, and for what is the machine's trouble.
+    """
+    if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
+        raise FlashtuneError("shapes and models are lists: write shapes=[…]")
+    problems = [_problem(each) for each in shapes]
+    problems += [read_model(os.fspath(each)) for each in models]
+    if not problems:
+        raise FlashtuneError("give at least one shape or model to search for")
+    if remote_python is not None and remote is None:
+        raise FlashtuneError("remote_python is about another machine: give remote too")
+    wanted = _device(device) if device is not None else None
+    machine = find_machine(remote, wanted, remote_python or PYTHON) if remote else None
+    request = SearchRequest(
+        device=machine.device if machine else wanted or this_device(),
+        problems=list(dict.fromkeys(problems)),
+        trials=trials,
+        timeout_s=timeout,
+        sampler=sampler,
+        seed=seed,
+        jobs=len(os.sched_getaffinity(0)) if jobs is None else jobs,
+        fixed=dict(parse_fixed(f"{name}={value}") for name, value in (fixed or {}).items()),
+        retry_failed=retry_failed,
+        remote=machine,
+    )
+    with Store(Path(db) if db is not None else default_path()) as store:
+        return result_data(Session(request, store).run(_Told(on_event)))
+
+
+def best(
+    device: str | Device,
+    shape: str | Problem,
+    *,
+    require: bool = False,
+    db: AnyPath | None = None,
+) -> dict[str, Any]:
+    """The best record of a shape on a device, as `flashtune best --json` prints it.
+
+    The fields of `Record.data`, where it is from (`source`), and whether that ships (`shipped`).
+    require: only what was measured for just this shape and can run. Raises FlashtuneError where
+    there is no such record, and for a database that does not exist.
+    """
+    find = measured_record if require else best_record
+    database = existing(Path(db)) if db is not None else None
+    return find(_device(device), _problem(shape), database).data()
+
+
+class _Told:
+    """Gives a session's events to a function, and its notes to the log."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+
+    def note(self, text: str) -> None:
+        LOG.info("%s", text)
+
+    def start(
+        self, problem: Problem, trials: int, floor_us: float | None
+    ) -> Callable[[Event], None]:
+        return partial(self._on_event, problem)
+
+
+def _device(device: str | Device) -> Device:
+    return device if isinstance(device, Device) else device_named(device)
+
+
+def _problem(shape: str | Problem) -> Problem:
+    return shape if isinstance(shape, Problem) else parse_shape(shape)

@@ -1,0 +1,159 @@
+"""Tables of tuned kernels: from the database to a reviewed file and back.
+
+Usage:
+    flashtune.tables.export("h200", "nvidia-h200.json")
+    flashtune.tables.check("nvidia-h200.json")
+    flashtune.tables.import_("nvidia-h200.json", db="other.db")
+    flashtune.tables.merge("nvidia-h200.json", "mine.json", out="merged.json")
+    flashtune.tables.diff("nvidia-h200.json", "mine.json")
+
+A device is one by name or alias, `db` the database (else $FLASHTUNE_DB, else the user's). What is
+wrong with a file is a FlashtuneError of one line.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.merge import compare_tables
+from flashtune.tuning_db.merge import merge as merged_tables
+from flashtune.tuning_db.shortlist import MOST
+from flashtune.tuning_db.store import Store, default_path
+from flashtune.tuning_db.table import (
+    TuningTable,
+    prebuilt_paths,
+    read_table,
+    table_from_store,
+    write_table,
+)
+from flashtune.tuning_db.table_folder import added_paths
+
+AnyPath: TypeAlias = str | os.PathLike[str]
+
+
+class TableData(TypedDict):
+    """A table's file, its device, and how many records and shapes it has."""
+
+    file: str
+    device: str
+    records: int
+    shapes: int
+
+
+class MergedData(TypedDict):
+    """The file that was written, its device, how many records it has, and what was decided."""
+
+    out: str
+    device: str
+    records: int
+    conflicts: list[dict[str, Any]]
+
+
+def export(
+    device: str | Device,
+    out: AnyPath,
+    *,
+    keep: int = 1,
+    shortlist: int = MOST,
+    db: AnyPath | None = None,
+) -> TableData:
+    """Write a device's best records to a table.
+
+    keep: measured configs a shape; shortlist: predicted ones a shape that nobody has measured.
+    Raises FlashtuneError where there is no record that worked, and where it cannot be written.
+    """
+    if not isinstance(device, Device):
+        from flashtune.tuner.here import device_named  # loads torch, which others don't need
+
+        device = device_named(device)
+    with Store(Path(db) if db else default_path(), read_only=True) as store:
+        table = table_from_store(store, device.name, measured=keep, predicted=shortlist)
+    if not table.records:
+        raise FlashtuneError(f"no record of {device.name} that worked: run `flashtune search`")
+    write_table(Path(out), table)
+    return _data(Path(out), table)
+
+
+def import_(*files: AnyPath, db: AnyPath | None = None) -> list[TableData]:
+    """Check tables, then add their records to the database: all of them, or none."""
+    from flashtune.tuner.table_check import checked_table
+
+    checked = [(path, checked_table(path)) for path in map(Path, files)]
+    with Store(Path(db) if db else default_path()) as store:
+        store.add(*(record for _, table in checked for record in table.records))
+    return [_data(path, table) for path, table in checked]
+
+
+def check(
+    *files: AnyPath,
+    compiles: bool = False,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[TableData]:
+    """Check tables: schema, every config valid, rendered, and written as `export` writes.
+
+    Without files, those that ship and those that FLASHTUNE_TABLES names. compiles: cross-compile
+    every config too; on_step is told how many of how many are done. Raises FlashtuneError for the
+    first thing that is wrong.
+    """
+    from flashtune.tuner.table_check import check_form, checked_table, compile_record
+
+    paths = [Path(each) for each in files] or [*prebuilt_paths(), *added_paths()]
+    checked = {path: checked_table(path) for path in paths}
+    for path, table in checked.items():
+        check_form(path, table)
+    if compiles:
+        pairs = [(path, record) for path, table in checked.items() for record in table.records]
+        for done, (path, record) in enumerate(pairs, start=1):
+            compile_record(path, record)
+            on_step(done, len(pairs))
+    return [_data(path, table) for path, table in checked.items()]
+
+
+def merge(*files: AnyPath, out: AnyPath) -> MergedData:
+    """Make one table of a device's several, and say where they disagree (docs/tables.md).
+
+    Raises FlashtuneError for fewer than two files, and for tables of several devices.
+    """
+    from flashtune.tuner.table_check import checked_table
+
+    if len(files) < 2:
+        raise FlashtuneError("give at least two tables to merge")
+    merged = merged_tables([(str(path), checked_table(Path(path))) for path in files])
+    write_table(Path(out), merged.table)
+    conflicts = [
+        {
+            "problem": conflict.problem.data(),
+            "taken_from": conflict.taken_from,
+            "why": conflict.why,
+            "taken": conflict.taken.data(),
+            "left": conflict.left.data(),
+        }
+        for conflict in merged.conflicts
+    ]
+    return {
+        "out": str(out),
+        "device": merged.table.device,
+        "records": len(merged.table.records),
+        "conflicts": conflicts,
+    }
+
+
+def diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
+    """What tells table B from table A: `changed`, `only_a`, `only_b`, and how many are the `same`.
+
+    Of what changed, the largest change of time comes first.
+    """
+    return compare_tables(read_table(Path(a)), read_table(Path(b)))
+
+
+def _data(path: Path, table: TuningTable) -> TableData:
+    problems = {record.problem for record in table.records}
+    return {
+        "file": str(path),
+        "device": table.device,
+        "records": len(table.records),
+        "shapes": len(problems),
+    }

@@ -1,0 +1,102 @@
+"""The folder of tables that FLASHTUNE_TABLES names: they serve beside those that ship.
+
+Usage:
+    added = added_tables()
+    added.of("nvidia-h200")    # the records of one device; of all without a name
+    added.left_out             # one line on the files that could not be read; empty where all were
+
+A table is a file `*.json` that lies in the folder itself, whatever it is called; a device may have
+several. A file is read again when it changed.
+"""
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashtune.tuning_db import environment
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.record import Record
+from flashtune.tuning_db.table import TuningTable, read_table
+
+LOG = logging.getLogger("flashtune")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AddedTables:
+    """The tables of the folder that can be read, in the order of their files' names."""
+
+    tables: tuple[TuningTable, ...] = ()
+    left_out: str = ""
+
+    def of(self, device: str | None = None) -> list[Record]:
+        """The records of a device (by name, not alias), or of all devices."""
+        return [
+            record
+            for table in self.tables
+            if device in (None, table.device)
+            for record in table.records
+        ]
+
+
+def added_paths() -> list[Path]:
+    """The folder's tables, by name; none unless FLASHTUNE_TABLES is set.
+
+    Raises FlashtuneError when there is no such folder, or it cannot be read.
+    """
+    folder = environment.tables_folder()
+    if folder is None:
+        return []
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise FlashtuneError(
+            f"cannot read the folder of tables {folder} ({why}): set FLASHTUNE_TABLES to another"
+        ) from error
+    return [
+        folder / name
+        for name in sorted(names)
+        if name.endswith(".json") and not name.startswith(".")
+    ]
+
+
+def added_tables() -> AddedTables:
+    """Every table of the folder. Of what cannot be read one warning a process says how much."""
+    try:
+        found = [_read(path, *_state(path)) for path in added_paths()]
+        broken = [each for each in found if isinstance(each, str)]
+        left_out = ""
+        if broken:
+            left_out = f"tables left out: {len(broken)} of {len(found)} (the first: {broken[0]})"
+    except FlashtuneError as error:
+        found, left_out = [], str(error)
+    if left_out:
+        _warn(left_out)
+    tables = tuple(each for each in found if isinstance(each, TuningTable))
+    return AddedTables(tables=tables, left_out=left_out)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with a file's content."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0  # which reading it will explain
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: Path, changed_ns: int, size: int) -> TuningTable | str:
+    """A table, or why there is none; read once in each of its states."""
+    try:
+        return read_table(path)
+    except FlashtuneError as error:
+        return str(error)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once a process: a head looks for each number of tokens."""
+    LOG.warning("%s", text)
