@@ -8,7 +8,7 @@ QUICK := tests/templates tests/test_architecture.py tests/test_docs.py tests/tun
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test quick format golden clean
+.PHONY: help setup search lint types test quick format golden wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,10 +19,14 @@ search: $(READY) ## tune for this machine's CPU, measured; then for a Jetson Ori
 	$(VENV)/bin/python benchmarks/cpu_decode.py --shape qwen3-0.6b --rounds 10
 	$(VENV)/bin/flashtune search --device orin $(SEARCH_ARGS)
 
-test: $(READY) ## lint, check types, and run the tests
+lint: $(READY) ## check style and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+
+types: $(READY) ## check types
 	$(VENV)/bin/mypy
+
+test: lint types ## lint, check types, and run the tests
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 
 quick: $(READY) ## the tests of generated source, architecture, docs, database, search and configs: under a minute
@@ -34,6 +38,11 @@ format: $(READY) ## format, and fix what ruff can
 
 golden: $(READY) ## accept changes of generated source
 	$(VENV)/bin/pytest tests/templates --accept-golden
+
+wheel: $(READY) ## build dist/, and try the wheel in an environment of its own
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	.ci/try-wheel $(PYTHON) dist/*.whl
 
 setup: $(READY) ## make the virtual environment; the others do so when they need it
 

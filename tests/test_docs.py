@@ -16,7 +16,11 @@ from flashtune.tuner.cli.main import cli
 
 ROOT = Path(__file__).parents[1]
 CLI = ROOT / "docs" / "cli.md"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    ROOT / "examples" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 
 
 def commands(
@@ -151,9 +155,11 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem
+    "script",
+    sorted((*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py"))),
+    ids=lambda p: p.stem,
 )
-def test_benchmarks_import_what_there_is(script: Path) -> None:
+def test_scripts_import_what_there_is(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashtune"):
             module = import_module(str(node.module))

@@ -10,10 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "docs", "kernels", "src", "templates", "tests", "tuner", "tuning_db")
+FOLDERS = (
+    "benchmarks",
+    "docs",
+    "examples",
+    "kernels",
+    "src",
+    "templates",
+    "tests",
+    "tuner",
+    "tuning_db",
+)
 
 
-def test_the_source_archive_has_docs_benchmarks_and_tests(tmp_path: Path) -> None:
+def test_the_source_archive_has_docs_benchmarks_examples_and_tests(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -31,7 +41,7 @@ def test_the_source_archive_has_docs_benchmarks_and_tests(tmp_path: Path) -> Non
     [archive] = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    for folder in ("benchmarks", "docs", "tests"):
+    for folder in ("benchmarks", "docs", "examples", "tests"):
         expected = {
             str(path.relative_to(ROOT))
             for path in (ROOT / folder).rglob("*")
