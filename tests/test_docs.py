@@ -165,3 +165,23 @@ def test_scripts_import_what_there_is(script: Path) -> None:
             module = import_module(str(node.module))
             for name in (alias.name for alias in node.names):
                 assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), name
+
+
+GLOSSARY = ROOT / "docs" / "glossary.md"
+
+
+def test_the_glossary_says_each_word_once_in_one_sentence() -> None:
+    rows = re.findall(r"^\| \*\*(.+)\*\* \| (.+) \|$", GLOSSARY.read_text("utf-8"), re.MULTILINE)
+    words = [word for word, _ in rows]
+    assert len(words) == len(set(words))
+    assert all(not re.search(r"\. [A-Z]", text) and text.endswith(".") for _, text in rows)
+
+
+def test_every_page_is_linked_from_the_readme_or_from_another_page() -> None:
+    linked = {
+        (document.parent / target.partition("#")[0]).resolve()
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8"))
+    }
+    pages = [path for path in ROOT.glob("docs/*.md") if path.resolve() not in linked]
+    assert pages == []

@@ -4,24 +4,33 @@ Usage:
     device_of(weight.device)
     devices_here()             # the GPU first, if there is one
     toolchain(device)
+
+Where torch does not find a GPU that this machine must have, one line in the log `flashtune` says
+so: a CPU would be taken in its place without a word.
 """
 
 import functools
+import logging
 
 import torch
 
 from flashtune.kernels.backends.target import all_targets, target_of
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 
+LOG = logging.getLogger("flashtune")
+
 
 def device_of(device: torch.device) -> Device:
     """The device under a torch device, as its target describes it."""
+    if device.type == "cpu":
+        _warn_of_unused()
     found = (target.describe(device) for target in all_targets())
     return next(each for each in found if each is not None)
 
 
 def devices_here() -> tuple[Device, ...]:
     """This machine's devices that have kernels, those first that one would rather use."""
+    _warn_of_unused()
     found = (target.here() for target in all_targets())
     return tuple(each for each in found if each is not None)
 
@@ -34,6 +43,13 @@ def named_device(name: str) -> Device:
     wanted = name.strip().lower()
     found = (target.named(wanted) for target in all_targets())
     return next((each for each in found if each is not None), None) or find_device(name)
+
+
+@functools.cache
+def _warn_of_unused() -> None:
+    """Say once what device this machine must have, and why it is not found."""
+    for why in filter(None, (target.unused() for target in all_targets())):
+        LOG.warning("%s", why)
 
 
 @functools.cache

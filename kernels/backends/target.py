@@ -39,6 +39,7 @@ class Target:
     machine's device, None if it has none; described: the same, but its bandwidth may be unknown
     where measuring it would take templates. named: this machine's device if that is its name.
     trouble: why nothing can be measured on this machine's, None if it can.
+    unused: why a device that this machine must have is not found, None if nothing speaks for one.
     why_missing: why this machine cannot build a plan, None if it can.
     times_alone: whether compilers that run beside the timing would slow it down.
     registered: whether its devices are listed in devices.json; others only their machine knows.
@@ -62,6 +63,7 @@ class Target:
     named: Callable[[str], Device | None]
     toolchain: Callable[[], Toolchain]
     trouble: Callable[[], str | None]
+    unused: Callable[[], str | None]
     why_missing: Callable[[Plan], str | None]
     times_alone: bool
     registered: bool

@@ -189,6 +189,7 @@ TORCH = Target(
     named=lambda name: None,
     toolchain=lambda: Toolchain(torch=torch.__version__),
     trouble=lambda: "plain torch has nothing to be tuned",
+    unused=lambda: None,
     why_missing=lambda plan: None,
     times_alone=False,
     registered=False,

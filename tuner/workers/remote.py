@@ -28,12 +28,16 @@ FIND_SECONDS = 180.0  # to connect, and for a small machine to import torch and 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteMachine:
-    """The device of a machine elsewhere, its tools, and the way to workers there."""
+    """The device of a machine elsewhere, its tools, and the way to workers there.
+
+    passed_over: why no device of a kind that goes before was taken, where none was asked for.
+    """
 
     destination: str
     device: Device
     toolchain: Toolchain
     transport: Transport
+    passed_over: str = ""
 
     def compiles_as(self, here: Toolchain) -> bool:
         """Whether what compiles here compiles there: by the same minor version of Triton.
@@ -49,7 +53,8 @@ class RemoteMachine:
         named = {"triton": tools.triton, "torch": tools.torch, "driver": tools.driver}
         versions = [f"{name} {version}" for name, version in named.items() if version]
         found = ", ".join([f"{self.device.title} ({self.device.arch})", *versions])
-        return f"{self.destination}: {', '.join(filter(None, [found, tools.compiler]))}"
+        described = ", ".join(filter(None, [found, tools.compiler]))
+        return f"{self.destination}: {'; '.join(filter(None, [described, self.passed_over]))}"
 
 
 def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) -> RemoteMachine:
@@ -66,7 +71,7 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
     process = WorkerProcess(asked)
     try:
         report = read_report(_answer(process, asked, None))
-        device, toolchain = _choose(destination, report, wanted)
+        device, toolchain, passed_over = _choose(destination, report, wanted)
         sources = target_of(device).bandwidth_sources(device)
         if sources:
             bandwidth = read_bandwidth(_answer(process, asked, sources))
@@ -83,17 +88,26 @@ def find_machine(destination: str, wanted: Device | None, python: str = PYTHON) 
         device=device,
         toolchain=toolchain,
         transport=SshTransport(destination=destination, python=python),
+        passed_over=passed_over,
     )
 
 
-def _choose(destination: str, report: Report, wanted: Device | None) -> tuple[Device, Toolchain]:
-    """The wanted device of those found; without a wish the first that can be tuned."""
+def _choose(
+    destination: str, report: Report, wanted: Device | None
+) -> tuple[Device, Toolchain, str]:
+    """The wanted device of those found; without a wish the first that can be tuned.
+
+    With it come its tools, and why the kinds of device before it were passed over.
+    """
     if report.trouble:
         raise FlashtuneError(f"{destination}: {report.trouble}")
+    passed_over = ""
     if wanted is None:
         every = list(report.found.values())
         usable = [each for each in every if each.device]
         found = next(iter([*usable, *every[::-1]]), None)
+        if usable:
+            passed_over = "; ".join(each.trouble for each in every[: every.index(usable[0])])
     else:
         found = report.found.get(target_of(wanted).name)
     if found is None:
@@ -106,7 +120,7 @@ def _choose(destination: str, report: Report, wanted: Device | None) -> tuple[De
             f"{destination} has {device.title} ({device.name}, {device.arch}), not "
             f"{wanted.title} ({wanted.name}, {wanted.arch}): leave --device out"
         )
-    return device, tools
+    return device, tools, passed_over
 
 
 def _answer(process: WorkerProcess, transport: SshTransport, content: Any) -> Any:

@@ -48,6 +48,7 @@ CPU = Target(
     named=_named,
     toolchain=lambda: Toolchain(compiler=compiler_version()),
     trouble=_trouble,
+    unused=lambda: None,
     why_missing=lambda plan: None,
     times_alone=True,
     registered=False,

@@ -10,6 +10,7 @@ import torch
 from flashtune.kernels.backends.backend import Backend
 from flashtune.kernels.backends.cuda import nvrtc
 from flashtune.kernels.backends.nvidia.gpu import describe, toolchain
+from flashtune.kernels.backends.nvidia.jetson import why_unused
 from flashtune.kernels.backends.target import Target
 from flashtune.kernels.measure.timing import GraphTimer
 from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, staged
@@ -36,7 +37,7 @@ def _here() -> Device | None:
 
 def _trouble() -> str | None:
     if not torch.cuda.is_available() or torch.version.hip:
-        return f"torch {torch.__version__} finds no NVIDIA GPU there"
+        return why_unused() or f"torch {torch.__version__} finds no NVIDIA GPU there"
     return why_unusable("triton") or _why_no_launchers()
 
 
@@ -82,6 +83,7 @@ NVIDIA = Target(
     named=lambda name: None,
     toolchain=toolchain,
     trouble=_trouble,
+    unused=why_unused,
     why_missing=_why_missing,
     times_alone=False,
     registered=True,

@@ -35,6 +35,7 @@ from flashtune.tuner.cli.main import cli
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool, remote, ssh
+from flashtune.tuner.workers.answers.report import Found, Report
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.remote import RemoteMachine, find_machine
 from flashtune.tuner.workers.ssh import LEAST_PYTHON, SshTransport, code_archive
@@ -447,6 +448,23 @@ class TestAHostileMachine:
         machine("pass", before)
         with pytest.raises(FlashtuneError, match="no answer from far in 0 s"):
             find_machine("far", None)
+
+
+def test_a_cpu_that_is_taken_for_want_of_a_gpu_is_described_with_the_reason() -> None:
+    """A Jetson's CPU is not tuned without a word."""
+    cpu = Found(trouble="", device=find_device("orin"), toolchain=Toolchain(compiler="g++ 12"))
+    report = Report(trouble="", found={"nvidia": Found(trouble="no CUDA there"), "cpu": cpu})
+    device, toolchain, passed_over = remote._choose("far", report, None)
+    machine = RemoteMachine(
+        destination="far",
+        device=device,
+        toolchain=toolchain,
+        transport=SshTransport(destination="far"),
+        passed_over=passed_over,
+    )
+    assert machine.describe().endswith("(sm_87), g++ 12; no CUDA there")
+    only = Report(trouble="", found={"cpu": cpu})
+    assert remote._choose("far", only, None) == (device, toolchain, "")
 
 
 @pytest.mark.parametrize(
