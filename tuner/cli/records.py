@@ -167,7 +167,12 @@ def report(
 
 @click.group()
 def studies() -> None:
-    """Searches on record as Optuna's studies."""
+    """Searches on record as Optuna's studies.
+
+    \b
+    Example:
+      flashtune studies export --storage sqlite:///studies.db
+    """
 
 
 @studies.command("export")
