@@ -23,6 +23,7 @@ ROOMS = {
     "tuner": (
         "cli",
         "api",
+        "report",
         "bench",
         "clustering",
         "search",

@@ -238,6 +238,16 @@ class Store:
         with self._blamed():
             return [(row["created"], _measurement(row)) for row in rows]
 
+    def first_measurements(self) -> list[tuple[str, str, Measurement]]:
+        """The first measurement of each record, in the order of adding, with its key and time."""
+        rows = self._select(
+            "SELECT * FROM measurements WHERE id IN "
+            "(SELECT min(id) FROM measurements GROUP BY record) ORDER BY id",
+            (),
+        )
+        with self._blamed():
+            return [(row["record"], row["created"], _measurement(row)) for row in rows]
+
     def problems(self, device: str) -> list[Problem]:
         """The problems with any record on this device, sorted."""
         return sorted({record.problem for record in self.records(device=device)})

@@ -8,6 +8,8 @@ Nothing here raises because of a record, a database or a table: what cannot be r
 and `troubles` says so.
 """
 
+from pathlib import Path
+
 from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER, Choice, Level, Source, choose
 from flashtune.kernels.runtime.trouble import note, one_line
 from flashtune.tuning_db.device import Device, Toolchain
@@ -23,21 +25,27 @@ def best_choice(problem: Problem, device: Device, tools: Toolchain, troubles: li
 
 
 def look(
-    problem: Problem, device: Device, tools: Toolchain, troubles: list[str]
+    problem: Problem,
+    device: Device,
+    tools: Toolchain,
+    troubles: list[str],
+    database: Path | None = None,
 ) -> tuple[Choice, list[Source]]:
-    """The choice, and the records that it was made from.
+    """The choice, and the records that it was made from. database: else the user's.
 
     Looks for this problem first; reads all there is only where that finds nothing.
     """
-    sources = read_sources(device, problem, troubles)
+    sources = read_sources(device, problem, troubles, database)
     choice = choose(problem, device, tools, sources)
     if choice.level is not Level.EXACT:
-        sources = read_sources(device, None, troubles)
+        sources = read_sources(device, None, troubles, database)
         choice = choose(problem, device, tools, sources)
     return choice, sources
 
 
-def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -> list[Source]:
+def read_sources(
+    device: Device, problem: Problem | None, troubles: list[str], database: Path | None = None
+) -> list[Source]:
     """The records of one problem on this device, or of all problems and devices.
 
     What cannot be read is left out, and `troubles` says so once.
@@ -45,7 +53,7 @@ def read_sources(device: Device, problem: Problem | None, troubles: list[str]) -
     sources = []
     name = device.name if problem else None
     try:
-        store = open_existing(default_path())
+        store = open_existing(database or default_path())
         if store is not None:
             with store:
                 records = store.records(device=name, problem=problem)

@@ -13,7 +13,15 @@ import click
 from flashtune.tuner.cli.bench import bench
 from flashtune.tuner.cli.cost_model import model
 from flashtune.tuner.cli.models import cluster, quality
-from flashtune.tuner.cli.records import best, devices, forget, render, show
+from flashtune.tuner.cli.records import (
+    best,
+    devices,
+    forget,
+    render,
+    report,
+    show,
+    studies,
+)
 from flashtune.tuner.cli.search import search
 from flashtune.tuner.cli.tables import tables
 from flashtune.tuner.cli.terminal import printable
@@ -82,6 +90,7 @@ def cli() -> None:
 
 
 for command in (
-    search, cluster, quality, bench, devices, show, best, render, forget, tables, model
+    search, cluster, quality, bench, devices, show, best, render, report, studies, forget,
+    tables, model,
 ):  # fmt: skip
     cli.add_command(command)

@@ -1,4 +1,4 @@
-"""What is known: `flashtune devices`, `show`, `best`, `render` and `forget`."""
+"""What is known: `flashtune devices`, `show`, `best`, `render`, `report`, `studies`, `forget`."""
 
 import sys
 from pathlib import Path
@@ -133,6 +133,75 @@ def render(
     else:
         raise click.UsageError("give --record, or --device and --shape")
     click.echo(Candidate(problem, config, device).source, nl=False)
+
+
+@click.command()
+@options.device("Only this device's searches.")
+@options.shape("Only this shape's searches.")
+@options.out("The page to write.", "-o")
+@options.read_database
+def report(
+    device: Device | None, problem: Problem | None, out: Path, database: Path | None
+) -> None:
+    """Write the searches on record as a page to look at in a browser.
+
+    Of each search: the time against the byte floor, its trials with the best so far, which knobs
+    matter, what failed and why, and what a head would run. The page is one file that needs no
+    network.
+
+    \b
+    Example:
+      flashtune report --device h200 -o report.html
+    """
+    from flashtune.tuner.report.content import read_sections
+    from flashtune.tuner.report.figure import require_plotly
+    from flashtune.tuner.report.page import write_report
+
+    require_plotly()
+    path = database or default_path()
+    sections = read_sections(path, device, problem)
+    write_report(out, path, sections)
+    trials = sum(len(each.search.evaluated) for each in sections)
+    say(f"{out}: {len(sections)} searches, {trials} trials")
+
+
+@click.group()
+def studies() -> None:
+    """Searches on record as Optuna's studies.
+
+    \b
+    Example:
+      flashtune studies export --storage sqlite:///studies.db
+    """
+
+
+@studies.command("export")
+@click.option("--storage", metavar="URL", required=True, help="Optuna's, as sqlite:///studies.db.")
+@options.device("Only this device's searches.")
+@options.shape("Only this shape's searches.")
+@options.read_database
+def export_studies_(
+    storage: str, device: Device | None, problem: Problem | None, database: Path | None
+) -> None:
+    """Write searches to a storage of Optuna's, each as a study, for optuna-dashboard.
+
+    \b
+    Example:
+      flashtune studies export --storage sqlite:///studies.db --device h200
+    """
+    from flashtune.tuner.search.study import export_studies, searches
+
+    path = database or default_path()
+    with Store(path, read_only=True) as store:
+        found = searches(store, device.name if device else None, problem)
+    if not found:
+        raise FlashtuneError(f"no such record in {path}: run `flashtune search`")
+    written = export_studies(found, storage)
+    for name, trials in written:
+        say(f"{name}: {trials} trials")
+    if len(written) < len(found):
+        left = len(found) - len(written)
+        say(f"left out: {left} searches on devices that only their own machine can describe")
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 Usage:
     most_frequent(measurements)         # "crash: illegal access" and how often, or None
+    reasons(measurements)               # all of them, counted
     known_remedy(device, toolchain)     # what is known to help, or ""
 """
 
@@ -31,15 +32,17 @@ class Failure:
 
 def most_frequent(measurements: Iterable[Measurement]) -> Failure | None:
     """The most frequent reason of the evaluations that have no time; None where all have one."""
-    reasons = Counter(
+    found = reasons(measurements).most_common(1)
+    return Failure(reason=found[0][0], count=found[0][1]) if found else None
+
+
+def reasons(measurements: Iterable[Measurement]) -> Counter[str]:
+    """The outcome and the reason of each evaluation that has no time, in a line, counted."""
+    return Counter(
         f"{each.outcome.value}: {_line(each.error)}"
         for each in measurements
         if each.median_us is None
     )
-    if not reasons:
-        return None
-    reason, count = reasons.most_common(1)[0]
-    return Failure(reason=reason, count=count)
 
 
 def known_remedy(device: Device, toolchain: Toolchain) -> str:

@@ -1,0 +1,224 @@
+"""The page of a report and Optuna's studies, of a few dozen records that nobody measured."""
+
+import html
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import optuna
+import pytest
+from click.testing import CliRunner
+
+from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.plans.config import config_data
+from flashtune.tuner.cli.main import cli
+from flashtune.tuner.report.content import read_sections
+from flashtune.tuner.report.figure import history, importance, require_plotly
+from flashtune.tuner.search.space import Space
+from flashtune.tuner.search.study import searches, space_of, trials_of
+from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Record
+from flashtune.tuning_db.store import FINAL_POLICY, Store
+
+EVIL = "</script><script>alert(1)</script> & <b>"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def database(
+    tmp_path_factory: pytest.TempPathFactory,
+    problem: Problem,
+    device: Device,
+    recorded: Callable[..., Record],
+    free_space: Callable[..., Space],
+) -> Path:
+    """Random configs of a plan, whose time is that of `slack` above all; every fifth failed.
+
+    The first, the default, is timed again as a finalist. One record is of a CPU elsewhere.
+    """
+    path = tmp_path_factory.mktemp("report") / "tuning.db"
+    default = default_config(problem, device)
+    data = config_data(default)
+    space = free_space("slack", "evict", "score_rows", "score_warps")
+    others = [config for config in space.configs() if config != default]
+    configs = [default, *random.Random(0).sample(others, 47)]
+    failed = Measurement(outcome=Outcome.CRASH, error=f"illegal access {EVIL}")
+    slow = Measurement(outcome=Outcome.PRUNED, median_us=90.0, error="too slow")
+    with Store(path) as store:
+        for number, config in enumerate(configs):
+            time_us = 20.0 + abs(config_data(config)["slack"] - data["slack"]) + number / 50
+            record = recorded(config, time_us)
+            if number % 5 == 4:
+                record = recorded(config, 20.0, measurement=failed)
+            elif number == 7:
+                record = recorded(config, 20.0, measurement=slow)
+            store.add(record)
+        final = Measurement(outcome=Outcome.OK, median_us=18.0, policy=FINAL_POLICY)
+        store.add(recorded(default, 18.0, measurement=final))
+        store.add(recorded(default, 700.0, device="cpu-of-another-machine"))
+    return path
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+class TestSearchesOnRecord:
+    def test_are_told_apart_and_in_their_order(self, database: Path, device: Device) -> None:
+        with Store(database, read_only=True) as store:
+            elsewhere, found = searches(store, None, None)
+            assert searches(store, device.name, None) == [found]
+        assert len(found.evaluated) == 48
+        assert found.evaluated[0].first.median_us == 20.0
+        assert found.evaluated[0].record.measurement.median_us == 18.0, "timed again at the end"
+        assert found.name == "orin-nano-super 512x64 c32 p4 measured triton 3.6.0"
+        assert (elsewhere.device, space_of(elsewhere)) == ("cpu-of-another-machine", None)
+
+    def test_become_trials(self, database: Path, device: Device) -> None:
+        with Store(database, read_only=True) as store:
+            [found] = searches(store, device.name, None)
+        space = space_of(found)
+        assert space is not None
+        trials = trials_of(found, space)
+        assert len(trials) == len(found.evaluated)
+        states = [trial.state.name for trial in trials]
+        assert states[0] == "COMPLETE" and trials[0].value == 18.0
+        assert states[4] == "FAIL" and EVIL in trials[4].user_attrs["error"]
+        assert states[7] == "PRUNED" and trials[7].intermediate_values == {0: 90.0}
+        assert trials[0].user_attrs["record"] == found.evaluated[0].record.key
+
+    def test_say_which_knob_matters(self, database: Path, device: Device) -> None:
+        [section] = read_sections(database, device, None)
+        [study] = section.studies.values()
+        found = importance(study)
+        assert max(found, key=lambda name: found[name]) == "slack"
+        assert section.default_us == 18.0 == section.best.measurement.median_us  # type: ignore[union-attr]
+        assert section.outcomes["crash"] == sum(section.reasons.values()) > 0
+        assert section.choice is not None and section.choice.record == section.best
+
+    def test_can_be_opened_by_optuna(self, database: Path, tmp_path: Path) -> None:
+        storage = f"sqlite:///{tmp_path / 'studies.db'}"
+        text = run("studies", "export", "--storage", storage, "--db", database)
+        assert "left out: 1 searches on devices that only" in text
+        [name] = optuna.get_all_study_names(storage)
+        study = optuna.load_study(study_name=name, storage=storage)
+        assert f"{name}: {len(study.trials)} trials" in text
+        assert study.best_value == 18.0
+        for words, said in (
+            (("--storage", storage), "has the study 'orin-nano-super"),
+            (("--storage", "nonsense"), "cannot use the storage nonsense"),
+            (("--storage", f"sqlite:///{tmp_path}/no/a.db"), "cannot use the storage"),
+            (("--storage", storage, "--device", "a40"), "no such record"),
+        ):
+            result = CliRunner().invoke(cli, ["studies", "export", *words, "--db", str(database)])
+            assert isinstance(result.exception, SystemExit) and result.exit_code == 2
+            assert said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+class _Page(HTMLParser):
+    """What of a page a browser would fetch, and which elements it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._in_script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_script = tag == "script"
+        if self._in_script:
+            self.scripts.append("")
+        names = ("src", "data", "poster") if tag != "link" else ("href",)
+        self.fetched += [str(value) for name, value in attrs if name in names]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+class TestAReport:
+    @pytest.fixture
+    def page(self, database: Path, tmp_path: Path) -> Path:
+        pytest.importorskip("plotly")
+        out = tmp_path / "report.html"
+        said = run("report", "-o", out, "--db", database)
+        assert re.fullmatch(rf"{re.escape(str(out))}: 2 searches, \d+ trials\n", said)
+        return out
+
+    def test_is_one_page_that_fetches_nothing(self, page: Path) -> None:
+        read = _Page()
+        read.feed(page.read_text("utf-8"))
+        assert read.fetched == []
+        assert len(read.scripts[0]) > 1_000_000, "plotly itself"
+        drawn = [script for script in read.scripts if "Plotly.newPlot" in script]
+        titles = "\n".join(drawn)
+        for title in (
+            "Time against the byte floor", "Trials", "Importance of the knobs of plan",
+            "Knobs of plan", "Outcomes", "best so far", "byte floor",
+        ):  # fmt: skip
+            assert title in titles, title
+
+    def test_says_what_failed_and_what_a_head_would_run(self, page: Path, device: Device) -> None:
+        read = _Page()
+        text = page.read_text("utf-8")
+        read.feed(text)
+        assert f"crash: illegal access {EVIL}" in read.text
+        assert "<script>alert(1)" not in text and html.escape(EVIL) in text
+        assert "A head would run: plan=" in read.text
+        assert "user database: measured on orin-nano-super" in read.text
+        assert "Only its own machine can describe this device" in read.text
+
+    def test_shows_the_best_so_far(self, database: Path, device: Device) -> None:
+        pytest.importorskip("plotly")
+        [section] = read_sections(database, device, None)
+        traces = {trace.name: trace for trace in history(section).data}
+        line = list(traces["best so far"].y)
+        assert len(line) == len(section.search.evaluated)
+        assert line == sorted(line, reverse=True) and line[-1] == 20.0
+        assert len(traces["failed"].x) == section.outcomes["crash"]
+        assert list(traces["too slow"].y) == [90.0]
+
+    def test_is_of_the_device_and_shape_that_are_named(
+        self, database: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("plotly")
+        out = tmp_path / "orin.html"
+        words = ("report", "-o", out, "--db", database)
+        assert "1 searches" in run(*words, "--device", "orin")
+        assert "another-machine" not in out.read_text("utf-8")
+        result = CliRunner().invoke(cli, [*map(str, words), "--shape", "qwen3-vl-2b"])
+        assert result.exit_code == 2 and "run `flashtune search`" in result.stderr
+
+    def test_without_plotly_one_line_says_what_to_install(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+        with pytest.raises(FlashtuneError, match=r"pip install 'flashtune\[report\]'"):
+            require_plotly()
+        out = tmp_path / "report.html"
+        result = CliRunner().invoke(cli, ["report", "-o", str(out), "--db", str(database)])
+        assert result.exit_code == 2 and "flashtune[report]" in result.stderr
+        assert not out.exists()
+
+    @pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+    def test_is_drawn_by_a_browser(self, page: Path) -> None:
+        command = (str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+        shown = subprocess.run(
+            [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert shown.stdout.count("main-svg") > 4

@@ -1,0 +1,179 @@
+"""A report's figures, drawn by Plotly (the extra `flashtune[report]`).
+
+Usage:
+    require_plotly()
+    figure = history(section)       # a plotly.graph_objects.Figure
+"""
+
+import html
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+
+from flashtune.tuner.report.content import Section
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.record import ConfigData, Outcome, family
+
+_HEIGHT = 360
+
+
+def require_plotly() -> Any:
+    """Plotly's graph objects; raises FlashtuneError where it is not installed."""
+    try:
+        import plotly.graph_objects as graph
+    except ImportError as error:
+        raise FlashtuneError("a report needs plotly: pip install 'flashtune[report]'") from error
+    return graph
+
+
+def overview(sections: Sequence[Section]) -> Any:
+    """The best time of each problem against the fewest bytes at the device's bandwidth."""
+    graph = require_plotly()
+    shown = [each for each in sections if each.best is not None]
+    names = [html.escape(each.search.name) for each in shown]
+    figure = graph.Figure()
+    bars = (
+        ("byte floor", [each.floor_us or None for each in shown]),
+        ("best", [_time(each) for each in shown]),
+        ("default", [each.default_us for each in shown]),
+    )
+    for name, times in bars:
+        figure.add_bar(name=name, y=names, x=times, orientation="h")
+    figure.update_layout(
+        title="Time against the byte floor",
+        barmode="group",
+        xaxis_title="us a call",
+        yaxis={"automargin": True, "autorange": "reversed"},
+        height=160 + 90 * len(shown),
+    )
+    return figure
+
+
+def history(section: Section) -> Any:
+    """The trials in their order: those timed by family, those that failed, and the best so far."""
+    graph = require_plotly()
+    figure = graph.Figure()
+    times: dict[str, list[tuple[int, float, str]]] = {}
+    failed: list[tuple[int, str]] = []
+    best, line = math.inf, []
+    for number, each in enumerate(section.search.evaluated, start=1):
+        first, config = each.first, each.record.config
+        told = f"{each.created}<br>{_told(config)}"
+        if first.median_us is None:
+            reason = html.escape(first.error[:200])
+            failed.append((number, f"{told}<br>{first.outcome.value}: {reason}"))
+        else:
+            name = "too slow" if first.outcome is Outcome.PRUNED else family(config)
+            times.setdefault(name, []).append((number, first.median_us, told))
+            if first.outcome is Outcome.OK:
+                best = min(best, first.median_us)
+        line.append(best if best < math.inf else None)
+    for name, points in sorted(times.items()):
+        numbers, values, texts = zip(*points, strict=True)
+        figure.add_scatter(name=html.escape(name), x=numbers, y=values, text=texts, mode="markers")
+    figure.add_scatter(
+        name="best so far",
+        x=list(range(1, len(line) + 1)),
+        y=line,
+        mode="lines",
+        line={"shape": "hv", "color": "black"},
+    )
+    if failed:
+        numbers, texts = zip(*failed, strict=True)
+        lowest = section.floor_us or min((each for each in line if each), default=1.0)
+        figure.add_scatter(
+            name="failed",
+            x=numbers,
+            y=[lowest] * len(failed),
+            text=texts,
+            mode="markers",
+            marker={"symbol": "x", "color": "red"},
+        )
+    if section.floor_us:
+        figure.add_scatter(
+            name="byte floor",
+            x=[1, len(line)],
+            y=[section.floor_us] * 2,
+            mode="lines",
+            line={"dash": "dot", "color": "gray"},
+        )
+    figure.update_layout(
+        title="Trials", xaxis_title="trial", yaxis_title="us a call", yaxis_type="log",
+        height=_HEIGHT,
+    )  # fmt: skip
+    return figure
+
+
+def importances(plan: str, found: Mapping[str, float]) -> Any:
+    """How much each knob of a plan has to do with which configs are fast."""
+    graph = require_plotly()
+    names = sorted(found, key=lambda name: found[name])
+    figure = graph.Figure()
+    figure.add_bar(y=names, x=[found[name] for name in names], orientation="h")
+    figure.update_layout(
+        title=f"Importance of the knobs of plan {plan}",
+        yaxis={"automargin": True},
+        height=120 + 24 * len(names),
+    )
+    return figure
+
+
+def importance(study: optuna.Study) -> dict[str, float]:
+    """The share of each knob that was varied, by its name, by Optuna's PED-ANOVA.
+
+    Empty where none was.
+    """
+    names = _varied(study)
+    if not names:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
+    return {name.partition(".")[2]: share for name, share in found.items()}
+
+
+def parallel_coordinates(plan: str, study: optuna.Study) -> Any:
+    """Each trial of a plan as a line through the values of its knobs."""
+    require_plotly()
+    figure = optuna.visualization.plot_parallel_coordinate(
+        study, params=_varied(study), target_name="us"
+    )
+    figure.update_layout(title=f"Knobs of plan {plan}", height=_HEIGHT + 60)
+    return figure
+
+
+def outcomes(section: Section) -> Any:
+    """How the evaluations ended."""
+    graph = require_plotly()
+    names, counts = zip(*section.outcomes.most_common(), strict=True)
+    figure = graph.Figure()
+    figure.add_bar(x=names, y=counts, text=counts)
+    figure.update_layout(title="Outcomes", yaxis_title="configs", height=_HEIGHT - 80)
+    return figure
+
+
+def _varied(study: optuna.Study) -> list[str]:
+    """The knobs that every trial has, with more than one value."""
+    trials = study.trials
+    names = [name for name in trials[0].params if name != "plan"]
+    return [
+        name
+        for name in names
+        if all(name in trial.params for trial in trials)
+        and len({trial.params[name] for trial in trials}) > 1
+    ]
+
+
+def _time(section: Section) -> float | None:
+    return section.best.measurement.median_us if section.best else None
+
+
+def _told(config: ConfigData) -> str:
+    """A config as the lines of a label."""
+    pairs = [f"{name}={value}" for name, value in config.items()]
+    lines = [" ".join(pairs[start : start + 4]) for start in range(0, len(pairs), 4)]
+    return "<br>".join(html.escape(line) for line in lines)

@@ -1,0 +1,91 @@
+"""The page of a report: one HTML file that needs no network.
+
+Usage:
+    write_report(Path("report.html"), database, read_sections(database, None, None))
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from flashtune.kernels.plans.config import config_data
+from flashtune.tuner.report import figure
+from flashtune.tuner.report.content import ENOUGH, Section
+from flashtune.tuning_db.record import ConfigData
+
+_MOST_REASONS = 20
+
+
+def write_report(out: Path, database: Path, sections: Sequence[Section]) -> None:
+    """Write the page of these searches. Raises FlashtuneError without Plotly, and OSError."""
+    figure.require_plotly()
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    source = resources.files("flashtune.tuner.report").joinpath("page.html.j2").read_text("utf-8")
+    text = environment.from_string(source).render(
+        database=str(database),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        script=Markup(get_plotlyjs()),
+        overview=_drawn(figure.overview(sections)),
+        sections=[_data(each) for each in sections],
+    )
+    out.write_text(text, "utf-8")
+
+
+def _data(section: Section) -> dict[str, Any]:
+    best, choice, floor = section.best, section.choice, section.floor_us
+    time_us = best.measurement.median_us if best else None
+    return {
+        "name": section.search.name,
+        "trials": len(section.search.evaluated),
+        "default": _number(section.default_us),
+        "best": _number(time_us),
+        "floor": _number(floor or None),
+        "ratio": f"{time_us / floor:.2f}" if time_us and floor else "",
+        "best_config": _told(best.config) if best else "",
+        "runs": _told(config_data(choice.config)) if choice else "not known on this machine",
+        "why": f"{choice.source}: {choice.why}" if choice else "",
+        "figures": [_drawn(each) for each in _figures(section)],
+        "reasons": section.reasons.most_common(_MOST_REASONS),
+        "notes": list(_notes(section)),
+    }
+
+
+def _figures(section: Section) -> Iterator[Any]:
+    yield figure.history(section)
+    for plan, study in section.studies.items():
+        if found := figure.importance(study):
+            yield figure.importances(plan, found)
+            yield figure.parallel_coordinates(plan, study)
+    yield figure.outcomes(section)
+
+
+def _notes(section: Section) -> Iterator[str]:
+    yield from section.troubles
+    if section.device is None:
+        yield "Only its own machine can describe this device: no floor, and no knobs compared."
+    elif not section.studies:
+        yield f"No plan has {ENOUGH} trials that worked: no knobs compared."
+    left = len(section.reasons) - _MOST_REASONS
+    if left > 0:
+        yield f"{left} rarer reasons are not shown."
+
+
+def _drawn(drawing: Any) -> Markup:
+    """A figure as a part of the page, whose script has Plotly's library already."""
+    config = {"displaylogo": False}
+    return Markup(drawing.to_html(full_html=False, include_plotlyjs=False, config=config))
+
+
+def _number(time_us: float | None) -> str:
+    return "" if time_us is None else f"{time_us:.1f}"
+
+
+def _told(config: ConfigData) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.items())

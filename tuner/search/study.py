@@ -1,0 +1,162 @@
+"""A search that is on record, and the study of Optuna's that it would be.
+
+Usage:
+    for found in searches(store, None, None):
+        study = optuna.create_study(direction="minimize")
+        study.add_trials(trials_of(found, space))
+    export_studies(searches(store, None, None), "sqlite:///studies.db")    # for optuna-dashboard
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import optuna
+
+from flashtune.kernels.plans.config import parse_config
+from flashtune.tuner.here import device_named
+from flashtune.tuner.search.space import Space
+from flashtune.tuning_db.device import Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
+from flashtune.tuning_db.store import Store
+
+MOST_ATTRIBUTE = 2000  # characters of an error; a column of some databases holds 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """A config's record, with what its first evaluation gave and when that ended (UTC).
+
+    The record has the newest measurement: of finalists, that of the comparison.
+    """
+
+    record: Record
+    first: Measurement
+    created: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedSearch:
+    """What was evaluated of one problem on one device with the same tools, in that order."""
+
+    device: str
+    toolchain: Toolchain
+    problem: Problem
+    provenance: Provenance
+    evaluated: list[Evaluated] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What tells it from other searches, in a line."""
+        tools = self.toolchain
+        named = (("triton", tools.triton), ("torch", tools.torch), ("driver", tools.driver))
+        versions = [f"{name} {version}" for name, version in named if version]
+        parts = [self.device, self.problem.describe(), self.provenance.value, *versions]
+        return " ".join([*parts, tools.compiler] if tools.compiler else parts)
+
+
+def searches(store: Store, device: str | None, problem: Problem | None) -> list[RecordedSearch]:
+    """The searches of a device and a problem, or of all, by device and problem."""
+    records = {each.key: each for each in store.records(device=device, problem=problem)}
+    found: dict[tuple[str, Problem, str, Toolchain], RecordedSearch] = {}
+    for key, created, first in store.first_measurements():
+        record = records.get(key)
+        if record is None:
+            continue
+        place = record.device, record.problem, record.provenance.value, record.toolchain
+        search = found.setdefault(
+            place,
+            RecordedSearch(
+                device=record.device,
+                toolchain=record.toolchain,
+                problem=record.problem,
+                provenance=record.provenance,
+            ),
+        )
+        search.evaluated.append(Evaluated(record=record, first=first, created=created))
+    return [found[place] for place in sorted(found)]
+
+
+def space_of(search: RecordedSearch) -> Space | None:
+    """What was searched; None on a device that only its own machine can describe."""
+    try:
+        return Space(search.problem, device_named(search.device))
+    except FlashtuneError:
+        return None
+
+
+def trials_of(search: RecordedSearch, space: Space) -> list[optuna.trial.FrozenTrial]:
+    """The trials of a search, of what this version of flashtune can still read.
+
+    A failure is a failed trial; a config that was too slow to be timed in full is a pruned one,
+    whose time is its only intermediate value.
+    """
+    trials = []
+    for each in search.evaluated:
+        try:
+            config = parse_config(each.record.config)
+        except FlashtuneError:
+            continue  # of another version of its plan
+        parameters = space.parameters(config)
+        if parameters is None:
+            continue
+        measurement = each.record.measurement
+        ok, pruned = (measurement.outcome is each for each in (Outcome.OK, Outcome.PRUNED))
+        states = optuna.trial.TrialState
+        trial = optuna.trial.create_trial(
+            params=parameters,
+            distributions=space.distributions(config),
+            value=measurement.median_us if ok else None,
+            intermediate_values={0: measurement.median_us or 0.0} if pruned else {},
+            state=states.COMPLETE if ok else states.PRUNED if pruned else states.FAIL,
+            user_attrs=_attributes(each.record),
+        )
+        trial.datetime_start = trial.datetime_complete = _local(each.created)
+        trials.append(trial)
+    return trials
+
+
+def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[str, int]]:
+    """Write each search as a study to Optuna's storage; their names and numbers of trials.
+
+    A search on a device that only its own machine can describe is left out.
+    Raises FlashtuneError, with nothing written, where the storage cannot be used or has a study
+    of one of the names.
+    """
+    known = [(each, space) for each in found if (space := space_of(each))]
+    names = [each.name for each, _ in known]
+    trials = [trials_of(each, space) for each, space in known]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        opened = optuna.storages.RDBStorage(storage)
+        there = set(names) & set(optuna.get_all_study_names(opened))
+    except Exception as error:  # of SQLAlchemy, a driver that is missing, a path
+        raise FlashtuneError(f"cannot use the storage {storage}: {error}") from error
+    if there:
+        raise FlashtuneError(
+            f"the storage has the study {min(there)!r} already: name another --storage"
+        )
+    for name, each in zip(names, trials, strict=True):
+        study = optuna.create_study(storage=opened, study_name=name, direction="minimize")
+        study.add_trials(each)
+    return [(name, len(each)) for name, each in zip(names, trials, strict=True)]
+
+
+def _attributes(record: Record) -> dict[str, Any]:
+    found = {
+        "record": record.key,
+        "outcome": record.measurement.outcome.value,
+        "provenance": record.provenance.value,
+        "policy": record.measurement.policy,
+    }
+    error = record.measurement.error
+    return {**found, "error": error[:MOST_ATTRIBUTE]} if error else found
+
+
+def _local(created: str) -> datetime:
+    """A record's time as Optuna keeps times: of this machine's zone, without saying so."""
+    utc = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    return utc.astimezone().replace(tzinfo=None)
