@@ -35,10 +35,9 @@ from flashtune.kernels.backends.target import (
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate, plans_of
-from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.config import Config, config_data, short_config
 from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
-from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 

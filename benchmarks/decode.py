@@ -26,10 +26,9 @@ from flashtune.kernels.backends.target import (
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config
+from flashtune.kernels.plans.config import Config, short_config
 from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Weights
-from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import config_key

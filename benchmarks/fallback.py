@@ -24,9 +24,8 @@ from flashtune.kernels.backends.target import backend_of, default_config, target
 from flashtune.kernels.measure.timing import Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.config import Config, config_data, short_config
 from flashtune.kernels.runtime.choice import PREBUILT, Choice, Source, choose
-from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Record

@@ -27,10 +27,9 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.backends.target import known_good
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.config import config_data, short_config
 from flashtune.kernels.runtime import binding
 from flashtune.kernels.weights import Weights
-from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record

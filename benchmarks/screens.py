@@ -30,11 +30,10 @@ from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.plans.config import Config, config_data, short_config
 from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
-from flashtune.tuner.cli.report import short_config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape

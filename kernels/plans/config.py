@@ -3,6 +3,7 @@
 Usage:
     config = parse_config({"plan": "staged", "selection": "threshold", …})  # from a table
     config_data(config)
+    short_config(record.config)         # in a line for a person
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ from typing import Any
 from flashtune.kernels.plans.candidate import PLANS
 from flashtune.kernels.plans.knob import Config, config_data, enabled, knobs
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.record import Scalar
+from flashtune.tuning_db.record import ConfigData, Scalar
 
-__all__ = ["Config", "config_data", "enabled", "knobs", "parse_config", "slack_of"]
+__all__ = ["Config", "config_data", "enabled", "knobs", "parse_config", "short_config", "slack_of"]
 
 
 def parse_config(data: Any) -> Config:
@@ -41,3 +42,20 @@ def parse_config(data: Any) -> Config:
 def slack_of(config: Config) -> int:
     """How many clusters more than asked a config may probe."""
     return PLANS[config.plan].slack(config)
+
+
+def short_config(config: ConfigData) -> str:
+    """The plan, and the knobs that differ from their defaults or from what this version knows."""
+    if config["plan"] not in PLANS:
+        return f"{config['plan']}, which is not known here"
+    plan = PLANS[config["plan"]].config
+    known = knobs(plan)
+    changed = [
+        f"{name}={config[name]}"
+        for name, knob in known.items()
+        if name in config and config[name] != knob["default"]
+    ]
+    odd = sorted(set(known) ^ (set(config) - {"plan"}))
+    if odd:
+        changed.append(f"(of another version of flashtune: see {', '.join(odd)})")
+    return " ".join([plan.plan, *changed])

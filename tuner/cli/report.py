@@ -3,39 +3,20 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from flashtune.kernels.plans.candidate import PLANS
-from flashtune.kernels.plans.config import parse_config
-from flashtune.kernels.plans.knob import knobs
+from flashtune.kernels.plans.config import parse_config, short_config
 from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.search.lookup import KnownRecord
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.one_line import one_line
-from flashtune.tuning_db.record import ConfigData, Outcome, Provenance, Record
+from flashtune.tuning_db.record import Outcome, Provenance, Record
 
 _MARKS = {USER: "", ADDED: "+", PREBUILT: "*"}  # after a record's outcome
 _TABLES = {
     ADDED: "of a table in FLASHTUNE_TABLES, not of the database",
     PREBUILT: "of a shipped table, not of the database",
 }
-
-
-def short_config(config: ConfigData) -> str:
-    """The plan, and the knobs that differ from their defaults or from what this version knows."""
-    if config["plan"] not in PLANS:
-        return f"{config['plan']}, which is not known here"
-    plan = PLANS[config["plan"]].config
-    known = knobs(plan)
-    changed = [
-        f"{name}={config[name]}"
-        for name, knob in known.items()
-        if name in config and config[name] != knob["default"]
-    ]
-    odd = sorted(set(known) ^ (set(config) - {"plan"}))
-    if odd:
-        changed.append(f"(of another version of flashtune: see {', '.join(odd)})")
-    return " ".join([plan.plan, *changed])
 
 
 def number(time_us: float | None) -> str:

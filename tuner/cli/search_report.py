@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from rich.progress import TaskID
 
-from flashtune.tuner.cli.report import number, predicted_notes, short_config, time_of
+from flashtune.kernels.plans.config import short_config
+from flashtune.tuner.cli.report import number, predicted_notes, time_of
 from flashtune.tuner.cli.terminal import print_rows
 from flashtune.tuner.predict.floor import floor_us
 from flashtune.tuner.progress import ProgressBar, TimeLeft

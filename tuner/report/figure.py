@@ -35,19 +35,19 @@ def overview(sections: Sequence[Section]) -> Any:
     shown = [each for each in sections if each.best is not None]
     names = [html.escape(each.search.name) for each in shown]
     figure = graph.Figure()
-    bars = (
-        ("byte floor", [each.floor_us or None for each in shown]),
-        ("best", [_time(each) for each in shown]),
-        ("default", [each.default_us for each in shown]),
+    points = (
+        ("byte floor", "line-ns-open", [each.floor_us or None for each in shown]),
+        ("best", "circle", [_time(each) for each in shown]),
+        ("default", "circle-open", [each.default_us for each in shown]),
     )
-    for name, times in bars:
-        figure.add_bar(name=name, y=names, x=times, orientation="h")
+    for name, symbol, times in points:
+        marker = {"symbol": symbol, "size": 12}
+        figure.add_scatter(name=name, y=names, x=times, mode="markers", marker=marker)
     figure.update_layout(
         title="Time against the byte floor",
-        barmode="group",
-        xaxis_title="us a call",
+        xaxis={"title": "us a call", "type": "log"},
         yaxis={"automargin": True, "autorange": "reversed"},
-        height=160 + 90 * len(shown),
+        height=160 + 40 * len(shown),
     )
     return figure
 

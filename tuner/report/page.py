@@ -13,10 +13,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.config import config_data, short_config
 from flashtune.tuner.report import figure
 from flashtune.tuner.report.content import ENOUGH, Section
-from flashtune.tuning_db.record import ConfigData
 
 _MOST_REASONS = 20
 
@@ -48,8 +47,10 @@ def _data(section: Section) -> dict[str, Any]:
         "best": _number(time_us),
         "floor": _number(floor or None),
         "ratio": f"{time_us / floor:.2f}" if time_us and floor else "",
-        "best_config": _told(best.config) if best else "",
-        "runs": _told(config_data(choice.config)) if choice else "not known on this machine",
+        "best_config": short_config(best.config) if best else "",
+        "runs": short_config(config_data(choice.config))
+        if choice
+        else "not known on this machine",
         "why": f"{choice.source}: {choice.why}" if choice else "",
         "figures": [_drawn(each) for each in _figures(section)],
         "reasons": section.reasons.most_common(_MOST_REASONS),
@@ -85,7 +86,3 @@ def _drawn(drawing: Any) -> Markup:
 
 def _number(time_us: float | None) -> str:
     return "" if time_us is None else f"{time_us:.1f}"
-
-
-def _told(config: ConfigData) -> str:
-    return " ".join(f"{name}={value}" for name, value in config.items())

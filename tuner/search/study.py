@@ -123,8 +123,8 @@ def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[
     """Write each search as a study to Optuna's storage; their names and numbers of trials.
 
     A search on a device that only its own machine can describe is left out.
-    Raises FlashtuneError, with nothing written, where the storage cannot be used or has a study
-    of one of the names.
+    Raises FlashtuneError where the storage cannot be used, and, with nothing written, where it has
+    a study of one of the names.
     """
     known = [(each, space) for each in found if (space := space_of(each))]
     names = [each.name for each, _ in known]
@@ -133,15 +133,13 @@ def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[
     try:
         opened = optuna.storages.RDBStorage(storage)
         there = set(names) & set(optuna.get_all_study_names(opened))
-    except Exception as error:  # of SQLAlchemy, a driver that is missing, a path
-        raise FlashtuneError(f"cannot use the storage {storage}: {error}") from error
-    if there:
-        raise FlashtuneError(
-            f"the storage has the study {min(there)!r} already: name another --storage"
-        )
-    for name, each in zip(names, trials, strict=True):
-        study = optuna.create_study(storage=opened, study_name=name, direction="minimize")
-        study.add_trials(each)
+        if there:
+            raise FlashtuneError(f"it has the study {min(there)!r} already, name another")
+        for name, each in zip(names, trials, strict=True):
+            study = optuna.create_study(storage=opened, study_name=name, direction="minimize")
+            study.add_trials(each)
+    except Exception as error:  # of SQLAlchemy, a driver that is missing, a path, a full disk
+        raise FlashtuneError(f"cannot write to the storage {storage}: {error}") from error
     return [(name, len(each)) for name, each in zip(names, trials, strict=True)]
 
 

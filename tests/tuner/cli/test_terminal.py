@@ -15,11 +15,10 @@ from rich.console import Console
 
 import flashtune
 from flashtune.kernels.plans import STAGED
-from flashtune.kernels.plans.config import config_data
+from flashtune.kernels.plans.config import config_data, short_config
 from flashtune.tuner import progress
 from flashtune.tuner.cli import terminal
 from flashtune.tuner.cli.main import cli
-from flashtune.tuner.cli.report import short_config
 
 SOURCE = Path(flashtune.__file__).parents[1]
 HEAVY = ("torch", "triton", "numpy", "optuna", "rich", "jinja2", "sqlite_utils", "transformers")

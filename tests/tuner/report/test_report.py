@@ -114,9 +114,9 @@ class TestSearchesOnRecord:
         assert f"{name}: {len(study.trials)} trials" in text
         assert study.best_value == 18.0
         for words, said in (
-            (("--storage", storage), "has the study 'orin-nano-super"),
-            (("--storage", "nonsense"), "cannot use the storage nonsense"),
-            (("--storage", f"sqlite:///{tmp_path}/no/a.db"), "cannot use the storage"),
+            (("--storage", storage), "it has the study 'orin-nano-super"),
+            (("--storage", "nonsense"), "cannot write to the storage nonsense"),
+            (("--storage", f"sqlite:///{tmp_path}/no/a.db"), "cannot write to the storage"),
             (("--storage", storage, "--device", "a40"), "no such record"),
         ):
             result = CliRunner().invoke(cli, ["studies", "export", *words, "--db", str(database)])
@@ -179,7 +179,7 @@ class TestAReport:
         read.feed(text)
         assert f"crash: illegal access {EVIL}" in read.text
         assert "<script>alert(1)" not in text and html.escape(EVIL) in text
-        assert "A head would run: plan=" in read.text
+        assert "A head would run: staged" in read.text
         assert "user database: measured on orin-nano-super" in read.text
         assert "Only its own machine can describe this device" in read.text
 
