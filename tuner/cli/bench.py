@@ -1,12 +1,12 @@
 """`flashtune bench`: what FlashHead gains with a model, and what it changes."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from flashtune.tuner.cli import options
+from flashtune.tuner.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from flashtune.kernels.formats.screen import Screen
@@ -104,14 +104,14 @@ def bench(
     try:
         report = bench_model(folder, lineup(folder, n_probes, screens), request)
     except KeyboardInterrupt:
-        click.echo("interrupted: there is nothing to compare yet", err=True)
+        say("interrupted: there is nothing to compare yet", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if picture is not None:
         plot(report, picture)
     if as_json:
-        click.echo(json.dumps({"model": model, **bench_data(report)}, indent=1))
+        say_json({"model": model, **bench_data(report)})
     else:
         print_rows(title(report), HEADINGS, table_rows(report), notes=list(notes(report)))
     if report.interrupted:
-        click.echo("interrupted: this is what was measured until then", err=True)
+        say("interrupted: this is what was measured until then", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

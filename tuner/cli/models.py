@@ -113,7 +113,7 @@ def cluster(
         f"{result.n_probes} probes{f', screened in {result.screen}' if result.screen else ''}"
     )
     if result.why:
-        click.echo(result.why)
+        say(result.why)
 
 
 def _fastest_of(

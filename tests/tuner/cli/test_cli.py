@@ -20,7 +20,6 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from flashtune.kernels import head
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.target import default_config
@@ -30,7 +29,6 @@ from flashtune.kernels.plans.config import parse_config
 from flashtune.tuner import table_check
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.here import this_device
-from flashtune.tuning_db import problem as problem_module
 from flashtune.tuning_db.device import Device, all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -523,9 +521,6 @@ class TestAPredictedSearch:
 
 
 class TestOptions:
-    def test_a_shape_has_as_many_tokens_as_a_head_takes_at_once(self) -> None:
-        assert problem_module.MOST_TOKENS == head.MOST_TOKENS
-
     def test_earlier_spellings_are_read_and_not_shown(self, table: Path, tmp_path: Path) -> None:
         for name in ("--out", "--output", "-o"):
             done("tables", "merge", table, table, name, tmp_path / f"made{name}.json")

@@ -114,9 +114,9 @@ def test_a_time_that_nothing_could_take_is_the_configs_failure(task) -> None:
     asked = task("measure")
     least = least_us(asked.problem, asked.device)
     for time_us in (0, 0.0, 0.99 * least):
-        [found] = read(
-            Reply(measurements=(replace(OK, median_us=time_us),)).data(), asked
-        ).measurements
+        data = Reply(measurements=(OK,)).data()
+        data["measurements"][0]["median_us"] = time_us
+        [found] = read(data, asked).measurements
         assert found.outcome is Outcome.WRONG_RESULT
         assert found.median_us is None
         assert "what it must read takes" in found.error
