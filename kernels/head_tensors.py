@@ -20,6 +20,7 @@ from flashtune.kernels.weights import (
     Weights,
     aligned,
     check_finite,
+    checked_dense,
     checked_problem,
     enough_rows,
     in_order,
@@ -71,8 +72,9 @@ class HeadTensors(nn.Module):
                 "give one of them"
             )
         _check_rows(rows, screen, release_weight)
-        model = weight
-        weight, centroids = weight.detach(), centroids.detach()
+        model = checked_dense("weight", weight)
+        weight = model.detach()
+        centroids = checked_dense("centroids", centroids).detach()
         problem = checked_problem(weight, centroids, n_probes)
         self.vocab_size, self.n_probes = weight.shape[0], n_probes
         order = order_of(problem, self.vocab_size, cluster_assignments, vocab_maps)

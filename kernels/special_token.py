@@ -7,7 +7,7 @@ Usage:
 Pinned clusters come first and are probed in any case, by the same kernels as all others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,8 @@ def _filled(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 def checked_special_tokens(ids: Sequence[int], vocab_size: int) -> list[int]:
     """The ids in ascending order, each once; FlashtuneError for what is no token's id."""
+    if not isinstance(ids, Iterable):
+        raise FlashtuneError(f"special_token_ids must be a list of token ids, not {ids!r}")
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise FlashtuneError(

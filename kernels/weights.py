@@ -144,6 +144,16 @@ def filled_up(hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
     return torch.cat([hidden, hidden[-1:].expand(missing, -1)]) if missing else hidden
 
 
+def checked_dense(name: str, given: object) -> torch.Tensor:
+    """What was given under this name; FlashtuneError unless it is a dense tensor."""
+    if not isinstance(given, torch.Tensor):
+        raise FlashtuneError(f"{name} must be a dense tensor, not {type(given).__name__}")
+    if given.layout is not torch.strided or given.is_nested:
+        kind = "nested" if given.is_nested else given.layout
+        raise FlashtuneError(f"{name} must be a dense tensor, not {kind}")
+    return given
+
+
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:
     """Token ids sorted by cluster, ascending inside each: int64 `[n_clusters * cluster_size]`.
 
@@ -254,9 +264,8 @@ def order_of(
     """Token ids in the order of the rows, from the one of the two that is given."""
     if (assignments is None) == (vocab_maps is None):
         raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
-    given = assignments if assignments is not None else vocab_maps
-    assert given is not None
     name = "vocab_maps" if assignments is None else "cluster_assignments"
+    given = checked_dense(name, vocab_maps if assignments is None else assignments)
     shape = [vocab_size]
     if assignments is None:
         shape = [problem.n_clusters, problem.cluster_size]

@@ -26,7 +26,7 @@ from flashtune.kernels.runtime.binding import LOG, Bound, bind, give_up
 from flashtune.kernels.runtime.choice import Level
 from flashtune.kernels.runtime.race import MOST_SECONDS, UNKEPT
 from flashtune.kernels.runtime.trouble import is_of_a_signal
-from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned
+from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned, checked_dense
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
@@ -118,9 +118,7 @@ class Decoder:
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
         like, index = self.like, self._index
-        if not isinstance(hidden, torch.Tensor) or hidden.layout is not torch.strided:
-            kind = getattr(hidden, "layout", type(hidden).__name__)
-            raise FlashtuneError(f"hidden must be a dense tensor, not {kind}")
+        hidden = checked_dense("hidden", hidden)
         if hidden.dim() != 2 or hidden.shape[1] != like.shape[1]:
             raise FlashtuneError(
                 f"hidden must be [tokens, {like.shape[1]}], not {list(hidden.shape)}: "

@@ -699,6 +699,7 @@ def test_the_exception_of_a_signals_handler_leaves_the_head_as_it_was(
         (torch.zeros(1, WIDTH, dtype=torch.complex64), "floating-point, not torch.complex64"),
         (torch.zeros(1, WIDTH, dtype=torch.int64), "floating-point, not torch.int64"),
         (torch.zeros(1, WIDTH).to_sparse(), "a dense tensor, not torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.zeros(1, WIDTH)]), "a dense tensor, not nested"),
         ([[0.0] * WIDTH], "a dense tensor, not list"),
         (None, "a dense tensor, not NoneType"),
     ],
@@ -751,3 +752,24 @@ def test_a_map_of_tokens_far_outside_asks_for_no_memory() -> None:
     maps = torch.full((len(centroids), len(weight) // len(centroids)), 2**40)
     with pytest.raises(FlashtuneError, match="vocab_maps must hold every token id"):
         FlashHead(weight, centroids, vocab_maps=maps, n_probes=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"weight": [[1.0]]}, "weight must be a dense tensor, not list"),
+        (
+            {"weight": torch.zeros(VOCAB, WIDTH).to_sparse()},
+            "weight must be a dense tensor, not t",
+        ),
+        ({"centroids": None}, "centroids must be a dense tensor, not NoneType"),
+        (
+            {"cluster_assignments": [0] * VOCAB},
+            "cluster_assignments must be a dense tensor, not l",
+        ),
+        ({"special_token_ids": 3}, "special_token_ids must be a list of token ids, not 3"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(FlashtuneError, match=why):
+        FlashHead(**_with(**changes))
