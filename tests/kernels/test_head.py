@@ -699,7 +699,6 @@ def test_the_exception_of_a_signals_handler_leaves_the_head_as_it_was(
         (torch.zeros(1, WIDTH, dtype=torch.complex64), "floating-point, not torch.complex64"),
         (torch.zeros(1, WIDTH, dtype=torch.int64), "floating-point, not torch.int64"),
         (torch.zeros(1, WIDTH).to_sparse(), "a dense tensor, not torch.sparse_coo"),
-        (torch.nested.nested_tensor([torch.zeros(1, WIDTH)]), "a dense tensor, not nested"),
         ([[0.0] * WIDTH], "a dense tensor, not list"),
         (None, "a dense tensor, not NoneType"),
     ],
@@ -773,3 +772,10 @@ def test_a_map_of_tokens_far_outside_asks_for_no_memory() -> None:
 def test_what_is_no_tensor_is_refused(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(FlashtuneError, match=why):
         FlashHead(**_with(**changes))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_hidden_state_is_refused() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(1, WIDTH)])
+    with pytest.raises(FlashtuneError, match="hidden must be a dense tensor, not nested"):
+        FlashHead(*parts(), n_probes=3)(nested)
