@@ -33,14 +33,15 @@ Answers = dict[str, dict[str, Any]]
 
 
 def probing(flash: Path, work: Path, name: str, n_probes: int) -> Path:
-    """A copy of a FlashHead model, of links, with another number of probes."""
+    """A copy of a FlashHead model with another number of probes.
+
+    Of hard links: a folder whose files lead out of it is not read.
+    """
     copy = work / name
     shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir(parents=True)
-    for path in flash.iterdir():
-        if path.name != "config.json":
-            (copy / path.name).symlink_to(path.resolve())
+    shutil.copytree(flash, copy, copy_function=os.link)
     config = json.loads((flash / "config.json").read_text("utf-8"))
+    (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps({**config, "n_probes": n_probes}))
     return copy
 

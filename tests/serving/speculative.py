@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compare import probing
+
 from flashtune.kernels.model_folder.folder import ModelFolder
 
 N_TOKENS, N_DRAFTED = 48, 3
@@ -66,19 +68,6 @@ def serve(target: str, draft: str, out: str) -> None:
     Path(out).write_text(json.dumps(found))
 
 
-def with_probes(flash: Path, work: Path, probes: int) -> Path:
-    """A copy of a FlashHead model, by links, with another number of probes."""
-    copy = work / f"probes-{probes}"
-    copy.mkdir(parents=True, exist_ok=True)
-    for path in flash.iterdir():
-        (copy / path.name).unlink(missing_ok=True)
-        if path.name != "config.json":
-            (copy / path.name).symlink_to(path.resolve())
-    config = json.loads((flash / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "n_probes": probes}))
-    return copy
-
-
 def main() -> int:
     """Serve each pair, and hold the answers against those of the dense one."""
     if sys.argv[1] == "serve":
@@ -89,8 +78,8 @@ def main() -> int:
     pairs = {
         "dense draft": (plain, plain, "0"),
         "FlashHead draft": (plain, flash, "0"),
-        "FlashHead draft, 1 probe": (plain, with_probes(flash, work, 1), "0"),
-        "FlashHead target, all probed": (with_probes(flash, work, n_clusters), plain, "1"),
+        "FlashHead draft, 1 probe": (plain, probing(flash, work, "one", 1), "0"),
+        "FlashHead target, all probed": (probing(flash, work, "all", n_clusters), plain, "1"),
     }
     expected, good = None, True
     for name, (target, draft, verify) in pairs.items():
