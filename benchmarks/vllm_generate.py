@@ -156,10 +156,10 @@ class Heads:
 
     def use(self, name: str) -> None:
         """`dense`, `flash` where it was found faster, or `always`."""
-        from flashtune.kernels.integrations.vllm_head import _ROUNDED
+        from flashtune.kernels.runtime.decoder import ROUNDED
 
         for each, sizes in zip(self.served, self.sizes, strict=True):
-            each._sizes = {"dense": {}, "flash": sizes, "always": _ROUNDED}[name]
+            each._sizes = {"dense": {}, "flash": sizes, "always": dict(enumerate(ROUNDED))}[name]
 
     def answering(self, name: str, rows: int) -> str:
         """Who answers for so many rows: `dense` where FlashHead was not found faster."""

@@ -184,7 +184,7 @@ class FlashLinear(nn.Linear):
         """Whether FlashHead is to answer for so many rows, as was found when they first came."""
         if self.always or not len(hidden):
             return True
-        (size, *_) = self.head.decoder.step_sizes(len(hidden))
+        size = self.head.decoder.step_size(len(hidden))
         verdict = self.verdicts.get(size)
         if verdict is None:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -24,6 +24,7 @@ from flashtune.kernels.integrations.folder_head import flash_head_of
 from flashtune.kernels.integrations.vllm_gate import RequestGate, gate_of
 from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.kernels.model_folder.folder import SCREEN_KEY, ModelFolder
+from flashtune.kernels.runtime.decoder import ROUNDED
 from flashtune.kernels.runtime.trouble import is_of_a_signal
 from flashtune.kernels.weights import filled_up
 from flashtune.tuning_db.environment import (
@@ -35,15 +36,11 @@ from flashtune.tuning_db.environment import (
     verifies_drafts,
 )
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
 REQUIRE = "require"
 MODES = (*TUNE, REQUIRE)  # of FLASHTUNE_TUNE; the last: only what was measured here is used
-SIZES = tuple(2**power for power in range(MOST_TOKENS.bit_length()))
-_ROUNDED = {
-    rows: next(size for size in SIZES if size >= rows) for rows in range(1, MOST_TOKENS + 1)
-}
+SIZES = tuple(sorted({*ROUNDED[1:]}))
 
 _SERVED: "WeakValueDictionary[tuple[int, bool], ServedHead]" = WeakValueDictionary()
 
@@ -140,7 +137,7 @@ class ServedHead:
             return
         try:
             self._head, answers = self._built(lm_head)
-            self._sizes = {rows: size for rows, size in _ROUNDED.items() if size in answers}
+            self._sizes = {rows: size for rows, size in enumerate(ROUNDED) if size in answers}
             self._lm_head = lm_head
         except FlashtuneError as error:
             self._give_up(str(error))

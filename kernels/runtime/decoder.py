@@ -38,7 +38,7 @@ StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 # The next power of two. A GPU runs the kernels of so many tokens: the last row then stands for the
 # missing ones, which costs it little, and few kernels serve batches of any size. A CPU, which
 # would compute what they add, runs those of just the number.
-_ROUNDED = tuple(1 << max(0, number - 1).bit_length() for number in range(MOST_TOKENS + 1))
+ROUNDED = (0, *(1 << (number - 1).bit_length() for number in range(1, MOST_TOKENS + 1)))
 
 
 @dataclass(slots=True)
@@ -139,44 +139,33 @@ class Decoder:
                     return self.decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
         n_tokens = hidden.shape[0]
-        if 0 < n_tokens <= MOST_TOKENS:
-            out = self._run(hidden, epilogue, n_tokens, stream)
+        whole, rest = divmod(n_tokens, MOST_TOKENS)
+        rows = whole * MOST_TOKENS + self.step_size(rest)  # that steps write
+        if epilogue == "argmax":
+            out = torch.empty(rows, dtype=torch.int64, device=like.device)
         else:
-            out = self._in_parts(hidden, epilogue, stream)
+            out = torch.empty((rows, self._n_rows), dtype=like.dtype, device=like.device)
+        if 0 < rows <= MOST_TOKENS:
+            self._run(hidden, out, (epilogue, rows, stream))
+        elif rows:
+            parts = zip(
+                torch.split(hidden, MOST_TOKENS), torch.split(out, MOST_TOKENS), strict=True
+            )
+            for states, part in parts:
+                self._run(states, part, (epilogue, part.shape[0], stream))
+        if rows != n_tokens:
+            out = out[:n_tokens]
         if epilogue == "logits" and out.shape[1] > self._vocab_size:
             return out[:, : self._vocab_size].contiguous()
         return out
 
-    def _run(
-        self, hidden: torch.Tensor, epilogue: str, n_tokens: int, stream: int
-    ) -> torch.Tensor:
-        """One step's tokens or logits. A step for more tokens writes more rows than are kept."""
-        like = self.like
-        size = self._size(n_tokens)
-        key = (epilogue, size, stream)
+    def _run(self, hidden: torch.Tensor, out: torch.Tensor, key: StepKey) -> None:
+        """Write one step's tokens or logits."""
         step = self._steps.get(key) or self._step(*key)
-        if epilogue == "argmax":
-            out = torch.empty(size, dtype=torch.int64, device=like.device)
-        else:
-            out = torch.empty((size, self._n_rows), dtype=like.dtype, device=like.device)
         try:
             step(self.weights, hidden, out)
         except Exception as error:  # whatever a driver raises at a launch
             self._rescue(step, key, (self.weights, hidden, out), error)
-        return out if size == n_tokens else out[:n_tokens]
-
-    def _in_parts(self, hidden: torch.Tensor, epilogue: str, stream: int) -> torch.Tensor:
-        """Those of more tokens than a step takes, or of none."""
-        parts = [
-            self._run(part, epilogue, len(part), stream)
-            for part in torch.split(hidden, MOST_TOKENS)
-            if len(part)
-        ]
-        if not parts:
-            shape = (0,) if epilogue == "argmax" else (0, self._n_rows)
-            kind = torch.int64 if epilogue == "argmax" else self.like.dtype
-            return torch.empty(shape, dtype=kind, device=self.like.device)
-        return torch.cat(parts)
 
     def decode_compiled(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """`decode` for compiled code, whose CUDA graphs have a pool of memory of their own.
@@ -206,10 +195,11 @@ class Decoder:
             raise FlashtuneError(f"n_tokens must be a whole number, 1 or more, not {n_tokens!r}")
         whole, rest = divmod(n_tokens, MOST_TOKENS)
         sizes = [MOST_TOKENS] if whole else []
-        return [*sizes, self._size(rest)] if rest else sizes
+        return [*sizes, self.step_size(rest)] if rest else sizes
 
-    def _size(self, n_tokens: int) -> int:
-        return _ROUNDED[n_tokens] if self._rounds else n_tokens
+    def step_size(self, n_tokens: int) -> int:
+        """The tokens of the step that a call with so many, of a step at most, takes."""
+        return ROUNDED[n_tokens] if self._rounds else n_tokens
 
     def bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels of a step for that many tokens, made on first use."""
