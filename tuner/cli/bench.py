@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 from flashtune.tuner.cli import options
-from flashtune.tuner.cli.terminal import say, say_json
+from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
 
 if TYPE_CHECKING:
     from flashtune.kernels.formats.screen import Screen
-
-INTERRUPTED = 130
 
 
 @click.command()

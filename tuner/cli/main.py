@@ -24,11 +24,9 @@ from flashtune.tuner.cli.records import (
 )
 from flashtune.tuner.cli.search import search
 from flashtune.tuner.cli.tables import tables
-from flashtune.tuner.cli.terminal import printable
+from flashtune.tuner.cli.terminal import INTERRUPTED, printable
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.one_line import one_line
-
-INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 
 
 class Commands(click.Group):

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashtune.tuner.cli import options
-from flashtune.tuner.cli.terminal import say, say_json
+from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
 from flashtune.tuning_db.errors import FlashtuneError
 
 if TYPE_CHECKING:
     from flashtune.kernels.formats.screen import Screen
     from flashtune.kernels.model_folder.folder import ModelFolder
     from flashtune.tuner.clustering.clustered_folder import Chosen
-
-INTERRUPTED = 130
 
 
 @click.command()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashtune.tuner.cli import options
-from flashtune.tuner.cli.terminal import say, say_json
+from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
 from flashtune.tuner.search.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -17,7 +17,7 @@ from flashtune.tuning_db.store import Store, default_path
 if TYPE_CHECKING:
     from flashtune.tuner.workers.remote import RemoteMachine
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1  # the exit code where nothing worked
 
 
 class _Search(click.Command):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+INTERRUPTED = 130  # the exit code: what shells say of a program that Ctrl-C ended
 _SPELLED = {"…": "...", "µ": "u", "→": "->", "≥": ">="}
 _ENCODING_ERRORS = "flashtune-spelled"
 _WHOLE = ("device", "record", "outcome")  # columns that are never wrapped
