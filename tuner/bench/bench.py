@@ -213,13 +213,10 @@ def _made(model: object, folder: ModelFolder, entry: Entry, batch: int) -> _Turn
         return _Turns(entry, None, "torch")
     screen = NO_SCREEN if entry.screen is None else entry.screen
     if entry.n_probes is None:
-        head = apply(model, screen=screen, always=True)
+        head = apply(model, screen=screen)
     else:
-        head = apply(
-            model, assets=folder.path, n_probes=entry.n_probes, screen=screen, always=True
-        )
+        head = apply(model, assets=folder.path, n_probes=entry.n_probes, screen=screen)
     try:
-        head.prepare(batch, epilogue="logits")
         level = str(head.explain(batch, epilogue="logits")["level"])
     finally:
         remove(model)
