@@ -147,11 +147,14 @@ def filled_up(hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
 def checked_dense(name: str, given: object) -> torch.Tensor:
     """What was given under this name; FlashtuneError unless it is a dense tensor."""
     if not isinstance(given, torch.Tensor):
-        raise FlashtuneError(f"{name} must be a dense tensor, not {type(given).__name__}")
-    if given.layout is not torch.strided or given.is_nested:
-        kind = "nested" if given.is_nested else given.layout
-        raise FlashtuneError(f"{name} must be a dense tensor, not {kind}")
-    return given
+        kind = type(given).__name__
+    elif given.is_nested:
+        kind = "nested"
+    elif given.layout is not torch.strided:
+        kind = str(given.layout)
+    else:
+        return given
+    raise FlashtuneError(f"{name} must be a dense tensor, not {kind}")
 
 
 def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Tensor:

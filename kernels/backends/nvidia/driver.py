@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from flashtune.kernels.backends.gpu import Run
 from flashtune.tuning_db.errors import FlashtuneError
 
 # Of the driver's header
@@ -31,7 +32,6 @@ _USUAL_SHARED_BYTES = 48 * 1024  # more has to be asked for
 _UNUSED_ARGUMENTS = 4
 
 Cell = ctypes.c_uint64 | ctypes.c_int32
-Run = Callable[[int], None]
 
 
 class _Attribute(ctypes.Structure):

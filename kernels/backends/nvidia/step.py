@@ -1,7 +1,6 @@
 """A step that NVIDIA's driver launches, whatever compiled its kernels."""
 
 import ctypes
-from collections import OrderedDict
 
 import torch
 
@@ -14,7 +13,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 # same memory. What has come so often is recorded, and later calls launch all kernels in one call.
 _SEEN_BEFORE = 2
 _MOST_SEEN = 32  # places at a time
-_MOST_GRAPHS = 8  # that are kept, those that were used last
+_MOST_GRAPHS = 8  # that are kept, those that were recorded last
 _MOST_RECORDED = 256  # in a step's life: where places change all the time, nothing is gained
 
 _Place = tuple[int, int, int]  # of hidden states and output, and the number of the last row
@@ -35,7 +34,7 @@ class DriverStep(LaunchedStep):
         super().__init__()
         self.index = index_of(device)
         self._seen: dict[_Place, int] = {}
-        self._graphs: OrderedDict[_Place, Run] = OrderedDict()
+        self._graphs: dict[_Place, Run] = {}
         self._recorded = 0
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,7 +69,7 @@ class DriverStep(LaunchedStep):
         else:
             self.recordable = self._recorded < _MOST_RECORDED
         if len(self._graphs) > _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
+            del self._graphs[next(iter(self._graphs))]
 
     def _pointer(self) -> ctypes.c_uint64:
         return ctypes.c_uint64()

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashtune.kernels.backends.cubin import resource_usage
-from flashtune.kernels.backends.gpu import Launch, Prepare
+from flashtune.kernels.backends.gpu import Launch, Prepare, Run
 from flashtune.kernels.backends.nvidia.driver import Binary, Shape
 from flashtune.kernels.backends.nvidia.step import DriverStep, index_of
 from flashtune.kernels.epilogues.epilogue import new_out
@@ -182,7 +182,7 @@ def launches_of(
     return found
 
 
-def _prepared_topk(scratch: Scratch, _: Sequence[Any]) -> Callable[[int], None]:
+def _prepared_topk(scratch: Scratch, _: Sequence[Any]) -> Run:
     values = torch.empty_like(scratch.selected, dtype=torch.float32)
 
     def topk(_: int) -> None:
