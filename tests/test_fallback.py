@@ -1,13 +1,12 @@
 """benchmarks/fallback.py: what it leaves out, and that what it compares runs."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loaded import loaded
 
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
@@ -23,12 +22,7 @@ TOOLS = Toolchain(triton="3.6.0")
 @pytest.fixture(scope="module")
 def fallback() -> ModuleType:
     path = Path(__file__).parents[1] / "benchmarks" / "fallback.py"
-    spec = importlib.util.spec_from_file_location("fallback", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded(path)
 
 
 def test_a_shape_does_without_all_of_its_own_records(fallback: ModuleType) -> None:

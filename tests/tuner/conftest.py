@@ -3,7 +3,6 @@ machine to reach over ssh, which is this one."""
 
 import contextlib
 import getpass
-import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loaded import loaded
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.config import Config, config_data, enabled, knobs
@@ -107,12 +107,7 @@ def faulty_script() -> Path:
 @pytest.fixture(scope="session")
 def faulty(faulty_script: Path) -> ModuleType:
     """The pretended backend, in this process."""
-    spec = importlib.util.spec_from_file_location("faulty_worker", faulty_script)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded(faulty_script)
 
 
 PATIENCE = 60.0  # seconds for what takes milliseconds, on a busy machine

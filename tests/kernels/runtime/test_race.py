@@ -5,7 +5,6 @@ C++ kernels on this machine's own.
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import pickle
@@ -13,11 +12,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
@@ -39,16 +39,7 @@ JUDGED = 8 * (3 * 64 * 4096 + 8 * 512) + 2 * 20 * 8  # bytes that judge and time
 pytestmark = pytest.mark.usefixtures("racing")
 
 
-def _pretended() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretended", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pretended = _pretended()
+pretended = loaded(SCRIPT)
 DEFAULT = pretended.DEFAULT.parts
 record, make_head = pretended.record, pretended.make_head
 

@@ -1,13 +1,12 @@
 """A study says of each form of a head what plain torch answers in it, for any number of probes."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from loaded import loaded
 
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.head import FlashHead
@@ -326,12 +325,7 @@ class TestFastest:
 
 def benchmark() -> ModuleType:
     path = Path(__file__).parents[3] / "benchmarks" / "screen_quality.py"
-    spec = importlib.util.spec_from_file_location("screen_quality", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return loaded(path)
 
 
 @pytest.mark.parametrize("text", SCREENS)

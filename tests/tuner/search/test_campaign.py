@@ -3,7 +3,6 @@
 Each with a fixed number that says what goes wrong.
 """
 
-import importlib.util
 import os
 import random
 import resource
@@ -13,9 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from loaded import loaded
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.config import config_data
@@ -42,15 +41,7 @@ campaign.search_and_say(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
 """
 
 
-def _lying() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lying_worker", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lying = _lying()
+lying = loaded(SCRIPT)
 
 
 def marked(mark: str) -> list[int]:

@@ -1,7 +1,6 @@
 """Worker processes that crash, hang, lie and are replaced, and the search that goes on."""
 
 import contextlib
-import importlib.util
 import os
 import resource
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loaded import loaded
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.candidate import Candidate
@@ -38,15 +38,7 @@ COMMAND = (sys.executable, "-S", str(STUB))
 PATIENCE = 60.0  # seconds for what takes milliseconds, on a busy machine
 
 
-def _stub() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stub_worker", STUB)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-stub = _stub()
+stub = loaded(STUB)
 
 
 @pytest.fixture

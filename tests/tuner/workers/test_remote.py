@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from loaded import loaded
 
 import flashtune
 from flashtune.kernels.backends.cpp.read_bandwidth import read_sources
@@ -497,14 +498,8 @@ class TestLostConnections:
 
     @pytest.fixture
     def stub(self) -> ModuleType:
-        import importlib.util
-
         path = Path(__file__).with_name("stub_worker.py")
-        spec = importlib.util.spec_from_file_location("stub_worker", path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return loaded(path)
 
     @pytest.fixture
     def task(self, problem: Problem, device: Device) -> Callable[[int], Task]:
