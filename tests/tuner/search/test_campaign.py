@@ -34,7 +34,7 @@ PATIENCE = 60.0  # seconds, on a busy machine
 SEARCH = """
 import os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parents[1])]  # beside it, and tests/
 import test_campaign as campaign
 
 campaign.search_and_say(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
