@@ -463,11 +463,11 @@ def test_a_step_for_more_tokens_gives_those_that_are_there() -> None:
     exact = FlashHead(weight, centroids, assignments, n_probes=3)
     rounded = FlashHead(weight, centroids, assignments, n_probes=3)
     rounded.decoder._rounds = True
-    for n_tokens in (1, 3, 7, 33, 0):
+    for n_tokens in (1, 3, 7, 33, 41, 0):
         hidden = torch.randn(n_tokens, WIDTH)
         assert torch.equal(rounded(hidden), exact(hidden))
         assert torch.equal(rounded.logits(hidden), exact.logits(hidden))
-    assert {key[1] for key in rounded.decoder._steps} == {1, 4, 8, 32}
+    assert {key[1] for key in rounded.decoder._steps} == {1, 4, 8, 16, 32}
 
 
 def test_what_is_prepared_is_what_a_call_runs() -> None:

@@ -198,8 +198,10 @@ def test_calls_with_the_same_places_become_one_launch(fake: FakeDriver) -> None:
     step(weights, hidden, out)
     assert fake.replayed == [(1, 5)] * 2
     again = weights_of_zeros()
-    step(again, hidden, out)  # and so is whatever belonged to other weights
-    assert len(fake.launches) == 14
+    for launched in (14, 16):  # and so is whatever belonged to other weights
+        step(again, hidden, out)
+        assert len(fake.launches) == launched
+    assert fake.replayed == [(1, 5)] * 2
 
 
 def test_a_replay_in_a_thread_without_a_context_is_given_the_primary_one(fake: FakeDriver) -> None:
