@@ -50,6 +50,7 @@ CONFIGS: dict[str, Config] = {
     "in_gather": IN_GATHER,
     "persistent": PersistentConfig(slack=0),
     "batched": BatchedConfig(slack=0, score_stages=2),
+    "batched_listed": BatchedConfig(slack=0, score_stages=2, visit="listed"),
     "dense": DenseConfig(gather_rows=32, gather_stages=2),
 }
 ON_SM_90: dict[str, Config] = {
@@ -59,6 +60,12 @@ ON_SM_90: dict[str, Config] = {
     "in_gather_prefetch": replace(IN_GATHER, prefetch_margin=5, gather_warps=8),
     "persistent_pdl_prefetch": PersistentConfig(pdl=True, prefetch_margin=20),
     "batched_pdl": BatchedConfig(pdl=True, slack=8, gather_rows=16, gather_stages=4),
+    "threshold_bits": replace(CONFIGS["threshold"], widen="bits"),
+    "batched_bits": BatchedConfig(widen="bits", gather_rows=32, gather_warps=2),
+    "dense_bits": DenseConfig(widen="bits", gather_rows=32, gather_warps=2),
+    "batched_listed_pdl": BatchedConfig(
+        pdl=True, slack=8, visit="listed", score_rows=64, gather_rows=64, gather_warps=4
+    ),
     "dense_pdl": DenseConfig(pdl=True, gather_rows=128),
     "streamed": StreamedConfig(slack=0, gather_warps=8, gather_stages=2, prefetch=False),
     "streamed_prefetch": StreamedConfig(slack=8, score_stages=1, prefetch_margin=20),
@@ -126,6 +133,11 @@ class Runner:
         fitted = replace(
             config, **{name: blocks[name] for name in blocks if hasattr(config, name)}
         )
+        if getattr(config, "widen", "cast") == "bits" and "int8" not in (
+            problem.weight_dtype,
+            problem.centroid_dtype,
+        ):
+            pytest.skip("nothing is widened")
         prefetches = getattr(config, "prefetch_margin", -1) >= 0
         if (config.pdl or prefetches) and self.device.capability < 90:
             pytest.skip("needs sm_90")
