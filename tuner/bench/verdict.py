@@ -64,12 +64,12 @@ class Verdict:
         """What to take, and why, in a sentence or two."""
         pick, quickest, keeper = self.pick, self.quickest, self.keeper
         gained = _longer(pick, quickest)
+        noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
         if pick is quickest:
             why = "the fastest"
-        elif pick.dense:
-            why = f"{quickest} takes {gained:.1%} less time a step"
+        elif pick.dense and quickest.keeps:
+            why = f"{quickest} takes {gained:.1%} less time a step{noise} and more memory"
         else:
-            noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
             why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
             if quickest.same == pick.same:
                 why = f"as fast as {quickest}, within the spread, and adds less memory"
