@@ -67,12 +67,12 @@ class Verdict:
         noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
         if pick is quickest:
             why = "the fastest"
-        elif pick.dense and quickest.keeps:
+        elif quickest.same < pick.same:
+            why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
+        elif pick.dense:
             why = f"{quickest} takes {gained:.1%} less time a step{noise} and more memory"
         else:
-            why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
-            if quickest.same == pick.same:
-                why = f"as fast as {quickest}, within the spread, and adds less memory"
+            why = f"as fast as {quickest}, within the spread, and adds less memory"
         text = f"{pick}: {why}"
         if pick.keeps:
             return text
