@@ -163,6 +163,15 @@ def test_scripts_import_what_there_is(script: Path) -> None:
                 assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), name
 
 
+ODD = r"\b(?:anew|whoever|whatsoever|for want of|mend(?:s|ed)?)\b|\d us\b"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_prose_is_plain_and_has_one_unit_for_microseconds(document: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", without_code(document.read_text("utf-8")))
+    assert re.findall(ODD, text, re.IGNORECASE) == []
+
+
 GLOSSARY = ROOT / "docs" / "glossary.md"
 
 
