@@ -19,7 +19,7 @@ from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
-from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.kernels.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task

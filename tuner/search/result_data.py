@@ -64,7 +64,7 @@ def better_shipped(result: Result, device: Device) -> Record | None:
     Measured is better than predicted.
     """
     winner = result.winner
-    if winner is None or winner.provenance is not Provenance.PREDICTED:
+    if winner is None or winner.provenance is Provenance.MEASURED:
         return None
     shipped = best_shipped(device, result.problem)
     if shipped is None or shipped.provenance is Provenance.MEASURED:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from flashtune.kernels.backends.host import devices_here, toolchain
 from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.plans.candidate import plans_of
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.here import as_it_is_now
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.sampler import MOST_SEED, SAMPLERS
 from flashtune.tuner.search.search import Budget, Event, Result, search

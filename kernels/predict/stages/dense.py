@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.dense import BOUND_WARPS
-from flashtune.tuner.predict.stages.stage import (
+from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
     scales,
