@@ -8,6 +8,7 @@ Usage:
     trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=(default,))
     trial.take_turns(rounds=20)
     trial.finish()                            # a Measurement for each config
+    trial.unload()                            # where none of them is to run again
 
 One mechanism for a search, for the race at first load and for `flashtune quality`, so that a
 time means the same and an error has the same outcome in all of them. Entrants are known by any
@@ -18,6 +19,7 @@ others go on, unless it took the device along.
 import math
 import time
 from collections.abc import Callable, Collection, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ import torch
 from flashtune.kernels.measure.failure import WrongResultError, failure
 from flashtune.kernels.measure.timing import Timer, Timing
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.weights import Step
+from flashtune.kernels.weights import Step, Unloadable
 from flashtune.tuning_db.record import Measurement, Outcome
 
 FIRST_SAMPLES = 2
@@ -127,6 +129,23 @@ class Trial(Generic[Entrant]):
             for entrant in self._timers:
                 self._ended[entrant] = self._measured(entrant, Outcome.OK)
         return dict(self._ended)
+
+    def unload(self) -> None:
+        """Give up the timers, and unload what was loaded for steps: none of them runs again.
+
+        Of a device that was lost nothing can be unloaded.
+        """
+        self._timers.clear()
+        steps: list[object] = list(self._steps.values())
+        self._steps.clear()
+        if self.lost:
+            return
+        with suppress(Exception):  # of a driver: then it stays loaded
+            if self._workload.sets[0].weight.is_cuda:
+                torch.cuda.synchronize()
+            for step in steps:
+                if isinstance(step, Unloadable):
+                    step.unload()
 
     def _measured(self, entrant: Entrant, outcome: Outcome) -> Measurement:
         timing = Timing.of(self._samples[entrant])

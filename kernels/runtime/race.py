@@ -100,6 +100,7 @@ class Race:
             **data,
             "compile_seconds": comparison.compile_s,
             "run_seconds": comparison.run_s,
+            "most_bytes": comparison.most_bytes,
             "centroids": "cold" if comparison.is_cold else "warm: no room for copies",
             "timed": [
                 {

@@ -253,6 +253,7 @@ class DecodeStep(DriverStep):
         """Of kernels that are loaded on `device`, with scratch of its own."""
         super().__init__(device)
         self.recordable = not _uses_topk(module)  # which torch launches itself
+        self.binaries = [each.binary for each in kernels.values()]
         self.scratch = scratch_of(problem, module, device)
         self.launches = launches_of(
             module, self.scratch, lambda each: kernels[each["kernel"]].at(each["programs"])
