@@ -29,6 +29,7 @@ ROOMS = {
         "search",
         "predict",
         "workers",
+        "objective",
         "tables",
         "table_check",
         "probe",

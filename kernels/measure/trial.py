@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from flashtune.kernels.measure.energy import joules_a_call
 from flashtune.kernels.measure.failure import WrongResultError, failure
 from flashtune.kernels.measure.timing import Timer, Timing
 from flashtune.kernels.measure.workload import Workload
@@ -51,6 +52,7 @@ class Trial(Generic[Entrant]):
         self._steps: dict[Entrant, Step] = {}
         self._timers: dict[Entrant, Timer] = {}
         self._samples: dict[Entrant, list[float]] = {}
+        self._joules: dict[Entrant, float] = {}
         self._ended: dict[Entrant, Measurement] = {}
 
     @property
@@ -123,6 +125,17 @@ class Trial(Generic[Entrant]):
                     del self._timers[entrant]
                     self._fail(entrant, error)
 
+    def meter(self, joules: Callable[[], float]) -> None:
+        """Measure what a call takes of energy, of each that is running, one after another."""
+        for entrant in list(self._timers):
+            if self.lost:
+                return
+            try:
+                self._joules[entrant] = joules_a_call(self._timers[entrant], joules)
+            except Exception as error:
+                del self._timers[entrant]
+                self._fail(entrant, error)
+
     def finish(self) -> dict[Entrant, Measurement]:
         """What became of each entrant; those are missing of which the trial can't say."""
         if not self.lost:
@@ -155,6 +168,7 @@ class Trial(Generic[Entrant]):
             spread_us=timing.spread_us,
             samples=timing.samples,
             policy=self._policy,
+            joules=self._joules.get(entrant),
         )
 
     def _fail(self, entrant: Entrant, error: Exception) -> None:

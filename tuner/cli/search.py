@@ -8,6 +8,7 @@ import click
 
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -56,6 +57,13 @@ class _Search(click.Command):
 @click.option(
     "--fix", "fixed", type=options.FIX, multiple=True, help="Search only where KNOB=VALUE."
 )
+@click.option(
+    "--objective",
+    type=click.Choice([each.value for each in Objective]),
+    default=Objective.TIME.value,
+    show_default=True,
+    help="What to minimise: a call's time, its energy, or both.",
+)
 @click.option("--retry-failed", is_flag=True, help="Evaluate again what failed in earlier runs.")
 @click.option("--remote", metavar="DESTINATION", help="Measure there, over ssh.")
 @click.option(
@@ -71,6 +79,7 @@ def search(
     shapes: Sequence[Problem],
     models: Sequence[Problem],
     fixed: Sequence[tuple[str, Any]],
+    objective: str,
     remote: str | None,
     remote_python: str | None,
     database: Path | None,
@@ -82,8 +91,9 @@ def search(
     On the device itself every config is verified and measured. For a device that is not here,
     configs are cross-compiled and their times predicted, and records say so. With --remote
     they are measured on the machine that ssh reaches under that name; it needs Python, torch
-    and Triton. Run the same command again to go on where an interrupted search was. The exit
-    code is 1 where nothing worked.
+    and Triton. With --objective energy or both, what a call takes of energy is measured beside
+    its time, where the device can tell. Run the same command again to go on where an interrupted
+    search was. The exit code is 1 where nothing worked.
 
     \b
     Examples:
@@ -92,6 +102,7 @@ def search(
       flashtune search --model ./my-model --timeout 120 --json
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
       flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
+      flashtune search --shape qwen3-vl-2b --objective both
     """
     from flashtune.tuner.cli.search_report import SearchProgress, print_results
     from flashtune.tuner.here import this_device
@@ -109,6 +120,7 @@ def search(
         problems=problems,
         timeout_s=wanted.pop("timeout"),
         fixed=dict(fixed),
+        objective=Objective(objective),
         remote=machine,
         **wanted,
     )
