@@ -176,8 +176,10 @@ def _take_turn(
         why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and is not done"
         return choice, Race(why_not=why_not)
     choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
+    begun = time.monotonic()
     if database is not None and not choice.settled and _corrected(start, sources, database):
         choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
+    start = replace(start, seconds=start.seconds - (time.monotonic() - begun))
     configs = contenders(start.problem, start.device, start.toolchain, sources)
     if choice.settled:
         return choice, Race(why_not="another process has raced meanwhile")

@@ -1,7 +1,8 @@
 """A probe of an NVIDIA GPU: tiny kernels in graphs, and what its speed depends on.
 
 Usage:
-    probe(Gauge(device, torch.device("cuda", 0)))     # kernels/measure/probe.py
+    with closing(Gauge(device, torch.device("cuda", 0), lanes=32)) as gauge:
+        probe(gauge)                     # kernels/measure/probe.py
 
 Kernels come from templates as all others do; a graph of them is timed by the device's own events,
 so that the host's part of a launch does not count.
@@ -122,6 +123,13 @@ class Gauge:
         """Of so many barriers of one program a multiprocessor."""
         programs = self._device.sm_count
         return self._time_us("meet", count, lambda: [self._run("meet", programs, count)])
+
+    def close(self) -> None:
+        """Give back its memory, and unload its kernels."""
+        self._graphs.clear()
+        self._tensors.clear()
+        for kernel in self._kernels.values():
+            kernel.binary.unload()
 
     def _run(self, kernel: str, programs: int, count: int = 0) -> Run:
         """What launches a kernel."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def _why_missing(plan: Plan) -> str | None:
 def _probe(device: Device, where: torch.device) -> Figures:
     from flashtune.kernels.backends.nvidia.probe import Gauge
 
-    return probe(Gauge(device, where, NVIDIA.lanes))
+    with closing(Gauge(device, where, NVIDIA.lanes)) as gauge:
+        return probe(gauge)
 
 
 def _triton() -> Backend:
