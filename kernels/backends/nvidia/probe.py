@@ -27,8 +27,8 @@ TEMPLATE = "triton/probe.py.j2"
 TILE = 8192  # int32 numbers that a program reads
 LINE = 32  # int32 numbers of a cache line: places lie on lines of their own
 WARPS = {"read": 8}  # of the others one
-LEAST_READ_BYTES = 2**27
-CACHES = 4  # caches that a read goes over at least
+READ_BYTES = 2**27
+CACHES, LEAST_CACHES = 16, 4  # that a read goes over, and at least where memory is short
 FREE_SHARE = 4  # of the free memory a probe takes at most one part in so many
 PDL_FROM = 90  # compute capability of programmatic dependent launch
 
@@ -71,17 +71,18 @@ class Gauge:
     def __init__(self, device: Device, where: torch.device, lanes: int) -> None:
         """Compile, load, and make the tensors that they go over."""
         self._device, self._index = device, index_of(where)
-        wanted = max(CACHES * device.l2_bytes, LEAST_READ_BYTES)
         room = free_bytes(where) // FREE_SHARE
-        if wanted > room:
+        least = LEAST_CACHES * device.l2_bytes
+        size = min(max(CACHES * device.l2_bytes, READ_BYTES), room)
+        if size < least:
             raise FlashtuneError(
-                f"a probe goes over {wanted / 2**20:.0f} MiB, and may take {room / 2**20:.0f}"
+                f"a probe goes over {least / 2**20:.0f} MiB, and may take {room / 2**20:.0f}"
             )
         self._kernels = {
             name: LoadedKernel.load(each, self._index)
             for name, each in compile_probe(device, lanes).items()
         }
-        tiles = -(-wanted // (4 * TILE))
+        tiles = max(1, size // (4 * TILE))
         source = torch.zeros(tiles * TILE, dtype=torch.int32, device=where)
         self._tensors = {
             "source_ptr": source,
