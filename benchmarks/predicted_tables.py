@@ -21,9 +21,9 @@ import click
 from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.cli.options import DEVICE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.search.evaluate import PredictingEvaluator
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space

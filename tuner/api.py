@@ -18,6 +18,7 @@ from typing import Any
 
 from flashtune.kernels.model_folder.folder import read_model
 from flashtune.tuner.here import device_named, this_device
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.lookup import best_record, measured_record
 from flashtune.tuner.search.result_data import SearchData, result_data
 from flashtune.tuner.search.search import Event
@@ -47,6 +48,7 @@ def search(
     jobs: int | None = None,
     fixed: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
+    objective: str = "time",
     remote: str | None = None,
     remote_python: str | None = None,
     db: AnyPath | None = None,
@@ -61,8 +63,9 @@ def search(
 
     models: FlashHead models' folders, whose shapes are searched. trials: configs for each shape.
     timeout: seconds for all. jobs: compilers at a time, else one a processor. fixed: knobs and
-    their values. on_event: told of each evaluation. Raises FlashtuneError for what cannot be
-    searched, and for what is the machine's trouble.
+    their values. objective: `time`, `energy` or `both` is minimised. on_event: told of each
+    evaluation. Raises FlashtuneError for what cannot be searched, and for what is the machine's
+    trouble.
     """
     if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
         raise FlashtuneError("shapes and models are lists: write shapes=[…]")
@@ -84,6 +87,7 @@ def search(
         jobs=len(os.sched_getaffinity(0)) if jobs is None else jobs,
         fixed=dict(parse_fixed(f"{name}={value}") for name, value in (fixed or {}).items()),
         retry_failed=retry_failed,
+        objective=_objective(objective),
         remote=machine,
     )
     with Store(Path(db) if db is not None else default_path()) as store:
@@ -121,6 +125,13 @@ class _Told:
         self, problem: Problem, trials: int, floor_us: float | None
     ) -> Callable[[Event], None]:
         return partial(self._on_event, problem)
+
+
+def _objective(name: str) -> Objective:
+    known = [each.value for each in Objective]
+    if name not in known:
+        raise FlashtuneError(f"objective must be one of {', '.join(known)}, not {name!r}")
+    return Objective(name)
 
 
 def _device(device: str | Device) -> Device:

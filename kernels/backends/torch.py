@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.target import Target
+from flashtune.kernels.backends.target import Target, no_energy
 from flashtune.kernels.epilogues.epilogue import epilogue_of, new_out
 from flashtune.kernels.formats.format import dtype_name
 from flashtune.kernels.measure.timing import GraphTimer, Timer, WallTimer
@@ -195,4 +195,7 @@ TORCH = Target(
     registered=False,
     compiles_elsewhere=False,
     bandwidth_sources=lambda device: (),
+    probe=lambda device, where: None,
+    conditions=lambda where: {},
+    energy=no_energy,
 )

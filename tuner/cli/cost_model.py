@@ -100,11 +100,11 @@ def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
     Example:
       flashtune model check --json
     """
+    from flashtune.kernels.predict.cost_model import MODEL_FILE, read_model_file
     from flashtune.tuner.cli.cost_model_report import print_report, verdicts
     from flashtune.tuner.here import device_named
     from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
     from flashtune.tuner.predict.check import check_model
-    from flashtune.tuner.predict.cost_model import MODEL_FILE, read_model_file
     from flashtune.tuner.predict.fit import read_fit
 
     found = read_calibration(calibration or SHIPPED)

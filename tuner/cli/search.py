@@ -8,6 +8,7 @@ import click
 
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -80,6 +81,13 @@ class _Search(click.Command):
     "found there.",
 )
 @click.option(
+    "--objective",
+    type=click.Choice([each.value for each in Objective]),
+    default=Objective.TIME.value,
+    show_default=True,
+    help="What to minimise: the time of a call, its energy, or both.",
+)
+@click.option(
     "--remote-python",
     metavar="PYTHON",
     show_default="python3",
@@ -92,6 +100,7 @@ def search(
     shapes: Sequence[Problem],
     models: Sequence[Problem],
     fixed: Sequence[tuple[str, Any]],
+    objective: str,
     remote: str | None,
     remote_python: str | None,
     database: Path | None,
@@ -103,8 +112,9 @@ def search(
     On the device itself, every config is verified and measured. For a device that is not here,
     configs are cross-compiled and their times predicted, and the records say so. With --remote
     they are measured on the machine that ssh reaches under that name, which needs Python, torch
-    and Triton. Run the same command again to continue an interrupted search. The exit code is 1
-    if nothing worked for a shape.
+    and Triton. With --objective energy or both, the energy of a call is measured beside its time,
+    on devices that can measure it. Run the same command again to continue an interrupted search.
+    The exit code is 1 if nothing worked for a shape.
 
     \b
     Examples:
@@ -113,6 +123,7 @@ def search(
       flashtune search --model ./my-model --timeout 120 --json
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
       flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
+      flashtune search --shape qwen3-vl-2b --objective both
     """
     from flashtune.tuner.cli.search_report import SearchProgress, print_results
     from flashtune.tuner.here import this_device
@@ -130,6 +141,7 @@ def search(
         problems=problems,
         timeout_s=wanted.pop("timeout"),
         fixed=dict(fixed),
+        objective=Objective(objective),
         remote=machine,
         **wanted,
     )

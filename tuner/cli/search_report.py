@@ -105,6 +105,27 @@ def print_results(outcome: SessionResult) -> None:
         rows,
         notes=list(_notes(outcome)),
     )
+    for result in outcome.results:
+        if result.front:
+            _print_front(result)
+
+
+def _print_front(result: Result) -> None:
+    """The configs that no other beats in both time and energy."""
+    rows = [
+        (
+            number(record.measurement.median_us),
+            f"{1e3 * (record.measurement.joules or 0.0):.3f}",
+            "winner" if result.winner and record.key == result.winner.key else "",
+            short_config(record.config),
+        )
+        for record in result.front
+    ]
+    print_rows(
+        f"{result.problem.describe()}: the Pareto front of time and energy",
+        (">us", ">mJ a call", "", "config"),
+        rows,
+    )
 
 
 def _why_none(result: Result) -> str:

@@ -19,7 +19,7 @@ from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
-from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.kernels.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task
@@ -154,14 +154,16 @@ class MeasuringEvaluator:
         *,
         seed: int,
         elsewhere: bool = False,
+        energy: bool = False,
     ) -> None:
         """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs.
 
         elsewhere: the worker has neither templates nor the compilers' cache. It is given source.
+        energy: that is measured, too, and nothing pruned, since what is slow may take little.
         """
         self._problem, self._device, self._seed = problem, device, seed
         self._compilers, self._measurer = compilers, measurer
-        self._elsewhere = elsewhere
+        self._elsewhere, self._energy = elsewhere, energy
         self._best_us: float | None = None
         self._confirmed_us = math.inf  # the best time that was taken twice
         self._in_turns = target_of(device).times_alone
@@ -276,6 +278,7 @@ class MeasuringEvaluator:
             kind=kind,
             candidates=candidates,
             seed=self._seed,
-            best_us=self._best_us,
+            best_us=None if self._energy else self._best_us,
+            energy=self._energy and kind != "compile",
             sources=tuple(each.source for each in candidates) if sent else (),
         )

@@ -17,8 +17,8 @@ from flashtune.kernels.backends.target import default_config, known_good
 from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.plans.knob import enabled, knobs
-from flashtune.tuner.predict.cost_model import VERSION, CostModel
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
+from flashtune.kernels.predict.cost_model import VERSION, CostModel
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.proposal import FAR
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
+from flashtune.tuner.objective import Objective, front
 from flashtune.tuner.search.evaluate import Evaluator
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
@@ -60,8 +61,9 @@ class Result:
     """What a search came to. Times are of the final comparison where there was one.
 
     `searched_us` is the best time before that comparison, `failure` the most frequent reason of
-    failures, if any. `default_kept`: nothing beat the default by more than the noise. A search
-    that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
+    failures, if any. `default_kept`: nothing beat the default by more than the noise. `front`:
+    where energy counts, the records that no other beats in both time and energy, fastest first. A
+    search that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
     cancelled one leaves the finalists uncompared.
     """
 
@@ -74,6 +76,8 @@ class Result:
     failed: int
     failure: Failure | None
     default_kept: bool
+    objective: Objective
+    front: tuple[Record, ...]
     timed_out: bool
     cancelled: bool
 
@@ -89,16 +93,18 @@ def search(
     seed: int = 0,
     near: Iterable[Record] = (),
     retry_failed: bool = False,
+    objective: Objective = Objective.TIME,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Result:
     """Search `space` within `budget`; every evaluation is in the store before the next one.
 
     near: records of any problems or devices, whose configs are tried early. retry_failed:
-    evaluate first, and again, what failed in earlier runs. KeyboardInterrupt ends the search
+    evaluate first, and again, what failed in earlier runs. objective: what to minimise; what was
+    measured without that is evaluated again. KeyboardInterrupt ends the search
     early; the finalists are then not compared.
     """
     proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
-    run = _Run(proposals, evaluator, store, budget, toolchain)
+    run = _Run(proposals, evaluator, store, budget, toolchain, objective)
     run.recall(retry_failed)
     timed_out = cancelled = False
     try:
@@ -119,10 +125,13 @@ class _Run:
     store: Store
     budget: Budget
     toolchain: Toolchain
+    objective: Objective
 
     def __post_init__(self) -> None:
         self.space = self.proposals.space
-        self.finals: dict[Config, Measurement] = {}
+        self.measured: dict[Config, Measurement] = {}  # by the search; proposals know costs
+        self.finals: dict[Config, Measurement] = {}  # what finalists cost
+        self.timed_again: dict[Config, Measurement] = {}  # what they took
         self.default = default_config(self.space.problem, self.space.device)
         self.stops = time.monotonic() + (self.budget.timeout_s or math.inf)
         self.dry = False  # no config is left to propose
@@ -140,8 +149,9 @@ class _Run:
                 continue  # of another version of its plan
             if retry_failed and record.measurement.median_us is None:
                 self.proposals.retry(config)
-            else:
-                self.proposals.recall(config, record.measurement)
+            elif self.objective.knows(record.measurement):
+                self.measured[config] = record.measurement
+                self.proposals.recall(config, self.objective.seen(record.measurement))
 
     def evaluate(self, on_event: Callable[[Event], None]) -> bool:
         """Evaluate until the budget is spent; True when time ran out first."""
@@ -159,7 +169,9 @@ class _Run:
             for evaluation in self.evaluator.wait(0.5):
                 _stop_for_the_machine(evaluation.measurement)
                 self._write(evaluation.config, evaluation.measurement)
-                self.proposals.learn(evaluation.config, evaluation.measurement)
+                self.measured[evaluation.config] = evaluation.measurement
+                seen = self.objective.seen(evaluation.measurement)
+                self.proposals.learn(evaluation.config, seen)
                 on_event(self.event())
             if time.monotonic() > self.stops:
                 return True
@@ -175,9 +187,9 @@ class _Run:
         compared = {
             config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
         }
-        for config, measurement in self.finals.items():
+        for config in self.finals:
             if not self._default_kept() or config in {self.default, *compared}:
-                self._write(config, measurement)
+                self._write(config, self.timed_again[config])
 
     def _finals(self) -> dict[Config, Measurement]:
         """What became of the finalists that worked; a failure is written at once.
@@ -194,7 +206,8 @@ class _Run:
             for measurement in found.values():
                 _stop_for_the_machine(measurement)
             tried.update(configs)
-            finals |= found
+            self.timed_again |= found
+            finals |= {config: self.objective.seen(each) for config, each in found.items()}
             failed = {config: each for config, each in found.items() if each.median_us is None}
             for config, measurement in failed.items():
                 del finals[config]
@@ -245,11 +258,12 @@ class _Run:
         """How far the search is."""
         known, ranked = self.proposals.known, self.proposals.ranked()
         best = ranked[0] if ranked else None
+        best_us = self.measured[best].median_us if best else None
         return Event(
             done=len(known),
             total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
             failed=sum(each.median_us is None for each in known.values()),
-            best_us=known[best].median_us if best else None,
+            best_us=best_us,
             best=best,
             comparing=comparing,
             stops=self.stops,
@@ -259,9 +273,14 @@ class _Run:
         """What the search came to."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
-        winner = self.store.best(
-            device.name, problem, toolchain=self.toolchain, accept=self.space.holds
-        )
+        records = [
+            each
+            for each in self.store.records(
+                device=device.name, problem=problem, toolchain=self.toolchain, ok_only=True
+            )
+            if self.space.holds(each.config)
+        ]
+        winner = self.objective.best(records)
         failure = most_frequent(self.proposals.known.values())
         if failure and event.best is None:
             failure = replace(failure, remedy=known_remedy(device, self.toolchain))
@@ -276,6 +295,8 @@ class _Run:
             failed=event.failed,
             failure=failure,
             default_kept=default_won and self._default_kept(),
+            objective=self.objective,
+            front=tuple(front(records)) if self.objective.needs_energy else (),
             timed_out=timed_out,
             cancelled=cancelled,
         )
@@ -301,7 +322,7 @@ class _Run:
         return min(times) > default.median_us - default.noise_us
 
     def _time_of(self, config: Config) -> float | None:
-        found = self.finals.get(config) or self.proposals.known.get(config)
+        found = self.timed_again.get(config) or self.measured.get(config)
         return found.median_us if found else None
 
 

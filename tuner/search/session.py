@@ -13,12 +13,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from flashtune.kernels.backends.host import devices_here, toolchain
 from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.plans.candidate import plans_of
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.here import as_it_is_now
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.sampler import MOST_SEED, SAMPLERS
 from flashtune.tuner.search.search import Budget, Event, Result, search
@@ -51,6 +54,7 @@ class SearchRequest:
     jobs: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
     retry_failed: bool = False
+    objective: Objective = Objective.TIME
     remote: RemoteMachine | None = None
 
     def __post_init__(self) -> None:
@@ -101,12 +105,14 @@ class Session:
     def __init__(self, request: SearchRequest, store: Store) -> None:
         """Measures where the device is this machine's or the remote one's, else predicts.
 
-        Raises FlashtuneError when what is fixed leaves no valid config for a problem.
+        Raises FlashtuneError when what is fixed leaves no valid config for a problem, and where
+        energy counts and can't be read.
         """
         self.request, self.store = request, store
         self.cancelled = False
         self._device = request.device
         self.provenance, self.toolchain = _evaluated(request)
+        _check_energy(request, self.provenance)
         self._left_out = _left_out(request, self.provenance)
         without = frozenset(self._left_out)
         if request.fixed.get("plan") in without:
@@ -181,6 +187,7 @@ class Session:
                 seed=self.request.seed,
                 near=self._near(),
                 retry_failed=self.request.retry_failed,
+                objective=self.request.objective,
                 on_event=display.start(
                     space.problem, self.request.trials, floor_us(space.problem, self._device)
                 ),
@@ -200,6 +207,7 @@ class Session:
             measurer,
             seed=request.seed,
             elsewhere=remote is not None,
+            energy=request.objective.needs_energy,
         )
 
     def _near(self) -> list[Record]:
@@ -233,6 +241,21 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     if request.device.name in {each.name for each in devices_here()}:
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
+
+
+def _check_energy(request: SearchRequest, provenance: Provenance) -> None:
+    """Raise FlashtuneError where energy counts and can't be measured, as far as is known here."""
+    if not request.objective.needs_energy:
+        return
+    if provenance is Provenance.PREDICTED:
+        raise FlashtuneError(
+            f"energy is measured, never predicted: search on {request.device.name} itself, or "
+            "by time alone"
+        )
+    if request.remote is None:
+        target = target_of(request.device)
+        with target.energy(torch.device(target.torch_device)):
+            pass
 
 
 def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:

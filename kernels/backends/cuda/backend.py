@@ -60,6 +60,7 @@ class CudaStep(DriverStep):
         """Of a binary that is loaded on `device`, with scratch of its own."""
         super().__init__(device)
         uses = candidate.launches
+        self.binaries = [binary]
         self.scratch = CudaScratch.create(candidate.problem, uses[0].programs, device)
         self.launches = [
             Launch(

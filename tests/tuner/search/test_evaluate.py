@@ -10,7 +10,7 @@ import pytest
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
-from flashtune.tuner.predict.cost_model import predict
+from flashtune.kernels.predict.cost_model import predict
 from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.space import Space
@@ -153,7 +153,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
 def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
     space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.predict.stages.registry.PLAN_STAGES", {})
+    monkeypatch.setattr("flashtune.kernels.predict.stages.registry.PLAN_STAGES", {})
     evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.wait(0)

@@ -13,7 +13,7 @@ from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, enabled, knobs, parse_config
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.proposal import Proposals
 from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
