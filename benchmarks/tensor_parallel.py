@@ -8,14 +8,14 @@ bits, as the kernels do it. Rows of the table:
 
 - one GPU: the whole head on one GPU
 - split, share of the probes: each GPU probes its share of `n_probes`; another choice of clusters
-- split, all of the probes: each GPU probes its best `n_probes`, so that the best `n_probes` of all
-  are always among them
-- dense, split: each GPU's part of the dense head, then an all-gather of the logits, as vLLM does it
+- split, all of the probes: each GPU probes its best `n_probes`, so that the best of all are always
+  among them
+- dense, split: each GPU's part of the dense head, then an all-gather of logits, as vLLM does it
 - all-reduce: of the packed tokens alone
 
-Each is a CUDA graph of 20 steps, timed on all GPUs at once; medians of the slowest GPU. Kernels are
-what the runtime would choose, or the default; each is verified before it is timed. The token of a
-step stands for its packed word, which has the same size and is reduced in the same way.
+Each is a CUDA graph of 20 steps, timed on all GPUs at once; medians of the slowest GPU. Kernels
+are what the runtime would choose, or the default; each is verified before it is timed. The token
+of a step stands for its packed word, which has the same size and is reduced in the same way.
 """
 
 import json
