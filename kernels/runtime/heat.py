@@ -132,11 +132,13 @@ def _compile(
     start = time.monotonic()
     pool = ThreadPoolExecutor(min(COMPILERS, len(os.sched_getaffinity(0))))
     futures = {}
-    for config in configs:
-        candidate = Candidate(problem, config, device)
-        futures[config] = pool.submit(backend_of(candidate).loader, candidate, where)
-    wait(futures.values(), timeout=BEGIN_SHARE * seconds)
-    pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        for config in configs:
+            candidate = Candidate(problem, config, device)
+            futures[config] = pool.submit(backend_of(candidate).loader, candidate, where)
+        wait(futures.values(), timeout=BEGIN_SHARE * seconds)
+    finally:  # after Ctrl-C, too: a program ends when what is in hand is compiled
+        pool.shutdown(wait=False, cancel_futures=True)
     left = start + COMPILE_SHARE * seconds - time.monotonic()
     wait(futures.values(), timeout=max(0.0, left))
     return futures
