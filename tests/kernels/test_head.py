@@ -532,6 +532,11 @@ def test_a_call_that_keeps_waiting_says_for_what(
     monkeypatch.setattr(decoder, "SILENCE", 60.0)
     FlashHead(**_with())(torch.zeros(1, WIDTH))
     assert len(caplog.records) == 2
+    monkeypatch.setattr(decoder, "SILENCE", 0.05)
+    caplog.set_level(logging.INFO, logger="flashtune")
+    FlashHead(**_with())(torch.zeros(1, WIDTH))
+    assert {each.levelname for each in caplog.records[2:]} == {"INFO"}
+    assert any("first call with 1 tokens" in each.getMessage() for each in caplog.records[2:])
 
 
 def test_threads_may_share_a_head() -> None:
