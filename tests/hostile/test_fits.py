@@ -17,6 +17,7 @@ from safetensors.torch import save
 from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, Origin
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.clustering.clustered_folder import ClusterRequest, cluster_model
+from flashtune.tuner.clustering.kmeans import BalancedKMeans
 from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
 from flashtune.tuner.predict.cost_model import MODEL_FILE
 from flashtune.tuner.predict.fit import digest
@@ -104,6 +105,54 @@ def test_mutated_calibrations_are_refused_or_checked(tmp_path: Path, measured: P
         read += 1
         check(model, path)
     assert COUNT / 20 < read < COUNT
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        lambda fits: [],
+        lambda fits: fits[1:],
+        lambda fits: [*fits, {**fits[0], "shapes": []}],
+        lambda fits: [*fits, {**fits[0], "shapes": ["another", "gemma-3-1b"]}],
+        lambda fits: [*fits, {**fits[0], "shapes": [each["shapes"][0] for each in fits[:6]]}],
+    ],
+)
+def test_a_fit_of_other_shapes_is_of_another_calibration(
+    tmp_path: Path, measured: Path, held_out: Any
+) -> None:
+    path, data = tmp_path / "model.json", fitted_to(measured)
+    path.write_text(json.dumps({**data, "held_out": held_out(data["held_out"])}))
+    assert check(path, measured) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"uses": [["score", 1, 1, 1, 1, value]]} for value in (2**31, -1, 1.5, True, "7")),
+        {"uses": [["score", 0, 1, 1, 1, 1]]}, {"uses": [["score", 1, 0, 1, 1, 1]]},
+        {"uses": [["score", 1, 1, 1, 1]]}, {"uses": [[7, 1, 1, 1, 1, 1]]}, {"uses": {}},
+        {"outcome": "crash", "median_us": None}, {"outcome": "said"}, {"median_us": None},
+        {"problem": -1}, {"problem": 10**6}, {"problem": True}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_sample_that_is_none_is_refused(
+    tmp_path: Path, measured: Path, change: dict[str, Any]
+) -> None:
+    path, data = tmp_path / "a.json.gz", json.loads(gzip.decompress(measured.read_bytes()))
+    data["samples"][3] |= change
+    path.write_bytes(gzip.compress(json.dumps(data).encode()))
+    with pytest.raises(FlashtuneError, match="flashtune model calibrate"):
+        read_calibration(path)
+
+
+def test_clusters_of_other_sizes_are_not_gone_on_from() -> None:
+    kmeans = BalancedKMeans(torch.randn(64, 16), n_clusters=8)
+    good = torch.arange(64) % 8
+    for wrong in (torch.zeros_like(good), good.clamp(min=1), good[:63], good - 1, good.int()):
+        with pytest.raises(FlashtuneError, match="not of equal size"):
+            kmeans.resume(wrong, 1)
+    kmeans.resume(good, 1)
+    assert kmeans.assignments is not None
 
 
 def test_a_checkpoint_is_of_the_same_clustering_or_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.model_folder.own_class import ask_model
 from flashtune.tuner.clustering.decode_state import RunningModel, read_prompts
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -117,6 +118,17 @@ def test_what_leads_elsewhere_is_refused(good: Path, tmp_path: Path, spoil: Spoi
         RunningModel.load(ModelFolder.open(folder), "cpu")
     assert str(caught.value).isprintable()
     assert not (outside / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_class_is_asked_without_the_kernels_that_a_config_names(
+    good: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(good, folder)
+    change(folder / "config.json", **{name: "somebody/kernels"})
+    own = ask_model(folder)
+    assert own is not None and own.names == ("lm_head.weight",)
 
 
 def test_the_folder_itself_is_read(good: Path) -> None:

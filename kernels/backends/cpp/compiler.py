@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from flashtune.tuning_db.cached_file import keep, whole
+from flashtune.tuning_db.cached_file import BUILD, keep, whole
 from flashtune.tuning_db.environment import cache_dir, named_compiler
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.lock import hold
@@ -95,7 +95,7 @@ def _compile(command: list[str], source: str, scratch: Path) -> bytes:
 
     A source that is refused is not the machine's fault if the same command compiles an empty one.
     """
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=BUILD) as folder:
         try:
             return _run(command, source, Path(folder), COMPILE_SECONDS)
         except FlashtuneError as error:
@@ -111,7 +111,7 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
     text.write_text(source, "utf-8")
     library.unlink(missing_ok=True)
     try:
-        done = _watched([*command, str(text), "-o", str(library)], seconds)
+        done = _watched([*command, str(text), "-o", str(library)], folder, seconds)
     except subprocess.TimeoutExpired as error:
         raise FlashtuneError(
             f"{command[0]} took more than {seconds} s for a kernel: set CXX to another compiler"
@@ -125,8 +125,13 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
     return library.read_bytes()
 
 
-def _watched(command: list[str], seconds: float) -> "subprocess.CompletedProcess[str]":
-    """Run a command that ends with this process, and in time, with all that it started."""
+def _watched(
+    command: list[str], scratch: Path, seconds: float
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command that ends with this process, and in time, with all that it started.
+
+    scratch: where it leaves temporary files if it is killed.
+    """
     ends, held = os.pipe()  # which the system closes for a process that is killed
     try:
         with subprocess.Popen(
@@ -136,6 +141,7 @@ def _watched(command: list[str], seconds: float) -> "subprocess.CompletedProcess
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            env={**os.environ, "TMPDIR": str(scratch)},
             start_new_session=True,
         ) as process:
             try:
