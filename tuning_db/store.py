@@ -54,6 +54,8 @@ BUSY_SECONDS = 10.0
 FINAL_POLICY = "final"  # of a search's finalists, timed side by side
 RACE_POLICY = "race"  # of the winner of a race at a model's first load
 
+_BESIDE = ("-wal", "-shm", "-journal")  # what SQLite adds to a database's name
+
 _MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
 _HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")
 
@@ -428,6 +430,9 @@ def _check_path(path: Path, read_only: bool) -> None:
             raise FlashtuneError(
                 f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
             )
+        for beside in (f"{path}{suffix}" for suffix in _BESIDE):
+            if os.path.lexists(beside) and not os.path.isfile(beside):
+                raise FlashtuneError(f"{beside} is not a file, as SQLite keeps there: remove it")
     elif read_only:
         existing(path)
     elif not os.path.isdir(path.parent):
