@@ -29,7 +29,7 @@ from flashtune.kernels.model_folder.folder import ModelFolder
 from flashtune.kernels.runtime import custom_op
 from flashtune.kernels.runtime.decoder import Allowance, Decoder
 from flashtune.kernels.special_token import FEW
-from flashtune.kernels.weights import aligned, posed
+from flashtune.kernels.weights import aligned, checked_dense, posed
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, IN_PLACE
 
@@ -118,6 +118,7 @@ class FlashHead(HeadTensors):
         """
         if screen_of(screen) is None:
             raise FlashtuneError("a head without clusters needs a screen: int4, int8 or the like")
+        weight = checked_dense("weight", weight)
         if weight.dim() != 2 or not weight.numel():
             raise FlashtuneError(f"weight must be [vocab, hidden], not {list(weight.shape)}")
         vocab_size, hidden = weight.shape

@@ -18,11 +18,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from flashtune.tuning_db.private_folder import make_private, read_private
 
+BUILD = "build-"  # how the names of folders begin in which something is made
+_LEFT_SECONDS = 3600.0  # far longer than anything is made
 _MARK = b"\nflashtune sha256 "
 _SEAL_BYTES = len(_MARK) + 64
 
@@ -49,7 +52,8 @@ def keep(path: Path, content: bytes) -> None:
     was before.
     """
     make_private(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
+    _sweep(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=BUILD) as folder:
         fresh = Path(folder, path.name)
         _write(fresh, content + _seal(content))
         os.replace(fresh, path)
@@ -77,8 +81,9 @@ def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises OSError where that fails, or others can write to the folder that it lies in.
     """
     make_private(folder.parent)
+    _sweep(folder.parent)
     with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix="build-", ignore_cleanup_errors=True
+        dir=folder.parent, prefix=BUILD, ignore_cleanup_errors=True
     ) as parent:
         fresh, broken = Path(parent, "fresh"), Path(parent, "broken")
         for name, data in files.items():
@@ -96,6 +101,14 @@ def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 raise
         shutil.rmtree(broken, ignore_errors=True)
     _sync(folder.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left behind."""
+    for each in folder.glob(f"{BUILD}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - each.lstat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(each)
 
 
 def _write(path: Path, data: bytes) -> None:

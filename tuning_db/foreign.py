@@ -4,6 +4,8 @@ Usage:
     data = parse_json(text)                # FlashtuneError says what is wrong with the text
     data = read_json(path)                 # and where
     table = read_json(path, exact=True)    # a format of our own, in which nothing is unusual
+    data = members(table, "a table", ["device", "records"])     # of which it has just these
+    number(data["time"], "its time", 0.0, 1e9)
 
 What comes out is plain: whole numbers of 64 bits at most, text that can be encoded, and nothing
 nested so deep that walking it could fail.
@@ -13,20 +15,21 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.one_line import quoted
 
-MOST_BYTES = 2**28
+MOST_BYTES = 2**26  # of which JSON makes some twenty times as much in memory
 MOST_DEPTH = 64
 _MOST_DIGITS, _MOST_SHOWN = 20, 50
 _INTEGERS = range(-(2**63), 2**63)
 
 
 def read_file(path: Path) -> bytes:
-    """A file's content. Raises FlashtuneError for what is absent, no file, or beyond 256 MiB.
+    """A file's content. Raises FlashtuneError for what is absent, no file, or beyond 64 MiB.
 
     A pipe or a device is no file: reading it may never end.
     """
@@ -93,6 +96,46 @@ def parse_json(text: str, *, exact: bool = False) -> Any:
         raise FlashtuneError(f"nested more than {MOST_DEPTH} deep") from None
     _check(data)
     return data
+
+
+def members(data: Any, what: str, names: Iterable[str]) -> dict[str, Any]:
+    """An object that has just these members; raises FlashtuneError, in which `what` names it."""
+    names = list(names)
+    if not isinstance(data, dict) or set(data) != set(names):
+        raise FlashtuneError(f"{what} must be an object of just {', '.join(names)}")
+    return data
+
+
+def items(data: Any, what: str) -> list[Any]:
+    """A list; raises FlashtuneError."""
+    if not isinstance(data, list):
+        raise FlashtuneError(f"{what} must be a list, not {quoted(data)}")
+    return data
+
+
+def text(value: Any, what: str, most: int) -> str:
+    """A text of at most so many characters; raises FlashtuneError."""
+    if not isinstance(value, str) or len(value) > most:
+        raise FlashtuneError(f"{what} must be text of at most {most} characters")
+    return value
+
+
+def number(value: Any, what: str, least: float, most: float) -> float:
+    """A number in a range; raises FlashtuneError."""
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise FlashtuneError(
+            f"{what} must be a number from {least:g} to {most:g}, not {quoted(value)}"
+        )
+    return float(value)
+
+
+def count(value: Any, what: str, least: int, most: int) -> int:
+    """A whole number in a range; raises FlashtuneError."""
+    if type(value) is not int or not least <= value <= most:
+        raise FlashtuneError(
+            f"{what} must be a whole number from {least} to {most}, not {quoted(value)}"
+        )
+    return value
 
 
 def _open(name: str, flags: int) -> int:

@@ -9,6 +9,7 @@ Usage:
 
 import fcntl
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -49,9 +50,8 @@ def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
     take it from those who wait.
     """
     end = time.monotonic() + seconds
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
+    descriptor = _opened(path)
+    if descriptor is None:
         yield Lock(None)
         return
     try:
@@ -70,6 +70,22 @@ def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
         yield Lock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _opened(path: Path) -> int | None:
+    """The file, made unless it is there; None where there can be none.
+
+    Notes replace what is in it: not what a link leads to, and nothing but a file.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def knows_locks(folder: Path) -> bool:

@@ -154,7 +154,7 @@ class Record:
         _check_config(self.config)
         if not isinstance(self.provenance, Provenance):
             raise ValueError(f"provenance must be one, not {quoted(self.provenance)}")
-        _check_created(self.created)
+        check_created(self.created)
 
     @property
     def key(self) -> str:
@@ -210,7 +210,8 @@ def _check_tools(tools: Toolchain) -> None:
         _check_text(f"the toolchain's {tool}", version, MOST_NAME, empty=True)
 
 
-def _check_created(created: Any) -> None:
+def check_created(created: Any) -> None:
+    """Raises ValueError for what is no record's time."""
     if not isinstance(created, str) or not _CREATED.fullmatch(created):
         raise ValueError(f"created must be UTC as 2026-01-31T12:00:00Z, not {quoted(created)}")
     try:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashtune.tuning_db import environment
 from flashtune.tuning_db.device import Toolchain
@@ -47,6 +47,7 @@ from flashtune.tuning_db.record import (
     Outcome,
     Provenance,
     Record,
+    check_created,
     config_key,
     when_made,
 )
@@ -56,9 +57,12 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 LOG = logging.getLogger("flashtune")
+Read = TypeVar("Read")  # what a row is
 BUSY_SECONDS = 10.0
 FINAL_POLICY = "final"  # of a search's finalists, timed side by side
 RACE_POLICY = "race"  # of the winner of a race at a model's first load
+
+_BESIDE = ("-wal", "-shm", "-journal")  # what SQLite adds to a database's name
 
 _MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
 _HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")
@@ -164,7 +168,7 @@ class Store:
             for record in records:
                 row = _row_of(record)
                 found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
-                before = next(self._those_that_are(found), None)
+                before = next(self._those_that_are(found, _record), None)
                 if before is None or _standing(record) >= _standing(before):
                     database.table("records").upsert(row, pk="key")
                 measured = {name: row[name] for name in _HISTORY_COLUMNS}
@@ -197,7 +201,7 @@ class Store:
         rows = self._matching(
             wanted, "device, problem, median_us IS NULL, median_us, config, toolchain"
         )
-        return list(self._those_that_are(rows))
+        return list(self._those_that_are(rows, _record))
 
     def best(
         self,
@@ -219,7 +223,7 @@ class Store:
             "outcome": Outcome.OK.value,
         }
         order = f"{_TRUST}, policy = '{FINAL_POLICY}' DESC, median_us, config, toolchain"
-        records = self._those_that_are(self._matching(wanted, order))
+        records = self._those_that_are(self._matching(wanted, order), _record)
         return next((record for record in records if accept(record.config)), None)
 
     def get(self, key_prefix: str) -> Record:
@@ -244,18 +248,15 @@ class Store:
     def measurements(self, key: str) -> list[tuple[str, Measurement]]:
         """Every measurement of the record with this key, in the order of adding, with its time."""
         rows = self._select("SELECT * FROM measurements WHERE record = ? ORDER BY id", (key,))
-        with self._blamed():
-            return [(row["created"], _measurement(row)) for row in rows]
+        return [(created, each) for _, created, each in self._those_that_are(rows, _taken)]
 
     def first_measurements(self) -> list[tuple[str, str, Measurement]]:
         """The first measurement of each record, in the order of adding, with its key and time."""
-        rows = self._select(
-            "SELECT * FROM measurements WHERE id IN "
-            "(SELECT min(id) FROM measurements GROUP BY record) ORDER BY id",
-            (),
-        )
-        with self._blamed():
-            return [(row["record"], row["created"], _measurement(row)) for row in rows]
+        rows = self._select("SELECT * FROM measurements ORDER BY id", ())
+        first: dict[str, tuple[str, str, Measurement]] = {}
+        for taken in self._those_that_are(rows, _taken):
+            first.setdefault(taken[0], taken)
+        return list(first.values())
 
     def keep_probe(self, probe: Probe) -> None:
         """Keep a probe in place of the one before under the same conditions."""
@@ -328,11 +329,13 @@ class Store:
             cursor.row_factory = sqlite3.Row
             return cursor.execute(sql, values).fetchall()
 
-    def _those_that_are(self, rows: Iterable[sqlite3.Row]) -> Iterator[Record]:
-        """The records of rows, without the rows that are none."""
+    def _those_that_are(
+        self, rows: Iterable[sqlite3.Row], read: "Callable[[sqlite3.Row], Read]"
+    ) -> "Iterator[Read]":
+        """What is read of rows, without those that are none of ours."""
         for row in rows:
             try:
-                yield _record(row)
+                yield read(row)
             except FlashtuneError as error:
                 self._odd_rows.setdefault(_identity(row), str(error))
 
@@ -348,7 +351,10 @@ class Store:
 
 
 def _identity(row: sqlite3.Row) -> object:
-    return row["key"] if "key" in row.keys() else tuple(row)  # noqa: SIM118 - a row is no mapping
+    """What tells a row from others, of records as of measurements."""
+    names = row.keys()
+    known = next((name for name in ("key", "id") if name in names), None)
+    return (known, row[known]) if known else tuple(row)
 
 
 def _record(row: sqlite3.Row) -> Record:
@@ -363,6 +369,17 @@ def _record(row: sqlite3.Row) -> Record:
             measurement=_measurement(row),
             created=row["created"],
         )
+    except (ValueError, IndexError) as error:  # IndexError: a column is missing
+        raise FlashtuneError(str(error)) from error
+
+
+def _taken(row: sqlite3.Row) -> tuple[str, str, Measurement]:
+    """The record's key, the time and the measurement that a row of the history is."""
+    try:
+        check_created(row["created"])
+        if not isinstance(row["record"], str):
+            raise FlashtuneError(f"{quoted(row['record'])} is no record's key")
+        return row["record"], row["created"], _measurement(row)
     except (ValueError, IndexError) as error:  # IndexError: a column is missing
         raise FlashtuneError(str(error)) from error
 
@@ -453,6 +470,9 @@ def _check_path(path: Path, read_only: bool) -> None:
             raise FlashtuneError(
                 f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
             )
+        for beside in (f"{path}{suffix}" for suffix in _BESIDE):
+            if os.path.lexists(beside) and not os.path.isfile(beside):
+                raise FlashtuneError(f"{beside} is not a file, as SQLite keeps there: remove it")
     elif read_only:
         existing(path)
     elif not os.path.isdir(path.parent):

@@ -13,7 +13,6 @@ A problem has one measured record, its winner, or several predicted or corrected
 import functools
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, fields
@@ -37,6 +36,7 @@ from flashtune.tuning_db.record import (
 )
 from flashtune.tuning_db.shortlist import MOST, shortlist
 from flashtune.tuning_db.store import FINAL_POLICY, Store
+from flashtune.tuning_db.whole_file import write_whole
 
 TABLE_VERSION = 1
 _JOULE_DIGITS = 9
@@ -103,22 +103,7 @@ def write_table(path: Path, table: TuningTable) -> None:
     """Write a table's file whole or not at all; raises FlashtuneError, the old file kept."""
     text = dumps_table(table)
     loads_table(text, origin=str(path))  # never write what we would refuse to read
-    target = path.resolve()  # a symbolic link stays one
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise FlashtuneError(
-            f"cannot write {path} ({error.strerror}), it was left as it was: "
-            "check the folder and the space on the disk"
-        ) from error
+    write_whole(path, text.encode())
 
 
 @functools.cache

@@ -40,7 +40,14 @@ class TorchStep:
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Decode `hidden` to `out`, a few tokens at a time to bound the memory."""
+        """Decode `hidden` to `out`, a few tokens at a time to bound the memory.
+
+        In float32, whatever the caller has torch compute in.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            self._decode(weights, hidden, out)
+
+    def _decode(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         at_once = self._tokens_at_once
         hidden = filled_up(hidden, out.shape[0])
         parts = zip(torch.split(hidden, at_once), torch.split(out, at_once), strict=True)

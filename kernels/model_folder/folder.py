@@ -77,6 +77,8 @@ class ModelFolder:
         source: a folder, else the name of a repository in Hugging Face's cache on this disk;
         nothing is downloaded. Raises FlashtuneError naming the file and what is wrong.
         """
+        if not isinstance(source, str | os.PathLike):
+            raise FlashtuneError(f"a model must be a folder or a name, not {quoted(source)}")
         path = Path(source)
         if not os.path.isdir(path) and _REPOSITORY.fullmatch(str(source)):
             path = _cached(str(source), revision)

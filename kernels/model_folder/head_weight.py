@@ -80,7 +80,7 @@ def find_head_weight(
     block: rows and columns of such a weight that share a scale, where the config says. Raises
     FlashtuneError naming the file and what it should hold.
     """
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     own = ask_model(folder)
     if own is not None:
         tied = own.tied
@@ -162,8 +162,11 @@ def has_weights(folder: Path) -> bool:
     return any(os.path.exists(folder / name) for name in (SINGLE, INDEX))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a model, of those that transformers would load."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a model, of those that transformers would load.
+
+    Raises FlashtuneError where there are none, or one is not in the folder.
+    """
     path, index = inside(folder, SINGLE), inside(folder, INDEX)
     if os.path.exists(path):
         with open_tensors(path) as tensors:

@@ -2,6 +2,7 @@
 
 Usage:
     path = inside(folder, "flash_head_assets", "clustering_cache.safetensors")
+    all_inside(folder)          # for those who read what they like of it
 """
 
 import os
@@ -22,7 +23,10 @@ def inside(folder: Path, *names: Any) -> Path:
         if not isinstance(name, str) or "\0" in name:
             raise FlashtuneError(f"{folder}: {quoted(name)} cannot be the name of a file")
     path = folder.joinpath(*names)
-    root, found = (Path(os.path.realpath(each)) for each in (folder, path))
+    try:
+        root, found = (Path(os.path.realpath(each)) for each in (folder, path))
+    except ValueError as error:  # a null character, half a character
+        raise FlashtuneError(f"{path}: cannot be the name of a file") from error
     places = [root]
     if root.parent.name == "snapshots":
         places.append(root.parents[1] / "blobs")
@@ -31,3 +35,10 @@ def inside(folder: Path, *names: Any) -> Path:
             f"{path}: leads out of the model's folder, to {found}: put a copy of the file there"
         )
     return path
+
+
+def all_inside(folder: Path) -> None:
+    """Raises FlashtuneError where any link of a folder leads out of it, as `inside`."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            inside(folder, os.path.relpath(os.path.join(parent, name), folder))

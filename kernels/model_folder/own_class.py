@@ -87,6 +87,7 @@ def _instance(folder: Path) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config._attn_implementation = "eager"  # not the kernels of somebody on the Hub
     for name in config.architectures or ():
         own = getattr(transformers, str(name).removeprefix(PREFIX), None)
         if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):

@@ -24,11 +24,13 @@ from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.predict.stages.registry import stages_of
 from flashtune.kernels.predict.stages.stage import REFERENCE_HZ, Stage
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.foreign import parse_json, read_text
+from flashtune.tuning_db.foreign import items, members, number, parse_json, read_text, text
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import FORMATS, Problem
-from flashtune.tuning_db.record import ConfigData, Measurement, family
+from flashtune.tuning_db.record import MOST_NAME, ConfigData, Measurement, family
 
 VERSION = "stages-1"
+_LEAST, _MOST = 1e-6, 1e6  # of constants and of factors, far beyond what any fit gives
 CYCLES_US = 1e9 / REFERENCE_HZ  # microseconds of a thousand cycles of the reference clock
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
 
@@ -170,12 +172,32 @@ class CostModel:
 
     @classmethod
     def from_json(cls, data: Any) -> "CostModel":
-        """Read `data`'s result back; raises KeyError, TypeError or ValueError."""
+        """Read `data`'s result back; raises FlashtuneError."""
+        members(data, "the model", [field.name for field in fields(cls)])
+        found = data["intervals"]
+        if not isinstance(found, dict) or not found:
+            raise FlashtuneError("intervals must be an object of at least one family's")
         return cls(
-            device=data["device"],
-            constants=Constants(**data["constants"]),
-            intervals={name: (low, high) for name, (low, high) in data["intervals"].items()},
+            device=text(data["device"], "device", MOST_NAME),
+            constants=constants_of(data["constants"]),
+            intervals={name: _interval(name, each) for name, each in found.items()},
         )
+
+
+def constants_of(data: Any) -> Constants:
+    """The constants that plain data hold; raises FlashtuneError."""
+    names = [field.name for field in fields(Constants)]
+    members(data, "the constants", names)
+    found = {name: number(data[name], name, _LEAST, _MOST) for name in names}
+    return Constants(**found)
+
+
+def _interval(name: str, data: Any) -> tuple[float, float]:
+    what = f"the interval of {quoted(name)}"
+    ends = [number(each, what, _LEAST, _MOST) for each in items(data, what)]
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise FlashtuneError(f"{what} must be two numbers, the lesser first")
+    return ends[0], ends[1]
 
 
 @functools.cache
@@ -188,19 +210,21 @@ def shipped_model() -> CostModel:
 def read_model_file(path: Any) -> dict[str, Any]:
     """The decoded file of a fit; raises FlashtuneError when it cannot be used."""
     try:
-        text = read_text(Path(str(path)))
+        content = read_text(Path(str(path)))
     except FlashtuneError as error:
         raise FlashtuneError(f"cannot read the cost model {error}") from error
     try:
-        data: dict[str, Any] = parse_json(text, exact=True)
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
+        data = parse_json(content, exact=True)
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise FlashtuneError(f"version {quoted(version)}, this flashtune reads {VERSION}")
+        members(data, "a fit", ("version", "calibration", "model", "held_out"))
         CostModel.from_json(data["model"])
-    except (AttributeError, LookupError, TypeError, ValueError, FlashtuneError) as error:
+    except FlashtuneError as error:
         raise FlashtuneError(
             f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
         ) from error
-    return data
+    return dict(data)
 
 
 def interval_us(

@@ -11,6 +11,7 @@ converted takes a new decoder, so that a call in another thread finds the old te
 steps or the new ones with theirs, and never a mixture.
 """
 
+import logging
 import os
 import threading
 import weakref
@@ -203,11 +204,10 @@ class Decoder:
 
     def bound(self, epilogue: str, n_tokens: int) -> Bound:
         """The kernels of a step for that many tokens, made on first use."""
-        allowance = self._allowance
+        allowance, problem = self._allowance, self._problem(epilogue, n_tokens)
         with allowance.lock:
             bound = self._bounds.get((epilogue, n_tokens))
             if bound is None:
-                problem = self._problem(epilogue, n_tokens)
                 with _lasting(self.weights.weight.device):
                     bound = bind(problem, self.weights, race_seconds=allowance.race_seconds)
                 self._bounds[epilogue, n_tokens] = bound
@@ -249,7 +249,11 @@ class Decoder:
 
     @contextmanager
     def _telling(self, epilogue: str, n_tokens: int) -> Iterator[None]:
-        """Log what a call waits for, once it has waited for a while."""
+        """Log what a call waits for, once it has waited for a while.
+
+        Nothing is wrong, but whoever waits is to read it: where no information is shown, it is
+        a warning.
+        """
         seconds = self._allowance.race_seconds
         race = f", after racing several for up to {seconds:.0f} s" if seconds else ""
         how = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
@@ -257,7 +261,8 @@ class Decoder:
             f"FlashHead: the first call with {n_tokens} tokens chooses and compiles its kernel"
             f"{race}; head.prepare({how}) does so ahead of time"
         )
-        timer = threading.Timer(SILENCE, LOG.warning, (text,))
+        level = logging.INFO if LOG.isEnabledFor(logging.INFO) else logging.WARNING
+        timer = threading.Timer(SILENCE, LOG.log, (level, text))
         timer.daemon = True
         timer.start()
         try:

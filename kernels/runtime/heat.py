@@ -147,10 +147,11 @@ def _compile(
     start = time.monotonic()
     compilers = Compilers(min(COMPILERS, len(os.sched_getaffinity(0))))
     futures = {}
-    for config in configs:
-        candidate = Candidate(problem, config, device)
-        futures[config] = compilers.submit(partial(backend_of(candidate).loader, candidate, where))
     try:
+        for config in configs:
+            candidate = Candidate(problem, config, device)
+            compile_it = partial(backend_of(candidate).loader, candidate, where)
+            futures[config] = compilers.submit(compile_it)
         compilers.wait(BEGIN_SHARE * seconds)
         compilers.cancel()
         compilers.wait(max(0.0, start + COMPILE_SHARE * seconds - time.monotonic()))
@@ -159,7 +160,7 @@ def _compile(
             for config, future in futures.items()
             if future.done() and not future.cancelled()
         }
-    finally:
+    finally:  # after Ctrl-C, too
         compilers.end()
 
 

@@ -3,6 +3,8 @@
 import json
 import random
 import sqlite3
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,16 @@ def read_everything(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.read_bytes() == content
 
 
+def refused_or_done(*words: object) -> bool:
+    """Whether a command did what it was told; else it said one line."""
+    found = CliRunner().invoke(cli, [str(each) for each in words])
+    assert found.exception is None or isinstance(found.exception, SystemExit), words
+    errors = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == (found.exit_code == 2)
+    assert all(line.isprintable() for line in found.output.splitlines())
+    return found.exit_code == 0
+
+
 def test_bytes_that_are_changed(
     good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +122,49 @@ def test_rows_that_are_changed(
                 )
         connection.close()
         read_everything(path, monkeypatch)
+
+
+TIMES = ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-02-30T00:00:00Z", "", 7, None)
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_histories_that_are_changed(
+    good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    """What reports and studies are made of: every measurement there was, and when."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    r, path, page = random.Random(5), tmp_path / "a.db", tmp_path / "a.html"
+    made = 0
+    try:
+        for number in range(COUNT // 6):
+            path.write_bytes(good)
+            with sqlite3.connect(path) as connection:
+                column, new = r.choice(
+                    (
+                        ("created", r.choice(TIMES)),
+                        ("record", r.choice((7, b"\xff"))),
+                        ("outcome", r.choice(("crash", "pruned", "said"))),
+                        ("median_us", r.choice((-1, "x", 1e300, None))),
+                        (r.choice(("error", "policy", "created")), r.choice(TEXTS)),
+                    )
+                )
+                if isinstance(new, str):
+                    new = new.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+                for table in ("measurements", "records"):  # a few are enough to be drawn
+                    connection.execute(f"DELETE FROM {table} WHERE rowid > 4")
+                with suppress(sqlite3.IntegrityError):  # NULL
+                    connection.execute(
+                        f"UPDATE measurements SET {column} = ? WHERE rowid % ? = 0",
+                        (new, r.choice((1, 2))),
+                    )
+            connection.close()
+            before = path.read_bytes()
+            storage = f"sqlite:///{tmp_path}/{number}.db"
+            made += refused_or_done("report", "--db", path, "--out", page)
+            refused_or_done("studies", "export", "--db", path, "--storage", storage)
+            assert path.read_bytes() == before
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert made > COUNT / 12

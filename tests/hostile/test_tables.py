@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import logging
+import os
 import random
 import sqlite3
 from contextlib import redirect_stdout
@@ -13,12 +15,15 @@ import pytest
 
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import parse_config
+from flashtune.kernels.runtime.records import best_choice
 from flashtune.tuner.cli.report import print_records
 from flashtune.tuner.cli.tables import import_
 from flashtune.tuner.here import device_named
 from flashtune.tuner.search.lookup import known_records
+from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.merge import compare_tables, merge
+from flashtune.tuning_db.problem import parse_shape
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table, read_table, table_from_store, write_table
 from hostile.mutation import MARK, TEXTS, dumped, mutate, spoil
@@ -103,3 +108,35 @@ def test_of_several_tables_all_are_imported_or_none(tmp_path: Path, good_first: 
     with pytest.raises(FlashtuneError, match="401 digits"):
         import_.callback((good, bad) if good_first else (bad, good), tmp_path / "a.db")  # type: ignore[misc]
     assert not (tmp_path / "a.db").exists()
+
+
+NAMES = ("a.json", "b\n\x1b[2J.json", "c[b].json", "x" * 240 + ".json", ".d.json", "e.JSON")
+
+
+def test_a_folder_of_tables_is_used_but_for_what_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r, device, problem = random.Random(6), find_device("h200"), parse_shape("qwen3-vl-2b")
+    caplog.set_level(logging.WARNING, logger="flashtune")
+    for number in range(12):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.setenv("FLASHTUNE_TABLES", str(folder))
+        for name in NAMES:
+            data = copy.deepcopy(shipped())
+            mutate(r, data)
+            text = dumped(data) if r.random() < 0.8 else spoil(r, dumped(data))
+            (folder / name).write_bytes(text)
+        (folder / os.fsdecode(b"\xff.json")).write_text("{}")
+        os.mkfifo(folder / "pipe.json")
+        (folder / "folder.json").mkdir()
+        for name, target in (("zero", "/dev/zero"), ("loop", "loop.json"), ("gone", "nothing")):
+            (folder / f"{name}.json").symlink_to(target)
+        (folder / "good.json").write_bytes(dumped(shipped()))
+        troubles: list[str] = []
+        choice = best_choice(problem, device, Toolchain(), troubles)
+        json.dumps(choice.explain(), allow_nan=False)
+        assert all(line.isprintable() for line in troubles)
+        known = {each.record.key for each in known_records(device, None, None)}
+        assert {each.key for each in read_table(folder / "good.json").records} <= known
+    assert all(line.isprintable() for line in caplog.messages)

@@ -532,6 +532,11 @@ def test_a_call_that_keeps_waiting_says_for_what(
     monkeypatch.setattr(decoder, "SILENCE", 60.0)
     FlashHead(**_with())(torch.zeros(1, WIDTH))
     assert len(caplog.records) == 2
+    monkeypatch.setattr(decoder, "SILENCE", 0.05)
+    caplog.set_level(logging.INFO, logger="flashtune")
+    FlashHead(**_with())(torch.zeros(1, WIDTH))
+    assert {each.levelname for each in caplog.records[2:]} == {"INFO"}
+    assert any("first call with 1 tokens" in each.getMessage() for each in caplog.records[2:])
 
 
 def test_threads_may_share_a_head() -> None:
@@ -779,3 +784,20 @@ def test_a_nested_hidden_state_is_refused() -> None:
     nested = torch.nested.nested_tensor([torch.zeros(1, WIDTH)])
     with pytest.raises(FlashtuneError, match="hidden must be a dense tensor, not nested"):
         FlashHead(*parts(), n_probes=3)(nested)
+
+
+@pytest.mark.parametrize("screen", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plain_torch_is_exact_where_the_caller_computes_in_fewer_bits(
+    dtype: torch.dtype, screen: str | None
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, centroids, hidden = (
+        torch.randn(rows, 64, generator=generator) for rows in (512, 32, 6)
+    )
+    head = FlashHead(weight, centroids, torch.arange(512) % 32, n_probes=4, screen=screen)
+    with torch.autocast("cpu", dtype=dtype):
+        token, logits = head(hidden), head.logits(hidden)
+    assert head.explain(6)["level"] == "torch"
+    assert torch.equal(token, head(hidden))
+    assert torch.equal(logits, head.logits(hidden))

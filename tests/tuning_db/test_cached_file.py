@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,15 @@ def test_a_folder_is_not_made_where_others_can_write(tmp_path: Path) -> None:
     (tmp_path / "code").chmod(0o777)
     with pytest.raises(PermissionError, match="others can write"):
         keep_folder(tmp_path / "code" / "digest", FILES)
+
+
+def test_what_was_left_behind_by_a_process_that_was_killed_is_removed_later(
+    tmp_path: Path,
+) -> None:
+    old, new = tmp_path / "build-old", tmp_path / "build-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "part").write_bytes(b"half")
+    os.utime(old, (0, time.time() - 7200))
+    keep(tmp_path / "file", b"content")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["build-new", "file"]

@@ -98,3 +98,14 @@ def test_where_no_file_can_be_made_work_goes_on(tmp_path: Path) -> None:
         lock.note("mine")
     assert knows_locks(tmp_path / "no" / "where")  # as far as anybody can tell
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_nothing_is_noted_in_what_is_not_a_file_of_ours(kind: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "lock", tmp_path / "other"
+    other.write_text("somebody's")
+    path.symlink_to(other) if kind == "link" else os.mkfifo(path)
+    with hold(path, 0.0) as lock:
+        assert lock is not None and lock.left == ""
+        lock.note("at work")
+    assert other.read_text() == "somebody's"

@@ -288,6 +288,26 @@ def test_a_folder_or_a_pipe_in_the_file_s_place(tmp_path: Path, read_only: bool)
             open_any(path, read_only)
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
+def test_what_is_no_log_beside_a_database(
+    tmp_path: Path, make_record: MakeRecord, kind: str, suffix: str, read_only: bool
+) -> None:
+    path = filled(tmp_path / "tuning.db", make_record)
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    connection.close()
+    beside = Path(f"{path}{suffix}")
+    if kind == "pipe":
+        os.mkfifo(beside)
+    elif kind == "folder":
+        beside.mkdir()
+    else:
+        beside.symlink_to(beside if kind == "loop" else "/dev/zero")
+    assert_refused(path, f"{suffix} is not a file", read_only)
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, make_record: MakeRecord) -> None:
     path = filled(tmp_path / "tuning.db", make_record)
     with Store(path) as store:

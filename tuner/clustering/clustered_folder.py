@@ -10,6 +10,7 @@ leaves a checkpoint beside it, from which the same request goes on.
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ from flashtune.kernels.model_folder.tensor_file import open_tensors
 from flashtune.tuner.clustering.kmeans import ITERATIONS, BalancedKMeans
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.foreign import parse_json
+from flashtune.tuning_db.foreign import count, members, parse_json
 
 CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
 _METADATA = "flashtune"
@@ -254,15 +255,19 @@ class Checkpoint:
         if not self.path.exists():
             return
         with open_tensors(self.path) as tensors:
-            metadata = parse_json((tensors.metadata() or {}).get(_METADATA, "{}"))
-            names = list(tensors.keys())
-            if names != [ASSIGNMENTS] or metadata.get("run") != self._run:
-                raise FlashtuneError(
-                    f"{self.path}: the checkpoint of another clustering (other weights, seed or "
-                    "number of clusters): give those again, or remove it"
-                )
-            assignments = tensors.get_tensor(ASSIGNMENTS)
-        self._kmeans.resume(assignments, int(metadata["iteration"]))
+            said, names = (tensors.metadata() or {}).get(_METADATA, "{}"), list(tensors.keys())
+            assignments = tensors.get_tensor(ASSIGNMENTS) if names == [ASSIGNMENTS] else None
+        try:
+            metadata = members(parse_json(said, exact=True), "it", ("run", "iteration"))
+            iteration = count(metadata["iteration"], "its iteration", 1, sys.maxsize)
+            if assignments is None or metadata["run"] != self._run:
+                raise FlashtuneError("other weights, seed or number of clusters")
+            self._kmeans.resume(assignments, iteration)
+        except FlashtuneError as error:
+            raise FlashtuneError(
+                f"{self.path}: the checkpoint of another clustering ({error}): give the same "
+                "model, --clusters and --seed again, or remove it"
+            ) from error
 
     def save(self) -> None:
         """Write the file, whole or not at all."""

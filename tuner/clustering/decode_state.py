@@ -10,6 +10,7 @@ The model is run by Hugging Face's transformers, an extra of this package: `flas
 """
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,22 @@ from typing import Any
 import torch
 
 from flashtune.kernels.integrations.model_logits import ModelLogits
-from flashtune.kernels.model_folder.folder import ModelFolder
+from flashtune.kernels.model_folder.folder import CONFIG, ModelFolder
+from flashtune.kernels.model_folder.head_weight import tensor_files
+from flashtune.kernels.model_folder.inside import all_inside
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import read_text
+from flashtune.tuning_db.one_line import quoted
 
+_PROMPTS = files("flashtune.tuner.clustering") / "prompts.txt"
 _BATCH = 8  # prompts at a time
 _FIRST = 2  # that show the pace, where time is bounded
+# Else transformers asks on standard input whether to run what comes with a model.
+_OWN_CODE = {"trust_remote_code": False, "local_files_only": True}
+_WEIGHTS = {"dtype": "auto", "use_safetensors": True, **_OWN_CODE}
+_ADAPTER = "adapter_config.json"
+_ATTENTION = ("attn_implementation", "_attn_implementation")
 _INPUTS = ("input_ids", "attention_mask")
 
 
@@ -46,11 +57,7 @@ class _OutOfTime(Exception):
 
 def read_prompts(path: Path | None) -> list[str]:
     """The prompts of a file, one a line, blank lines left out; those shipped unless given."""
-    try:
-        source = path or files("flashtune.tuner.clustering").joinpath("prompts.txt")
-        lines = source.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlashtuneError(f"{path}: cannot be read as text: {error}") from error
+    lines = read_text(path or Path(str(_PROMPTS))).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise FlashtuneError(f"{path}: holds no prompts: give one a line")
@@ -98,21 +105,25 @@ class RunningModel:
 
     @classmethod
     def load(cls, folder: ModelFolder, device: str) -> "RunningModel":
-        """Raises FlashtuneError where transformers is not installed or cannot load the model."""
+        """Raises FlashtuneError where transformers is not installed or cannot load the model.
+
+        And where it would read files outside the folder, or run code that is none of its own.
+        """
         transformers = require_transformers()
+        _check_own(folder)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder.path, padding_side="left"
+                folder.path, padding_side="left", **_OWN_CODE
             )
             if tokenizer.pad_token is None:
                 first = tokenizer.convert_ids_to_tokens(0)
                 tokenizer.pad_token = tokenizer.eos_token or first
             try:
                 auto = transformers.AutoModelForCausalLM
-                model = auto.from_pretrained(folder.path, dtype="auto")
+                model = auto.from_pretrained(folder.path, **_WEIGHTS)
             except ValueError:  # a config that is no text model's
                 auto = transformers.AutoModelForImageTextToText
-                model = auto.from_pretrained(folder.path, dtype="auto")
+                model = auto.from_pretrained(folder.path, **_WEIGHTS)
             return cls(model.to(device).eval(), tokenizer)
         except Exception as error:  # whatever a model's own code raises
             raise model_error(f"{folder.path}: transformers cannot load it", error) from error
@@ -205,6 +216,24 @@ class RunningModel:
         counts = self.counted(out[:, inputs["input_ids"].shape[1] :])
         found = torch.stack(seen, dim=1)
         return [found[row, :own] for row, own in enumerate(counts)]
+
+
+def _check_own(folder: ModelFolder) -> None:
+    """Raise FlashtuneError where a model leads out of its folder, or to somebody's code."""
+    all_inside(folder.path)
+    tensor_files(folder.path)
+    if os.path.lexists(folder.path / _ADAPTER):
+        raise FlashtuneError(
+            f"{folder.path / _ADAPTER}: an adapter of a model elsewhere: merge it into that model"
+        )
+    for config in (folder.config, folder.text):
+        named = [config.get(name) for name in _ATTENTION]
+        elsewhere = next((each for each in named if "/" in str(each)), None)
+        if elsewhere is not None:
+            raise FlashtuneError(
+                f"{folder.path / CONFIG}: asks for the kernels {quoted(elsewhere)}, which are "
+                "somebody's code and not run: name an attention of transformers' own"
+            )
 
 
 def model_error(what: str, error: Exception) -> FlashtuneError:

@@ -53,8 +53,18 @@ class BalancedKMeans:
         self.iteration = 0
 
     def resume(self, assignments: torch.Tensor, iteration: int) -> None:
-        """Go on from what `assignments` and `iteration` were after some step."""
-        self.assignments, self.iteration = assignments.to(self._rows.device), iteration
+        """Go on from what `assignments` and `iteration` were after some step.
+
+        Raises FlashtuneError for clusters that are not of the sizes that each step gives them.
+        """
+        whole = assignments.dtype is torch.int64 and assignments.shape == (len(self._rows),)
+        if whole and bool(((assignments >= 0) & (assignments < self.n_clusters)).all()):
+            assignments = assignments.to(self._rows.device)
+            sizes = torch.bincount(assignments, minlength=self.n_clusters)
+            if torch.equal(sizes, self._sizes):
+                self.assignments, self.iteration = assignments, iteration
+                return
+        raise FlashtuneError("its clusters are not of equal size")
 
     def step(self) -> float:
         """Assign every token anew; then as `fit`."""

@@ -6,6 +6,7 @@ Usage:
     plot(report, Path("quality.png"))
 """
 
+import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from rich.table import Table
 from flashtune.kernels.measure.timing import Timing
 from flashtune.tuner.clustering.quality_report import QualityReport, TimedRow
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.whole_file import write_whole
 
 _HEADINGS = (
     "probes", "top\ntoken", "top\nfive", "proba-\nbility", "same\nanswers", "median\nus", "spread",
@@ -194,11 +196,10 @@ def plot(report: QualityReport, path: Path) -> None:
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure. Raises FlashtuneError."""
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise FlashtuneError(f"{path}: cannot be written: {error}") from error
+    """Write a figure, of the kind that the file's name ends in. Raises FlashtuneError."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    write_whole(path, drawn.getvalue())
 
 
 def _missed(share: float, least: float) -> float:

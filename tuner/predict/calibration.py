@@ -11,9 +11,8 @@ A file is JSON, packed: fitting and checking then need neither a database nor a 
 import gzip
 import io
 import json
-import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,11 +23,21 @@ from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.plans.knob import changed_data, knobs
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task
-from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.foreign import MOST_BYTES, parse_json, read_file
+from flashtune.tuning_db.foreign import (
+    MOST_BYTES,
+    count,
+    items,
+    members,
+    parse_json,
+    read_file,
+    text,
+)
+from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
+from flashtune.tuning_db.record import MOST_NAME, Measurement, Outcome, Provenance, Record
+from flashtune.tuning_db.whole_file import write_whole
 
 VERSION = 1
 CALIBRATIONS = resources.files("flashtune.tuning_db") / "calibration"
@@ -36,6 +45,8 @@ SHIPPED = CALIBRATIONS / "nvidia-h200.json.gz"
 FORMATS_TIMED = CALIBRATIONS / "nvidia-h100-formats.json.gz"  # nothing is fitted to it
 COMPILE_SECONDS = 120.0
 _USE = ("kernel", "programs", "warps", "registers", "shared_bytes", "spilled")
+_TIME = ("outcome", "median_us", "spread_us", "samples", "policy")
+_MOST_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,15 +169,7 @@ def calibration_text(calibration: Calibration) -> str:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write the file whole or not at all; raises FlashtuneError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.write_bytes(dump_calibration(calibration))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise FlashtuneError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, dump_calibration(calibration))
 
 
 def read_calibration(path: Any) -> Calibration:
@@ -180,52 +183,72 @@ def read_calibration(path: Any) -> Calibration:
     except FlashtuneError as error:
         raise FlashtuneError(f"cannot read the calibration {error}") from error
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
-            data = parse_json(file.read(MOST_BYTES).decode("utf-8"), exact=True)
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']}, this flashtune reads {VERSION}")
-        problems = [Problem.from_json(each) for each in data["problems"]]
-        samples = [_sample(row, problems) for row in data["samples"]]
-        toolchain = Toolchain.from_json(data["toolchain"])
-    except (
-        AttributeError,
-        EOFError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        FlashtuneError,
-        zlib.error,
-    ) as error:
+        return _calibration(parse_json(_unpacked(packed), exact=True))
+    except (FlashtuneError, ValueError) as error:
         raise FlashtuneError(
             f"cannot use the calibration {path} ({error}): make it anew with "
             "`flashtune model calibrate`"
         ) from error
+
+
+def _unpacked(packed: bytes) -> str:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            return file.read(MOST_BYTES).decode("utf-8")
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise FlashtuneError(f"not a whole gzip file of text: {error}") from error
+
+
+def _calibration(data: Any) -> Calibration:
+    """Read plain data back; raises FlashtuneError, or ValueError."""
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != VERSION:
+        raise FlashtuneError(f"version {quoted(version)}, this flashtune reads {VERSION}")
+    members(data, "a calibration", ("version", "device", "toolchain", "problems", "samples"))
+    device = find_device(text(data["device"], "device", MOST_NAME))
+    problems = [Problem.from_json(each) for each in items(data["problems"], "problems")]
+    samples = [_sample(row, problems, device) for row in items(data["samples"], "samples")]
     kept = tuple(sample for sample in samples if sample is not None)
     return Calibration(
-        device=data["device"],
-        toolchain=toolchain,
+        device=device.name,
+        toolchain=Toolchain.from_json(data["toolchain"]),
         samples=kept,
         dropped=len(samples) - len(kept),
     )
 
 
-def _sample(row: Mapping[str, Any], problems: Sequence[Problem]) -> Sample | None:
+def _sample(row: Any, problems: Sequence[Problem], device: Device) -> Sample | None:
+    """The sample that a row is; None for a config that is none of today."""
+    members(row, "a sample", ("problem", "config", "uses", *_TIME))
+    problem = problems[count(row["problem"], "problem", 0, len(problems) - 1)]
+    uses = tuple(_use(each) for each in items(row["uses"], "uses"))
+    measurement = Measurement(
+        **{**{name: row[name] for name in _TIME}, "outcome": Outcome(row["outcome"])}
+    )
+    if measurement.median_us is None:
+        raise FlashtuneError(f"a sample whose outcome is {measurement.outcome.value}")
     try:
-        plan = PLANS[row["config"]["plan"]].config
+        data = row["config"] if isinstance(row["config"], dict) else {}
+        plan = PLANS[data.get("plan")].config
         defaults = {name: knob["default"] for name, knob in knobs(plan).items()}
-        config = parse_config({**defaults, **row["config"]})
+        config = parse_config({**defaults, **data})
     except FlashtuneError:
         return None
-    return Sample(
-        problem=problems[row["problem"]],
-        config=config,
-        uses=tuple(KernelUse(**dict(zip(_USE, use, strict=True))) for use in row["uses"]),
-        measurement=Measurement(
-            outcome=Outcome(row["outcome"]),
-            median_us=row["median_us"],
-            spread_us=row["spread_us"],
-            samples=row["samples"],
-            policy=row["policy"],
-        ),
+    if Candidate(problem, config, device).why_invalid() is not None:
+        return None
+    return Sample(problem=problem, config=config, uses=uses, measurement=measurement)
+
+
+def _use(data: Any) -> KernelUse:
+    needs = items(data, "a kernel's needs")
+    if len(needs) != len(_USE):
+        raise FlashtuneError(f"a kernel's needs must be {', '.join(_USE)}")
+    kernel, programs, warps, registers, shared_bytes, spilled = needs
+    return KernelUse(
+        kernel=text(kernel, "a kernel", MOST_NAME),
+        programs=count(programs, "programs", 1, _MOST_COUNT),
+        warps=count(warps, "warps", 1, _MOST_COUNT),
+        registers=count(registers, "registers", 1, _MOST_COUNT),
+        shared_bytes=count(shared_bytes, "shared_bytes", 0, _MOST_COUNT),
+        spilled=count(spilled, "spilled", 0, _MOST_COUNT),
     )

@@ -227,11 +227,11 @@ def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
 
     Raises FlashtuneError when the model was fitted to another calibration.
     """
-    if digest(calibration) != fit.calibration:
+    samples = Samples(calibration.samples, device)
+    if digest(calibration) != fit.calibration or not _is_of(fit, set(samples.shapes)):
         raise FlashtuneError(
             "the cost model was fitted to another calibration: run `flashtune model fit`"
         )
-    samples = Samples(calibration.samples, device)
     singles = {shapes[0]: each for shapes, each in fit.held_out.items() if len(shapes) == 1}
     misses = held_out_misses(samples, singles)
     splits = [
@@ -285,6 +285,12 @@ def _evidence(rates: Sequence[RateResult]) -> Evidence:
     )
 
 
+def _is_of(fit: Fit, shapes: set[str]) -> bool:
+    """Whether a fit held out each of these shapes alone, and otherwise some of them."""
+    some = all(held and set(held) < shapes for held in fit.held_out)
+    return some and bool(shapes) and all((shape,) in fit.held_out for shape in shapes)
+
+
 def _formats(model: CostModel) -> Iterator[FormatResult]:
     """The times that were measured in other formats, on another device than the fit's."""
     timed = read_calibration(FORMATS_TIMED)
@@ -334,8 +340,11 @@ def _split(
 
 
 def rank_correlation(one: Sequence[float] | Array, other: Sequence[float] | Array) -> float:
-    """Spearman's: the correlation of the ranks, ties at their mean rank."""
-    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
+    """Spearman's: the correlation of the ranks, ties at their mean rank; 0 where all are tied."""
+    ranks = _ranks(one), _ranks(other)
+    if any(float(np.ptp(each)) == 0 for each in ranks):
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _ranks(values: Sequence[float] | Array) -> Array:

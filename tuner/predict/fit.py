@@ -28,14 +28,17 @@ from flashtune.kernels.predict.cost_model import (
     Constants,
     CostModel,
     columns_of,
+    constants_of,
     stage_us,
 )
 from flashtune.kernels.predict.stages.registry import stages_of
 from flashtune.tuner.predict.calibration import Calibration, Sample, calibration_text
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.foreign import items, members, text
 from flashtune.tuning_db.problem import PRESETS, Problem
-from flashtune.tuning_db.record import family
+from flashtune.tuning_db.record import MOST_NAME, family
+from flashtune.tuning_db.whole_file import write_whole
 
 # Where a fit begins, and between what: (least, start, most). A constant that the samples say
 # nothing of stays where it begins.
@@ -240,19 +243,21 @@ def digest(calibration: Calibration) -> str:
 
 
 def write_fit(path: Path, fit: Fit) -> None:
-    """Write the model's file; raises FlashtuneError."""
-    try:
-        path.write_text(json.dumps(fit.data(), indent=1) + "\n", "utf-8")
-    except OSError as error:
-        raise FlashtuneError(f"cannot write {path}: {error.strerror}") from error
+    """Write the model's file whole or not at all; raises FlashtuneError."""
+    read_fit(fit.data())  # never write what we would refuse to read
+    write_whole(path, (json.dumps(fit.data(), indent=1) + "\n").encode())
 
 
 def read_fit(data: dict[str, Any]) -> Fit:
-    """The fit that a model's decoded file holds; raises KeyError, TypeError or ValueError."""
+    """The fit that a model's decoded file holds; raises FlashtuneError."""
+    held_out = {}
+    for each in items(data["held_out"], "held_out"):
+        members(each, "a fit without some shapes", ("shapes", "constants"))
+        names = items(each["shapes"], "shapes")
+        shapes = tuple(text(name, "a shape", MOST_NAME) for name in names)
+        held_out[shapes] = constants_of(each["constants"])
     return Fit(
-        calibration=data["calibration"],
+        calibration=text(data["calibration"], "calibration", MOST_NAME),
         model=CostModel.from_json(data["model"]),
-        held_out={
-            tuple(each["shapes"]): Constants(**each["constants"]) for each in data["held_out"]
-        },
+        held_out=held_out,
     )

@@ -16,25 +16,30 @@ from markupsafe import Markup
 from flashtune.kernels.plans.config import config_data, short_config
 from flashtune.tuner.report import figure
 from flashtune.tuner.report.content import ENOUGH, Section
+from flashtune.tuning_db.one_line import spelled
+from flashtune.tuning_db.whole_file import write_whole
 
 _MOST_REASONS = 20
 
 
 def write_report(out: Path, database: Path, sections: Sequence[Section]) -> None:
-    """Write the page of these searches. Raises FlashtuneError without Plotly, and OSError."""
+    """Write the page of these searches.
+
+    Raises FlashtuneError without Plotly, and where it cannot be written.
+    """
     figure.require_plotly()
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     source = resources.files("flashtune.tuner.report").joinpath("page.html.j2").read_text("utf-8")
     text = environment.from_string(source).render(
-        database=str(database),
+        database=spelled(str(database)),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         script=Markup(get_plotlyjs()),
         overview=_drawn(figure.overview(sections)),
         sections=[_data(each) for each in sections],
     )
-    out.write_text(text, "utf-8")
+    write_whole(out, text.encode())
 
 
 def _data(section: Section) -> dict[str, Any]:

@@ -123,14 +123,16 @@ class PredictingEvaluator:
             )
         try:
             prediction = predict(candidate, reply.uses)
+            return Measurement(
+                outcome=Outcome.OK,
+                median_us=prediction.time_us,
+                spread_us=prediction.high_us - prediction.low_us,
+                policy=VERSION,
+            )
         except FlashtuneError as error:  # a plan that the cost model does not cover
             return Measurement(outcome=Outcome.INVALID, error=str(error))
-        return Measurement(
-            outcome=Outcome.OK,
-            median_us=prediction.time_us,
-            spread_us=prediction.high_us - prediction.low_us,
-            policy=VERSION,
-        )
+        except ValueError as error:  # of a problem, or kernels, that would take days
+            return Measurement(outcome=Outcome.INVALID, error=f"predicted: {error}")
 
 
 class MeasuringEvaluator:

@@ -8,6 +8,7 @@ Usage:
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -157,4 +158,6 @@ def _attributes(record: Record) -> dict[str, Any]:
 def _local(created: str) -> datetime:
     """A record's time as Optuna keeps times: of this machine's zone, without saying so."""
     utc = datetime.fromisoformat(created.replace("Z", "+00:00"))
-    return utc.astimezone().replace(tzinfo=None)
+    with suppress(OverflowError):  # at either end of the years that there are
+        utc = utc.astimezone()
+    return utc.replace(tzinfo=None)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from flashtune.tuner.workers import keeper
 
+_WORKER = "flashtune.tuner.workers.worker"
+
 
 class Transport(Protocol):
     """Starts workers in one place, each with its keeper. All of them speak lines of JSON."""
@@ -34,18 +36,28 @@ class Transport(Protocol):
         """
 
 
+def _own_worker() -> Sequence[str]:
+    """What runs a worker with the modules of this process.
+
+    Not by `-m`, which would look for them in the folder that one happens to be in first.
+    """
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
+        f"runpy.run_module({_WORKER!r}, run_name='__main__')"
+    )
+    return (sys.executable, "-c", program)
+
+
 class LocalTransport:
     """Workers on this machine."""
 
     preamble = b""
     greeting = ""
 
-    def __init__(
-        self, command: Sequence[str] = (sys.executable, "-m", "flashtune.tuner.workers.worker")
-    ) -> None:
+    def __init__(self, command: Sequence[str] = ()) -> None:
         """By default this Python's and this flashtune's worker."""
         kept = (sys.executable, "-I", "-S", str(Path(keeper.__file__)))
-        self.command = (*kept, *command)
+        self.command = (*kept, *(command or _own_worker()))
 
     def why_lost(self, code: int, errors: str) -> str | None:
         """Never: there is nothing between."""

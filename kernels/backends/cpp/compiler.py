@@ -12,12 +12,14 @@ built for another. Only what no other user can have put there is loaded.
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 
-from flashtune.tuning_db.cached_file import keep, whole
+from flashtune.tuning_db.cached_file import BUILD, keep, whole
 from flashtune.tuning_db.environment import cache_dir, named_compiler
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.lock import hold
@@ -28,6 +30,18 @@ COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 100
 EMPTY_SECONDS = 20  # for a source with nothing in it
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+# Runs its arguments, and kills them and what they started when standard input ends. A compiler is
+# several processes: a signal to the first one leaves the others at work.
+_WATCHED = """
+exec 3<&0 </dev/null
+{ read _ <&3; kill -9 0; } >/dev/null 2>&1 &
+"$@" 3<&-
+code=$?
+exec 2>/dev/null
+kill -9 $!
+wait
+exit $code
+"""
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 SIMD_FLAGS = {
@@ -81,7 +95,7 @@ def _compile(command: list[str], source: str, scratch: Path) -> bytes:
 
     A source that is refused is not the machine's fault if the same command compiles an empty one.
     """
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=BUILD) as folder:
         try:
             return _run(command, source, Path(folder), COMPILE_SECONDS)
         except FlashtuneError as error:
@@ -97,13 +111,7 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
     text.write_text(source, "utf-8")
     library.unlink(missing_ok=True)
     try:
-        done = subprocess.run(
-            [*command, str(text), "-o", str(library)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
+        done = _watched([*command, str(text), "-o", str(library)], folder, seconds)
     except subprocess.TimeoutExpired as error:
         raise FlashtuneError(
             f"{command[0]} took more than {seconds} s for a kernel: set CXX to another compiler"
@@ -115,6 +123,36 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
             f"{said.strip() or 'it said nothing'} (set CXX to another compiler)"
         )
     return library.read_bytes()
+
+
+def _watched(
+    command: list[str], scratch: Path, seconds: float
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command that ends with this process, and in time, with all that it started.
+
+    scratch: where it leaves temporary files if it is killed.
+    """
+    ends, held = os.pipe()  # which the system closes for a process that is killed
+    try:
+        with subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHED, "sh", *command],
+            stdin=ends,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "TMPDIR": str(scratch)},
+            start_new_session=True,
+        ) as process:
+            try:
+                said, errors = process.communicate(timeout=seconds)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+    finally:
+        os.close(ends)
+        os.close(held)
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 def _compiler(named: str) -> list[str]:

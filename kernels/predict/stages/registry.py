@@ -30,11 +30,16 @@ PLAN_STAGES: dict[str, StagesOf] = {
 def stages_of(candidate: Candidate, uses: Sequence[KernelUse]) -> list[Stage]:
     """The stages of one step. `uses` are the compiled kernels' needs, or the plan's estimates.
 
-    Raises FlashtuneError for a plan that the cost model does not know.
+    Raises FlashtuneError for a plan that the cost model does not know, and where it is not said
+    what one of the candidate's kernels needs.
     """
     stages = PLAN_STAGES.get(candidate.plan.name)
     if stages is None:
         raise FlashtuneError(
             f"times of plan {candidate.plan.name} are not predicted: search on the machine itself"
         )
-    return stages(candidate, {use.kernel: use for use in uses})
+    needs = {use.kernel: use for use in uses}
+    unsaid = [use.kernel for use in candidate.launches if use.kernel not in needs]
+    if unsaid:
+        raise FlashtuneError(f"nothing says what the kernel {unsaid[0]} needs")
+    return stages(candidate, needs)

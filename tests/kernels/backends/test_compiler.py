@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -261,3 +262,61 @@ def test_a_process_killed_while_it_compiles_holds_no_lock(tmp_path: Path, cache:
     os.killpg(process.pid, 9)
     process.wait()
     assert load_library(SOURCE, ARCH, "scalar").answer() == 42
+
+
+def is_gone(process: int) -> bool:
+    """Whether it ended; who ends while nobody waits for him stays in the list, and is dead."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def noted(path: Path) -> list[int]:
+    """The processes that a script wrote down, once there are two."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if path.exists() and len(found := path.read_text().split()) == 2:
+            return [int(each) for each in found]
+        time.sleep(0.01)
+    raise AssertionError("the compiler was not begun")
+
+
+def forking(path: Path, pids: Path) -> str:
+    """A compiler that is two processes, neither of which ends."""
+    script = f'[ "$1" = --version ] && exit\nsleep 600 &\necho $$ $! > {pids}\nwait'
+    return compiler_script(path, script)
+
+
+def test_a_compiler_ends_with_the_process_that_began_it(tmp_path: Path) -> None:
+    """A kill reaches that one alone, and neither the compiler nor what this began."""
+    pids = tmp_path / "pids"
+    program = (
+        "from flashtune.kernels.backends.cpp.compiler import build_library\n"
+        f"build_library({SOURCE!r}, {ARCH!r}, 'scalar')"
+    )
+    env = {**os.environ, "CXX": forking(tmp_path / "forks", pids)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen([sys.executable, "-c", program], env=env)
+    begun = noted(pids)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while not all(map(is_gone, begun)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(map(is_gone, begun))
+
+
+def test_a_compiler_that_takes_too_long_is_ended_with_all_that_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("CXX", forking(tmp_path / "forks", pids))
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(compiler, "EMPTY_SECONDS", 0.3)
+    with pytest.raises(FlashtuneError, match="took more than"):
+        build_library(SOURCE, ARCH, "scalar")
+    begun, end = noted(pids), time.monotonic() + 10
+    while not all(map(is_gone, begun)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(map(is_gone, begun))

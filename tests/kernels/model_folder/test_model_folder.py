@@ -656,3 +656,10 @@ class TestOrigin:
         folder = write()
         save_file(assets(), folder / FILE, metadata={"flashtune": text})
         assert "its metadata 'flashtune' cannot be read" in refused(folder)
+
+
+@pytest.mark.parametrize("source", [None, 7, b"model", [], "\0", "\ud800", "a/\0"])
+def test_what_can_be_no_folder_is_one_line(source: Any) -> None:
+    with pytest.raises(FlashtuneError) as caught:
+        ModelFolder.open(source)
+    assert str(caught.value).isprintable()

@@ -573,7 +573,7 @@ class TestQuality:
 
     @pytest.mark.parametrize(
         ("text", "said"),
-        [(b"\n \n", "holds no prompts"), (b"\xff\xff", "cannot be read as text"), (None, "read")],
+        [(b"\n \n", "holds no prompts"), (b"\xff\xff", "is not UTF-8"), (None, "No such file")],
     )
     def test_prompts_that_are_none(
         self, flash: Path, tmp_path: Path, text: bytes | None, said: str

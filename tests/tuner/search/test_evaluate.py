@@ -138,6 +138,18 @@ def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
     assert evaluation.measurement.error == "the worker did not say what select needs"
 
 
+def test_kernels_that_would_take_days_are_no_prediction(space: Space) -> None:
+    most = 2**31 - 1
+    uses = tuple(replace(each, programs=most, warps=most) for each in FITS)
+    evaluator = PredictingEvaluator(
+        space.problem, space.device, InstantPool(1, lambda task: Reply(uses=uses))
+    )
+    evaluator.submit(next(space.configs()))
+    [evaluation] = evaluator.wait(0)
+    assert evaluation.measurement.outcome is Outcome.INVALID
+    assert "predicted: median_us must be microseconds from" in evaluation.measurement.error
+
+
 def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space: Space) -> None:
     evaluator = evaluators["predict"]
     evaluator.submit(next(space.configs()))

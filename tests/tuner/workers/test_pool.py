@@ -321,6 +321,20 @@ def test_a_worker_ends_with_its_keeper(task) -> None:
         assert reply.measurements[0].error == "the worker died by signal 9"
 
 
+def test_nothing_in_the_folder_one_is_in_is_run(
+    problem: Problem, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch", "json", "runpy", "flashtune"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    candidate = Candidate(problem, default_config(problem, device), device)
+    with WorkerPool(1) as workers:
+        workers.submit(Task(kind="compile", candidates=(candidate,)), PATIENCE)
+        [(_, reply)] = workers.wait(PATIENCE + 60)
+    assert not (tmp_path / "run").exists()
+    assert reply.measurement is None and reply.uses
+
+
 def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
     began = time.monotonic()
     assert workers.wait(20.0) == []  # nothing is pending
