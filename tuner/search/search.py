@@ -4,6 +4,10 @@ Usage:
     result = search(space, evaluator, store, Budget(trials=200), toolchain=toolchain)
     result.winner           # the Record to use, None when nothing worked
 
+    one = Search(space, evaluator, …)
+    steps = one.steps()     # several searches go on side by side: each yields where it would wait
+    one.result()
+
 What has been found out already is read from the store first, so a search that was interrupted
 goes on where it was.
 """
@@ -13,10 +17,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from typing import Any
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
-from flashtune.tuner.search.evaluate import Evaluator
+from flashtune.tuner.search.evaluate import REST_SECONDS, Evaluator, Steps
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
@@ -28,6 +33,7 @@ from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
 MOST_COMPARISONS = 10  # in which none fails, but the lead is lost
+AT_ONCE = 8  # proposals between two looks at what workers have to say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,7 @@ class Event:
     """How far a search is: one after each evaluation, and one before the finalists are timed.
 
     total: the budget's trials, or as many as there turn out to be configs. stops: when, by the
-    monotonic clock, time runs out.
+    monotonic clock, time runs out. workers: how many evaluate now; most_workers: how many could.
     """
 
     done: int
@@ -53,6 +59,8 @@ class Event:
     best: Config | None
     comparing: bool = False
     stops: float = math.inf
+    workers: int = 1
+    most_workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,56 +86,60 @@ class Result:
     cancelled: bool
 
 
-def search(
-    space: Space,
-    evaluator: Evaluator,
-    store: Store,
-    budget: Budget,
-    *,
-    toolchain: Toolchain,
-    sampler: str = "tpe",
-    seed: int = 0,
-    near: Iterable[Record] = (),
-    retry_failed: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> Result:
-    """Search `space` within `budget`; every evaluation is in the store before the next one.
+def search(space: Space, evaluator: Evaluator, *arguments: Any, **options: Any) -> Result:
+    """Search by itself, to its end. The arguments are those of `Search`.
 
-    near: records of any problems or devices, whose configs are tried early. retry_failed:
-    evaluate first, and again, what failed in earlier runs. KeyboardInterrupt ends the search
-    early; the finalists are then not compared.
+    KeyboardInterrupt ends the search early; the finalists are then not compared.
     """
-    proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
-    run = _Run(proposals, evaluator, store, budget, toolchain)
-    run.recall(retry_failed)
-    timed_out = cancelled = False
+    one = Search(space, evaluator, *arguments, **options)
     try:
-        timed_out = run.evaluate(on_event)
-        on_event(run.event(comparing=True))
-        run.compare()
+        for seconds in one.steps():
+            evaluator.rest(seconds)
     except KeyboardInterrupt:
-        cancelled = True
-    return run.result(timed_out, cancelled)
+        pass
+    return one.result()
 
 
-@dataclass
-class _Run:
-    """One search's parts; `search` above is its story."""
+class Search:
+    """A search within a budget; every evaluation is in the store before the next one is begun."""
 
-    proposals: Proposals
-    evaluator: Evaluator
-    store: Store
-    budget: Budget
-    toolchain: Toolchain
+    def __init__(
+        self,
+        space: Space,
+        evaluator: Evaluator,
+        store: Store,
+        budget: Budget,
+        *,
+        toolchain: Toolchain,
+        sampler: str = "tpe",
+        seed: int = 0,
+        near: Iterable[Record] = (),
+        retry_failed: bool = False,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        """Learn what earlier runs found out. Its time begins now.
 
-    def __post_init__(self) -> None:
-        self.space = self.proposals.space
+        near: records of any problems or devices, whose configs are tried early. retry_failed:
+        evaluate first, and again, what failed in earlier runs.
+        """
+        self.proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
+        self.space, self.evaluator, self.store = space, evaluator, store
+        self.budget, self.toolchain, self.on_event = budget, toolchain, on_event
         self.finals: dict[Config, Measurement] = {}
-        self.default = default_config(self.space.problem, self.space.device)
-        self.stops = time.monotonic() + (self.budget.timeout_s or math.inf)
+        self.default = default_config(space.problem, space.device)
+        self.stops = time.monotonic() + (budget.timeout_s or math.inf)
         self.dry = False  # no config is left to propose
+        self.timed_out = self.ended = False
+        self._recall(retry_failed)
 
-    def recall(self, retry_failed: bool) -> None:
+    def steps(self) -> Steps[None]:
+        """Evaluate, then compare the finalists."""
+        self.timed_out = yield from self._evaluate()
+        self.on_event(self.event(comparing=True))
+        yield from self._compare()
+        self.ended = True
+
+    def _recall(self, retry_failed: bool) -> None:
         """Learn from the store what earlier runs found out, or propose it again if it failed."""
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
@@ -143,12 +155,13 @@ class _Run:
             else:
                 self.proposals.recall(config, record.measurement)
 
-    def evaluate(self, on_event: Callable[[Event], None]) -> bool:
+    def _evaluate(self) -> Steps[bool]:
         """Evaluate until the budget is spent; True when time ran out first."""
         known = self.proposals.known
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
-            for _ in range(0 if self.dry else min(self.evaluator.room, left)):
+            wanted = 0 if self.dry else min(self.evaluator.room, left)
+            for _ in range(min(wanted, AT_ONCE)):
                 config = next(self.proposals, None)
                 if config is None:
                     self.dry = True
@@ -156,22 +169,23 @@ class _Run:
                 self.evaluator.submit(config)
             if not self.evaluator.pending:
                 return False
-            for evaluation in self.evaluator.wait(0.5):
+            yield 0.0 if wanted > AT_ONCE and not self.dry else REST_SECONDS
+            for evaluation in self.evaluator.collect():
                 _stop_for_the_machine(evaluation.measurement)
                 self._write(evaluation.config, evaluation.measurement)
                 self.proposals.learn(evaluation.config, evaluation.measurement)
-                on_event(self.event())
+                self.on_event(self.event())
             if time.monotonic() > self.stops:
                 return True
 
-    def compare(self) -> None:
+    def _compare(self) -> Steps[None]:
         """Time the best configs and the default side by side, and write that down.
 
         Where none beats the default by more than the noise, only the default's time is written,
         which makes it the winner, and the times of those that an earlier run compared, so that
         an old lucky time does not remain the winner.
         """
-        self.finals = self._finals()
+        self.finals = yield from self._finals()
         compared = {
             config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
         }
@@ -179,7 +193,7 @@ class _Run:
             if not self._default_kept() or config in {self.default, *compared}:
                 self._write(config, measurement)
 
-    def _finals(self) -> dict[Config, Measurement]:
+    def _finals(self) -> Steps[dict[Config, Measurement]]:
         """What became of the finalists that worked; a failure is written at once.
 
         One that fails when it is timed again is no longer a finalist, and one that takes longer
@@ -190,7 +204,8 @@ class _Run:
         tried: set[Config] = set()
         left = MOST_COMPARISONS
         while left and (configs := self._finalists(finals, tried)):
-            found = {each.config: each.measurement for each in self.evaluator.compare(configs)}
+            evaluations = yield from self.evaluator.compare(configs)
+            found = {each.config: each.measurement for each in evaluations}
             for measurement in found.values():
                 _stop_for_the_machine(measurement)
             tried.update(configs)
@@ -245,6 +260,7 @@ class _Run:
         """How far the search is."""
         known, ranked = self.proposals.known, self.proposals.ranked()
         best = ranked[0] if ranked else None
+        workers, most_workers = self.evaluator.workers
         return Event(
             done=len(known),
             total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
@@ -253,10 +269,12 @@ class _Run:
             best=best,
             comparing=comparing,
             stops=self.stops,
+            workers=workers,
+            most_workers=most_workers,
         )
 
-    def result(self, timed_out: bool, cancelled: bool) -> Result:
-        """What the search came to."""
+    def result(self) -> Result:
+        """What the search came to, or has come to so far."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
         winner = self.store.best(
@@ -276,8 +294,8 @@ class _Run:
             failed=event.failed,
             failure=failure,
             default_kept=default_won and self._default_kept(),
-            timed_out=timed_out,
-            cancelled=cancelled,
+            timed_out=self.timed_out,
+            cancelled=not self.ended,
         )
 
     def _write(self, config: Config, measurement: Measurement) -> None:

@@ -2,7 +2,7 @@
 
 Usage:
     transport = SshTransport(destination="user@orin")
-    WorkerPool(1, transport)
+    WorkerPool([Place(name="user@orin", transport=transport)])
 
 The user's own configuration and keys make the connection. Nothing else goes over it: no agent, no
 display, no forwarded port. The other machine keeps our code and the compilers' caches in
@@ -24,7 +24,10 @@ from importlib import resources
 from pathlib import Path
 
 from flashtune.tuner.workers import keeper
+from flashtune.tuner.workers.connection import Connection
 from flashtune.tuner.workers.far_end import GREETING
+from flashtune.tuner.workers.process import WorkerProcess
+from flashtune.tuner.workers.transport import WORKER
 from flashtune.tuning_db import cached_file, private_folder
 
 PYTHON = "python3"
@@ -52,8 +55,13 @@ class SshTransport:
 
     destination: str
     python: str = PYTHON
-    module: str = "flashtune.tuner.workers.worker"
+    module: str = WORKER
     token: str = field(default_factory=lambda: secrets.token_hex(16))
+    environment = None
+
+    def start(self) -> Connection:
+        """Start ssh."""
+        return WorkerProcess(self)
 
     @property
     def greeting(self) -> str:

@@ -24,10 +24,11 @@ from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool
 from flashtune.tuner.workers.answers.message import answer_to, to_line
 from flashtune.tuner.workers.answers.reply import Reply, read_reply
+from flashtune.tuner.workers.connection import Transport
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.ssh import SshTransport
 from flashtune.tuner.workers.task import Task
-from flashtune.tuner.workers.transport import LocalTransport, Transport
+from flashtune.tuner.workers.transport import LocalTransport, here
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -64,7 +65,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
 
 @pytest.fixture
 def workers(transport: Transport) -> Iterator[WorkerPool]:
-    with WorkerPool(1, transport) as workers:
+    with WorkerPool(here(1, transport)) as workers:
         yield workers
 
 
@@ -148,7 +149,7 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task
 
 
 def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
         workers.close()
         monkeypatch.setattr(pool, "START_SECONDS", 0.0)
@@ -167,7 +168,7 @@ def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_no_reply_is_a_crash_and_the_worker_is_believed_no_more(
     task, what: int, error: str
 ) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         before = answer(workers, task(stub.ANSWER))
         largest = peak_bytes()
         wrong = answer(workers, task(what))
@@ -184,18 +185,18 @@ def test_what_is_printed_at_start_is_no_reply(task) -> None:
         "import runpy; print('hello', flush=True); "
         f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
     )
-    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+    with WorkerPool(here(1, LocalTransport((sys.executable, "-S", "-c", program)))) as workers:
         assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
         assert answer(workers, task(stub.EXIT)).error.endswith("code 7: last words")
 
 
 def test_no_time_is_no_measurement(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         assert answer(workers, task(stub.NO_TIME)).outcome is Outcome.WRONG_RESULT
 
 
 def test_what_comes_after_a_reply_is_not_taken_for_the_next(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         first = answer(workers, task(stub.MORE))
         second = answer(workers, task(stub.ANSWER))
     assert (first.outcome, second.outcome) == (Outcome.OK, Outcome.OK)
@@ -203,10 +204,10 @@ def test_what_comes_after_a_reply_is_not_taken_for_the_next(task) -> None:
 
 
 def test_a_worker_that_dies_idle_is_nobodys_fault(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         pid = int(answer(workers, task(stub.ANSWER)).median_us or 0)
         os.kill(pid, 9)
-        assert comes_true(lambda: not workers._processes[0].is_quiet)
+        assert comes_true(lambda: not workers._posts[0].connection.is_quiet)
         assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
@@ -230,7 +231,7 @@ def test_a_worker_that_takes_nothing_is_not_waited_for(
 
     long = replace(task(stub.ANSWER), sources=("x" * 2**20,))
     program = "import os, time; os.write(3, b'there\\n'); time.sleep(600)"
-    with WorkerPool(1, Deaf((sys.executable, "-S", "-c", program)), notes.append) as workers:
+    with WorkerPool(here(1, Deaf((sys.executable, "-S", "-c", program))), notes.append) as workers:
         began = time.monotonic()
         failed = answer(workers, long, seconds=0.3)
         assert time.monotonic() - began < PATIENCE
@@ -299,7 +300,7 @@ def test_temporary_files_go_with_their_worker(
         "import runpy, tempfile; tempfile.mkstemp(); "
         f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
     )
-    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+    with WorkerPool(here(1, LocalTransport((sys.executable, "-S", "-c", program)))) as workers:
         answer(workers, task(stub.ANSWER))
         [folder] = tmp_path.iterdir()
         assert len(list(folder.iterdir())) == 1
@@ -310,9 +311,9 @@ def test_temporary_files_go_with_their_worker(
 
 
 def test_a_worker_ends_with_its_keeper(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
-        keeper = workers._processes[0].popen.pid
+        keeper = workers._posts[0].connection.popen.pid
         assert comes_true(lambda: len(children(keeper)) == 1)
         [worker] = children(keeper)
         os.kill(keeper, 9)
@@ -328,28 +329,28 @@ def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
     workers.submit(task(stub.HANG), PATIENCE)
     assert workers.wait(0.1) == []
     assert time.monotonic() - began < 10
-    assert workers.pending == 1
+    assert workers.pending() == 1
 
 
 def test_tasks_are_shared_out_over_the_workers(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
             workers.submit(task(what), PATIENCE)
         answered: list[tuple[Task, Reply]] = []
         while len(answered) < 3:
             answered += workers.wait(PATIENCE)
         assert {reply.measurements[0].outcome for _, reply in answered} == {Outcome.OK}
-        assert workers.pending == 1
-        assert len(workers._processes) == 2
+        assert workers.pending() == 1
+        assert workers.working == 2
 
 
 def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
-        [busy] = [each.popen.pid for each in workers._processes if each.request]
+        [busy] = [each.connection.popen.pid for each in workers._posts if each.request]
         workers.cancel()
-        assert workers.pending == 0
+        assert workers.pending() == 0
         assert is_gone(busy)
         assert not is_gone(idle)
 
@@ -358,7 +359,7 @@ def test_cancelling_forgets_what_waits(workers: WorkerPool, task) -> None:
     for _ in range(3):
         workers.submit(task(stub.HANG), PATIENCE)
     workers.cancel()
-    assert workers.pending == 0
+    assert workers.pending() == 0
     assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
@@ -370,21 +371,21 @@ def test_closing_ends_a_worker_and_what_it_started(workers: WorkerPool, task) ->
     assert not is_gone(int(worker)) and not is_gone(int(grandchild))
     workers.close()
     assert comes_true(lambda: is_gone(int(worker)) and is_gone(int(grandchild)))
-    assert workers.pending == 0
+    assert workers.pending() == 0
 
 
 def test_closing_leaves_no_process_behind(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         grandchild = answer_of_another(workers, task(stub.SPAWN))
-        pids = [each.popen.pid for each in workers._processes]
+        pids = [each.connection.popen.pid for each in workers._posts]
         assert not any(is_gone(pid) for pid in [*pids, grandchild])
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # reaped, too
     assert comes_true(lambda: is_gone(grandchild))
-    assert workers.pending == 0
+    assert workers.pending() == 0
 
 
 # Of each fault, by its name in faulty_worker.py: the outcome, and how the error begins.
@@ -423,7 +424,7 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
             before_finals.extend(store.records())
 
     transport = LocalTransport((sys.executable, str(faulty_script)))
-    with WorkerPool(1, transport) as compilers, WorkerPool(1, transport) as measurer:
+    with WorkerPool(here(1, transport)) as compilers, WorkerPool(here(1, transport)) as measurer:
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
         result = search(
             space,
