@@ -162,7 +162,7 @@ class Search:
             left = self.budget.trials - len(known) - self.evaluator.pending
             wanted = 0 if self.dry else min(self.evaluator.room, left)
             for _ in range(min(wanted, AT_ONCE)):
-                config = next(self.proposals, None)
+                config = self.proposals.propose(hurry=self._hurry())
                 if config is None:
                     self.dry = True
                     break
@@ -177,6 +177,11 @@ class Search:
                 self.on_event(self.event())
             if time.monotonic() > self.stops:
                 return True
+
+    def _hurry(self) -> bool:
+        """Whether several workers are about to run out of configs."""
+        workers, _ = self.evaluator.workers
+        return workers > 1 and self.evaluator.pending < self.evaluator.room
 
     def _compare(self) -> Steps[None]:
         """Time the best configs and the default side by side, and write that down.
@@ -258,13 +263,12 @@ class Search:
 
     def event(self, comparing: bool = False) -> Event:
         """How far the search is."""
-        known, ranked = self.proposals.known, self.proposals.ranked()
-        best = ranked[0] if ranked else None
+        known, best = self.proposals.known, self.proposals.best
         workers, most_workers = self.evaluator.workers
         return Event(
             done=len(known),
             total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
-            failed=sum(each.median_us is None for each in known.values()),
+            failed=self.proposals.failed,
             best_us=known[best].median_us if best else None,
             best=best,
             comparing=comparing,

@@ -9,6 +9,7 @@ A knob is called `plan.knob` in Optuna, because its choices may not change betwe
 that does not matter under the values before it is not suggested.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -136,6 +137,15 @@ class Space:
                 if near != config and self._why_invalid(near) is None:
                     found.append(near)
         return list(dict.fromkeys(found))
+
+    def neighbour(self, config: Config, generator: random.Random) -> Config | None:
+        """Any one of `neighbours`; None where there is none."""
+        plan = type(config)
+        steps = [(name, choice) for name, each in self._knobs(plan).items() for choice in each]
+        generator.shuffle(steps)
+        changed = (self._changed(config, *step) for step in steps)
+        valid = (near for near in changed if near != config and self._why_invalid(near) is None)
+        return next(valid, None)
 
     def family(self, config: Config) -> str:
         """The family that a config belongs to: its plan, and how it selects clusters."""

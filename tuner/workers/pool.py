@@ -292,16 +292,25 @@ class WorkerPool:
         if not self._backlog.has_for(post, usable):
             return
         if post.connection is not None and not post.connection.is_quiet:
-            self._end([post])  # dead, or it says what nobody asked
-            self._start(post)
-            if not post.connected:
-                return
+            self._part_with(post)
+            return
         request = self._backlog.take(post, usable)
         assert request is not None and post.connection is not None
         allowance = START_SECONDS if post.fresh else 0.0
         post.request, post.problem = request, request.task.problem
         post.deadline = self._clock() + request.seconds + allowance
         post.connection.write(to_line(request.name, request.task.data()))
+
+    def _part_with(self, post: _Post) -> None:
+        """End an idle worker that is gone, or says what nobody asked."""
+        assert post.connection is not None
+        try:
+            post.connection.read()
+        except EOFError:
+            self._replace(post, Outcome.CRASH)
+        except ReplyError:
+            pass
+        self._end([post])
 
     def _start(self, post: _Post) -> bool:
         """Start a worker; whether it is still to be waited for."""

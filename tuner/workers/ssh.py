@@ -71,27 +71,14 @@ class SshTransport:
     @property
     def command(self) -> Sequence[str]:
         """ssh, and a line of Python that reads the rest."""
-        least = ".".join(map(str, LEAST_PYTHON))
-        bootstrap = (
-            f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
-            f"sys.version_info[:2]) if sys.version_info < {LEAST_PYTHON} else "
-            f"exec(sys.stdin.buffer.read({len(_far_end())}))"
-        )
         options = [word for pair in OPTIONS.items() for word in ("-o", "=".join(pair))]
-        far = f'{_quoted(self.python)} -c "{bootstrap}"'
+        far = f'{_quoted(self.python)} -c "{bootstrap()}"'
         return ("ssh", "-T", "-a", "-x", *options, "--", self.destination, far)
 
     @property
     def preamble(self) -> bytes:
         """far_end.py, its header, and our code."""
-        archive = code_archive()
-        header = {
-            "size": len(archive),
-            "digest": hashlib.sha256(archive).hexdigest(),
-            "module": self.module,
-            "token": self.token,
-        }
-        return _far_end() + json.dumps(header).encode() + b"\n" + archive
+        return preamble(self.module, self.token)
 
     def why_lost(self, code: int, errors: str) -> str | None:
         """ssh's own words, where it ended by itself."""
@@ -109,6 +96,28 @@ def _quoted(python: str) -> str:
     if slash and re.fullmatch(r"~[\w.-]*", home, re.ASCII):
         return f"{home}/{shlex.quote(rest)}"
     return shlex.quote(python)
+
+
+def bootstrap() -> str:
+    """The program that a Python elsewhere begins with: it reads the rest from standard input."""
+    least = ".".join(map(str, LEAST_PYTHON))
+    return (
+        f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
+        f"sys.version_info[:2]) if sys.version_info < {LEAST_PYTHON} else "
+        f"exec(sys.stdin.buffer.read({len(_far_end())}))"
+    )
+
+
+def preamble(module: str, token: str) -> bytes:
+    """The rest: far_end.py, its header with the module to run, and our code."""
+    archive = code_archive()
+    header = {
+        "size": len(archive),
+        "digest": hashlib.sha256(archive).hexdigest(),
+        "module": module,
+        "token": token,
+    }
+    return _far_end() + json.dumps(header).encode() + b"\n" + archive
 
 
 @functools.cache

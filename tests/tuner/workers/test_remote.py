@@ -222,7 +222,7 @@ class TestWithoutAConnection:
     def test_another_python_without_another_machine_is_refused(self) -> None:
         failed = search("--remote-python", "python3")
         assert failed.exit_code == 2
-        assert failed.stderr.endswith("about another machine: give --remote too\n")
+        assert failed.stderr.endswith("about another machine: give remote too\n")
 
 
 class TestWhatIsThere:
