@@ -149,16 +149,17 @@ class Proposals:
         """The next idea, new or not, and its trial where Optuna had it.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` ideas in a row a neighbour goes instead. So do neighbours in a hurry, when all
-        that are good have been tried.
+        `stale` ideas in a row a neighbour goes instead. In a hurry, where there is no new
+        neighbour, anything goes.
         """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        thinks = self._sampler in ("tpe", "gp")
-        stuck = self._sampler == "gp" and stale % 4 == 3
-        hurry = hurry and thinks and stale % 4 != 3
-        if stuck or hurry or (self._sampler == "tpe" and self._turn % 2):
+        if hurry and self._sampler != "random" and stale > 1:
+            drawn = self.space.drawn(self._random)
+            return (drawn if self.space.is_valid(drawn) else None), None
+        stuck = hurry or (self._sampler == "gp" and stale % 4 == 3)
+        if self._sampler != "random" and (stuck or (self._sampler == "tpe" and self._turn % 2)):
             return self._neighbour(), None
         return self._ask()
 

@@ -14,14 +14,14 @@ goes on where it was.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
-from flashtune.tuner.search.evaluate import REST_SECONDS, Evaluator, Steps
+from flashtune.tuner.search.evaluate import REST_SECONDS, Evaluation, Evaluator, Steps
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
@@ -170,13 +170,19 @@ class Search:
             if not self.evaluator.pending:
                 return False
             yield 0.0 if wanted > AT_ONCE and not self.dry else REST_SECONDS
-            for evaluation in self.evaluator.collect():
-                _stop_for_the_machine(evaluation.measurement)
-                self._write(evaluation.config, evaluation.measurement)
-                self.proposals.learn(evaluation.config, evaluation.measurement)
-                self.on_event(self.event())
+            self._take(self.evaluator.collect())
             if time.monotonic() > self.stops:
                 return True
+
+    def _take(self, evaluations: Sequence[Evaluation]) -> None:
+        """Write down what was found out, then learn from it."""
+        found = [(each.config, each.measurement) for each in evaluations]
+        right = [each for each in found if each[1].outcome is not Outcome.ENVIRONMENT]
+        self._write(*right)
+        for config, measurement in found:
+            _stop_for_the_machine(measurement)
+            self.proposals.learn(config, measurement)
+            self.on_event(self.event())
 
     def _hurry(self) -> bool:
         """Whether several workers are about to run out of configs."""
@@ -196,7 +202,7 @@ class Search:
         }
         for config, measurement in self.finals.items():
             if not self._default_kept() or config in {self.default, *compared}:
-                self._write(config, measurement)
+                self._write((config, measurement))
 
     def _finals(self) -> Steps[dict[Config, Measurement]]:
         """What became of the finalists that worked; a failure is written at once.
@@ -219,7 +225,7 @@ class Search:
             for config, measurement in failed.items():
                 del finals[config]
                 self.proposals.correct(config, measurement)
-                self._write(config, measurement)
+                self._write((config, measurement))
             if not failed:
                 left = left - 1 if self._may_lose(finals, tried) else 0
         return finals
@@ -302,17 +308,23 @@ class Search:
             cancelled=not self.ended,
         )
 
-    def _write(self, config: Config, measurement: Measurement) -> None:
-        record = Record(
-            device=self.space.device.name,
-            toolchain=self.toolchain,
-            problem=self.space.problem,
-            config=config_data(config),
-            provenance=self.evaluator.provenance,
-            measurement=measurement,
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        )
-        self.store.add(record)
+    def _write(self, *found: tuple[Config, Measurement]) -> None:
+        """Add records to the store, all in one transaction."""
+        created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        records = [
+            Record(
+                device=self.space.device.name,
+                toolchain=self.toolchain,
+                problem=self.space.problem,
+                config=config_data(config),
+                provenance=self.evaluator.provenance,
+                measurement=measurement,
+                created=created,
+            )
+            for config, measurement in found
+        ]
+        if records:
+            self.store.add(*records)
 
     def _default_kept(self) -> bool:
         """Whether the finalists were compared and none beat the default by more than noise."""

@@ -147,6 +147,19 @@ class Space:
         valid = (near for near in changed if near != config and self._why_invalid(near) is None)
         return next(valid, None)
 
+    def drawn(self, generator: random.Random) -> Config:
+        """A random config of any of the plans, valid or not."""
+        plan = PLANS[generator.choice(self.plans)].config
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            free = enabled(plan, name, values)
+            values[name] = generator.choice(choices) if free else knobs(plan)[name]["default"]
+        return plan(**values)
+
+    def is_valid(self, config: Config) -> bool:
+        """Whether a config of one of the plans keeps their rules."""
+        return self._why_invalid(config) is None
+
     def family(self, config: Config) -> str:
         """The family that a config belongs to: its plan, and how it selects clusters."""
         return family(config_data(config))

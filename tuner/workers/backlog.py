@@ -2,17 +2,18 @@
 
 Usage:
     backlog.add(request)
-    request = backlog.take(post, usable)      # None where there is nothing for it
+    for post, request in backlog.deal(idle, usable):
+        …
 """
 
-import hashlib
 import itertools
 import secrets
-from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from flashtune.tuner.workers.connection import Connection
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import Place
 from flashtune.tuning_db.problem import Problem
@@ -41,16 +42,35 @@ class Request:
     number: int = field(default_factory=lambda: next(_NUMBERS))
 
 
-class Asked(Protocol):
-    """What is to be known of a worker to choose its next request."""
+@dataclass(slots=True)
+class Outage:
+    """A time without connection: why, since when, how often it was tried in vain, the next try."""
 
-    @property
-    def place(self) -> Place:
-        """Where it is."""
+    why: str
+    began: float
+    tries: int = 0
+    next_try: float = 0.0
 
-    @property
-    def problem(self) -> Problem | None:
-        """Of which it was asked last: it has the inputs."""
+
+@dataclass(eq=False, slots=True)
+class Post:
+    """A place, the worker there, and what it works on.
+
+    admitted: whether it may be given any task, and not only those for it alone. aside: why it is
+    given none, if so. fresh: whether its worker has not answered yet. problem: of which it was
+    asked last.
+    """
+
+    place: Place
+    admitted: bool
+    aside: str = ""
+    connection: Connection | None = None
+    connected: bool = False
+    fresh: bool = True
+    request: Request | None = None
+    deadline: float = 0.0
+    outage: Outage | None = None
+    problem: Problem | None = None
 
 
 class Backlog:
@@ -59,101 +79,106 @@ class Backlog:
     def __init__(self) -> None:
         """None waits."""
         self._pinned: dict[str, deque[Request]] = {}
-        self._steady: deque[Request] = deque()
+        self._steady: list[Request] = []
         self._open: dict[tuple[str, Problem], deque[Request]] = {}
+        self._waiting = 0
 
     def __len__(self) -> int:
         """How many wait."""
-        return sum(map(len, self._queues()))
-
-    def __iter__(self) -> Iterator[Request]:
-        """Those that wait."""
-        return itertools.chain.from_iterable(self._queues())
+        return self._waiting
 
     def add(self, request: Request) -> None:
         """Behind all others of its kind."""
         self._queue_of(request).append(request)
+        self._waiting += 1
 
     def put_back(self, request: Request) -> None:
         """Before all others of its kind."""
-        self._queue_of(request).appendleft(request)
+        self._queue_of(request).insert(0, request)
+        self._waiting += 1
 
-    def remove(self, requests: Iterable[Request]) -> None:
-        """Forget some of those that wait."""
-        gone = {id(each) for each in requests}
-        for queue in self._queues():
-            kept = [each for each in queue if id(each) not in gone]
+    def remove(self, unwanted: Callable[[Request], bool]) -> list[Request]:
+        """Those that are not wanted any more, which no longer wait."""
+        removed: list[Request] = []
+        for queue in [*self._pinned.values(), self._steady, *self._open.values()]:
+            removed += filter(unwanted, queue)
+            kept = [each for each in queue if not unwanted(each)]
             queue.clear()
             queue.extend(kept)
+        self._waiting -= len(removed)
+        return removed
 
-    def of_place(self, name: str) -> list[Request]:
-        """Those that only this place may answer."""
-        return list(self._pinned.get(name, ()))
+    def deal(self, idle: Sequence[Post], usable: Sequence[Post]) -> Iterator[tuple[Post, Request]]:
+        """Each idle worker with the request that it should be given now, if there is one.
 
-    def take(self, post: Asked, usable: Sequence[Asked]) -> Request | None:
-        """The request that a worker should be given now, which no longer waits.
-
-        usable: the workers that may be given anything.
+        usable: the workers that may be given anything. A request that is not taken is to be put
+        back. A problem that no worker is at goes first, so that none waits for the others' end;
+        then the worker's own, whose inputs it has; then the oldest.
         """
-        queue = self._best(post, usable)
-        if queue is None:
-            return None
-        if queue is not self._steady:
-            return queue.popleft()
-        mine = next(each for each in queue if _judge(each, usable) is post)
-        queue.remove(mine)
-        return mine
-
-    def has_for(self, post: Asked, usable: Sequence[Asked]) -> bool:
-        """Whether `take` would give something."""
-        return self._best(post, usable) is not None
-
-    def _best(self, post: Asked, usable: Sequence[Asked]) -> deque[Request] | None:
-        """Where the next request of a worker waits.
-
-        A problem that no worker is at goes first, so that none waits for the others' end; then
-        the worker's own, whose inputs it has; then the oldest.
-        """
-        if pinned := self._pinned.get(post.place.name):
-            return pinned
-        if not any(each is post for each in usable):
-            return None
-        if any(_judge(each, usable) is post for each in self._steady):
-            return self._steady
+        if not self._waiting:
+            return
+        able = {id(each) for each in usable}
+        judges = [(each, _judge(each, usable)) for each in self._steady]
         sites = {each.place.site for each in usable}
+        taken = Counter(each.problem for each in usable)
+        for post in idle:
+            if pinned := self._pinned.get(post.place.name):
+                yield post, self._taken(pinned, 0)
+                continue
+            if id(post) not in able:
+                continue
+            steady = next((each for each, judge in judges if judge is post), None)
+            if steady is not None:
+                judges = [(each, judge) for each, judge in judges if each is not steady]
+                yield post, self._taken(self._steady, self._steady.index(steady))
+                continue
+            queue = self._best(post, sites, taken)
+            if queue is not None:
+                taken[post.problem] -= 1
+                taken[queue[0].task.problem] += 1
+                yield post, self._taken(queue, 0)
+
+    def _best(
+        self, post: Post, sites: Collection[str], taken: Counter[Problem | None]
+    ) -> deque[Request] | None:
+        """Where the next open request of a worker waits."""
         there = {
             problem: queue
             for (site, problem), queue in self._open.items()
             if queue and (site in ("", post.place.site) or site not in sites)
         }
         if len(there) > 1:
-            taken = {each.problem for each in usable}
-            there = {each: there[each] for each in there if each not in taken} or there
+            there = {each: there[each] for each in there if not taken[each]} or there
         if post.problem in there:
             return there[post.problem]
         return min(there.values(), key=lambda queue: queue[0].number, default=None)
 
-    def _queue_of(self, request: Request) -> deque[Request]:
+    def _taken(self, queue: MutableSequence[Request], place: int) -> Request:
+        self._waiting -= 1
+        return queue.pop(place) if place else _first(queue)
+
+    def _queue_of(self, request: Request) -> MutableSequence[Request]:
         if request.at:
             return self._pinned.setdefault(request.at, deque())
         if request.steady:
             return self._steady
         return self._open.setdefault((request.site, request.task.problem), deque())
 
-    def _queues(self) -> Iterator[deque[Request]]:
-        yield from self._pinned.values()
-        yield self._steady
-        yield from self._open.values()
+
+def _first(queue: MutableSequence[Request]) -> Request:
+    request = queue[0]
+    del queue[0]
+    return request
 
 
-def _judge(request: Request, usable: Sequence[Asked]) -> Asked | None:
+def _judge(request: Request, usable: Sequence[Post]) -> Post | None:
     """The worker for a problem's steady tasks: the same one while it is there.
 
     Problems are spread over the workers; where one is gone, only its problems move.
     """
+    key = request.task.problem.key
 
-    def rank(post: Asked) -> bytes:
-        text = f"{post.place.name}\n{request.task.problem.key}"
-        return hashlib.sha256(text.encode()).digest()
+    def rank(post: Post) -> int:
+        return zlib.crc32(f"{post.place.name}\n{key}".encode())
 
     return max(usable, key=rank, default=None)

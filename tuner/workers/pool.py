@@ -16,19 +16,18 @@ when there is a connection. Several users share a pool, each as an `owner` of it
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from flashtune.tuner.workers.answers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
 from flashtune.tuner.workers.answers.reply import Reply, policy_of, read_reply
-from flashtune.tuner.workers.backlog import Backlog, Request
+from flashtune.tuner.workers.backlog import Backlog, Outage, Post, Request
 from flashtune.tuner.workers.connection import Connection, Ending
 from flashtune.tuner.workers.process import wait_for_any
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.transport import Place, Places
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome
 
 GREET_SECONDS = 240.0  # to connect, and for a small machine to unpack what it is sent
@@ -41,36 +40,6 @@ ROSTER_SECONDS = 5.0  # between two looks at which places there are
 _TROUBLE = Outcome.ENVIRONMENT
 
 Wait = Callable[[Sequence[Connection], float], list[Connection]]
-
-
-@dataclass(slots=True)
-class _Outage:
-    """A time without connection: why, since when, how often it was tried in vain, the next try."""
-
-    why: str
-    began: float
-    tries: int = 0
-    next_try: float = 0.0
-
-
-@dataclass(eq=False, slots=True)
-class _Post:
-    """A place, the worker there, and what it works on.
-
-    admitted: whether it may be given any task, and not only those for it alone. aside: why it is
-    given none, if so. fresh: whether its worker has not answered yet.
-    """
-
-    place: Place
-    admitted: bool
-    aside: str = ""
-    connection: Connection | None = None
-    connected: bool = False
-    fresh: bool = True
-    request: Request | None = None
-    deadline: float = 0.0
-    outage: _Outage | None = None
-    problem: Problem | None = None
 
 
 class WorkerPool:
@@ -96,7 +65,8 @@ class WorkerPool:
         self.ready, self._clock = ready, clock
         self._backlog = Backlog()
         self._answered: dict[Hashable, list[tuple[Task, Reply]]] = {}
-        self._posts: list[_Post] = []
+        self._pending: Counter[Hashable] = Counter()
+        self._posts: list[Post] = []
         self._next_look, self._empty_since = clock() + ROSTER_SECONDS, clock()
         self._set_places(places() if callable(places) else places)
 
@@ -152,10 +122,7 @@ class WorkerPool:
 
     def pending(self, owner: Hashable = None) -> int:
         """An owner's tasks whose answers have not been collected yet."""
-        waiting = sum(request.owner == owner for request in self._backlog)
-        begun = [post.request for post in self._posts if post.request is not None]
-        working = sum(request.owner == owner for request in begun)
-        return waiting + working + len(self._answered.get(owner, ()))
+        return self._pending[owner]
 
     def submit(
         self,
@@ -175,11 +142,14 @@ class WorkerPool:
         self._backlog.add(
             Request(task=task, seconds=seconds, owner=owner, at=at, site=site, steady=steady)
         )
+        self._pending[owner] += 1
         self._assign()
 
     def collect(self, owner: Hashable = None) -> list[tuple[Task, Reply]]:
         """An owner's tasks that have been answered, each once."""
-        return self._answered.pop(owner, [])
+        found = self._answered.pop(owner, [])
+        self._pending[owner] -= len(found)
+        return found
 
     def rest(self, seconds: float) -> None:
         """Wait until a worker has something to say, for at most that long."""
@@ -196,15 +166,17 @@ class WorkerPool:
 
     def cancel(self, owner: Hashable = None) -> None:
         """Forget an owner's tasks: those begun end with their worker, idle ones live on."""
-        self._backlog.remove([each for each in self._backlog if each.owner == owner])
+        self._backlog.remove(lambda request: request.owner == owner)
         self._answered.pop(owner, None)
+        self._pending.pop(owner, None)
         self._end([each for each in self._posts if each.request and each.request.owner == owner])
         self._assign()
 
     def close(self) -> None:
         """End every worker and forget what was pending."""
-        self._backlog.remove(list(self._backlog))
+        self._backlog.remove(lambda request: True)
         self._answered.clear()
+        self._pending.clear()
         self._end(self._posts)
 
     @property
@@ -243,18 +215,17 @@ class WorkerPool:
         kept = [post for post in self._posts if post.place.name in there]
         known = {post.place.name for post in kept}
         new = [each for each in places if each.name not in known]
-        self._posts = kept + [_Post(each, self._admits) for each in new]
-        for name in (post.place.name for post in gone):
-            for request in self._backlog.of_place(name):
-                self._backlog.remove([request])
-                self._answer(request, _unsaid(request))
+        self._posts = kept + [Post(each, self._admits) for each in new]
+        names = {post.place.name for post in gone}
+        for request in self._backlog.remove(lambda request: request.at in names):
+            self._answer(request, _unsaid(request))
 
-    def _usable(self) -> list[_Post]:
+    def _usable(self) -> list[Post]:
         return [
             post for post in self._posts if post.admitted and not post.aside and not post.outage
         ]
 
-    def _end(self, posts: Sequence[_Post]) -> None:
+    def _end(self, posts: Sequence[Post]) -> None:
         """End the workers of posts, all at once."""
         connections = [post.connection for post in posts if post.connection is not None]
         for connection in connections:
@@ -268,40 +239,48 @@ class WorkerPool:
         """Hand out what waits, to workers that are there before those that must be started."""
         if not len(self._backlog):
             return
-        able = [post for post in self._posts if not post.aside and post.request is None]
-        for post in (each for each in able if each.connected):
-            self._give(post)
-        connecting = sum(post.connection is not None and not post.connected for post in able)
-        for post in (each for each in able if each.connection is None and self._may_start(each)):
-            if connecting >= len(self._backlog):
-                return
-            if self._backlog.has_for(post, self._candidates(post)):
-                connecting += self._start(post)
-                if post.connected:
-                    self._give(post)
+        idle = [post for post in self._posts if post.connected and post.request is None]
+        for post, request in self._backlog.deal(idle, self._usable()):
+            self._give(post, request)
+        while len(self._backlog) and (started := self._start_more()):
+            for post, request in self._backlog.deal(started, self._usable()):
+                self._give(post, request)
 
-    def _candidates(self, post: _Post) -> list[_Post]:
-        """The usable workers; one that lost its connection becomes usable by having one."""
-        usable = self._usable()
-        again = post.outage is not None and post.admitted
-        return [*usable, post] if again else usable
+    def _start_more(self) -> list[Post]:
+        """Start workers for what waits; those that are there at once."""
+        now = self._clock()
+        connecting = [post for post in self._posts if post.connection and not post.connected]
+        able = [
+            post
+            for post in self._posts
+            if post.connection is None
+            and not post.aside
+            and (post.outage is None or now >= post.outage.next_try)
+        ]
+        candidates = [*self._usable(), *(post for post in able if post.admitted and post.outage)]
+        wanted = list(self._backlog.deal([*connecting, *able], candidates))
+        for _, request in reversed(wanted):
+            self._backlog.put_back(request)
+        for post, _ in wanted:
+            if post.connection is None:
+                post.connection, post.fresh = post.place.transport.start(), True
+                post.connected = post.connection.connected
+                post.deadline = now + GREET_SECONDS
+        return [post for post, _ in wanted if post.connected]
 
-    def _give(self, post: _Post) -> None:
-        """Hand a worker its next request, if there is any for it."""
-        usable = self._usable()
-        if not self._backlog.has_for(post, usable):
-            return
-        if post.connection is not None and not post.connection.is_quiet:
+    def _give(self, post: Post, request: Request) -> None:
+        """Hand a worker a request; one that is gone, or says what nobody asked, is ended."""
+        assert post.connection is not None
+        if not post.connection.is_quiet:
+            self._backlog.put_back(request)
             self._part_with(post)
             return
-        request = self._backlog.take(post, usable)
-        assert request is not None and post.connection is not None
         allowance = START_SECONDS if post.fresh else 0.0
         post.request, post.problem = request, request.task.problem
         post.deadline = self._clock() + request.seconds + allowance
         post.connection.write(to_line(request.name, request.task.data()))
 
-    def _part_with(self, post: _Post) -> None:
+    def _part_with(self, post: Post) -> None:
         """End an idle worker that is gone, or says what nobody asked."""
         assert post.connection is not None
         try:
@@ -312,17 +291,7 @@ class WorkerPool:
             pass
         self._end([post])
 
-    def _start(self, post: _Post) -> bool:
-        """Start a worker; whether it is still to be waited for."""
-        post.connection, post.fresh = post.place.transport.start(), True
-        post.connected = post.connection.connected
-        post.deadline = self._clock() + GREET_SECONDS
-        return not post.connected
-
-    def _may_start(self, post: _Post) -> bool:
-        return post.outage is None or self._clock() >= post.outage.next_try
-
-    def _hear(self, post: _Post, readable: bool) -> None:
+    def _hear(self, post: Post, readable: bool) -> None:
         """Read what a worker has to say, or end it where that takes too long."""
         assert post.connection is not None
         try:
@@ -339,13 +308,13 @@ class WorkerPool:
         except ReplyError as error:
             self._refuse(post, error)
 
-    def _greet(self, post: _Post) -> None:
+    def _greet(self, post: Post) -> None:
         post.connected = True
         if post.outage is not None:
             post.outage = None
             self._note(post, "connected again")
 
-    def _take(self, post: _Post, request: Request, reply: Reply) -> None:
+    def _take(self, post: Post, request: Request, reply: Reply) -> None:
         post.fresh, post.request = False, None
         trouble = [each for each in reply.measurements if each and each.outcome is _TROUBLE]
         if trouble and self._has_others(post):
@@ -360,7 +329,7 @@ class WorkerPool:
     def _answer(self, request: Request, reply: Reply) -> None:
         self._answered.setdefault(request.owner, []).append((request.task, reply))
 
-    def _refuse(self, post: _Post, error: ReplyError) -> None:
+    def _refuse(self, post: Post, error: ReplyError) -> None:
         """End a worker that does not keep to what is agreed: it is believed no more.
 
         What else it sent would be taken for the answer to the next task.
@@ -373,7 +342,7 @@ class WorkerPool:
             why = f"the worker gave no valid reply: {error}"
             self._answer(request, _failure(request, Outcome.CRASH, why))
 
-    def _replace(self, post: _Post, outcome: Outcome) -> None:
+    def _replace(self, post: Post, outcome: Outcome) -> None:
         """End a worker that is of no more use; its request has failed or is begun again."""
         assert post.connection is not None
         connected, request = post.connected, post.request
@@ -394,14 +363,14 @@ class WorkerPool:
             else:
                 self._answer(request, _failure(request, outcome, why))
 
-    def _has_others(self, post: _Post) -> bool:
+    def _has_others(self, post: Post) -> bool:
         """Whether there are workers of another machine."""
         return any(each.place.site != post.place.site for each in self._usable())
 
-    def _lost(self, post: _Post, request: Request | None, connected: bool, why: str) -> None:
+    def _lost(self, post: Post, request: Request | None, connected: bool, why: str) -> None:
         """Note that there is no way to a worker; others get its request, or it again."""
         if connected or post.outage is None:
-            post.outage = _Outage(why, began=self._clock())
+            post.outage = Outage(why, began=self._clock())
         post.outage.why = why
         pause = min(2.0**post.outage.tries, LONGEST_PAUSE)
         post.outage.tries += 1
@@ -413,7 +382,7 @@ class WorkerPool:
         elif post.outage.tries == 1:
             self._note(post, f"{why}: its work goes to others, and it is tried again")
 
-    def _note(self, post: _Post, text: str) -> None:
+    def _note(self, post: Post, text: str) -> None:
         named = len(self._posts) == 1 or post.place.name in text
         self._on_note(text if named else f"{post.place.name}: {text}")
 

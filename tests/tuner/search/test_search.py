@@ -539,10 +539,10 @@ def test_the_machines_trouble_stops_a_search_and_is_held_against_nothing(
     with pytest.raises(
         FlashtuneError, match=r"no space left on device.*run the same command again"
     ):
-        run(evaluator, 20)
+        run(evaluator, 20, sampler="exhaustive")
     assert [record.measurement.outcome for record in store.records()] == [Outcome.OK] * 5
     again = replay()
-    result = run(again, 20)
+    result = run(again, 20, sampler="exhaustive")
     assert (result.evaluated, result.failed) == (20, 0)
     assert asked[5].config in again.submitted
 
