@@ -34,7 +34,7 @@ from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
 from flashtune.tuner.predict.cost_model import shipped_model
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, Event, Search
-from flashtune.tuner.search.session import advanced
+from flashtune.tuner.search.session import in_turns
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.answers.message import from_line, to_line
 from flashtune.tuner.workers.answers.reply import Reply, policy_of
@@ -263,9 +263,8 @@ def simulate(
                     on_event=told(problem),
                 )
                 begun.append(search.steps())
-            seconds = advanced(begun)
-            if seconds:
-                rest([compilers, measurers], min(seconds))
+            for seconds in in_turns(begun):
+                rest([compilers, measurers], seconds)
         wall, driver = world.clock(), world.clock.driver
         compilers.close()
         measurers.close()

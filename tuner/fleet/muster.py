@@ -98,9 +98,8 @@ class Muster:
         elif self._asked[name] < MOST_TRIES:
             self._ask(name)
         else:
-            took = (
-                f"takes {found.median_us:.2f} us" if found.median_us else f"fails: {found.error}"
-            )
+            time_us = found.median_us
+            took = f"takes {time_us:.2f} us" if time_us else f"fails ({found.error})"
             why = (
                 f"{name} is set aside, as its times would mislead: the default config {took} "
                 f"there, {expected.median_us:.2f} us on {reference}"

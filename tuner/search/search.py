@@ -33,7 +33,7 @@ from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
 MOST_COMPARISONS = 10  # in which none fails, but the lead is lost
-AT_ONCE = 8  # proposals between two looks at what workers have to say
+AT_ONCE = 16  # proposals in a hurry between two looks at what workers have to say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,15 +161,19 @@ class Search:
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
             wanted = 0 if self.dry else min(self.evaluator.room, left)
-            for _ in range(min(wanted, AT_ONCE)):
-                config = self.proposals.propose(hurry=self._hurry())
+            for number in range(wanted):
+                hurry = self._hurry()
+                if number and (not hurry or number == AT_ONCE):
+                    break
+                config = self.proposals.propose(hurry=hurry)
                 if config is None:
                     self.dry = True
                     break
                 self.evaluator.submit(config)
+                wanted -= 1
             if not self.evaluator.pending:
                 return False
-            yield 0.0 if wanted > AT_ONCE and not self.dry else REST_SECONDS
+            yield 0.0 if wanted and not self.dry else REST_SECONDS
             self._take(self.evaluator.collect())
             if time.monotonic() > self.stops:
                 return True

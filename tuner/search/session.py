@@ -162,7 +162,7 @@ class Session:
                     begun.append(self._search(waiting.popleft(), share, evaluator, display))
                 if not begun:
                     return  # out of time
-                yield min(advanced(begun), default=0.0)
+                yield from in_turns(begun)
 
     def result(self, *, cancelled: bool) -> SessionResult:
         """What the searches that were begun came to, or have come to so far."""
@@ -264,8 +264,9 @@ def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionR
     session_of = {session.steps(display): session for session in sessions}
     under_way, cancelled = list(session_of), False
     try:
-        while seconds := advanced(under_way):
-            rest([pool for each in under_way for pool in session_of[each].pools], min(seconds))
+        while under_way:
+            for seconds in in_turns(under_way):
+                rest([pool for each in under_way for pool in session_of[each].pools], seconds)
     except KeyboardInterrupt:
         cancelled = True
     finally:
@@ -274,16 +275,22 @@ def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionR
     return [session.result(cancelled=cancelled) for session in sessions]
 
 
-def advanced(under_way: list[Steps[None]]) -> list[float]:
-    """Take each a step further; those that ended are taken off the list."""
-    seconds = []
+def in_turns(under_way: list[Steps[None]]) -> Steps[None]:
+    """Take each a step further; those that ended are taken off the list.
+
+    Workers are heard after each step, but only waited for in the end, if all wait for them.
+    """
+    wait = math.inf
     for each in list(under_way):
-        waits = next(each, None)
-        if waits is None:
+        seconds = next(each, None)
+        if seconds is None:
             under_way.remove(each)
+            wait = 0.0
         else:
-            seconds.append(waits)
-    return seconds
+            wait = min(wait, seconds)
+            yield 0.0
+    if under_way:
+        yield wait
 
 
 def _check_count(name: str, value: Any, allowed: range) -> None:

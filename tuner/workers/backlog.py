@@ -6,9 +6,9 @@ Usage:
         …
 """
 
+import hashlib
 import itertools
 import secrets
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -178,7 +178,7 @@ def _judge(request: Request, usable: Sequence[Post]) -> Post | None:
     """
     key = request.task.problem.key
 
-    def rank(post: Post) -> int:
-        return zlib.crc32(f"{post.place.name}\n{key}".encode())
+    def rank(post: Post) -> bytes:
+        return hashlib.sha256(f"{post.place.name}\n{key}".encode()).digest()
 
     return max(usable, key=rank, default=None)
