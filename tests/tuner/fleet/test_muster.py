@@ -13,7 +13,7 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome
 
-Answers = list[float | None | str]
+Answers = list[float | str | None]
 
 
 class Pool:
@@ -46,7 +46,7 @@ class Pool:
         self.newcomers.remove(name)
 
 
-def measured(answer: float | None | str) -> Measurement | None:
+def measured(answer: float | str | None) -> Measurement | None:
     if answer is None:
         return None
     if isinstance(answer, str):

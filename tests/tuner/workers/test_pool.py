@@ -28,8 +28,9 @@ from flashtune.tuner.workers.connection import Transport
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.ssh import SshTransport
 from flashtune.tuner.workers.task import Task
-from flashtune.tuner.workers.transport import LocalTransport, here
+from flashtune.tuner.workers.transport import LocalTransport, Place, here
 from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import Store
@@ -488,3 +489,97 @@ def test_a_worker_answers_until_its_input_ends(
     assert outcomes == [Outcome.OK, Outcome.OK, Outcome.WRONG_RESULT]
     assert "noise of a compiled library" in done.stderr
     assert '"fatal": true' in done.stderr
+
+
+class FarTransport(LocalTransport):
+    """Stubs here, of which a killed one is taken for a lost connection."""
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        return "the connection was cut" if code == -9 else None
+
+
+def boards(*sites: str) -> list[Place]:
+    return [
+        Place(name=f"board {number}", transport=FarTransport(COMMAND), site=site)
+        for number, site in enumerate(sites)
+    ]
+
+
+class TestSeveralPlaces:
+    def test_what_a_lost_worker_had_goes_to_another(self, task) -> None:
+        notes: list[str] = []
+        with WorkerPool(boards("a", "b"), notes.append) as workers:
+            workers.submit(task(stub.LATE), PATIENCE)
+            [post] = [each for each in workers._posts if each.request]
+            os.kill(post.connection.popen.pid, 9)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.OK
+            assert [each.connected for each in workers._posts if each is not post] == [True]
+        name = post.place.name
+        assert notes == [
+            f"{name}: the connection was cut: its work goes to others, and it is tried again"
+        ]
+
+    @pytest.mark.parametrize(("sites", "asked"), [(("a", "b"), 2), (("a", "a"), 1)])
+    def test_one_that_hangs_is_tried_on_another_machine_once(self, task, sites, asked) -> None:
+        with WorkerPool(boards(*sites)) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            assert len([*workers.wait(PATIENCE), *workers.wait(PATIENCE)]) == 2
+            began = [each.connection.popen.pid for each in workers._posts]
+            workers.submit(task(stub.HANG), 0.3)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.TIMEOUT
+            assert sum(map(is_gone, began)) == asked
+
+    def test_places_come_and_go(self, task, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool, "ROSTER_SECONDS", 0.0)
+        places = boards("a")
+        with WorkerPool(lambda: places) as workers:
+            workers.submit(task(stub.LATE), PATIENCE)
+            workers.submit(task(stub.ANSWER), PATIENCE, at="board 0")
+            [old] = [each.connection.popen.pid for each in workers._posts]
+            places = boards("a", "b")[1:]
+            answers = [*workers.wait(PATIENCE), *workers.wait(PATIENCE)]
+            assert is_gone(old)
+            assert [reply.measurements[0] and "done" for _, reply in answers] == [None, "done"]
+            assert (workers.size, workers.working, workers.sites) == (1, 1, {"b": 1})
+
+    def test_no_place_is_waited_for_a_while(self, task, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.3)
+        with WorkerPool(list) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            with pytest.raises(FlashtuneError, match=r"no worker is left .* run the same command"):
+                workers.wait(PATIENCE)
+
+    def test_who_is_not_admitted_gets_only_what_is_for_it(self, task) -> None:
+        with WorkerPool(boards("a", "b"), admits=False) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            assert workers.wait(0.2) == []
+            workers.submit(task(stub.ANSWER), PATIENCE, owner="muster", at="board 1")
+            assert len(workers.wait(PATIENCE, "muster")) == 1
+            assert workers.newcomers == ["board 0", "board 1"]
+            workers.admit("board 1")
+            assert len(workers.wait(PATIENCE)) == 1
+            workers.set_aside("board 0", "it is slow")
+            assert (workers.size, workers.working, workers.newcomers) == (1, 1, [])
+
+    def test_a_machine_in_trouble_is_set_aside_for_others(self, task) -> None:
+        notes: list[str] = []
+        with WorkerPool(boards("a", "b"), notes.append) as workers:
+            workers.submit(task(stub.TROUBLE), PATIENCE)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.ENVIRONMENT  # the last one's, too
+            assert workers.size == 1
+        [note] = notes
+        assert "is set aside for the machine's trouble: no space left" in note
+
+    def test_answers_go_to_their_owner(self, task) -> None:
+        with WorkerPool(boards("a", "b")) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE, owner="one")
+            workers.submit(task(stub.HANG), PATIENCE, owner="other")
+            assert (workers.pending("one"), workers.pending("other")) == (1, 1)
+            assert len(workers.wait(PATIENCE, "one")) == 1
+            assert (workers.pending("one"), workers.collect("one")) == (0, [])
+            workers.cancel("other")
+            assert (workers.pending("other"), workers.wait(1.0, "other")) == (0, [])
