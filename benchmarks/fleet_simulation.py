@@ -1,13 +1,15 @@
 """How far one driver reaches: searches with 1 to 512 simulated workers, on a simulated clock.
 
     python benchmarks/fleet_simulation.py --compile-times compile.json       # records them first
-    python benchmarks/fleet_simulation.py --from compile.json --out benchmarks/results/fleet-simulation.json
+    python benchmarks/fleet_simulation.py --from compile.json --out simulation.json
 
 The driver is the real one: proposals, Optuna, evaluators, pools, lines of JSON, selectors, the
 database. Its processor time passes on the simulated clock, second for second. Only workers are
-simulated. A config's time is the one that an H200 measured, for configs on record; for others it is
-the cost model's, which was fitted to those. Compiling takes the processor time that configs took
-here, and measuring what docs/performance.md has of an H200: 30 s for 150 evaluations.
+simulated. A config's time is the one that an H200 measured, for configs on record; for others it
+is the cost model's, which was fitted to those. Compiling takes the processor time that configs
+took here, and measuring what docs/performance.md has of an H200: 30 s for 150 evaluations. All
+problems on record are searched in one run. With --thoughtful every second proposal is Optuna's,
+however many workers wait.
 """
 
 import json
@@ -61,6 +63,7 @@ class Clock:
     """Simulated seconds: the driver's processor time, and what it waited for workers."""
 
     def __init__(self) -> None:
+        """It begins now."""
         self._waited = self._outside = 0.0
         self._began = time.process_time()
 
@@ -70,9 +73,11 @@ class Clock:
         return time.process_time() - self._began - self._outside
 
     def __call__(self) -> float:
+        """What time it is."""
         return self._waited + self.driver
 
     def wait_until(self, when: float) -> None:
+        """Set it forward."""
         self._waited += max(0.0, when - self())
 
     @contextmanager
@@ -89,6 +94,7 @@ class Landscape:
     """What configs take: as measured where on record, else as predicted."""
 
     def __init__(self) -> None:
+        """Read what ships."""
         self._measured = {
             (sample.problem, sample.config): sample.measurement.median_us
             for sample in read_calibration(SHIPPED).samples
@@ -124,21 +130,25 @@ class Simulated:
     connected, unsent, floods, is_quiet = True, 0, False, True
 
     def __init__(self, world: "World") -> None:
+        """It has nothing to do yet."""
         self._world = world
         self._reader, self._writer = os.pipe()
         self._answer = b""
         self.due = math.inf
 
     def fileno(self) -> int:
+        """A pipe, as real workers have."""
         return self._reader
 
     def input(self) -> int | None:
+        """All is taken at once."""
         return None
 
     def push(self) -> None:
         """Nothing is left."""
 
     def write(self, line: str) -> None:
+        """Be asked."""
         with self._world.clock.stopped():
             request, data = from_line(line)
             reply, seconds = self._world.answer(Task.from_data(data))
@@ -151,6 +161,7 @@ class Simulated:
         self.due = math.inf
 
     def read(self) -> bytes | None:
+        """The answer."""
         os.read(self._reader, 1)
         return self._answer
 
@@ -158,6 +169,7 @@ class Simulated:
         """Nothing runs."""
 
     def end(self, patience: float = 0.0) -> Ending:
+        """It is gone at once."""
         with self._world.clock.stopped():
             os.close(self._reader)
             os.close(self._writer)
@@ -168,6 +180,7 @@ class World:
     """The workers, and how long what they do takes."""
 
     def __init__(self, landscape: Landscape, compile_seconds: Sequence[float], seed: int) -> None:
+        """Nothing has been asked yet."""
         self.clock = Clock()
         self._landscape, self._compile_seconds = landscape, compile_seconds
         self._random = random.Random(seed)
@@ -268,6 +281,7 @@ def simulate(
         wall, driver = world.clock(), world.clock.driver
         compilers.close()
         measurers.close()
+    busy = len(evaluated) * MEASURE_SECONDS / (workers * evaluated[-1])
     return {
         "workers": workers,
         "problems": len(problems),
@@ -277,6 +291,7 @@ def simulate(
         "driver_seconds": driver,
         "evaluations": len(evaluated),
         "evaluations_per_second": len(evaluated) / evaluated[-1],
+        "busy": busy,
         "best_us": {problem.describe(): best[problem] for problem in problems},
     }
 
@@ -309,8 +324,8 @@ def _processor_seconds() -> float:
 def _in_its_own_process(case: dict[str, Any]) -> dict[str, Any]:
     """One simulation: caches that another one filled would make it cheaper."""
     program = (
-        "import json, runpy, sys; names = runpy.run_path(sys.argv[1]); case = json.loads(sys.argv[2]); "
-        "print(json.dumps(names['run_case'](case)))"
+        "import json, runpy, sys; names = runpy.run_path(sys.argv[1]); "
+        "print(json.dumps(names['run_case'](json.loads(sys.argv[2]))))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, __file__, json.dumps(case)],
@@ -326,11 +341,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """A simulation as its arguments say."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if case["thoughtful"]:
+        Search._hurry = lambda self: False  # type: ignore[method-assign]
     landscape = Landscape()
     problems = landscape.problems[-case["problems"] :]
-    return simulate(
+    found = simulate(
         landscape, case["compile"], problems, case["workers"], case["trials"], case["seed"]
     )
+    return {"thoughtful": case["thoughtful"], **found}
 
 
 @click.command()
@@ -340,6 +358,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 @click.option("--problems", default=12)
 @click.option("--trials", default=150)
 @click.option("--seeds", default=1)
+@click.option("--thoughtful", is_flag=True)
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
     compile_times: Path | None,
@@ -348,6 +367,7 @@ def main(
     problems: int,
     trials: int,
     seeds: int,
+    thoughtful: bool,
     out: Path | None,
 ) -> None:
     """Record how long compiling takes, or simulate with what was recorded."""
@@ -360,8 +380,15 @@ def main(
     runs = []
     for count in workers:
         for seed in range(seeds):
-            case = {"workers": count, "problems": problems, "trials": trials, "seed": seed}
-            found = _in_its_own_process({**case, "compile": recorded["seconds"]})
+            case = {
+                "workers": count,
+                "problems": problems,
+                "trials": trials,
+                "seed": seed,
+                "thoughtful": thoughtful,
+                "compile": recorded["seconds"],
+            }
+            found = _in_its_own_process(case)
             runs.append(found)
             print(
                 f"{count} workers, seed {seed}: {found['wall_seconds']:.1f} s, "

@@ -91,6 +91,7 @@ class RayNodes:
         self._asked: dict[str, Inquiry] = {}
         self._found: dict[str, Found] = {}
         self._tries: Counter[str] = Counter()
+        self._why = ""  # a node could not be used
         self._nodes: dict[str, _Node] = {}
         self._next_look = 0.0
 
@@ -101,7 +102,7 @@ class RayNodes:
             while time.monotonic() < end:
                 self._next_look = 0.0
                 heard = self._look()
-                if not self._asked:
+                if not self._asked and not any(map(self._may_ask, self._nodes.values())):
                     break
                 if self.kinds():
                     end = min(end, time.monotonic() + GATHER_SECONDS)
@@ -112,7 +113,8 @@ class RayNodes:
             raise
         if not self.kinds():
             what = self._wanted.title if self._wanted else "device that kernels run on"
-            raise FlashtuneError(f"no node of the Ray cluster has a {what} to lend")
+            why = f" ({self._why})" if self._why else ""
+            raise FlashtuneError(f"no node of the Ray cluster lends a {what}{why}")
 
     def kinds(self) -> list[Kind]:
         """The devices and tools that were found."""
@@ -165,8 +167,7 @@ class RayNodes:
         self._next_look = time.monotonic() + LOOK_SECONDS
         self._nodes = {node.id: node for node in self._alive()}
         for node in self._nodes.values():
-            known = node.id in self._found or node.id in self._asked
-            if self._lends(node) and not known and self._tries[node.id] < MOST_TRIES:
+            if self._may_ask(node):
                 self._asked[node.id] = self._inquiry(node)
                 self._tries[node.id] += 1
         waiting = []
@@ -178,6 +179,7 @@ class RayNodes:
                 del self._asked[name]
             except FlashtuneError as error:
                 del self._asked[name]
+                self._why = str(error)
                 if name in self._nodes and self._tries[name] == MOST_TRIES:
                     self._on_note(f"{error}: left out")
         return waiting
@@ -191,8 +193,11 @@ class RayNodes:
         )
         return inquire(node.name, transport, self._wanted, partial(_why_none, node))
 
-    def _lends(self, node: _Node) -> bool:
-        return bool(node.gpus if self._on_gpus else node.cpus)
+    def _may_ask(self, node: _Node) -> bool:
+        """Whether a node lends what may be what is wanted, and nobody knows yet."""
+        lends = bool(node.gpus if self._on_gpus else node.cpus)
+        known = node.id in self._found or node.id in self._asked
+        return lends and not known and self._tries[node.id] < MOST_TRIES
 
     def _alive(self) -> Sequence[_Node]:
         found = []

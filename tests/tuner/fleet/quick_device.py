@@ -10,7 +10,11 @@ TOOLS = {"triton": "3.6.0", "torch": "", "driver": "", "compiler": ""}
 
 
 def main() -> None:
-    h200 = next(each for each in json.loads(DEVICES.read_text()) if each["name"] == "nvidia-h200")
+    h200 = next(
+        each
+        for each in json.loads(DEVICES.read_text())["devices"]
+        if each["name"] == "nvidia-h200"
+    )
     device = {"aliases": [], "reported_names": [], **h200}
     found = {"trouble": "", "device": device, "toolchain": TOOLS}
     for line in sys.stdin:
