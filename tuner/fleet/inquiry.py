@@ -84,7 +84,7 @@ def heard(inquiries: Mapping[str, Inquiry]) -> dict[str, Found | FlashtuneError]
     finally:
         for inquiry in inquiries.values():
             inquiry.close()
-    return found
+    return {name: found[name] for name in inquiries}
 
 
 def choose(name: str, report: Report, wanted: Device | None) -> Found:

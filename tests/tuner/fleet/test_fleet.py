@@ -1,5 +1,6 @@
 """Searches that several workers share: what they measure, and what becomes of those that die."""
 
+import json
 import os
 import re
 import sys
@@ -9,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+import flashtune
 from flashtune.kernels.backends.nvidia import gpu
+from flashtune.tuner.cli.main import cli
 from flashtune.tuner.fleet import gpus
 from flashtune.tuner.fleet.fleets import FleetRequest, fleets_for
 from flashtune.tuner.fleet.machine import Fleet, Machine, fleets_of
+from flashtune.tuner.search.result_data import SearchData
 from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session, side_by_side
 from flashtune.tuner.workers.process import WorkerProcess
@@ -24,6 +29,7 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store
 
+TINY = "vocab=512,hidden=64,clusters=32,probes=4"
 SCRIPT = Path(__file__).with_name("quick_worker.py")
 TOOLS = Toolchain(triton="3.6.0")
 H200, ORIN = find_device("h200"), find_device("orin")
@@ -290,3 +296,59 @@ def test_machines_of_one_kind_with_the_same_tools_are_a_fleet() -> None:
 def test_kinds_of_fleet_exclude_one_another(asked) -> None:
     with pytest.raises(FlashtuneError, match="exclude one another"):
         FleetRequest(**asked)
+
+
+class TestTheCommandAndTheFunction:
+    @pytest.fixture
+    def asked(self, fleet, monkeypatch: pytest.MonkeyPatch) -> list[FleetRequest]:
+        """What fleets were asked for; there are two, of different devices."""
+        asked: list[FleetRequest] = []
+
+        def pretended(request: FleetRequest, wanted, jobs: int, on_note) -> list[Fleet]:
+            asked.append(request)
+            return [fleet(1.0, 1.0), fleet(1.0, device=ORIN)][: 1 if wanted else 2]
+
+        monkeypatch.setattr("flashtune.tuner.fleet.fleets.fleets_for", pretended)
+        monkeypatch.setattr("flashtune.tuner.api.fleets_for", pretended)
+        return asked
+
+    @staticmethod
+    def command(*words: str) -> Result:
+        return CliRunner().invoke(
+            cli, ["search", "--shape", TINY, "--trials", "3", "--sampler", "random", *words]
+        )
+
+    def test_kinds_of_device_are_a_list_in_json_and_tables_else(
+        self, asked: list[FleetRequest], tmp_path: Path
+    ) -> None:
+        database = ("--db", str(tmp_path / "tuning.db"))
+        done = self.command("--gpus", "all", "--json", *database)
+        assert done.exit_code == 0, done.output
+        data = json.loads(done.stdout)
+        assert [each["device"] for each in data] == [H200.name, ORIN.name]
+        assert [each["results"][0]["evaluated"] for each in data] == [3, 3]
+        assert "of 2 workers" in done.stderr
+        shown = self.command("--remote", "a", "--remote", "b", *database).stdout
+        assert f"{H200.title}: times" in shown and f"{ORIN.title}: times" in shown
+        assert asked[0] == FleetRequest(gpus="all")
+        assert asked[1] == FleetRequest(remote=("a", "b"))
+
+    def test_ray_is_an_address_or_the_cluster_here(self, asked: list[FleetRequest]) -> None:
+        for words in (["--ray"], ["--ray", "head:6379"], ["--ray", "--device", "h200"]):
+            self.command(*words, "--db", "/no/such/folder/tuning.db")
+        assert [each.ray for each in asked] == ["auto", "head:6379", "auto"]
+
+    def test_the_function_searches_one_kind(
+        self, asked: list[FleetRequest], tmp_path: Path
+    ) -> None:
+        def search(**options: object) -> SearchData:
+            return flashtune.search(
+                shapes=[TINY], trials=3, sampler="random", db=tmp_path / "tuning.db", **options
+            )
+
+        with pytest.raises(FlashtuneError, match=f"several kinds .{H200.name}, {ORIN.name}"):
+            search(gpus=[0, 1])
+        assert search(device="h200", remote=["a", "b"])["device"] == H200.name
+        assert search(device="h200", remote="a")["results"][0]["evaluated"] == 3
+        assert [each.gpus for each in asked] == ["0,1", None, None]
+        assert [list(each.remote) for each in asked] == [[], ["a", "b"], ["a"]]
