@@ -28,6 +28,7 @@ ROOMS = {
         "clustering",
         "search",
         "predict",
+        "fleet",
         "workers",
         "objective",
         "tables",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtune.kernels.model_folder.folder import read_model
+from flashtune.tuner.fleet.fleets import FleetRequest, fleets_for
 from flashtune.tuner.here import device_named, this_device
 from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.lookup import best_record, measured_record
@@ -25,8 +26,6 @@ from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
 from flashtune.tuner.search.space import parse_fixed
 from flashtune.tuner.tables import AnyPath
-from flashtune.tuner.workers.remote import find_machine
-from flashtune.tuner.workers.ssh import PYTHON
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -49,8 +48,10 @@ def search(
     fixed: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
     objective: str = "time",
-    remote: str | None = None,
+    remote: str | Iterable[str] = (),
     remote_python: str | None = None,
+    gpus: str | Iterable[int] | None = None,
+    ray: str | None = None,
     db: AnyPath | None = None,
     on_event: OnEvent = lambda problem, event: None,
 ) -> SearchData:
@@ -63,9 +64,10 @@ def search(
 
     models: FlashHead models' folders, whose shapes are searched. trials: configs for each shape.
     timeout: seconds for all. jobs: compilers at a time, else one a processor. fixed: knobs and
-    their values. objective: `time`, `energy` or `both` is minimised. on_event: told of each
-    evaluation. Raises FlashtuneError for what cannot be searched, and for what is the machine's
-    trouble.
+    their values. objective: `time`, `energy` or `both` is minimised. remote: what ssh reaches, one
+    machine or several of one kind; gpus: `"all"`, or numbers; ray: a cluster's address, or
+    `"auto"`. on_event: told of each evaluation. Raises FlashtuneError for what cannot be
+    searched, and for what is the machine's trouble.
     """
     if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
         raise FlashtuneError("shapes and models are lists: write shapes=[…]")
@@ -73,25 +75,36 @@ def search(
     problems += [read_model(os.fspath(each)) for each in models]
     if not problems:
         raise FlashtuneError("give at least one shape or model to search for")
-    if remote_python is not None and remote is None:
-        raise FlashtuneError("remote_python is about another machine: give remote too")
+    numbers = gpus if gpus is None or isinstance(gpus, str) else ",".join(map(str, gpus))
+    asked = FleetRequest(
+        remote=[remote] if isinstance(remote, str) else list(remote),
+        remote_python=remote_python,
+        gpus=numbers,
+        ray=ray,
+    )
     wanted = _device(device) if device is not None else None
-    machine = find_machine(remote, wanted, remote_python or PYTHON) if remote else None
+    n_jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    told = _Told(on_event)
+    fleets = fleets_for(asked, wanted, n_jobs, told.note)
+    if len(fleets) > 1:
+        kinds = ", ".join(fleet.device.name for fleet in fleets)
+        raise FlashtuneError(f"there are devices of several kinds ({kinds}): name one as device")
+    fleet = fleets[0] if fleets else None
     request = SearchRequest(
-        device=machine.device if machine else wanted or this_device(),
+        device=fleet.device if fleet else wanted or this_device(),
         problems=list(dict.fromkeys(problems)),
         trials=trials,
         timeout_s=timeout,
         sampler=sampler,
         seed=seed,
-        jobs=len(os.sched_getaffinity(0)) if jobs is None else jobs,
+        jobs=n_jobs,
         fixed=dict(parse_fixed(f"{name}={value}") for name, value in (fixed or {}).items()),
         retry_failed=retry_failed,
         objective=_objective(objective),
-        remote=machine,
+        fleet=fleet,
     )
     with Store(Path(db) if db is not None else default_path()) as store:
-        return result_data(Session(request, store).run(_Told(on_event)))
+        return result_data(Session(request, store).run(told))
 
 
 def best(

@@ -149,7 +149,7 @@ def decode(
 class TorchBackend:
     """Any device, through torch's own operations."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Nothing has to be compiled."""
         return ()
 

@@ -45,12 +45,13 @@ def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int
     from flashtune.tuner.predict.calibration import calibrate, write_calibration
     from flashtune.tuner.progress import StepProgress
     from flashtune.tuner.workers.pool import WorkerPool
+    from flashtune.tuner.workers.transport import here
 
     records = []
     for database in databases:
         with Store(database, read_only=True) as store:
             records += store.records(device=device.name)
-    with WorkerPool(jobs) as pool, StepProgress("compiling", len(records)) as progress:
+    with WorkerPool(here(jobs)) as pool, StepProgress("compiling", len(records)) as progress:
         calibration = calibrate(records, device, pool, progress.show_of)
     write_calibration(out, calibration)
     say(f"{out}: {len(calibration.samples)} of {len(records)} records of {device.name}")

@@ -58,10 +58,12 @@ class SearchProgress(ProgressBar):
             return f"nothing works yet, {event.failed} failed"
         ratio = f" = {event.best_us / floor_us:.2f} x floor" if floor_us else ""
         timing = event.comparing and self._provenance is Provenance.MEASURED
+        most = event.most_workers
+        workers = f", {event.workers} of {most} workers" if most > 1 else ""
         doing = ", timing the best side by side" if timing else ""
         return (
             f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
-            f"{event.failed} failed{doing}"
+            f"{event.failed} failed{workers}{doing}"
         )
 
 

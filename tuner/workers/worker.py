@@ -50,7 +50,8 @@ class Worker:
     def _compile(self, task: Task) -> Reply:
         try:
             candidate = task.candidates[0]
-            uses = backend_of(candidate).compile(candidate)
+            source = task.sources[0] if task.sources else None
+            uses = backend_of(candidate).compile(candidate, source)
         except Exception as error:
             return Reply(
                 measurements=(failure(error, Outcome.COMPILE_ERROR, policy=SEARCH_POLICY),)

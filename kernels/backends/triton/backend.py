@@ -264,10 +264,10 @@ class DecodeStep(DriverStep):
 class TritonBackend:
     """GPUs, through Triton."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
         device = candidate.device
-        module, kernels = _compiled(candidate, candidate.source)
+        module, kernels = _compiled(candidate, source or candidate.source)
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES

@@ -646,7 +646,7 @@ def test_ctrl_c_while_connecting_ends_quietly(monkeypatch: pytest.MonkeyPatch) -
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashtune.tuner.workers.remote.find_machine", stopped)
+    monkeypatch.setattr("flashtune.tuner.fleet.fleets.find_machines", stopped)
     result = run(*SEARCH, "--remote", "there")
     assert (result.exit_code, result.output) == (130, "connecting to there\n")
 

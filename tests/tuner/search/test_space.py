@@ -308,7 +308,7 @@ def test_a_session_says_which_plan_it_cannot_search(
         searched.append(space.plans)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashtune.tuner.search.session.search", search)
+    monkeypatch.setattr("flashtune.tuner.search.session.Search", search)
     monkeypatch.delitem(PLAN_STAGES, "streamed")
     in_triton = ["staged", "persistent", "batched", "dense"]
     for device, said in ((H200, "plan streamed are not predicted"), (find_device("orin"), "")):
@@ -369,7 +369,7 @@ def test_a_session_tries_what_ships_for_the_very_problem(
         tried.extend(islice(Proposals(space, sampler="random", seed=0, near=near), 3))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashtune.tuner.search.session.search", search)
+    monkeypatch.setattr("flashtune.tuner.search.session.Search", search)
     orin = find_device("orin")
     Session(SearchRequest(device=orin, problems=[QWEN], trials=1), store).run(Told())
     table = prebuilt_table(orin.name)
