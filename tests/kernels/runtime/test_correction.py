@@ -12,13 +12,14 @@ import torch
 from flashtune.kernels.predict.correction import expected_figures
 from flashtune.kernels.predict.cost_model import shipped_model
 from flashtune.kernels.runtime import correction, race
-from flashtune.kernels.runtime.choice import USER
+from flashtune.kernels.runtime.choice import ADDED, USER, Source, choose
 from flashtune.kernels.runtime.records import look
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.probe import Figures
 from flashtune.tuning_db.problem import parse_shape
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_table
 
 ORIN, QWEN = find_device("orin"), parse_shape("qwen3-vl-2b")
 HERE = torch.device("cpu")
@@ -112,3 +113,14 @@ def test_a_probe_that_fails_leaves_the_race_as_it_was(
     assert begun.troubles == [
         "predictions are not corrected by a probe: RuntimeError: no such kernel image"
     ]
+
+
+def test_what_is_corrected_goes_before_what_is_predicted_wherever_it_is_from() -> None:
+    table = prebuilt_table(ORIN.name)
+    assert table is not None
+    one, other = [each for each in table.records if each.problem == QWEN][:2]
+    slower = replace(one.measurement, median_us=2 * (one.measurement.median_us or 0))
+    added = replace(one, provenance=Provenance.CORRECTED, measurement=slower)
+    sources = [Source(name=USER, records=[other]), Source(name=ADDED, records=[added])]
+    choice = choose(QWEN, ORIN, one.toolchain, sources)
+    assert (choice.source, choice.record) == (ADDED, added)
