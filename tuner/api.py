@@ -57,17 +57,35 @@ def search(
 ) -> SearchData:
     """Search for the fastest kernel of each shape on a device, as `flashtune search` does.
 
-    Measures where the device (else this machine's) is here or at the end of ssh, else predicts.
-    Everything is written to the database as it is found, and the same call goes on from there;
-    after Ctrl-C the result says `cancelled`. Where nothing worked for a shape, its `winner` is
-    None and `failure` says why.
+    Measures if the device is here or at the other end of ssh, else predicts. Every result is
+    written to the database at once, and the same call continues from there.
 
-    models: FlashHead models' folders, whose shapes are searched. trials: configs for each shape.
-    timeout: seconds for all. jobs: compilers at a time, else one a processor. fixed: knobs and
-    their values. objective: `time`, `energy` or `both` is minimised. remote: what ssh reaches, one
-    machine or several of one kind; gpus: `"all"`, or numbers; ray: a cluster's address, or
-    `"auto"`. on_event: told of each evaluation. Raises FlashtuneError for what cannot be
-    searched, and for what is the machine's trouble.
+    Args:
+        device: A device by name or alias, `cpu` or `gpu`. Default: this machine's.
+        shapes: Presets, pairs, or Problems.
+        models: Folders of FlashHead models, whose shapes are searched.
+        trials: Configs to evaluate for each shape, including those of earlier runs.
+        timeout: Seconds for all shapes.
+        sampler: `tpe`, `gp`, `random` or `exhaustive`.
+        seed: Seed for random numbers.
+        jobs: Compilers at a time. Default: one per processor.
+        fixed: Knobs and their values: only configs with these are searched.
+        retry_failed: First, evaluate again what failed in earlier runs.
+        objective: What to minimise: `time`, `energy` or `both`.
+        remote: Measure on the machine that ssh reaches under that name (docs/remote.md), or on
+            several of one kind.
+        remote_python: The Python there that has torch and Triton.
+        gpus: Measure on this machine's GPUs: `all`, or their numbers (docs/fleet.md).
+        ray: Measure on a Ray cluster: its address, or `auto`.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+        on_event: Called with the problem and an event after each evaluation.
+
+    Returns:
+        Plain data, as `flashtune search --json` prints it. `cancelled` is set after Ctrl-C. If
+        nothing worked for a shape, its `winner` is None and `failure` says why.
+
+    Raises:
+        FlashtuneError: For what cannot be searched, and for faults of the machine.
     """
     if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
         raise FlashtuneError("shapes and models are lists: write shapes=[…]")
@@ -116,9 +134,17 @@ def best(
 ) -> dict[str, Any]:
     """The best record of a shape on a device, as `flashtune best --json` prints it.
 
-    The fields of `Record.data`, where it is from (`source`), and whether that ships (`shipped`).
-    require: only what was measured for just this shape and can run. Raises FlashtuneError where
-    there is no such record, and for a database that does not exist.
+    Args:
+        device: A device by name or alias, `cpu` or `gpu`.
+        shape: A preset, pairs, or a Problem.
+        require: Only accept what was measured for exactly this shape and can run.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+
+    Returns:
+        The fields of the record, where it is from (`source`), and whether that ships (`shipped`).
+
+    Raises:
+        FlashtuneError: If there is no such record, or the database does not exist.
     """
     find = measured_record if require else best_record
     database = existing(Path(db)) if db is not None else None

@@ -93,8 +93,15 @@ def export(
 ) -> TableData:
     """Write a device's best records to a table.
 
-    keep: measured configs a shape; shortlist: predicted ones a shape that nobody has measured.
-    Raises FlashtuneError where there is no record that worked, and where it cannot be written.
+    Args:
+        device: Whose records.
+        out: The file to write.
+        keep: Measured configs to keep for each shape.
+        shortlist: Predicted configs to keep for each shape without measurements.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+
+    Raises:
+        FlashtuneError: If no record worked, or the file cannot be written.
     """
     if not isinstance(device, Device):
         from flashtune.tuner.here import device_named  # loads torch, which others don't need
@@ -123,11 +130,15 @@ def check(
     compiles: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TableData]:
-    """Check tables: schema, every config valid, rendered, and written as `export` writes.
+    """Check tables: configs must be valid and render, and the form be that of `export`.
 
-    Without files, those that ship and those that FLASHTUNE_TABLES names. compiles: cross-compile
-    every config too; on_step is told how many of how many are done. Raises FlashtuneError for the
-    first thing that is wrong.
+    Args:
+        files: Tables. Default: the shipped ones and those in FLASHTUNE_TABLES.
+        compiles: Cross-compile every config too.
+        on_step: Told how many of how many configs are compiled.
+
+    Raises:
+        FlashtuneError: For the first thing that is wrong.
     """
     from flashtune.tuner.table_check import check_form, checked_table, compile_record
 
@@ -161,9 +172,10 @@ def show(*files: AnyPath) -> list[TableContents]:
 
 
 def merge(*files: AnyPath, out: AnyPath) -> MergedData:
-    """Make one table of a device's several, and say where they disagree (docs/tables.md).
+    """Merge a device's tables into one, and say where they disagree (docs/tables.md).
 
-    Raises FlashtuneError for fewer than two files, and for tables of several devices.
+    Raises:
+        FlashtuneError: For fewer than two files, and for tables of several devices.
     """
     from flashtune.tuner.table_check import checked_table
 
@@ -190,9 +202,9 @@ def merge(*files: AnyPath, out: AnyPath) -> MergedData:
 
 
 def diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
-    """What tells table B from table A: `changed`, `only_a`, `only_b`, and how many are the `same`.
+    """How table B differs from table A: `changed`, `only_a`, `only_b`, how many are the `same`.
 
-    Of what changed, the largest change of time comes first.
+    Of the changed shapes, the one with the largest change of time comes first.
     """
     return compare_tables(read_table(Path(a)), read_table(Path(b)))
 
