@@ -181,18 +181,21 @@ def test_a_search_measures_energy_where_there_is_a_counter(
     answers: list[Any] = []
     worker = Worker()
 
-    def submit(pool: WorkerPool, task: Any, seconds: float) -> None:
-        answers.append((task, worker.answer(task)))
+    def submit(pool: WorkerPool, task: Any, seconds: float, *, owner: Any, **where: Any) -> None:
+        answers.append((pool, owner, task, worker.answer(task)))
 
-    def wait(pool: WorkerPool, seconds: float) -> list[Any]:
-        mine = [each for each in answers if (each[0].kind == "compile") == (pool.size > 1)]
+    def answered(pool: WorkerPool, owner: Any) -> list[Any]:
+        return [each for each in answers if each[0] is pool and each[1] is owner]
+
+    def collect(pool: WorkerPool, owner: Any) -> list[Any]:
+        mine = answered(pool, owner)
         for each in mine:
             answers.remove(each)
-        return mine
+        return [(task, reply) for *_, task, reply in mine]
 
     monkeypatch.setattr(WorkerPool, "submit", submit)
-    monkeypatch.setattr(WorkerPool, "wait", wait)
-    monkeypatch.setattr(WorkerPool, "pending", property(lambda pool: len(answers)))
+    monkeypatch.setattr(WorkerPool, "collect", collect)
+    monkeypatch.setattr(WorkerPool, "pending", lambda pool, owner=None: len(answered(pool, owner)))
     words = ["search", "--device", "cpu", "--shape", TINY, "--objective", "both", "--trials", "2"]
     database = str(tmp_path / "a.db")
     result = CliRunner().invoke(cli, [*words, "--jobs", "2", "--db", database, "--json"])

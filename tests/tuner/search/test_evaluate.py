@@ -167,7 +167,7 @@ def test_kernels_that_would_take_days_are_no_prediction(space: Space) -> None:
         space.problem, space.device, InstantPool(1, lambda task: Reply(uses=uses))
     )
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.INVALID
     assert "predicted: median_us must be microseconds from" in evaluation.measurement.error
 

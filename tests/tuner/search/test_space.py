@@ -123,8 +123,8 @@ def test_starts_are_valid_and_obey(space: Space) -> None:
 
 
 def streams(device: Device) -> bool:
-    """Whether a device has the bulk copies, and the shared memory for rows of Qwen3-VL-2B."""
-    return device.capability >= 90 and device.limits.shared_per_sm > 200_000
+    """Whether a device has the bulk copies; all of these have room for rows of Qwen3-VL-2B."""
+    return device.capability >= 90
 
 
 def test_every_device_has_starts_of_each_family() -> None:
