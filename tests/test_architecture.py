@@ -37,6 +37,7 @@ ROOMS = {
         "progress",
     ),
     "kernels": (
+        "testing",
         "integrations",
         "head",
         "head_tensors",

@@ -17,7 +17,7 @@ from flashtune.kernels.backends.nvidia.step import index_of
 from flashtune.kernels.backends.target import Target
 from flashtune.kernels.measure.probe import probe
 from flashtune.kernels.measure.timing import GraphTimer
-from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, staged
+from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, batched, staged
 from flashtune.kernels.plans.candidate import Candidate, Plan, why_broken
 from flashtune.kernels.plans.knob import Config
 from flashtune.tuning_db.device import Device
@@ -29,10 +29,10 @@ BATCHED_FROM = 8  # tokens: with fewer, the plan for one token was as fast on an
 
 
 def _default(problem: Problem, device: Device) -> Config:
-    batched = BATCHED.config()
-    broken = why_broken(BATCHED.rules, Candidate(problem, batched, device))
+    config = batched.default(problem)
+    broken = why_broken(BATCHED.rules, Candidate(problem, config, device))
     if problem.n_tokens >= BATCHED_FROM and not broken:
-        return batched
+        return config
     return staged.default(problem, device)
 
 
