@@ -23,11 +23,12 @@ _GROUP_FILES = {
 def scratch_bytes(problem: Problem) -> int:
     """More bytes than the scratch of any plan's step for this problem takes.
 
-    Scores and lists of clusters of each token; where candidates are decided again the logits of
-    all tokens, what each program found best, and the best of each block.
+    Scores and lists of clusters of each token, and of all tokens together; where candidates are
+    decided again the logits of all tokens, what each program found best, and the best of each
+    block.
     """
     tokens, again = problem.n_tokens, problem.n_rescored > 0
-    lists = tokens * problem.n_clusters * (4 + 8)
+    lists = (tokens * (4 + 8) + 2 * 4) * problem.n_clusters
     logits = 2 * 4 * tokens * problem.vocab_size if again else 0
     blocks = 8 * _MOST_BLOCKS * (1 + problem.n_rescored)
     return lists + logits + blocks + 64 * tokens
