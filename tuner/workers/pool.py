@@ -265,8 +265,9 @@ class WorkerPool:
         for post, _ in wanted:
             if post.connection is None:
                 post.connection, post.fresh = post.place.transport.start(), True
-                post.connected = post.connection.connected
                 post.deadline = now + GREET_SECONDS
+                if post.connection.connected:
+                    self._greet(post)
         return [post for post, _ in wanted if post.connected]
 
     def _give(self, post: Post, request: Request) -> None:
