@@ -66,6 +66,7 @@ class Clock:
         """It begins now."""
         self._waited = self._outside = 0.0
         self._began = time.process_time()
+        self._now = 0.0
 
     @property
     def driver(self) -> float:
@@ -73,17 +74,19 @@ class Clock:
         return time.process_time() - self._began - self._outside
 
     def __call__(self) -> float:
-        """What time it is."""
-        return self._waited + self.driver
+        """What time it was when the simulation had its say last: asking costs nothing."""
+        return self._now
 
     def wait_until(self, when: float) -> None:
         """Set it forward."""
-        self._waited += max(0.0, when - self())
+        self._waited += max(0.0, when - self._now)
+        self._now = max(when, self._now)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """What is done meanwhile is the simulation's doing, and takes no time."""
         began = time.process_time()
+        self._now = self._waited + began - self._began - self._outside
         try:
             yield
         finally:

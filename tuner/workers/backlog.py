@@ -115,7 +115,7 @@ class Backlog:
         back. A problem that no worker is at goes first, so that none waits for the others' end;
         then the worker's own, whose inputs it has; then the oldest.
         """
-        if not self._waiting:
+        if not self._waiting or not idle:
             return
         able = {id(each) for each in usable}
         judges = [(each, _judge(each, usable)) for each in self._steady]

@@ -66,6 +66,7 @@ class WorkerPool:
         self._backlog = Backlog()
         self._answered: dict[Hashable, list[tuple[Task, Reply]]] = {}
         self._pending: Counter[Hashable] = Counter()
+        self._sites: dict[str, int] | None = None
         self._posts: list[Post] = []
         self._next_look, self._empty_since = clock() + ROSTER_SECONDS, clock()
         self._set_places(places() if callable(places) else places)
@@ -95,11 +96,10 @@ class WorkerPool:
 
     @property
     def sites(self) -> dict[str, int]:
-        """The number of workers of each site that may be given any task."""
-        found: dict[str, int] = {}
-        for post in self._usable():
-            found[post.place.site] = found.get(post.place.site, 0) + 1
-        return found
+        """The number of workers of each site that may be given any task, as of the last turn."""
+        if self._sites is None:
+            self._sites = dict(Counter(post.place.site for post in self._usable()))
+        return self._sites
 
     @property
     def newcomers(self) -> list[str]:
@@ -110,14 +110,14 @@ class WorkerPool:
         """Let the worker of a place have any task."""
         for post in self._posts:
             if post.place.name == name:
-                post.admitted = True
+                post.admitted, self._sites = True, None
         self._assign()
 
     def set_aside(self, name: str, why: str) -> None:
         """Give the worker of a place nothing any more, and end it."""
         for post in self._posts:
             if post.place.name == name:
-                post.aside = why
+                post.aside, self._sites = why, None
                 self._end([post])
 
     def pending(self, owner: Hashable = None) -> int:
@@ -194,6 +194,7 @@ class WorkerPool:
         Raises FlashtuneError when there has been no worker for too long.
         """
         speaking = {id(each) for each in ready}
+        self._sites = None
         for post in self._posts:
             if post.connection is not None and (post.request is not None or not post.connected):
                 self._hear(post, id(post.connection) in speaking)
@@ -264,8 +265,9 @@ class WorkerPool:
         for post, _ in wanted:
             if post.connection is None:
                 post.connection, post.fresh = post.place.transport.start(), True
-                post.connected = post.connection.connected
                 post.deadline = now + GREET_SECONDS
+                if post.connection.connected:
+                    self._greet(post)
         return [post for post, _ in wanted if post.connected]
 
     def _give(self, post: Post, request: Request) -> None:

@@ -146,9 +146,10 @@ class TestASearch:
 
         def kill(event: Event) -> None:
             if len(store.records()) >= due[0]:
+                last = [place.transport.started[-1].popen for place in dying.places]
+                alive = [each for each in last if each.poll() is None]
+                os.kill(alive[due[0] % len(alive)].pid, 9)
                 due[0] = next(kills, 10**6)
-                place = dying.places[due[0] % 3]
-                os.kill(place.transport.started[-1].popen.pid, 9)
 
         display = Told(kill)
         found = Session(request(dying, problems), store).run(display)
