@@ -308,7 +308,7 @@ class Store:
 
 
 def _identity(row: sqlite3.Row) -> object:
-    return row["key"] if "key" in row.keys() else tuple(row)  # noqa: SIM118 - a row is no mapping
+    return row["key"] if "key" in row.keys() else tuple(row)  # noqa: SIM118 - a row is not a mapping
 
 
 def _record(row: sqlite3.Row) -> Record:
@@ -344,7 +344,7 @@ def _problem(text: Any) -> Problem:
 
 def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
-        raise FlashtuneError(f"{quoted(text)} is no text")
+        raise FlashtuneError(f"{quoted(text)} is not text")
     return parse_json(text, exact=True)
 
 

@@ -57,7 +57,7 @@ class BalancedKMeans:
         self.assignments, self.iteration = assignments.to(self._rows.device), iteration
 
     def step(self) -> float:
-        """Assign every token anew; then as `fit`."""
+        """Assign every token again; then as `fit`."""
         centroids = self._centroids()
         scores, candidates = self._best(self._rows, centroids, _CANDIDATES)
 
