@@ -1,7 +1,7 @@
 """What was found out about one config on one problem and device: the database's row.
 
-A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): whoever runs
-it must first pass it through `flashtune.kernels.plans.config.parse_config`.
+A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): to run
+it, first pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
 import functools
@@ -217,7 +217,7 @@ def check_created(created: Any) -> None:
     try:
         datetime.fromisoformat(created.removesuffix("Z").removesuffix("+00:00"))
     except ValueError as error:
-        raise ValueError(f"created is no time: {created}: {error}") from error
+        raise ValueError(f"created is not a time: {created}: {error}") from error
 
 
 def _check_time(name: str, time_us: Any, least: float) -> None:

@@ -402,7 +402,7 @@ def _problem(text: Any) -> Problem:
 
 def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
-        raise FlashtuneError(f"{quoted(text)} is no text")
+        raise FlashtuneError(f"{quoted(text)} is not text")
     return parse_json(text, exact=True)
 
 

@@ -10,7 +10,7 @@ process, on the head's own weights, and the winner is kept in the user's databas
 finds it there.
 One that does not beat the default by more than the noise is dropped, and the default is kept as
 the winner. Of several processes that load the same problem on the same kind of device one races
-and the others wait for its winner. Nothing here raises for want of a race.
+and the others wait for its winner. Nothing here raises if there is no race.
 """
 
 import hashlib
