@@ -32,7 +32,7 @@ def main() -> None:
         found = [
             {
                 "outcome": "ok", "median_us": factor * time_of(config), "spread_us": 0.1,
-                "samples": 10, "error": "", "policy": policy,
+                "samples": 10, "error": "", "policy": policy, "joules": None,
             }
             for config in task["configs"]
         ]  # fmt: skip

@@ -330,7 +330,7 @@ def test_nothing_in_the_folder_one_is_in_is_run(
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     monkeypatch.chdir(tmp_path)
     candidate = Candidate(problem, default_config(problem, device), device)
-    with WorkerPool(1) as workers:
+    with WorkerPool(here(1)) as workers:
         workers.submit(Task(kind="compile", candidates=(candidate,)), PATIENCE)
         [(_, reply)] = workers.wait(PATIENCE + 60)
     assert not (tmp_path / "run").exists()
