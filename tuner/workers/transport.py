@@ -11,7 +11,6 @@ from typing import Protocol
 
 from flashtune.tuner.workers import keeper
 
-
 _WORKER = "flashtune.tuner.workers.worker"
 
 
