@@ -8,7 +8,7 @@ QUICK := tests/templates tests/test_architecture.py tests/test_docs.py tests/tun
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search lint types test quick format golden wheel clean
+.PHONY: help setup search lint types test quick format golden generated docs wheel clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,14 @@ format: $(READY) ## format, and fix what ruff can
 golden: $(READY) ## accept changes of generated source
 	$(VENV)/bin/pytest tests/templates --accept-golden
 
+generated: $(READY) ## draw the documents' pictures, and write the README's tables from committed results
+	$(VENV)/bin/python docs/site/pictures.py
+	$(VENV)/bin/python docs/site/readme.py
+
+docs: $(READY) ## build the site in build/site; a broken link, or a page missing from mkdocs.yml, fails
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo 'look at it: python3 -m http.server --directory build/site'
+
 wheel: $(READY) ## build dist/, and try the wheel in an environment of its own
 	rm -rf dist
 	$(VENV)/bin/python -m build
@@ -52,7 +60,7 @@ $(READY): pyproject.toml constraints-dev.txt
 		echo 'flashtune needs Python 3.10 or later, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=…' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet 'pip>=25.1'
-	$(VENV)/bin/python -m pip install --quiet -c constraints-dev.txt --editable . --group dev
+	$(VENV)/bin/python -m pip install --quiet -c constraints-dev.txt --editable . --group dev --group docs
 	@touch $@
 
 clean: ## remove the virtual environment and the caches

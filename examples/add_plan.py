@@ -1,6 +1,6 @@
 """Add a plan, and a kind of device that runs it: plain torch that probes more than asked.
 
-python examples/add_plan.py    (a plan with kernels has a template too: CONTRIBUTING.md)
+python examples/add_plan.py    (a plan with kernels has a template too: docs/howto/add-a-plan.md)
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """A format, an epilogue, a plan and a target are each one file: toys of each, and what they reach.
 
-Also that CONTRIBUTING.md names the files that an addition really touches.
+Also that the how-to pages name the files that an addition really touches.
 """
 
 import re
@@ -163,32 +163,29 @@ class TestTarget:
         assert target_of(DEVICE) is ABACUS
 
 
-HEADINGS = ("Add a knob", "Add a plan", "Add a format", "Add an epilogue", "Add a backend")
+PAGES = ("add-a-plan", "add-a-format", "add-an-epilogue", "add-a-backend")
 
 
-@pytest.mark.parametrize("heading", HEADINGS)
-def test_contributing_names_files_that_are_there(heading: str) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    found = re.search(rf"^## {heading}\n(.*?)(?=^## )", text, re.DOTALL | re.MULTILINE)
-    assert found, heading
-    names = re.findall(r"`([\w./]+/[\w./]*)`", found[1])
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_names_files_that_are_there(page: str) -> None:
+    text = (ROOT / "docs" / "howto" / f"{page}.md").read_text("utf-8")
+    names = re.findall(r"`([\w./]+/[\w./]*)`", text)
     assert names
     for name in names:
         assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize(
-    ("heading", "registry", "toy"),
+    ("page", "registry", "toy"),
     [
-        ("Add a plan", PLANS, "plan"),
-        ("Add a format", FORMATS, "format"),
-        ("Add an epilogue", EPILOGUES, "epilogue"),
-        ("Add a backend", TARGETS, "target"),
+        ("add-a-plan", PLANS, "plan"),
+        ("add-a-format", FORMATS, "format"),
+        ("add-an-epilogue", EPILOGUES, "epilogue"),
+        ("add-a-backend", TARGETS, "target"),
     ],
 )
-def test_contributing_names_the_room_and_the_toy(heading: str, registry: object, toy: str) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+def test_the_page_names_the_room_and_the_toy(page: str, registry: object, toy: str) -> None:
+    text = (ROOT / "docs" / "howto" / f"{page}.md").read_text("utf-8")
     room = registry._room.removeprefix("flashtune.").replace(".", "/")  # type: ignore[attr-defined]
-    assert f"`{room}/__init__.py`" in section
-    assert f"`tests/toys/{toy}.py`" in section
+    assert f"`{room}/__init__.py`" in text
+    assert f"`tests/toys/{toy}.py`" in text

@@ -35,6 +35,7 @@ ROOMS = {
         "progress",
     ),
     "kernels": (
+        "testing",
         "integrations",
         "head",
         "head_tensors",

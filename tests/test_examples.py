@@ -14,6 +14,7 @@ import flashtune
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+NOTEBOOK = EXAMPLES / "reads_finds_takes.ipynb"
 NOT_RUN = "vllm_openai.py"  # needs vLLM
 
 
@@ -37,7 +38,8 @@ def as_told(told: str, found: str) -> bool:
 
 
 def test_the_page_lists_every_example() -> None:
-    assert sorted(sections()) == [path.name for path in SCRIPTS]
+    listed = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+    assert set(sections()) == listed
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -75,3 +77,21 @@ def test_examples_print_what_the_page_says(name: str, tmp_path: Path) -> None:
 def test_another_output_is_told_apart() -> None:
     assert as_told("kernel ... on ...\n", "kernel cpp_fused on a-cpu\n")
     assert not as_told("kernel ... on ...\n", "kernel cpp_fused\n")
+
+
+def test_the_notebook_runs_and_draws_its_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("PYTHONPATH", str(Path(flashtune.__file__).parents[1]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output.output_type for output in outputs].count("display_data") == 4
+    [winner] = [output for output in outputs if output.output_type == "execute_result"]
+    assert "cpp_" in winner.data["text/plain"]

@@ -82,3 +82,14 @@ def test_the_version_is_in_one_place() -> None:
     if run.returncode == 128:
         pytest.skip("no checkout")
     assert run.stdout.split() == ["src/flashtune/__init__.py"]
+
+
+def test_every_step_of_the_jetsons_container_says_whether_it_was_run() -> None:
+    text = (ROOT / "examples" / "jetson.Dockerfile").read_text("utf-8")
+    steps = [
+        step for step in re.split(r"\n\s*\n", text)
+        if re.search(r"^(FROM|RUN|COPY|CMD)", step, re.MULTILINE)
+    ]  # fmt: skip
+    assert len(steps) > 5
+    for step in steps:
+        assert re.match(r"# (not run|run on [\w-]+)\b.*: ", step), step

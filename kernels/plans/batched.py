@@ -8,12 +8,14 @@ from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.screen import (
-    bound_values,
+    DECIDE_WARPS,
     single_rows_passes,
     single_rows_values,
+    why_not_bounded,
 )
 from flashtune.kernels.plans.parts.size import (
     epilogue_values,
+    next_power_of_2,
     read_by,
     shape_values,
     stored_values,
@@ -32,6 +34,7 @@ from flashtune.kernels.plans.parts.tile import (
     why_not_overlapped,
     why_not_selected,
 )
+from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -41,8 +44,10 @@ from flashtune.tuning_db.problem import Problem
 class BatchedConfig(Config):
     """Score, a threshold for each token, then one pass over the clusters that any token wants.
 
-    A cluster that several tokens probe is read once. A tile of the gather holds as many whole
-    clusters as fit `gather_rows`; rows that no token wants are not read. Knobs as in StagedConfig.
+    A cluster that several tokens probe is read once. With `visit` "all" the gather has a tile for
+    every cluster, of as many whole clusters as fit `gather_rows`, and reads the rows that a token
+    wants; with "listed" the tokens' clusters are listed first, and tiles are full of their rows.
+    Other knobs as in StagedConfig.
     """
 
     plan: ClassVar[str] = "batched"
@@ -53,11 +58,13 @@ class BatchedConfig(Config):
     score_stages: int = knob(3, (1, 2, 3, 4, 5))
     select_warps: int = knob(16, (4, 8, 16, 32))
     slack: int = knob(16, SLACKS)
+    visit: str = knob("all", ("all", "listed"))
     gather_rows: int = knob(16, (16, 32, 64, 128, 256))
     gather_block: int = knob(128, (32, 64, 128, 256))
     gather_warps: int = knob(1, (1, 2, 4, 8))
     gather_stages: int = knob(3, (1, 2, 3, 4, 5))
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
 
@@ -73,7 +80,21 @@ _STARTS = (
     ),
     BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4, pdl=True),
     BatchedConfig(score_warps=1, gather_rows=64, gather_warps=4),
-)  # where searches begin: found by hand on one H200
+    BatchedConfig(
+        score_rows=16,
+        score_warps=1,
+        score_stages=4,
+        select_warps=8,
+        visit="listed",
+        gather_rows=64,
+        gather_warps=2,
+        widen="bits",
+        pdl=True,
+    ),
+    BatchedConfig(
+        score_warps=1, score_stages=4, select_warps=8, visit="listed", gather_stages=5, pdl=True
+    ),
+)  # where searches begin: found on one H200, and those of a list on one H100
 
 
 def tile_share(candidate: Candidate) -> int:
@@ -82,17 +103,31 @@ def tile_share(candidate: Candidate) -> int:
     return int(candidate.config.gather_rows) // size * size
 
 
+def _most_listed(candidate: Candidate) -> int:
+    """Clusters that the tokens probe, if none probes another's and none tie."""
+    problem = candidate.problem
+    probed = problem.n_probes + int(candidate.config.slack)
+    return min(problem.n_clusters, problem.n_tokens * probed + problem.n_pinned)
+
+
+def _tiles(candidate: Candidate) -> int:
+    problem, config = candidate.problem, candidate.config
+    if config.visit == "listed":
+        return -(-_most_listed(candidate) * problem.cluster_size // int(config.gather_rows))
+    return -(-problem.vocab_size // tile_share(candidate))
+
+
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
-    """A program a tile."""
+    """A program a tile; of a list, as many as it has if no clusters tie."""
     problem, config = candidate.problem, candidate.config
     score_tiles = -(-problem.n_clusters // config.score_rows)
-    gather_tiles = -(-problem.vocab_size // tile_share(candidate))
+    gather_tiles = _tiles(candidate)
     gather = expected_tensor_pass("gather", candidate, gather_tiles)
     return (
         expected_tensor_pass("score", candidate, score_tiles),
         expected_search(candidate, config.select_warps),
         gather,
-        *single_rows_passes(candidate, gather, config.select_warps),
+        *single_rows_passes(candidate, gather),
     )
 
 
@@ -107,17 +142,25 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         "tokens_padded": padded_tokens(problem),
         "gather_programs": gather.programs,
         "share": tile_share(candidate),
+        "listed_at_once": next_power_of_2(problem.n_probes + config.slack + problem.n_pinned),
         "score_programs": score.programs,
         **lane_values(problem, config.slack, config.select_warps),
         **epilogue_values(problem, score),
-        **bound_values(problem, gather.programs, probed, config.select_warps),
-        **single_rows_values(problem, config.select_warps, config.gather_warps),
+        **single_rows_values(problem, gather.programs, probed),
     }
 
 
 def _why_not_whole(candidate: Candidate) -> str | None:
     size, rows = candidate.problem.cluster_size, candidate.config.gather_rows
+    if candidate.config.visit == "listed":
+        return None
     return f"a cluster of {size} does not fit {rows} rows" if rows < size else None
+
+
+def _why_not_bounded(candidate: Candidate) -> str | None:
+    if _why_not_whole(candidate):
+        return None  # another rule's
+    return why_not_bounded(candidate.problem, _tiles(candidate), DECIDE_WARPS)
 
 
 def _why_not_multiplied(candidate: Candidate) -> str | None:
@@ -144,6 +187,7 @@ BATCHED = Plan(
     rules=(
         read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
+        BY_BITS,
         Rule(
             lambda each: why_not_selected(each.problem, each.config.select_warps),
             frozenset(["select_warps"]),
@@ -156,7 +200,8 @@ BATCHED = Plan(
             lambda each: why_not_tensor_tiled("gather", each),
             frozenset(f"gather_{each}" for each in TENSOR_TILE),
         ),
-        Rule(_why_not_whole, frozenset(["gather_rows"])),
+        Rule(_why_not_whole, frozenset(["gather_rows", "visit"])),
+        Rule(_why_not_bounded, frozenset(["gather_rows", "visit", "slack"])),
         Rule(_why_not_multiplied, frozenset(["slack"])),
     ),
     launches=_launches,
@@ -164,3 +209,15 @@ BATCHED = Plan(
     slack=lambda config: int(config.slack),
     starts=_starts,
 )
+
+
+def default(problem: Problem) -> BatchedConfig:
+    """What is run where no record is known.
+
+    Of 16-bit rows on an H100, reading what is wanted of all tiles takes least; of quantised ones
+    it takes longer to start so many programs than to list the clusters first.
+    """
+    if not format_of(problem.weight_dtype).quantised:
+        return BatchedConfig()
+    widen = "bits" if "int8" in (problem.weight_dtype, problem.centroid_dtype) else "cast"
+    return BatchedConfig(visit="listed", gather_rows=32, gather_warps=2, widen=widen)

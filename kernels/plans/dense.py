@@ -7,7 +7,7 @@ from typing import ClassVar
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
 from flashtune.kernels.plans.parts.screen import (
-    bound_values,
+    DECIDE_WARPS,
     single_rows_passes,
     single_rows_values,
     why_not_bounded,
@@ -20,11 +20,11 @@ from flashtune.kernels.plans.parts.tensor_tile import (
     why_not_tensor_tiled,
 )
 from flashtune.kernels.plans.parts.tile import narrowed, why_not_overlapped
+from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
-BOUND_WARPS = 16  # of the program that searches the tiles' best logits for a bound
 ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
 
 
@@ -43,6 +43,7 @@ class DenseConfig(Config):
     gather_warps: int = knob(4, (1, 2, 4, 8))
     gather_stages: int = knob(3, (1, 2, 3, 4, 5))
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
 
@@ -55,7 +56,7 @@ _STARTS = (
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     """A program a tile."""
     gather = expected_tensor_pass("gather", candidate, _tiles(candidate))
-    return (gather, *single_rows_passes(candidate, gather, BOUND_WARPS))
+    return (gather, *single_rows_passes(candidate, gather))
 
 
 def _tiles(candidate: Candidate) -> int:
@@ -70,8 +71,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
         **asdict(candidate.config),
         "tokens_padded": padded_tokens(problem),
         "gather_programs": gather.programs,
-        **bound_values(problem, gather.programs, gather.programs, BOUND_WARPS),
-        **single_rows_values(problem, BOUND_WARPS, candidate.config.gather_warps),
+        **single_rows_values(problem, gather.programs, gather.programs),
     }
 
 
@@ -86,12 +86,13 @@ DENSE = Plan(
     rules=(
         read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
+        BY_BITS,
         Rule(
             lambda each: why_not_tensor_tiled("gather", each),
             frozenset(f"gather_{each}" for each in TENSOR_TILE),
         ),
         Rule(
-            lambda each: why_not_bounded(each.problem, _tiles(each), BOUND_WARPS),
+            lambda each: why_not_bounded(each.problem, _tiles(each), DECIDE_WARPS),
             frozenset(["gather_rows"]),
         ),
     ),

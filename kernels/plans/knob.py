@@ -25,6 +25,16 @@ def config_data(config: Config) -> ConfigData:
     return {"plan": config.plan, **asdict(config)}
 
 
+def changed_data(config: Config) -> ConfigData:
+    """A config as plain data without the knobs at their defaults: a new knob changes nothing."""
+    defaults = {name: each["default"] for name, each in knobs(type(config)).items()}
+    return {
+        name: value
+        for name, value in config_data(config).items()
+        if name == "plan" or value != defaults[name]
+    }
+
+
 def knob(
     default: Any, choices: tuple[Any, ...], when: Mapping[str, tuple[Any, ...]] | None = None
 ) -> Any:

@@ -25,6 +25,7 @@ from flashtune.kernels.plans.parts.tile import (
     why_not_selected,
     why_not_tiled,
 )
+from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -50,6 +51,7 @@ class PersistentConfig(Config):
     gather_unroll: int = knob(1, (1, 2, 4))
     prefetch_margin: int = knob(-1, PREFETCH_MARGINS)
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
+    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
 
@@ -135,6 +137,7 @@ PERSISTENT = Plan(
             for stage in ("score", "gather")
         ),
         Rule(why_not_overlapped, frozenset(["pdl"])),
+        BY_BITS,
         Rule(lambda each: why_not_selected(each.problem, each.config.warps), frozenset(["warps"])),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
         Rule(_why_not_resident, frozenset(["programs_per_sm", "warps"])),

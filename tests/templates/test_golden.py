@@ -55,6 +55,8 @@ IN_PLACE = parse_shape("gemma-3-1b,rows=in_place")
 INT8 = parse_shape("qwen3-vl-2b,weight=int8,rescored=8")
 INT4 = parse_shape("gemma-3-1b,weight=int4,rescored=32,pinned=2,tokens=2,epilogue=logits")
 
+LISTED = BatchedConfig(visit="listed", gather_rows=64, gather_warps=4)
+
 CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-torch_topk-orin": (QWEN, baseline_config(QWEN, ORIN), ORIN),
     "staged-threshold-orin": (QWEN, default_config(QWEN, ORIN), ORIN),
@@ -100,6 +102,8 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-int8": (INT8, StagedConfig(pdl=True), H200),
     "staged-int4-pinned-logits": (INT4, default_config(INT4, ORIN), ORIN),
     "batched-int8": (replace(INT8, n_tokens=8), BatchedConfig(pdl=True), H200),
+    "batched-listed-int8": (replace(INT8, n_tokens=8), LISTED, H200),
+    "batched-listed-odd": (ODD, replace(LISTED, score_block=32, gather_block=32), ORIN),
     "staged-in_place": (IN_PLACE, default_config(IN_PLACE, ORIN), ORIN),
     "cpp_fused-in_place": (IN_PLACE, default_config(IN_PLACE, X86), X86),
     "streamed-prefetch": (QWEN, StreamedConfig(), H200),

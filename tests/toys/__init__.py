@@ -1,1 +1,1 @@
-"""Members as somebody would add them, a file each; CONTRIBUTING.md has the lists they follow."""
+"""Members as somebody would add them, one file each; docs/howto has the lists they follow."""

@@ -64,15 +64,15 @@ class Verdict:
         """What to take, and why, in a sentence or two."""
         pick, quickest, keeper = self.pick, self.quickest, self.keeper
         gained = _longer(pick, quickest)
+        noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
         if pick is quickest:
             why = "the fastest"
-        elif pick.dense:
-            why = f"{quickest} takes {gained:.1%} less time a step"
-        else:
-            noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
+        elif quickest.same < pick.same:
             why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
-            if quickest.same == pick.same:
-                why = f"as fast as {quickest}, within the spread, and adds less memory"
+        elif pick.dense:
+            why = f"{quickest} takes {gained:.1%} less time a step{noise} and more memory"
+        else:
+            why = f"as fast as {quickest}, within the spread, and adds less memory"
         text = f"{pick}: {why}"
         if pick.keeps:
             return text

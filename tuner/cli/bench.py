@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     "n_probes",
     type=click.IntRange(1),
     multiple=True,
-    help="Numbers of probes to compare; else the model's own, and all.",
+    help="A number of probes to compare; may be repeated. Default: the model's own, and all.",
 )
-@options.screens("Screens to compare, as int4/int8:8; none: no screen; else the model's own.")
+@options.screens(
+    "A screen to compare, such as int4/int8:8, with each number of probes and without clusters; "
+    "may be repeated; none: no screen. Default: the model's own, and int8 without clusters."
+)
 @options.prompts
 @click.option(
     "--tokens",
@@ -29,14 +32,14 @@ if TYPE_CHECKING:
     type=click.IntRange(2),
     default=64,
     show_default=True,
-    help="Tokens to continue each prompt by.",
+    help="Tokens to generate for each prompt.",
 )
 @click.option(
     "--batch",
     type=click.IntRange(1, 32),
     default=1,
     show_default=True,
-    help="Prompts at a time.",
+    help="Prompts per batch.",
 )
 @click.option(
     "--rounds",
@@ -45,7 +48,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Batches of prompts that every head continues.",
 )
-@click.option("--plot", "picture", type=options.FILE, help="Draw it to a file.")
+@click.option(
+    "--plot",
+    "picture",
+    type=options.FILE,
+    help="Also draw the result, such as bench.png. Needs flashtune[plot].",
+)
 @options.run_device
 @options.as_json
 def bench(
@@ -60,11 +68,11 @@ def bench(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Say what FlashHead gains with a model: tokens/s, memory, and which answers stay the same.
+    """Report what FlashHead gains with a model: tokens/s, memory, and which answers stay the same.
 
-    Runs the model by transformers, with its dense head and with each FlashHead in turns, and
+    Runs the model in transformers with its dense head and with each FlashHead in turns, and
     recommends one. A model without clusters is compared with heads that only screen; `flashtune
-    cluster` makes the clusters. Ctrl-C ends it early, and shows what was measured until then.
+    cluster` makes the clusters. Ctrl-C ends it early and shows what was measured until then.
 
     \b
     Examples:

@@ -10,7 +10,9 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.store import Store
 
 _calibration = click.option(
-    "--calibration", type=options.FILE, help="The calibration; else the H200's, which ships."
+    "--calibration",
+    type=options.FILE,
+    help="The calibration. Default: the shipped one, of the H200.",
 )
 FAILED = 1
 
@@ -31,10 +33,10 @@ def model() -> None:
 @options.databases
 @options.jobs
 def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int) -> None:
-    """Compile measured configs and keep their times with what their kernels need.
+    """Compile measured configs, and keep their times with what their kernels need.
 
-    Compiled kernels stay in Triton's cache: after Ctrl-C the same command is quick to come back
-    to where it was.
+    Compiled kernels stay in Triton's cache, so after Ctrl-C the same command quickly gets back to
+    where it was.
 
     \b
     Example:
@@ -84,15 +86,15 @@ def fit(calibration: Path | None, out: Path) -> None:
     cls=options.Option,
     old=("--model",),
     type=options.FILE,
-    help="What `flashtune model fit` wrote; else what ships.",
+    help="What `flashtune model fit` wrote. Default: the shipped model.",
 )
 @options.as_json
 def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
-    """Check the model on shapes that it never saw, and on times of other devices and formats.
+    """Check the model on shapes that it never saw, and on other devices and formats.
 
-    Prints how predictions are ranked, how much is lost by trusting them, how often measurements
-    lie in their interval, and how far off are published times, and times of formats and plans
-    that no fit has seen. Compiles and fits nothing. The exit code is 1 where a check fails.
+    Prints how well predictions rank configs, how much is lost by trusting them, how often
+    measurements lie in their interval, and how far off published times are, and times of formats
+    and plans that no fit has seen. Compiles and fits nothing. The exit code is 1 if a check fails.
 
     \b
     Example:

@@ -21,28 +21,49 @@ if TYPE_CHECKING:
 @options.model
 @options.out("The new folder.", file=False)
 @click.option(
-    "--clusters", "n_clusters", type=click.IntRange(1), help="Else a sixteenth of the vocabulary."
+    "--clusters",
+    "n_clusters",
+    type=click.IntRange(1),
+    help="Clusters to make. Default: a sixteenth of the vocabulary.",
 )
 @click.option(
-    "--probes", "n_probes", type=click.IntRange(1), help="Else chosen by running the model."
+    "--probes",
+    "n_probes",
+    type=click.IntRange(1),
+    help="Clusters to probe. Default: chosen by running the model.",
 )
 @click.option(
-    "--recall", type=options.SHARE, help="Choose probes and screen so that this share agrees."
+    "--recall",
+    type=options.SHARE,
+    help="Choose the pair of probes and screen that is fastest here and takes the dense head's "
+    "token in this share of decode steps, such as 0.995. Needs flashtune[hf].",
 )
-@options.screens("Of those to choose from with --recall; else what the folder's head gets.")
+@options.screens(
+    "The new head's screen, such as int8. With --recall: a screen to choose from; may be "
+    "repeated; none: only the 16-bit head; default: the usual ones."
+)
 @options.prompts
 @click.option(
     "--tokens",
     "n_tokens",
     type=click.IntRange(1),
-    help="Tokens to continue each prompt by; else 64, or 32 with --recall.",
+    help="Tokens to generate for each prompt. Default: 64, or 32 with --recall.",
 )
 @options.run_device
 @options.seed
 @click.option(
-    "--iterations", type=click.IntRange(1), default=15, show_default=True, help="Of k-means."
+    "--iterations",
+    type=click.IntRange(1),
+    default=15,
+    show_default=True,
+    help="Iterations of k-means.",
 )
-@click.option("--link", is_flag=True, help="Hard links to the weight files, not copies.")
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Hard-link the weight files instead of copying them: saves disk space, but writing to "
+    "one changes both.",
+)
 @options.as_json
 def cluster(
     model: str,
@@ -62,10 +83,10 @@ def cluster(
     """Make a FlashHead model of any causal language model.
 
     Clusters the rows of its head and writes a folder with the model and its clusters. Run the
-    same command again to go on where an interrupted one was. How many clusters are probed is
-    found by running the model for a few minutes at most: as many as keep its answers, where that
-    costs little of a step. With --recall, what is fastest here is taken of the screens and of
-    their fewest probes that reach it.
+    same command again to continue after an interruption. The number of probes is found by running
+    the model for a few minutes at most: as many as keep its answers, if that costs little of a
+    step. With --recall, each screen gets the fewest probes that reach it, and the fastest of
+    these pairs is taken.
 
     \b
     Examples:
@@ -191,13 +212,24 @@ def _looked_at(screens: "tuple[Screen | None, ...]") -> "list[Screen]":
     "n_probes",
     type=click.IntRange(1),
     multiple=True,
-    help="Numbers of probes to report; else powers of two, and the model's own.",
+    help="A number of probes to report; may be repeated. Default: powers of two, and the "
+    "model's own.",
 )
 @click.option(
-    "--recall", type=options.SHARE, help="Find the fastest screen and probes for this share."
+    "--recall",
+    type=options.SHARE,
+    help="Find the pair of screen and probes that reaches this share and is fastest here.",
 )
-@options.screens("What screens to look at, as int4/int8:8; none: no screen; else the usual ones.")
-@click.option("--plot", "picture", type=options.FILE, help="Draw it to a file.")
+@options.screens(
+    "A screen to look at, such as int4/int8:8; may be repeated; none: only the 16-bit head. "
+    "Default: int8, int4/int8 and int4, each also with no candidate computed again."
+)
+@click.option(
+    "--plot",
+    "picture",
+    type=options.FILE,
+    help="Also draw the result, such as quality.png. Needs flashtune[plot].",
+)
 @options.run_device
 @options.as_json
 def quality(
@@ -211,12 +243,12 @@ def quality(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Say how often a FlashHead model's probes find what its dense head would take.
+    """Report how often a FlashHead model takes the tokens that its dense head would take.
 
-    Runs the model on text, and reports for numbers of probes how often the top token and the
-    five best agree, how much of the probability is among the candidates, how long the head
-    takes here, and how many bytes it reads and adds: in the model's own dtype, screened, without
-    clusters, and dense. Ctrl-C ends it early, and shows what was counted until then.
+    Runs the model on text, and reports for several numbers of probes how often the top token and
+    the five best agree, how much of the probability the candidates have, how long the head takes
+    here, and how many bytes it reads and adds: in the model's own dtype, screened, without
+    clusters, and dense. Ctrl-C ends it early and shows what was counted until then.
 
     \b
     Examples:

@@ -158,13 +158,13 @@ database: Decorator[Any] = click.option(
     "--db",
     "database",
     type=PATH,
-    help="The database; else $FLASHTUNE_DB, else the user's data folder.",
+    help="The database. Default: $FLASHTUNE_DB, else tuning.db in the user's data folder.",
 )
 read_database: Decorator[Any] = click.option(
     "--db",
     "database",
     type=Parsed("path", _existing),
-    help="The database; else $FLASHTUNE_DB, else the user's data folder.",
+    help="The database. Default: $FLASHTUNE_DB, else tuning.db in the user's data folder.",
 )
 databases: Decorator[Any] = click.option(
     "--db",
@@ -172,24 +172,24 @@ databases: Decorator[Any] = click.option(
     type=PATH,
     multiple=True,
     required=True,
-    help="A database; may be given several times. Of one config's records the first counts.",
+    help="A database; may be repeated. Of several records of one config, the first counts.",
 )
 as_json: Decorator[Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts."
 )
-yes: Decorator[Any] = click.option("--yes", is_flag=True, help="Do it without asking.")
+yes: Decorator[Any] = click.option("--yes", is_flag=True, help="Do not ask before doing it.")
 seed: Decorator[Any] = click.option(
     "--seed",
     type=click.IntRange(0, MOST_SEED),
     default=0,
     show_default=True,
-    help="Where random numbers start.",
+    help="Seed for random numbers.",
 )
 jobs: Decorator[Any] = click.option(
     "--jobs",
     type=click.IntRange(1),
     default=len(os.sched_getaffinity(0)),
-    show_default="one a processor",
+    show_default="one per processor",
     help="Compilers at a time.",
 )
 model: Decorator[Any] = click.option(
@@ -200,7 +200,8 @@ models: Decorator[Any] = click.option(
     "models",
     type=Parsed("folder", _model_problem),
     multiple=True,
-    help="A FlashHead model's folder, or its name in Hugging Face's cache: its shape.",
+    help="A FlashHead model's folder, or its name in Hugging Face's cache: its shape is taken. "
+    "May be repeated.",
 )
 shapes: Decorator[Any] = click.option(
     "--shape", "shapes", type=SHAPE, multiple=True, help=SHAPE_HELP
@@ -208,12 +209,12 @@ shapes: Decorator[Any] = click.option(
 run_device: Decorator[Any] = click.option(
     "--device",
     type=Parsed("device", _torch_device, lambda: ["cpu", "gpu"]),
-    help="This machine's cpu or gpu; else a GPU where torch has one.",
+    help="This machine's cpu or gpu. Default: the GPU, if torch finds one.",
 )
 prompts: Decorator[Any] = click.option(
     "--prompts",
     type=FILE,
-    help="Text to continue, a prompt a line; else a few dozen that are shipped.",
+    help="Text to continue, one prompt per line. Default: a few dozen shipped prompts.",
 )
 tokens: Decorator[Any] = click.option(
     "--tokens",
@@ -221,7 +222,7 @@ tokens: Decorator[Any] = click.option(
     type=click.IntRange(1),
     default=32,
     show_default=True,
-    help="Tokens to continue each prompt by.",
+    help="Tokens to generate for each prompt.",
 )
 
 

@@ -13,13 +13,15 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store, default_path
 
-_record = click.option("--record", "key", help="The beginning of a record's key.")
+_record = click.option(
+    "--record", "key", help="The start of a record's key, as `flashtune show` prints it."
+)
 
 
 @click.command()
 @options.as_json
 def devices(as_json: bool) -> None:
-    """List the known devices, and say which is this machine's.
+    """List the known devices, and mark those of this machine.
 
     \b
     Example:
@@ -39,7 +41,9 @@ def devices(as_json: bool) -> None:
 @click.command()
 @options.device("Only this device's records.")
 @options.shape("Only this shape's records.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="Records to show."
+)
 @options.read_database
 @options.as_json
 def show(
@@ -51,8 +55,8 @@ def show(
 ) -> None:
     """Show the database's records, the fastest of each device and shape first.
 
-    With --device or --shape, what tables have of it follows: those that $FLASHTUNE_TABLES names,
-    then those that ship.
+    With --device or --shape, matching records of tables follow: first of the tables in
+    $FLASHTUNE_TABLES, then of those that ship.
 
     \b
     Example:
@@ -75,17 +79,19 @@ def show(
 
 
 @click.command()
-@options.device("The device.", required=True)
+@options.device("The device to look up.", required=True)
 @options.shape(required=True)
-@click.option("--require", is_flag=True, help="Fail unless it was measured.")
+@click.option(
+    "--require", is_flag=True, help="Fail unless this shape was measured on this device."
+)
 @options.read_database
 @options.as_json
 def best(
     device: Device, problem: Problem, require: bool, database: Path | None, as_json: bool
 ) -> None:
-    """Show the best record of a shape on a device, of the database or a table.
+    """Show the best record of a shape on a device, from the database or a table.
 
-    With --require the exit code is 2 where just this shape was not measured on that device.
+    With --require the exit code is 2 unless exactly this shape was measured on this device.
 
     \b
     Examples:
@@ -143,11 +149,11 @@ def render(
 def report(
     device: Device | None, problem: Problem | None, out: Path, database: Path | None
 ) -> None:
-    """Write the searches on record as a page to look at in a browser.
+    """Write the recorded searches as a page for a browser.
 
-    Of each search: the time against the byte floor, its trials with the best so far, which knobs
-    matter, what failed and why, and what a head would run. The page is one file that needs no
-    network.
+    For each search it shows the time against the byte floor, the trials with the best so far,
+    which knobs matter, what failed and why, and what a head would run. The page is one file that
+    needs no network.
 
     \b
     Example:
@@ -167,7 +173,7 @@ def report(
 
 @click.group()
 def studies() -> None:
-    """Searches on record as Optuna's studies.
+    """Recorded searches as Optuna studies.
 
     \b
     Example:
@@ -176,14 +182,19 @@ def studies() -> None:
 
 
 @studies.command("export")
-@click.option("--storage", metavar="URL", required=True, help="Optuna's, as sqlite:///studies.db.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    required=True,
+    help="The Optuna storage, such as sqlite:///studies.db.",
+)
 @options.device("Only this device's searches.")
 @options.shape("Only this shape's searches.")
 @options.read_database
 def export_studies_(
     storage: str, device: Device | None, problem: Problem | None, database: Path | None
 ) -> None:
-    """Write searches to a storage of Optuna's, each as a study, for optuna-dashboard.
+    """Write each search as a study to an Optuna storage, for optuna-dashboard.
 
     \b
     Example:
@@ -219,7 +230,7 @@ def forget(
     yes: bool,
     database: Path | None,
 ) -> None:
-    """Remove records from the database, with their measurements; shows them first, and asks.
+    """Remove records and their measurements from the database, after showing them and asking.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ class _Search(click.Command):
 
 
 @click.command(cls=_Search)
-@options.device("The device to search for; else this machine's.")
+@options.device("The device to search for. Default: this machine's GPU, else its CPU.")
 @options.shapes
 @options.models
 @click.option(
@@ -47,17 +47,38 @@ class _Search(click.Command):
     type=click.IntRange(1),
     default=150,
     show_default=True,
-    help="Configs to evaluate for each shape, earlier runs counted in.",
+    help="Configs to evaluate for each shape, including those of earlier runs.",
 )
-@click.option("--timeout", type=options.SECONDS, help="Seconds for the whole run.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", show_default=True)
+@click.option(
+    "--timeout",
+    type=options.SECONDS,
+    help="Seconds for the whole run; each shape gets an equal share of what is left.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(SAMPLERS),
+    default="tpe",
+    show_default=True,
+    help="How configs are proposed; gp needs flashtune[gp].",
+)
 @options.seed
 @options.jobs
 @click.option(
-    "--fix", "fixed", type=options.FIX, multiple=True, help="Search only where KNOB=VALUE."
+    "--fix",
+    "fixed",
+    type=options.FIX,
+    multiple=True,
+    help="Search only configs with KNOB=VALUE, such as plan=staged; may be repeated.",
 )
-@click.option("--retry-failed", is_flag=True, help="Evaluate again what failed in earlier runs.")
-@click.option("--remote", metavar="DESTINATION", help="Measure there, over ssh.")
+@click.option(
+    "--retry-failed", is_flag=True, help="First, evaluate again what failed in earlier runs."
+)
+@click.option(
+    "--remote",
+    metavar="DESTINATION",
+    help="Measure on the machine that `ssh DESTINATION` reaches; without --device, on the device "
+    "found there.",
+)
 @click.option(
     "--remote-python",
     metavar="PYTHON",
@@ -79,11 +100,11 @@ def search(
 ) -> None:
     """Search for the fastest kernel of each shape on a device.
 
-    On the device itself every config is verified and measured. For a device that is not here,
-    configs are cross-compiled and their times predicted, and records say so. With --remote
-    they are measured on the machine that ssh reaches under that name; it needs Python, torch
-    and Triton. Run the same command again to go on where an interrupted search was. The exit
-    code is 1 where nothing worked.
+    On the device itself, every config is verified and measured. For a device that is not here,
+    configs are cross-compiled and their times predicted, and the records say so. With --remote
+    they are measured on the machine that ssh reaches under that name, which needs Python, torch
+    and Triton. Run the same command again to continue an interrupted search. The exit code is 1
+    if nothing worked for a shape.
 
     \b
     Examples:

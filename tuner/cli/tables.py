@@ -15,7 +15,7 @@ from flashtune.tuning_db.shortlist import MOST
 
 @click.group()
 def tables() -> None:
-    """Export, import, check, merge and compare tuning tables, one JSON file a device."""
+    """Export, import, check, merge and compare tuning tables: one JSON file per device."""
 
 
 @tables.command()
@@ -26,21 +26,21 @@ def tables() -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Measured configs to keep for each shape, the best first.",
+    help="Measured configs to keep for each shape, best first.",
 )
 @click.option(
     "--shortlist",
     type=click.IntRange(1),
     default=MOST,
     show_default=True,
-    help="Predicted configs to keep for each shape that nobody has measured.",
+    help="Predicted configs to keep for each shape without measurements.",
 )
 @options.read_database
 def export(device: Device, out: Path, keep: int, shortlist: int, database: Path | None) -> None:
     """Write a device's best records to a table.
 
-    Of shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel,
-    then configs that are fast and unlike those. The runtime races them on the device.
+    For shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel,
+    then fast configs that differ from those. The runtime races them on the device.
 
     \b
     Example:
@@ -66,13 +66,13 @@ def import_(files: tuple[Path, ...], database: Path | None) -> None:
 
 @tables.command()
 @click.argument("files", type=options.FILE, nargs=-1)
-@click.option("--compile", "compiles", is_flag=True, help="Cross-compile every config too.")
+@click.option("--compile", "compiles", is_flag=True, help="Also cross-compile every config.")
 @options.as_json
 def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
-    """Check tables: schema, every config valid, renders, and compiles.
+    """Check tables: the schema, and that every config is valid and renders.
 
-    Without files, those that ship and those that $FLASHTUNE_TABLES names. They must also be as
-    `tables export` writes them, with nothing that failed.
+    Without files it checks the shipped tables and those in $FLASHTUNE_TABLES. Tables must also be
+    formatted as `tables export` writes them, and hold nothing that failed.
 
     \b
     Examples:
@@ -98,11 +98,11 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
 @options.out("The file to write.", "-o")
 @options.as_json
 def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Make one table of a device's several, and list where they disagree.
+    """Merge a device's tables into one, and list where they disagree.
 
-    Of each shape the records of one table are taken: measured before predicted, then the newer
-    toolchain, then the faster by more than the noise, else the table named first. Predictions of
-    one cost model make a new shortlist.
+    For each shape the records of one table are taken: measured before predicted, then the newer
+    toolchain, then the faster one if its lead exceeds the noise, else the table named first.
+    Predictions of the same cost model form a new shortlist.
 
     \b
     Example:
@@ -125,9 +125,9 @@ def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @click.argument("b", type=options.FILE)
 @options.as_json
 def diff(a: Path, b: Path, as_json: bool) -> None:
-    """Show what tells table B from table A: times, configs, tools, then shapes only one has.
+    """Show how table B differs from table A: times, configs, tools, then shapes only one has.
 
-    Of what changed, the largest change of time comes first.
+    The largest change of time comes first.
 
     \b
     Example:

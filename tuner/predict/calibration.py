@@ -20,7 +20,7 @@ from typing import Any
 
 from flashtune.kernels.plans.candidate import PLANS, Candidate, KernelUse
 from flashtune.kernels.plans.config import Config, config_data, parse_config
-from flashtune.kernels.plans.knob import knobs
+from flashtune.kernels.plans.knob import changed_data, knobs
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device, Toolchain, find_device
@@ -153,7 +153,7 @@ def calibration_text(calibration: Calibration) -> str:
         "samples": [
             {
                 "problem": problems.index(sample.problem),
-                "config": config_data(sample.config),
+                "config": changed_data(sample.config),
                 "uses": [[getattr(use, name) for name in _USE] for use in sample.uses],
                 "outcome": sample.measurement.outcome.value,
                 "median_us": round(sample.time_us, 3),

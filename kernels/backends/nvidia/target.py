@@ -13,7 +13,7 @@ from flashtune.kernels.backends.nvidia.gpu import describe, toolchain
 from flashtune.kernels.backends.nvidia.jetson import why_unused
 from flashtune.kernels.backends.target import Target
 from flashtune.kernels.measure.timing import GraphTimer
-from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, staged
+from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, batched, staged
 from flashtune.kernels.plans.candidate import Candidate, Plan, why_broken
 from flashtune.kernels.plans.knob import Config
 from flashtune.tuning_db.device import Device
@@ -24,10 +24,10 @@ BATCHED_FROM = 8  # tokens: with fewer, the plan for one token was as fast on an
 
 
 def _default(problem: Problem, device: Device) -> Config:
-    batched = BATCHED.config()
-    broken = why_broken(BATCHED.rules, Candidate(problem, batched, device))
+    config = batched.default(problem)
+    broken = why_broken(BATCHED.rules, Candidate(problem, config, device))
     if problem.n_tokens >= BATCHED_FROM and not broken:
-        return batched
+        return config
     return staged.default(problem, device)
 
 

@@ -43,17 +43,18 @@ META = torch.device("meta")
 class Scratch:
     """What a step writes on its way. Not to be shared by steps that run at the same time.
 
-    Where candidates are decided again: screened float32 `[n_tokens, vocab_size]`, the logits of
-    those that were screened; maxima float32, the best of each program that screens, for each
-    token; bounds float32 `[n_tokens]`, what a candidate must reach to be decided.
+    listed int32 `[2 * n_clusters + 1]`: the clusters that any token probes, for each cluster
+    whether it is among them, and how many are. Where candidates are decided again: screened
+    float32 `[n_tokens, vocab_size]`, the logits of those that were screened; maxima float32, the
+    best of each program that screens, for each token.
     """
 
     scores: torch.Tensor
     selected: torch.Tensor
     state: torch.Tensor
+    listed: torch.Tensor
     screened: torch.Tensor | None = None
     maxima: torch.Tensor | None = None
-    bounds: torch.Tensor | None = None
 
     @classmethod
     def create(
@@ -77,9 +78,9 @@ class Scratch:
             scores=floats(tokens, clusters),
             selected=torch.empty(tokens, width, dtype=dtype, device=device),
             state=state,
+            listed=torch.empty(2 * clusters + 1, dtype=torch.int32, device=device),
             screened=floats(tokens, problem.vocab_size) if maxima else None,
             maxima=floats(maxima) if maxima else None,
-            bounds=floats(tokens) if maxima else None,
         )
 
 
@@ -123,9 +124,9 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
+        "listed_ptr": "*i32",
         "screened_ptr": "*fp32",
         "maxima_ptr": "*fp32",
-        "bounds_ptr": "*fp32",
     }
     return {argument: types[argument] for argument in getattr(module, name).arg_names}
 

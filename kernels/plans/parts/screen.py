@@ -13,6 +13,7 @@ from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
 MOST_BOUNDED = 4096  # maxima that every program of a launch may search: one warp still holds them
+DECIDE_WARPS = 8  # of programs that decide one row after another
 _ROW_PER_THREAD = 32  # elements of a model's row that a thread holds, where rows are read singly
 
 
@@ -32,43 +33,42 @@ def bound_values(problem: Problem, maxima: int, counted: int, warps: int) -> dic
     }
 
 
-def single_rows_values(problem: Problem, bound_warps: int, gather_warps: int) -> dict[str, Value]:
-    """How candidates are decided one after another, by programs of so many warps."""
+def single_rows_values(problem: Problem, maxima: int, counted: int) -> dict[str, Value]:
+    """How candidates are decided one after another, by programs that each find the bound."""
     if not problem.n_rescored:
         return {}
-    return {"bound_warps": bound_warps, "decide_block": _block(problem, gather_warps)}
+    return {
+        **bound_values(problem, maxima, counted, DECIDE_WARPS),
+        "decide_warps": DECIDE_WARPS,
+        "decide_block": _block(problem),
+        "deciders": deciders(problem, maxima),
+    }
 
 
-def single_rows_passes(
-    candidate: Candidate, gather: KernelUse, bound_warps: int
-) -> tuple[KernelUse, ...]:
-    """The launches that follow a gather that screens for several tokens at a time."""
-    problem, threads = candidate.problem, candidate.lanes * gather.warps
+def deciders(problem: Problem, maxima: int) -> int:
+    """Programs that decide for one token: one for each maximum that reaches the bound."""
+    return min(2 * problem.n_rescored, maxima)
+
+
+def single_rows_passes(candidate: Candidate, gather: KernelUse) -> tuple[KernelUse, ...]:
+    """The launch that follows a gather that screens for several tokens at a time."""
+    problem, threads = candidate.problem, candidate.lanes * DECIDE_WARPS
     if not problem.n_rescored:
         return ()
-    held = gather.programs // (candidate.lanes * bound_warps)
-    rows = int(candidate.config.gather_rows) * next_power_of_2(problem.n_tokens)
-    block = 2 * _block(problem, gather.warps)
+    rows, block = int(candidate.config.gather_rows), 2 * _block(problem)
     return (
         KernelUse(
-            kernel="bound",
-            programs=problem.n_tokens,
-            warps=bound_warps,
-            registers=BASE_REGISTERS + held,
-            shared_bytes=0,
-        ),
-        KernelUse(
             kernel="decide",
-            programs=gather.programs,
-            warps=gather.warps,
-            registers=BASE_REGISTERS + (2 * rows + block) // threads,
+            programs=deciders(problem, gather.programs) * problem.n_tokens,
+            warps=DECIDE_WARPS,
+            registers=BASE_REGISTERS + (gather.programs + 4 * rows + block) // threads,
             shared_bytes=0,
         ),
     )
 
 
-def _block(problem: Problem, warps: int) -> int:
-    return min(max(64, next_power_of_2(problem.hidden_size)), 32 * warps * _ROW_PER_THREAD)
+def _block(problem: Problem) -> int:
+    return min(max(64, next_power_of_2(problem.hidden_size)), 32 * DECIDE_WARPS * _ROW_PER_THREAD)
 
 
 def why_not_bounded(problem: Problem, maxima: int, warps: int) -> str | None:

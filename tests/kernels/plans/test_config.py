@@ -73,7 +73,30 @@ def test_defaults_are_valid_for_quantised_heads(
                     assert Candidate(each, make(each, device), device).why_invalid() is None
     assert default_config(replace(problem, n_tokens=8), H200).plan == "staged"  # hidden 33
     many = parse_shape("qwen3-0.6b,tokens=8,weight=int8,rescored=8")
-    assert default_config(many, H200) == BatchedConfig()
+    listed = BatchedConfig(visit="listed", gather_rows=32, gather_warps=2, widen="bits")
+    assert default_config(many, H200) == listed
+    fours = replace(many, weight_dtype="int4", centroid_dtype="int4")
+    assert default_config(fours, H200) == replace(listed, widen="cast")
+
+
+def test_int8_is_widened_by_bits_only_where_there_is_some() -> None:
+    by_bits = BatchedConfig(widen="bits")
+    quantised = parse_shape("qwen3-0.6b,tokens=8,weight=int8,rescored=8")
+    assert Candidate(quantised, by_bits, H200).why_invalid() is None
+    reason = Candidate(replace(QWEN, n_tokens=8), by_bits, H200).why_invalid()
+    assert reason == "widen is about rows in int8, of which there are none"
+
+
+def test_a_list_has_tiles_for_the_clusters_that_can_be_on_it() -> None:
+    problem = replace(QWEN, n_tokens=8)  # 9,496 clusters of 16
+    listed = BatchedConfig(visit="listed", gather_rows=32, slack=16)
+    gather = {use.kernel: use for use in Candidate(problem, listed, H200).launches}["gather"]
+    assert gather.programs == 8 * (256 + 16) * 16 // 32
+    many = Candidate(replace(problem, n_tokens=64), listed, H200)
+    assert {use.kernel: use.programs for use in many.launches}["gather"] == 9496 * 16 // 32
+    odd = Problem(vocab_size=132, hidden_size=33, n_clusters=11, n_probes=2, n_tokens=3)
+    narrow = replace(listed, score_block=32, gather_block=32, gather_rows=16, slack=0)
+    assert Candidate(odd, narrow, ORIN).why_invalid() is None  # tiles need not hold whole clusters
 
 
 def test_the_default_for_many_tokens_reads_a_cluster_once() -> None:

@@ -52,6 +52,7 @@ def test_any_valid_config_renders_source_whose_numbers_fit_together(
     kinds = {getattr(config, "selection", config.plan) for config in rendered}
     assert kinds == {"torch_topk", "threshold", "in_gather", "persistent", "batched", "dense"}
     assert any(config.pdl for config in rendered)
+    assert any(getattr(config, "visit", "all") == "listed" for config in rendered)
     assert any(getattr(config, "prefetch_margin", -1) >= 0 for config in rendered)
 
 
@@ -68,8 +69,14 @@ def _check_numbers(source: str, problem: Problem, config: Config) -> None:
         assert programs["gather"] == numbers["PROGRAMS"]
         assert numbers["TOKENS_PADDED"] >= max(16, problem.n_tokens)
         share = numbers.get("SHARE", numbers["GATHER_ROWS"])
-        assert numbers["PROGRAMS"] * share >= problem.vocab_size
-        assert isinstance(config, DenseConfig) or share % problem.cluster_size == 0
+        if getattr(config, "visit", "all") == "listed":
+            probed = problem.n_probes + config.slack + problem.n_pinned
+            assert numbers["LISTED_AT_ONCE"] >= probed
+            listed = min(problem.n_clusters, problem.n_tokens * probed) * problem.cluster_size
+            assert numbers["PROGRAMS"] * share >= min(problem.vocab_size, listed)
+        else:
+            assert numbers["PROGRAMS"] * share >= problem.vocab_size
+            assert isinstance(config, DenseConfig) or share % problem.cluster_size == 0
         if isinstance(config, BatchedConfig):
             assert programs["score"] * numbers["SCORE_ROWS"] >= problem.n_clusters
             assert programs["select"] == problem.n_tokens

@@ -15,16 +15,24 @@ from flashtune.tuner.predict.stages.stage import (
 
 
 def batched_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
-    """Every tile of the gather asks whether a token wants any of its clusters; few go on."""
+    """Every tile of the gather asks whether a token wants any of its clusters; few go on.
+
+    Of a list all tiles go on that it has, and those who select must write it first.
+    """
     problem, config, device = candidate.problem, candidate.config, candidate.device
     gather = needs["gather"]
     clusters = problem.n_probes + config.slack / 2 + problem.n_pinned
     probed = clusters / problem.n_clusters
     wanted = 1 - (1 - min(1.0, probed)) ** problem.n_tokens  # the share of the clusters
-    in_tile = config.gather_rows // problem.cluster_size
-    going_on = 1 - (1 - wanted) ** in_tile  # the share of the tiles
+    selection = search(candidate, config.select_warps, 1)
+    if config.visit == "listed":
+        listed = wanted * problem.vocab_size / config.gather_rows
+        going_on = min(1.0, listed / gather.programs)  # the share of the tiles
+        selection["loads"] += 4  # a token's own list there and back, marks, places in the list
+    else:
+        going_on = 1 - (1 - wanted) ** (config.gather_rows // problem.cluster_size)
     tiles = tensor_pass("gather", candidate, gather, going_on)
-    tiles["loads"] += 2  # thresholds and scores
+    tiles["loads"] += 2 + 2 * (config.visit == "listed")  # thresholds and scores; a list before
     return [
         Stage(
             **scales(device),
@@ -32,7 +40,7 @@ def batched_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list
             **tensor_pass("score", candidate, needs["score"], 1.0),
             moved=score_moved(problem),
         ),
-        Stage(**scales(device), **search(candidate, config.select_warps, 1)),
+        Stage(**scales(device), **selection),
         Stage(
             **scales(device),
             **tiles,
@@ -40,5 +48,5 @@ def batched_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list
             ends=1.0,
             arrivals=gather.programs / 1000,
         ),
-        *decided_singly(candidate, gather, config.select_warps),
+        *decided_singly(candidate, needs),
     ]

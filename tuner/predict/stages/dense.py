@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.kernels.plans.dense import BOUND_WARPS
 from flashtune.tuner.predict.stages.stage import (
     Stage,
     decided_singly,
@@ -25,5 +24,5 @@ def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[S
             ends=1.0,
             arrivals=use.programs / 1000,
         ),
-        *decided_singly(candidate, use, BOUND_WARPS),
+        *decided_singly(candidate, needs),
     ]

@@ -26,7 +26,10 @@ _WARPS = 16  # crossings and rounds are counted in programs of that many warps
 _ISSUED_PER_CYCLE = 128
 _WIDENED_BY_ROWS = {"int8": 8.0, "int4": 8.5}
 _WIDENED_FOR_TENSORS = {"int8": 8.0, "int4": 9.0}
-_WIDENED_BY_BITS = {"int8": 4.5, "int4": 8.0}  # of sm_90 and later, for tensor cores
+_WIDENED_ON_SM_90 = {"int8": 4.5, "int4": 8.0}  # of sm_90 and later, for tensor cores
+# Where a config widens int8 by bits: of permutes and logical operations 64 issue in a cycle
+_ROWS_BY_BITS = {"int8": 3.5}
+_TENSORS_BY_BITS = {"int8": 4.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +137,10 @@ def row_pass(stage: str, candidate: Candidate, use: KernelUse, tiles: int) -> di
     return {
         **_shared_out(use, candidate, elements),
         "widening": _widening(
-            _WIDENED_BY_ROWS, stage, candidate, use.programs * tiles * rows * trips * block
+            _WIDENED_BY_ROWS | (_ROWS_BY_BITS if config.widen == "bits" else {}),
+            stage,
+            candidate,
+            use.programs * tiles * rows * trips * block,
         ),
         "loads": tiles * (1 + staged),
         "repeats": 0.0 if stages > 1 else float(tiles * (trips - 1)),
@@ -174,11 +180,11 @@ def tensor_pass(
     trips = -(-problem.hidden_size // block)
     threads = candidate.lanes * use.warps
     elements = share * trips * block * (rows + padded_tokens(problem)) / threads
-    bits = candidate.device.capability >= 90
+    widened = _WIDENED_ON_SM_90 if candidate.device.capability >= 90 else _WIDENED_FOR_TENSORS
     return {
         **_shared_out(use, candidate, elements * (1 + use.spilled / 64)),
         "widening": _widening(
-            _WIDENED_BY_BITS if bits else _WIDENED_FOR_TENSORS,
+            widened | (_TENSORS_BY_BITS if config.widen == "bits" else {}),
             stage,
             candidate,
             use.programs * share * rows * trips * block,
@@ -259,13 +265,12 @@ def decision(candidate: Candidate, use: KernelUse, maxima: int, warps: int) -> l
     ]
 
 
-def decided_singly(candidate: Candidate, use: KernelUse, warps: int) -> list[Stage]:
-    """The same after a pass over tiles: a search by a program a token, then tile by tile."""
+def decided_singly(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
+    """The same after a pass over tiles of several tokens: its programs find the bound, too."""
     if not candidate.problem.n_rescored:
         return []
-    found = bound_search(candidate, use.programs, warps, 1)
-    searched = Stage(**scales(candidate.device), **found)
-    return [searched, *decision(candidate, use, use.programs, 0)]
+    use = needs["decide"]
+    return decision(candidate, use, needs["gather"].programs, use.warps)
 
 
 def one_decides(candidate: Candidate, use: KernelUse) -> list[Stage]:

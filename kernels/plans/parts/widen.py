@@ -1,0 +1,22 @@
+"""How the Triton plans turn numbers of int8 into those of the dtype that they multiply in.
+
+`cast` is the conversion instruction, of which a multiprocessor does 16 a cycle: where rows are
+int8 it can take longer than the memory. `bits` takes two to three of the instructions of which it
+does 64 (templates/triton/_widen.py.j2). Both are exact.
+"""
+
+from flashtune.kernels.plans.candidate import Candidate, Rule
+
+WIDENED = ("cast", "bits")
+
+
+def _why_not_widened(candidate: Candidate) -> str | None:
+    problem = candidate.problem
+    if candidate.config.widen == "cast":
+        return None
+    if "int8" not in (problem.weight_dtype, problem.centroid_dtype):
+        return "widen is about rows in int8, of which there are none"
+    return None
+
+
+BY_BITS = Rule(_why_not_widened, frozenset(["widen"]))
