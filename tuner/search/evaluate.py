@@ -68,6 +68,10 @@ class Evaluator(Protocol):
     def workers(self) -> tuple[int, int]:
         """How many workers evaluate now, and how many could."""
 
+    @property
+    def starves(self) -> bool:
+        """Whether several workers are about to have nothing to do."""
+
     def submit(self, config: Config) -> None:
         """Start on a config."""
 
@@ -107,6 +111,11 @@ class PredictingEvaluator:
     def workers(self) -> tuple[int, int]:
         """One, this process: compilers only help."""
         return 1, 1
+
+    @property
+    def starves(self) -> bool:
+        """Never: there is one."""
+        return False
 
     def submit(self, config: Config) -> None:
         """Compile a config."""
@@ -222,6 +231,12 @@ class MeasuringEvaluator:
     def workers(self) -> tuple[int, int]:
         """How many workers are there to measure, and how many could be."""
         return self._measurers.working, self._measurers.size
+
+    @property
+    def starves(self) -> bool:
+        """Whether fewer configs are under way than there are workers, of which several."""
+        workers = self._measurers.working
+        return workers > 1 and self.pending * self._sharers() < workers
 
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""

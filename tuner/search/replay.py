@@ -40,6 +40,11 @@ class ReplayEvaluator:
         """As many as configs may be under way."""
         return self._at_once, self._at_once
 
+    @property
+    def starves(self) -> bool:
+        """Never: nothing takes time."""
+        return False
+
     def submit(self, config: Config) -> None:
         """Take a config."""
         self._submitted.append(config)

@@ -172,7 +172,7 @@ class Search:
             left = self.budget.trials - len(known) - self.evaluator.pending
             wanted = 0 if self.dry else min(self.evaluator.room, left)
             for number in range(wanted):
-                hurry = self._hurry()
+                hurry = self.evaluator.starves
                 if number and (not hurry or number == AT_ONCE):
                     break
                 config = self.proposals.propose(hurry=hurry)
@@ -198,11 +198,6 @@ class Search:
             self.measured[config] = measurement
             self.proposals.learn(config, self.objective.seen(measurement))
             self.on_event(self.event())
-
-    def _hurry(self) -> bool:
-        """Whether several workers are about to run out of configs."""
-        workers, _ = self.evaluator.workers
-        return workers > 1 and self.evaluator.pending < self.evaluator.room
 
     def _compare(self) -> Steps[None]:
         """Time the best configs and the default side by side, and write that down.
