@@ -44,7 +44,7 @@ generated: $(READY) ## draw the documents' pictures, and write the README's tabl
 	$(VENV)/bin/python docs/site/readme.py
 
 docs: $(READY) ## build the site in build/site; a broken link, or a page missing from mkdocs.yml, fails
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo 'look at it: python3 -m http.server --directory build/site'
 
 wheel: $(READY) ## build dist/, and try the wheel in an environment of its own

@@ -23,6 +23,7 @@ from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.plans.knob import knobs
 from flashtune.tuner.predict.calibration import calibrate, write_calibration
 from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.transport import here
 from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -95,7 +96,7 @@ def records_of(results: Sequence[Path]) -> Iterator[Record]:
 def main(results: Sequence[Path], out: Path) -> None:
     """Compile the configs of the results and write the file."""
     records = list(records_of(results))
-    with WorkerPool(1) as pool:
+    with WorkerPool(here(1)) as pool:
         calibration = calibrate(records, find_device(records[0].device), pool)
     write_calibration(out, calibration)
     click.echo(f"{out}: {len(calibration.samples)} of {len(records)} rows")

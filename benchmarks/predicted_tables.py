@@ -21,13 +21,14 @@ import click
 from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.plans.config import Config, config_data
+from flashtune.kernels.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.cli.options import DEVICE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.search.evaluate import PredictingEvaluator
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.transport import here
 from flashtune.tuning_db.device import Device, Toolchain, all_devices
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
 from flashtune.tuning_db.record import Outcome, Provenance, Record
@@ -129,7 +130,7 @@ def main(
     wanted |= {problem: most_screened for problem in screened_problems()}
     near = {problem: measured_near(problem) for problem in wanted}
     start = time.monotonic()
-    with Store(database) as store, WorkerPool(jobs) as compilers:
+    with Store(database) as store, WorkerPool(here(jobs)) as compilers:
         for device in devices or others:
             tools = Toolchain(triton=toolchain(device).triton)
             for problem, number in wanted.items():

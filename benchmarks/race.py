@@ -28,7 +28,7 @@ from flashtune.kernels.backends.target import known_good
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, short_config
-from flashtune.kernels.runtime import binding
+from flashtune.kernels.runtime import records
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -84,7 +84,7 @@ def make_head(problem: Problem) -> FlashHead:
 
 def start_once(problem: Problem) -> None:
     """In a process of its own: make a head, wait for a line, prepare it, say how that went."""
-    binding.prebuilt_table = lambda name: None
+    records.prebuilt_table = lambda name: None
     device_of(WHERE)  # measures a CPU's bandwidth where nobody has yet
     head = make_head(problem)
     print("ready", flush=True)

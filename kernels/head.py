@@ -43,37 +43,37 @@ _SCREENED_TOGETHER = (128, 64, 32, 16)
 class FlashHead(HeadTensors):
     """The token with the best logit among the clusters nearest to a hidden state.
 
-    weight `[vocab, hidden]` and centroids `[n_clusters, hidden]`: bf16, fp16 or fp32, on one
-    device. The clusters are given by one of cluster_assignments, the cluster of each token
-    `[vocab]`, or vocab_maps, the tokens of each cluster `[n_clusters, cluster_size]`. They are
-    all of the same size; only where n_clusters does not divide vocab may some, given by
-    cluster_assignments, have fewer tokens.
+    A graph that captured a call replays with the scratch memory of the stream it was captured on:
+    graphs captured on one stream must not be replayed at the same time. Nothing of the head is
+    part of the state dict.
 
-    special_token_ids are candidates of every call, whatever is probed: the clusters that hold them
-    are probed too (docs/model-folders.md says what that costs).
+    Args:
+        weight: The dense head's weight `[vocab, hidden]`, in bf16, fp16 or fp32.
+        centroids: `[n_clusters, hidden]`, in bf16, fp16 or fp32, on the same device.
+        cluster_assignments: The cluster of each token `[vocab]`. Clusters have equal sizes; only
+            if n_clusters does not divide vocab may some have fewer tokens.
+        vocab_maps: Instead of cluster_assignments, the tokens of each cluster `[n_clusters,
+            cluster_size]`.
+        n_probes: How many of the best clusters a step probes, at least.
+        special_token_ids: Tokens that are candidates in every call: the clusters that hold them
+            are always probed (docs/model-folders.md says what that costs).
+        screen: A Screen or its text, like `int8` or `int4/int8:16` (docs/formats.md). Centroids
+            and rows are stored in 8 or 4 bits and find the candidates; the best few are decided by
+            the rows of `weight`, which the head refers to and never copies: it must not change.
+        rows: Where the rows lie that steps read. `in_order`: in a copy of the weight, in the order
+            of clusters. `in_place`: in `weight` itself, which is never copied and must not change;
+            a step takes longer (docs/formats.md). Default: in place if the copy would take more
+            than half of the free memory. A screen has rows of its own.
+        release_weight: Keep no second copy of the weight, and never make one: the caller's tensor
+            is permuted in place, so it must not be used afterwards. Do not set it for a weight
+            that is tied to the input embedding. It needs clusters of equal size, and no screen.
+        tune: With `race`, kernels that were only predicted for this device, or measured with other
+            tools, are timed on it when they are first needed, and the winner is kept in the user's
+            database; this takes at most 20 seconds in the life of a head. With `never`, the best
+            record runs without a race.
 
-    screen: centroids and rows are stored in 8 or 4 bits, and find the candidates; the best few are
-    decided by the rows of `weight`, which the head refers to and never copies: it must stay as it
-    is. A Screen or its text, like `int8` or `int4/int8:16` (docs/formats.md).
-
-    rows: where the rows lie that steps read. `in_order`: in a copy of the weight, a cluster's side
-    by side. `in_place`: in `weight` itself, which the head refers to and never copies: it must
-    stay as it is, and a step takes longer (docs/formats.md). Unless given, in place where the copy
-    would take more than half of the memory that is free. A screen has rows of its own.
-
-    release_weight: keep no second copy of the weight, and never make one: the caller's tensor
-    itself is permuted, in place, so that it must not be used afterwards. Don't set it for a
-    weight that is tied to the input embedding. It needs clusters all of the same size, and no
-    screen.
-
-    tune: with `race`, kernels that were only predicted for this device, or measured with other
-    tools, are timed on it when they are first needed, and the winner is kept in the user's
-    database; all this takes 20 seconds in a head's life at most. With `never` the best record
-    there is runs untried.
-
-    A graph that captured a call replays with scratch of the stream it was captured on: graphs
-    captured on one stream must not be replayed at the same time.
-    Raises FlashtuneError if they do not form a valid head. Nothing is part of the state dict.
+    Raises:
+        FlashtuneError: If the tensors do not form a valid head.
     """
 
     def __init__(
@@ -111,10 +111,18 @@ class FlashHead(HeadTensors):
     def screened(
         cls, weight: torch.Tensor, screen: Screen | str = "int4", *, tune: str = "race"
     ) -> "FlashHead":
-        """A head without clusters: all rows are screened, and the model's own decide the best.
+        """A head without clusters: all rows are screened, and the best are decided by the model's.
 
-        weight `[vocab, hidden]`, as for the class; of any model, for there is nothing to prepare.
-        Every token has a logit, those that are not decided by the screen's.
+        It works for any model, since there is nothing to prepare. Every token has a logit; those
+        that are not decided keep the screen's.
+
+        Args:
+            weight: `[vocab, hidden]`, as for the class.
+            screen: As for the class.
+            tune: As for the class.
+
+        Raises:
+            FlashtuneError: If the weight has another shape, or the screen is `none`.
         """
         if screen_of(screen) is None:
             raise FlashtuneError("a head without clusters needs a screen: int4, int8 or the like")
@@ -142,13 +150,21 @@ class FlashHead(HeadTensors):
     ) -> "FlashHead":
         """The head of a FlashHead model: `FlashHead.from_pretrained("path/to/model")`.
 
-        source: a model folder, or the name of a repository in Hugging Face's cache (at that
-        revision); nothing is downloaded. device: torch's default device unless given. n_probes:
-        as many as the model's config says unless given. screen: the config's unless given, and
-        `none` for none. rows, tune: as for the class; rows that are the head's own are brought in
-        order without a copy where they can be. Only the head is read, with the config's dtype;
-        docs/model-folders.md says from where. Raises FlashtuneError naming the file and the
-        tensor, what was found there and what was expected.
+        Only the head is read, with the config's dtype; docs/model-folders.md says from where.
+        Nothing is downloaded.
+
+        Args:
+            source: A model folder, or the name of a repository in Hugging Face's cache.
+            device: Default: torch's default device.
+            n_probes: Default: as many as the model's config says.
+            screen: Default: the config's; `none` for none.
+            rows: As for the class; the head's own rows are brought in order without a copy if
+                possible.
+            revision: Of the repository.
+            tune: As for the class.
+
+        Raises:
+            FlashtuneError: Names the file and the tensor, what was found and what was expected.
         """
         where = str(torch.get_default_device() if device is None else device)
         folder = ModelFolder.open(source, revision)
@@ -210,10 +226,16 @@ class FlashHead(HeadTensors):
         return text if self.screen is None else f"{text}, screen={self.screen}"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The best token of each row of hidden `[tokens, hidden_size]`: int64 `[tokens]`.
+        """The best token for each row of a hidden state.
 
-        Raises FlashtuneError for a hidden state of another shape or device. Another dtype is
-        converted to the weight's.
+        Args:
+            hidden: `[tokens, hidden]`; another dtype than the weight's is converted.
+
+        Returns:
+            int64 `[tokens]`; ties give the smallest id.
+
+        Raises:
+            FlashtuneError: For a hidden state of another shape or device.
         """
         if torch.compiler.is_compiling():
             token: torch.Tensor = custom_op.decode(hidden, self._handle)
@@ -221,10 +243,15 @@ class FlashHead(HeadTensors):
         return self.decoder.decode(hidden, "argmax")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Each row's logits of the tokens of its probed clusters: `[tokens, vocab]`.
+        """The logits of the tokens of the probed clusters, for sampling.
 
-        In the weight's dtype, as a dense head's are; -1e4 for every other token, which is finite
-        so that whoever masks logits after this is left with legal tokens. hidden as in `forward`.
+        Args:
+            hidden: `[tokens, hidden]`, as in `forward`.
+
+        Returns:
+            `[tokens, vocab]` in the weight's dtype, like a dense head's. Every other token has
+            -1e4, which is finite so that code that masks logits afterwards still has legal tokens
+            left.
         """
         if torch.compiler.is_compiling():
             logits: torch.Tensor = custom_op.logits(
@@ -234,23 +261,30 @@ class FlashHead(HeadTensors):
         return self.decoder.decode(hidden, "logits")
 
     def prepare(self, *n_tokens: int, epilogue: str = "argmax") -> None:
-        """Choose, compile and check the kernels for these numbers of tokens ahead of time.
+        """Choose, compile and check the kernels for some numbers of tokens ahead of time.
 
-        epilogue: `argmax` for calls of the head, `logits` for calls of `logits`.
+        Args:
+            n_tokens: The numbers of tokens per call.
+            epilogue: `argmax` for calls of the head, `logits` for calls of `logits`.
         """
         for number in n_tokens:
             self.decoder.prepare(number, epilogue)
 
     def explain(self, n_tokens: int = 1, epilogue: str = "argmax") -> dict[str, Any]:
-        """What runs for that many tokens, and why, as plain data; prepares it if need be.
+        """What runs for a number of tokens, and why; prepares it if necessary.
 
-        `level` is one of exact, nearest_shape, nearest_device, default, torch; `troubles` are
-        what went wrong on the way. `raced` says that the config once won a race here, `stale`
-        that it was measured with tools that have changed since, and `race` what this process
-        timed, if it did, and why each other config was dropped. More tokens than one step takes
-        run in several. `screen` is None without one, `rows` says where a 16-bit head's lie,
-        `added_bytes` what the head keeps beyond the model's own weight, and `model_weight`, where
-        there is a screen or rows are in place, whether it is that.
+        Args:
+            n_tokens: Tokens per call; more than one step takes run in several steps.
+            epilogue: `argmax` or `logits`.
+
+        Returns:
+            Plain data. `level` is one of exact, nearest_shape, nearest_device, default, torch.
+            `troubles` lists what went wrong on the way. `raced`: the config once won a race here.
+            `stale`: it was measured with tools that have changed since. `race`: what this process
+            timed, if it did, and why each other config was dropped. `screen`: None without one.
+            `rows`: where a 16-bit head's rows lie. `added_bytes`: what the head keeps beyond the
+            model's own weight. `model_weight`: if there is a screen or rows are in place, whether
+            the weight is the model's own.
         """
         (size, *_) = self.decoder.step_sizes(n_tokens)
         bound = self.decoder.bound(epilogue, size)

@@ -9,6 +9,7 @@ Usage:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -136,6 +137,14 @@ Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 """A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
 which is as `epilogue.new_out` makes it. Where hidden has fewer rows, the last stands for those
 that are missing."""
+
+
+@runtime_checkable
+class Unloadable(Protocol):
+    """A step of kernels that can be unloaded."""
+
+    def unload(self) -> None:
+        """Unload them: neither this step nor those that share its kernels are called again."""
 
 
 def filled_up(hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:

@@ -140,7 +140,7 @@ class TestPlan:
             from flashtune.tuning_db.device import find_device
 
             reason = Candidate(PROBLEM, EverythingConfig(), find_device("orin")).why_invalid()
-            assert reason and "no plan for" in reason
+            assert reason and "not a plan for" in reason
 
 
 class TestTarget:

@@ -37,7 +37,7 @@ def test_the_public_names() -> None:
 
 
 def test_the_public_names_of_tables() -> None:
-    for name in ("check", "diff", "export", "import_", "merge"):
+    for name in ("check", "diff", "export", "import_", "merge", "show"):
         assert callable(getattr(flashtune.tables, name))
 
 

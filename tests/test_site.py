@@ -115,7 +115,7 @@ def look(site: Path) -> Iterator[list[list[str]]]:
             [*command, f"http://127.0.0.1:{server.server_port}/look.html"],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=250,
             check=True,
         )
         server.shutdown()

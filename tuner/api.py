@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from flashtune.kernels.model_folder.folder import read_model
+from flashtune.tuner.fleet.fleets import FleetRequest, fleets_for
 from flashtune.tuner.here import device_named, this_device
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.lookup import best_record, measured_record
 from flashtune.tuner.search.result_data import SearchData, result_data
 from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
 from flashtune.tuner.search.space import parse_fixed
 from flashtune.tuner.tables import AnyPath
-from flashtune.tuner.workers.remote import find_machine
-from flashtune.tuner.workers.ssh import PYTHON
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -47,22 +47,45 @@ def search(
     jobs: int | None = None,
     fixed: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
-    remote: str | None = None,
+    objective: str = "time",
+    remote: str | Iterable[str] = (),
     remote_python: str | None = None,
+    gpus: str | Iterable[int] | None = None,
+    ray: str | None = None,
     db: AnyPath | None = None,
     on_event: OnEvent = lambda problem, event: None,
 ) -> SearchData:
     """Search for the fastest kernel of each shape on a device, as `flashtune search` does.
 
-    Measures where the device (else this machine's) is here or at the end of ssh, else predicts.
-    Everything is written to the database as it is found, and the same call goes on from there;
-    after Ctrl-C the result says `cancelled`. Where nothing worked for a shape, its `winner` is
-    None and `failure` says why.
+    Measures if the device is here or at the other end of ssh, else predicts. Every result is
+    written to the database at once, and the same call continues from there.
 
-    models: FlashHead models' folders, whose shapes are searched. trials: configs for each shape.
-    timeout: seconds for all. jobs: compilers at a time, else one a processor. fixed: knobs and
-    their values. on_event: told of each evaluation. Raises FlashtuneError for what cannot be
-    searched, and for what is the machine's trouble.
+    Args:
+        device: A device by name or alias, `cpu` or `gpu`. Default: this machine's.
+        shapes: Presets, pairs, or Problems.
+        models: Folders of FlashHead models, whose shapes are searched.
+        trials: Configs to evaluate for each shape, including those of earlier runs.
+        timeout: Seconds for all shapes.
+        sampler: `tpe`, `gp`, `random` or `exhaustive`.
+        seed: Seed for random numbers.
+        jobs: Compilers at a time. Default: one per processor.
+        fixed: Knobs and their values: only configs with these are searched.
+        retry_failed: First, evaluate again what failed in earlier runs.
+        objective: What to minimise: `time`, `energy` or `both`.
+        remote: Measure on the machine that ssh reaches under that name (docs/remote.md), or on
+            several of one kind.
+        remote_python: The Python there that has torch and Triton.
+        gpus: Measure on this machine's GPUs: `all`, or their numbers (docs/fleet.md).
+        ray: Measure on a Ray cluster: its address, or `auto`.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+        on_event: Called with the problem and an event after each evaluation.
+
+    Returns:
+        Plain data, as `flashtune search --json` prints it. `cancelled` is set after Ctrl-C. If
+        nothing worked for a shape, its `winner` is None and `failure` says why.
+
+    Raises:
+        FlashtuneError: For what cannot be searched, and for faults of the machine.
     """
     if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
         raise FlashtuneError("shapes and models are lists: write shapes=[…]")
@@ -70,24 +93,36 @@ def search(
     problems += [read_model(os.fspath(each)) for each in models]
     if not problems:
         raise FlashtuneError("give at least one shape or model to search for")
-    if remote_python is not None and remote is None:
-        raise FlashtuneError("remote_python is about another machine: give remote too")
+    numbers = gpus if gpus is None or isinstance(gpus, str) else ",".join(map(str, gpus))
+    asked = FleetRequest(
+        remote=[remote] if isinstance(remote, str) else list(remote),
+        remote_python=remote_python,
+        gpus=numbers,
+        ray=ray,
+    )
     wanted = _device(device) if device is not None else None
-    machine = find_machine(remote, wanted, remote_python or PYTHON) if remote else None
+    n_jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
+    told = _Told(on_event)
+    fleets = fleets_for(asked, wanted, n_jobs, told.note)
+    if len(fleets) > 1:
+        kinds = ", ".join(fleet.device.name for fleet in fleets)
+        raise FlashtuneError(f"there are devices of several kinds ({kinds}): name one as device")
+    fleet = fleets[0] if fleets else None
     request = SearchRequest(
-        device=machine.device if machine else wanted or this_device(),
+        device=fleet.device if fleet else wanted or this_device(),
         problems=list(dict.fromkeys(problems)),
         trials=trials,
         timeout_s=timeout,
         sampler=sampler,
         seed=seed,
-        jobs=len(os.sched_getaffinity(0)) if jobs is None else jobs,
+        jobs=n_jobs,
         fixed=dict(parse_fixed(f"{name}={value}") for name, value in (fixed or {}).items()),
         retry_failed=retry_failed,
-        remote=machine,
+        objective=_objective(objective),
+        fleet=fleet,
     )
     with Store(Path(db) if db is not None else default_path()) as store:
-        return result_data(Session(request, store).run(_Told(on_event)))
+        return result_data(Session(request, store).run(told))
 
 
 def best(
@@ -99,9 +134,17 @@ def best(
 ) -> dict[str, Any]:
     """The best record of a shape on a device, as `flashtune best --json` prints it.
 
-    The fields of `Record.data`, where it is from (`source`), and whether that ships (`shipped`).
-    require: only what was measured for just this shape and can run. Raises FlashtuneError where
-    there is no such record, and for a database that does not exist.
+    Args:
+        device: A device by name or alias, `cpu` or `gpu`.
+        shape: A preset, pairs, or a Problem.
+        require: Only accept what was measured for exactly this shape and can run.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+
+    Returns:
+        The fields of the record, where it is from (`source`), and whether that ships (`shipped`).
+
+    Raises:
+        FlashtuneError: If there is no such record, or the database does not exist.
     """
     find = measured_record if require else best_record
     database = existing(Path(db)) if db is not None else None
@@ -121,6 +164,13 @@ class _Told:
         self, problem: Problem, trials: int, floor_us: float | None
     ) -> Callable[[Event], None]:
         return partial(self._on_event, problem)
+
+
+def _objective(name: str) -> Objective:
+    known = [each.value for each in Objective]
+    if name not in known:
+        raise FlashtuneError(f"objective must be one of {', '.join(known)}, not {name!r}")
+    return Objective(name)
 
 
 def _device(device: str | Device) -> Device:

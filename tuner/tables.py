@@ -3,6 +3,7 @@
 Usage:
     flashtune.tables.export("h200", "nvidia-h200.json")
     flashtune.tables.check("nvidia-h200.json")
+    flashtune.tables.show("nvidia-h200.json")
     flashtune.tables.import_("nvidia-h200.json", db="other.db")
     flashtune.tables.merge("nvidia-h200.json", "mine.json", out="merged.json")
     flashtune.tables.diff("nvidia-h200.json", "mine.json")
@@ -12,19 +13,25 @@ wrong with a file is a FlashtuneError of one line.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.evidence import why_less_trusted
 from flashtune.tuning_db.merge import compare_tables
 from flashtune.tuning_db.merge import merge as merged_tables
+from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance, Record
 from flashtune.tuning_db.shortlist import MOST
 from flashtune.tuning_db.store import Store, default_path
 from flashtune.tuning_db.table import (
     TuningTable,
     prebuilt_paths,
+    rank,
     read_table,
     table_from_store,
     write_table,
@@ -35,12 +42,36 @@ AnyPath: TypeAlias = str | os.PathLike[str]
 
 
 class TableData(TypedDict):
-    """A table's file, its device, and how many records and shapes it has."""
+    """A table's file, its device, and how many records and shapes it has.
+
+    measured, corrected, predicted: how many of the records are. less_trusted: why predictions for
+    the device are less trusted than others, where what was published speaks against them.
+    """
 
     file: str
     device: str
     records: int
     shapes: int
+    measured: int
+    corrected: int
+    predicted: int
+    less_trusted: str | None
+
+
+class ShapeRows(TypedDict):
+    """One shape of a table: its problem, records, where their times come from, and the best's."""
+
+    problem: dict[str, Any]
+    records: int
+    provenance: str
+    median_us: float | None
+    toolchain: dict[str, str]
+
+
+class TableContents(TableData):
+    """A table with its shapes, in the order of the file."""
+
+    contents: list[ShapeRows]
 
 
 class MergedData(TypedDict):
@@ -62,8 +93,15 @@ def export(
 ) -> TableData:
     """Write a device's best records to a table.
 
-    keep: measured configs a shape; shortlist: predicted ones a shape that nobody has measured.
-    Raises FlashtuneError where there is no record that worked, and where it cannot be written.
+    Args:
+        device: Whose records.
+        out: The file to write.
+        keep: Measured configs to keep for each shape.
+        shortlist: Predicted configs to keep for each shape without measurements.
+        db: The database. Default: $FLASHTUNE_DB, else the user's.
+
+    Raises:
+        FlashtuneError: If no record worked, or the file cannot be written.
     """
     if not isinstance(device, Device):
         from flashtune.tuner.here import device_named  # loads torch, which others don't need
@@ -92,11 +130,15 @@ def check(
     compiles: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TableData]:
-    """Check tables: schema, every config valid, rendered, and written as `export` writes.
+    """Check tables: configs must be valid and render, and the form be that of `export`.
 
-    Without files, those that ship and those that FLASHTUNE_TABLES names. compiles: cross-compile
-    every config too; on_step is told how many of how many are done. Raises FlashtuneError for the
-    first thing that is wrong.
+    Args:
+        files: Tables. Default: the shipped ones and those in FLASHTUNE_TABLES.
+        compiles: Cross-compile every config too.
+        on_step: Told how many of how many configs are compiled.
+
+    Raises:
+        FlashtuneError: For the first thing that is wrong.
     """
     from flashtune.tuner.table_check import check_form, checked_table, compile_record
 
@@ -112,10 +154,28 @@ def check(
     return [_data(path, table) for path, table in checked.items()]
 
 
-def merge(*files: AnyPath, out: AnyPath) -> MergedData:
-    """Make one table of a device's several, and say where they disagree (docs/tables.md).
+def show(*files: AnyPath) -> list[TableContents]:
+    """What tables hold, a row a shape; without files, those that ship and those that are added.
 
-    Raises FlashtuneError for fewer than two files, and for tables of several devices.
+    Raises FlashtuneError for a file that cannot be read.
+    """
+    paths = [Path(each) for each in files] or [*prebuilt_paths(), *added_paths()]
+    found: list[TableContents] = []
+    for path in paths:
+        table = read_table(path)
+        by_problem: dict[Problem, list[Record]] = {}
+        for record in table.records:
+            by_problem.setdefault(record.problem, []).append(record)
+        rows = [_shape_rows(records) for records in by_problem.values()]
+        found.append({**_data(path, table), "contents": rows})
+    return found
+
+
+def merge(*files: AnyPath, out: AnyPath) -> MergedData:
+    """Merge a device's tables into one, and say where they disagree (docs/tables.md).
+
+    Raises:
+        FlashtuneError: For fewer than two files, and for tables of several devices.
     """
     from flashtune.tuner.table_check import checked_table
 
@@ -142,18 +202,34 @@ def merge(*files: AnyPath, out: AnyPath) -> MergedData:
 
 
 def diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
-    """What tells table B from table A: `changed`, `only_a`, `only_b`, and how many are the `same`.
+    """How table B differs from table A: `changed`, `only_a`, `only_b`, how many are the `same`.
 
-    Of what changed, the largest change of time comes first.
+    Of the changed shapes, the one with the largest change of time comes first.
     """
     return compare_tables(read_table(Path(a)), read_table(Path(b)))
 
 
 def _data(path: Path, table: TuningTable) -> TableData:
     problems = {record.problem for record in table.records}
+    counts = Counter(record.provenance for record in table.records)
     return {
         "file": str(path),
         "device": table.device,
         "records": len(table.records),
         "shapes": len(problems),
+        "measured": counts[Provenance.MEASURED],
+        "corrected": counts[Provenance.CORRECTED],
+        "predicted": counts[Provenance.PREDICTED],
+        "less_trusted": why_less_trusted(table.device) or None,
+    }
+
+
+def _shape_rows(records: list[Record]) -> ShapeRows:
+    best = min(records, key=rank)
+    return {
+        "problem": best.problem.data(),
+        "records": len(records),
+        "provenance": best.provenance.value,
+        "median_us": best.measurement.median_us,
+        "toolchain": asdict(best.toolchain),
     }

@@ -4,9 +4,9 @@ from flashtune.tuning_db.one_line import one_line
 
 
 class FlashtuneError(Exception):
-    """Something the caller can mend: a bad shape, an unknown device, a corrupt file.
+    """Something the caller can correct: a bad shape, an unknown device, a corrupt file.
 
-    The message is one line that says what is wrong and what to do, whatever it quotes of a file
+    The message is one line that says what is wrong and what to do, whatever it quotes from a file
     or another program. The command line prints it and exits with 2; the runtime catches it and
     falls back.
     """

@@ -6,7 +6,8 @@ Usage:
     for conflict in merged.conflicts: …     # whose records were taken, and why
     compare_tables(a, b)                    # plain data
 
-A problem's records are taken whole from one table. Measured beats predicted; then the newer
+A problem's records are taken whole from one table. Measured beats corrected, which beats
+predicted; then the newer
 toolchain beats the older; then, of measurements, one that is faster by more than the noise beats
 the slower, and where neither is, the table named first keeps its records. Predictions of one
 cost model make a new shortlist together; of two, the one used last counts.
@@ -62,8 +63,8 @@ class _Side:
         return self.records[0]
 
     @property
-    def measured(self) -> bool:
-        return self.best.provenance is Provenance.MEASURED
+    def provenance(self) -> Provenance:
+        return self.best.provenance
 
 
 def merge(tables: Sequence[tuple[str, TuningTable]]) -> Merged:
@@ -98,13 +99,14 @@ def merge(tables: Sequence[tuple[str, TuningTable]]) -> Merged:
 
 def _settle(one: _Side, other: _Side) -> tuple[_Side, str]:
     """Whose records to take, and why."""
-    if one.measured != other.measured:
-        return (one if one.measured else other), "measured, not predicted"
+    if one.provenance is not other.provenance:
+        better, worse = sorted((one, other), key=lambda side: side.provenance.rank)
+        return better, f"{better.provenance.value}, not {worse.provenance.value}"
     ages = [toolchain_age(side.best)[0] for side in (one, other)]
     if ages[0] != ages[1]:
         newer, older = (one, other) if ages[0] > ages[1] else (other, one)
         return newer, f"{_tools(newer)} is newer than {_tools(older)}"
-    if not one.measured:
+    if one.provenance is not Provenance.MEASURED:
         return _settle_predictions(one, other)
     times = [side.best.measurement.median_us or 0.0 for side in (one, other)]
     noise = max(side.best.measurement.noise_us for side in (one, other))

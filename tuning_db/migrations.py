@@ -50,6 +50,21 @@ def m001_records_and_measurements(db: Database) -> None:
     db.table("measurements").create_index(["record"])
 
 
+@MIGRATIONS()
+def m002_probes_and_joules(db: Database) -> None:
+    """What devices measured of themselves, and the energy of a call beside its time."""
+    probes = {
+        "device": str,
+        "conditions": str,
+        "figures": str,
+        "seconds": float,
+        "created": str,
+    }
+    db.table("probes").create(probes, pk=("device", "conditions"), not_null=set(probes))
+    for name in ("records", "measurements"):
+        db.table(name).add_column("joules", float)
+
+
 def migrate(connection: sqlite3.Connection) -> None:
     """Bring the schema up to date; the caller holds the write transaction and commits it."""
     MIGRATIONS.apply(Database(connection, execute_plugins=False))

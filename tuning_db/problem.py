@@ -58,14 +58,26 @@ class Problem:
     """A FlashHead decode step: score centroids, probe the best clusters, take their logits.
 
     Shapes: centroids `[n_clusters, hidden_size]`, weight `[vocab_size, hidden_size]` (rows of a
-    cluster contiguous; where in_place, rows by token id), hidden states `[n_tokens, hidden_size]`.
-    The epilogue says what comes out: `argmax` the best token `[n_tokens]`, `logits`
-    `[n_tokens, vocab_size]` in the weight's dtype, filled in where no cluster was probed.
-    Weights and centroids are stored in number formats. Where the weight's is quantised,
-    model_dtype is that of the model itself: of its hidden states, its logits, and of the rows
-    that the best n_rescored candidates are decided by. The first n_pinned clusters are probed in
-    any case, whether or not they are among the n_probes best.
-    Raises FlashtuneError when the shape is not one that FlashHead can solve.
+    cluster contiguous; if in_place, rows by token id), hidden states `[n_tokens, hidden_size]`.
+
+    Args:
+        vocab_size: Tokens; a multiple of n_clusters.
+        hidden_size: Width of the hidden state.
+        n_clusters: Clusters, all of the same size.
+        n_probes: Clusters that are probed, at least.
+        n_tokens: Tokens per step.
+        weight_dtype: The number format of the rows.
+        centroid_dtype: The number format of the centroids.
+        epilogue: What comes out: `argmax`, the best token `[n_tokens]`, or `logits`, `[n_tokens,
+            vocab_size]` in the model's dtype, filled where no cluster was probed.
+        model_dtype: If the weight's format is quantised, that of the model itself: of its hidden
+            states, its logits, and the rows that decide.
+        n_rescored: How many of the best candidates the model's own rows decide.
+        n_pinned: How many of the first clusters are always probed, in addition to the best.
+        in_place: Rows are read from the model's weight, by token id.
+
+    Raises:
+        FlashtuneError: If it is not a shape that FlashHead can solve.
     """
 
     vocab_size: int
@@ -237,6 +249,13 @@ PRESETS = {
     "llama-3.2-3b": (128256, 3072, 8016),
     "gemma-3-1b": (262144, 1152, 16384),
     "gemma-3-270m": (262144, 640, 16384),
+    "llama-3.1-8b": (128256, 4096, 8016),
+    "cosmos-reason2-8b": (151936, 4096, 9496),
+    "cosmos-reason2-32b": (151936, 5120, 9496),
+    "qwen3.5-0.8b": (248320, 1024, 15520),
+    "qwen3.5-2b": (248320, 2048, 15520),
+    "qwen3.5-4b": (248320, 2560, 15520),
+    "qwen3.5-9b": (248320, 4096, 15520),
 }
 _SHAPE_KEYS = {
     "vocab": "vocab_size",

@@ -1,7 +1,7 @@
 """What was found out about one config on one problem and device: the database's row.
 
-A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): whoever runs
-it must first pass it through `flashtune.kernels.plans.config.parse_config`.
+A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): to run
+it, first pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
 import functools
@@ -23,6 +23,8 @@ MOST_NAME = 500  # characters of a name or a version
 MOST_ERROR = 10_000  # characters of an error's text
 _LEAST_US, _MOST_US = 1e-3, 1e12  # a nanosecond, which tables round to, and eleven days
 _MOST_SAMPLES = 2**31 - 1
+_MOST_JOULES = 1e9
+YOUNGER = frozenset(["joules"])  # fields of measurements that older databases and tables lack
 _KNOB = re.compile("[a-z][a-z0-9_]*")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)", re.ASCII)
 _CLOCKS_APART = timedelta(days=1)  # of machines that set their clocks
@@ -49,10 +51,21 @@ class Outcome(str, Enum):
 
 
 class Provenance(str, Enum):
-    """Whether a time was measured on the device or predicted by the cost model."""
+    """How a time came about, the most trusted first.
+
+    MEASURED on the device; CORRECTED: predicted, with what a probe measured of the device in
+    place of its published figures; PREDICTED from published figures. The last two are no
+    measurements of the config.
+    """
 
     MEASURED = "measured"
+    CORRECTED = "corrected"
     PREDICTED = "predicted"
+
+    @property
+    def rank(self) -> int:
+        """Its place in that order: the lower, the more it is trusted."""
+        return list(Provenance).index(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +76,10 @@ class Measurement:
     so slow at its first sample that no more were taken.
 
     `spread_us` is the distance between the 10th and 90th percentile of the samples or, of a
-    prediction, the width of its 80 % interval; `error` says why the outcome is not OK; `policy`
-    names how the time was taken (`search`, `final`, `race`) or, for a prediction, the cost
-    model's version.
+    prediction (corrected or not), the width of its 80 % interval; `error` says why the outcome is
+    not OK; `policy` names how the time was taken (`search`, `final`, `race`) or, for a prediction,
+    the cost model's version. `joules` is what a call takes of energy, None where nobody measured
+    it.
     """
 
     outcome: Outcome
@@ -74,6 +88,7 @@ class Measurement:
     samples: int = 0
     error: str = ""
     policy: str = "search"
+    joules: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no evaluation gives.
@@ -93,6 +108,21 @@ class Measurement:
             raise ValueError(f"samples must be a count, not {quoted(self.samples)}")
         _check_text("error", self.error, MOST_ERROR, empty=True)
         _check_text("policy", self.policy, MOST_NAME)
+        if self.joules is not None and not (
+            timed and type(self.joules) in (int, float) and 0 <= self.joules <= _MOST_JOULES
+        ):
+            raise ValueError(
+                f"joules must be from 0 to {_MOST_JOULES:g}, or null, and null without a time, "
+                f"not {quoted(self.joules)}"
+            )
+
+    def data(self) -> dict[str, Any]:
+        """The measurement as plain data. What is younger is left out where it is not known, so
+        that tables without it read as ever.
+        """
+        data = {**asdict(self), "outcome": self.outcome.value}
+        unknown = {name for name in YOUNGER if data[name] is None}
+        return {name: each for name, each in data.items() if name not in unknown}
 
     @property
     def noise_us(self) -> float:
@@ -140,10 +170,7 @@ class Record:
             "problem": self.problem.data(),
             "config": dict(self.config),
             "provenance": self.provenance.value,
-            "measurement": {
-                **asdict(self.measurement),
-                "outcome": self.measurement.outcome.value,
-            },
+            "measurement": self.measurement.data(),
             "created": self.created,
         }
 
@@ -190,7 +217,7 @@ def check_created(created: Any) -> None:
     try:
         datetime.fromisoformat(created.removesuffix("Z").removesuffix("+00:00"))
     except ValueError as error:
-        raise ValueError(f"created is no time: {created}: {error}") from error
+        raise ValueError(f"created is not a time: {created}: {error}") from error
 
 
 def _check_time(name: str, time_us: Any, least: float) -> None:

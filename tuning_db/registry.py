@@ -6,7 +6,7 @@ Usage:
     with PLANS.added(member): …      # for a while, as tests do
 
 A room is a package whose `MEMBERS` lists its members, one file each. It is imported when the
-registry is first asked, so that whoever names a member needs no arrow to where members live: a
+registry is first asked, so that naming a member needs no import of where members live: a
 problem can check the name of its format although formats stand above it (decision 8).
 """
 

@@ -3,5 +3,5 @@
 Apart from `migrations`, which loads sqlite-utils: reading a database must not.
 """
 
-SCHEMA_VERSION = 1  # raised with each migration
+SCHEMA_VERSION = 2  # raised with each migration
 APPLICATION_ID = 0x464C5455  # "FLTU": tells our databases from other programs'

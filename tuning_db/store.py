@@ -14,14 +14,15 @@ how many. A Store belongs to the thread that opened it.
 """
 
 import functools
+import json
 import logging
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,8 +33,15 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import parse_json
 from flashtune.tuning_db.lock import knows_locks
 from flashtune.tuning_db.one_line import one_line, quoted
+from flashtune.tuning_db.probe import (
+    Figures,
+    Probe,
+    checked_conditions,
+    conditions_key,
+)
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
+    YOUNGER,
     ConfigData,
     Measurement,
     Outcome,
@@ -58,6 +66,8 @@ _BESIDE = ("-wal", "-shm", "-journal")  # what SQLite adds to a database's name
 
 _MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
 _HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")
+_RANKS = " ".join(f"WHEN '{each.value}' THEN {each.rank}" for each in Provenance)
+_TRUST = f"CASE provenance {_RANKS} END"
 
 
 def default_path() -> Path:
@@ -150,8 +160,9 @@ class Store:
         """Keep records, all or none, and append their measurements to the history.
 
         Of two measurements of the same config the newer is the record's current one, except
-        that a prediction never replaces a measurement, nor anything but another `final`
-        measurement a `final` one. One whose time is still to come is older than any.
+        that a prediction never replaces a measurement or one that a probe corrected, nor anything
+        but another `final` measurement a `final` one. One whose time is still to come is older
+        than any.
         """
         with self._transaction() as database:
             for record in records:
@@ -202,7 +213,8 @@ class Store:
     ) -> Record | None:
         """The record to run, or None; accept: whether a config may be.
 
-        A measured one goes before a predicted, `final` before other policies, then the fastest.
+        The most trusted provenance goes first, then `final` before other policies, then the
+        fastest.
         """
         wanted = {
             "device": device,
@@ -210,10 +222,7 @@ class Store:
             "toolchain": toolchain.key if toolchain else None,
             "outcome": Outcome.OK.value,
         }
-        order = (
-            f"provenance = '{Provenance.MEASURED.value}' DESC, policy = '{FINAL_POLICY}' DESC, "
-            "median_us, config, toolchain"
-        )
+        order = f"{_TRUST}, policy = '{FINAL_POLICY}' DESC, median_us, config, toolchain"
         records = self._those_that_are(self._matching(wanted, order), _record)
         return next((record for record in records if accept(record.config)), None)
 
@@ -248,6 +257,37 @@ class Store:
         for taken in self._those_that_are(rows, _taken):
             first.setdefault(taken[0], taken)
         return list(first.values())
+
+    def keep_probe(self, probe: Probe) -> None:
+        """Keep a probe in place of the one before under the same conditions."""
+        row = {
+            "device": probe.device,
+            "conditions": probe.conditions_key,
+            "figures": json.dumps(asdict(probe.figures), sort_keys=True),
+            "seconds": probe.seconds,
+            "created": probe.created,
+        }
+        with self._transaction() as database:
+            database.table("probes").upsert(row, pk=("device", "conditions"))
+
+    def probe(self, device: str, conditions: Mapping[str, str]) -> Probe | None:
+        """The probe of a device under these conditions; None where there is none that is one."""
+        if not self._select("SELECT 1 FROM sqlite_master WHERE name = 'probes'", ()):
+            return None  # of an older flashtune
+        rows = self._select(
+            "SELECT * FROM probes WHERE device = ? AND conditions = ?",
+            (device, conditions_key(conditions)),
+        )
+        with suppress(FlashtuneError, IndexError):
+            for row in rows:
+                return Probe(
+                    device=device,
+                    conditions=checked_conditions(_parsed(row["conditions"])),
+                    figures=Figures.from_json(_parsed(row["figures"])),
+                    seconds=row["seconds"],
+                    created=row["created"],
+                )
+        return None
 
     def problems(self, device: str) -> list[Problem]:
         """The problems with any record on this device, sorted."""
@@ -345,7 +385,8 @@ def _taken(row: sqlite3.Row) -> tuple[str, str, Measurement]:
 
 
 def _measurement(row: sqlite3.Row) -> Measurement:
-    values = {name: row[name] for name in _MEASUREMENT_FIELDS}
+    older = set(YOUNGER) - set(row.keys())  # a database of an older flashtune lacks them
+    values = {name: row[name] for name in _MEASUREMENT_FIELDS if name not in older}
     return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
 
 
@@ -361,7 +402,7 @@ def _problem(text: Any) -> Problem:
 
 def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
-        raise FlashtuneError(f"{quoted(text)} is no text")
+        raise FlashtuneError(f"{quoted(text)} is not text")
     return parse_json(text, exact=True)
 
 
@@ -387,11 +428,10 @@ def _warn(text: str) -> None:
     LOG.warning("%s", text)
 
 
-def _standing(record: Record) -> tuple[bool, bool, str]:
+def _standing(record: Record) -> tuple[int, bool, str]:
     """How much a record's measurement is worth: the greater replaces the lesser."""
-    measured = record.provenance is Provenance.MEASURED
     final = record.measurement.policy == FINAL_POLICY
-    return measured, final, when_made(record.created)
+    return -record.provenance.rank, final, when_made(record.created)
 
 
 def _connect(path: Path, read_only: bool) -> tuple[sqlite3.Connection, int]:

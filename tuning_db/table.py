@@ -7,7 +7,7 @@ Usage:
 
 The text is canonical: records in the order of problem, config and toolchain, so that measuring
 again changes only the lines of what changed, and `dumps_table(loads_table(text)) == text`.
-A problem has one measured record, its winner, or several predicted ones, a shortlist.
+A problem has one measured record, its winner, or several predicted or corrected ones, a shortlist.
 """
 
 import functools
@@ -26,6 +26,7 @@ from flashtune.tuning_db.foreign import parse_json, read_text
 from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
+    YOUNGER,
     Measurement,
     Outcome,
     Provenance,
@@ -38,6 +39,7 @@ from flashtune.tuning_db.store import FINAL_POLICY, Store
 from flashtune.tuning_db.whole_file import write_whole
 
 TABLE_VERSION = 1
+_JOULE_DIGITS = 9
 _TIME_DIGITS = 3  # a nanosecond: finer than any timer that a measurement comes from
 _PREBUILT = resources.files("flashtune.tuning_db") / "prebuilt"
 
@@ -138,19 +140,20 @@ def table_from_store(
     """The device's records that are worth shipping, as a table.
 
     Of each problem the best `measured` records that were measured; where none was, a shortlist
-    of `predicted` ones. Times of different toolchains don't compare, nor those of different
-    cost models, so that only the newest toolchain counts, and of predictions only the newest
-    record's cost model.
+    of `predicted` ones, those that a probe corrected before others. Times of different
+    toolchains don't compare, nor those of different cost models, so that only the newest
+    toolchain counts, and of predictions only the newest record's cost model.
     """
     by_problem = defaultdict(list)
     for record in store.records(device=device, ok_only=True):
         by_problem[record.problem].append(record)
     chosen: list[Record] = []
     for records in by_problem.values():
-        known = [record for record in records if record.provenance is Provenance.MEASURED]
-        newest = max(known or records, key=toolchain_age)
-        rivals = [each for each in known or records if each.toolchain == newest.toolchain]
-        if known:
+        best = min((record.provenance for record in records), key=lambda each: each.rank)
+        known = [record for record in records if record.provenance is best]
+        newest = max(known, key=toolchain_age)
+        rivals = [each for each in known if each.toolchain == newest.toolchain]
+        if best is Provenance.MEASURED:
             chosen += sorted(rivals, key=rank)[:measured]
         else:
             policy = newest.measurement.policy
@@ -169,11 +172,11 @@ def toolchain_age(record: Record) -> tuple[list[list[int]], str]:
     return versions, when_made(record.created)
 
 
-def rank(record: Record) -> tuple[bool, bool, float, str]:
+def rank(record: Record) -> tuple[int, bool, float, str]:
     """Orders OK records, the best first."""
     measurement = record.measurement
     return (
-        record.provenance is not Provenance.MEASURED,
+        record.provenance.rank,
         measurement.policy != FINAL_POLICY,
         measurement.median_us if measurement.median_us is not None else math.inf,
         config_key(record.config),
@@ -190,6 +193,8 @@ def _record_data(record: Record) -> dict[str, Any]:
     del data["key"], data["device"]
     for name in ("median_us", "spread_us"):
         data["measurement"][name] = _rounded(data["measurement"][name])
+    if "joules" in data["measurement"]:
+        data["measurement"]["joules"] = round(data["measurement"]["joules"], _JOULE_DIGITS)
     return data
 
 
@@ -244,7 +249,9 @@ def _read_record(device: str, data: Any) -> Record:
 
 
 def _read_measurement(data: Any) -> Measurement:
-    _check_keys(data, {field.name for field in fields(Measurement)}, "a measurement")
+    names = {field.name for field in fields(Measurement)}
+    known = names - YOUNGER | (set(data) & YOUNGER if isinstance(data, dict) else set())
+    _check_keys(data, known, "a measurement")
     return Measurement(**{**data, "outcome": _read_choice(Outcome, data["outcome"], "outcome")})
 
 

@@ -20,10 +20,11 @@ from flashtune.kernels.weights import Step
 class Backend(Protocol):
     """Compiles and loads the candidates of some plans."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile into the compiler's own cache, and say what the kernels need.
 
-        Needs no device. Raises DoesNotFitError, or whatever the compiler raises.
+        source: the candidate's, where that was rendered elsewhere. Needs no device. Raises
+        DoesNotFitError, or whatever the compiler raises.
         """
 
     def loader(

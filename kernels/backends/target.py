@@ -10,8 +10,9 @@ A target is a row: `TARGETS` lists those of the folders beside this file by vend
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -22,7 +23,12 @@ from flashtune.kernels.plans.candidate import TARGETS, Candidate, Plan, plans_of
 from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.probe import Figures
 from flashtune.tuning_db.problem import Problem
+
+Joules = Callable[[], float]
+"""What a device has taken so far; only differences mean anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,10 @@ class Target:
     compiles_elsewhere: whether what one machine compiles runs on another.
     bandwidth_sources: what a machine runs to find how fast it reads memory; empty if its figure
     is published.
+    probe: what this machine's device measures of itself, None where its kind has nothing to
+    measure. conditions: what its speed depends on beside its kind, as far as it can be read.
+    energy: gives what counts the joules that it takes; raises FlashtuneError where none can be
+    read.
     """
 
     name: str
@@ -69,6 +79,14 @@ class Target:
     registered: bool
     compiles_elsewhere: bool
     bandwidth_sources: Callable[[Device], Sequence[str]]
+    probe: Callable[[Device, torch.device], Figures | None]
+    conditions: Callable[[torch.device], Mapping[str, str]]
+    energy: Callable[[torch.device], AbstractContextManager[Joules]]
+
+
+def no_energy(where: torch.device) -> NoReturn:
+    """`energy` of a kind of device whose energy nothing tells; raises FlashtuneError."""
+    raise FlashtuneError(f"the energy that {where} takes can't be read here")
 
 
 def all_targets() -> tuple[Target, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from flashtune.kernels.backends.target import Target
+from flashtune.kernels.backends.target import Target, no_energy
 from flashtune.kernels.epilogues.epilogue import epilogue_of, new_out
 from flashtune.kernels.formats.format import dtype_name
 from flashtune.kernels.measure.timing import GraphTimer, Timer, WallTimer
@@ -149,7 +149,7 @@ def decode(
 class TorchBackend:
     """Any device, through torch's own operations."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Nothing has to be compiled."""
         return ()
 
@@ -202,4 +202,7 @@ TORCH = Target(
     registered=False,
     compiles_elsewhere=False,
     bandwidth_sources=lambda device: (),
+    probe=lambda device, where: None,
+    conditions=lambda where: {},
+    energy=no_energy,
 )

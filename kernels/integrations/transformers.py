@@ -46,29 +46,39 @@ def apply(
     tune: str | None = None,
     prepare: Sequence[int] = (),
 ) -> FlashHead:
-    """Let a model decode with FlashHead, and return the FlashHead, to `explain` or `prepare`.
-
-    assets: a FlashHead model folder, as `flashtune cluster` writes it, or its name in Hugging
-    Face's cache, of which only the clusters are read. Instead of it, head: a FlashHead made of
-    this model's output head, or centroids `[n_clusters, hidden]` and the cluster of each token
-    `[vocab]`. n_probes: unless given, as the folder's config says, and 256 for tensors. screen: of
-    rows and centroids in 8 or 4 bits (docs/formats.md), unless given as the folder's config says,
-    and none for tensors; without head and assets, of the whole vocabulary. rows: `in_place` reads
-    the rows out of the model's weight, `in_order` out of a copy; unless given as the folder's
-    config says, else in place where memory is short. The end tokens of the model, or of the
-    folder's config, are candidates of every step. tune: as for FlashHead, `race` unless given.
-    prepare: numbers of sequences, of 1 to 32, whose kernels are to be chosen and compiled now;
-    else the first step with each number does so, which can take 20 seconds.
+    """Let a model decode with FlashHead.
 
     The first time that a number of rows decodes, FlashHead is timed against the dense head, which
-    answers where it is as fast. With always, or FLASHHEAD_ENABLED=always, FlashHead does anyway.
+    answers if it is as fast. The dense weight stays, tied to the embedding or not, so memory grows
+    by a permuted copy of it and the centroids; with a screen by the screen alone, with rows in
+    place by little more than the centroids. Apply it when the weights are final and where they
+    will be used.
 
-    The dense weight stays, tied to the embedding or not, so that memory grows by a permuted copy
-    of it and the centroids; with a screen by that alone, with rows in place by the centroids.
-    Apply it once the weights are final and where they will be used.
-    Raises FlashtuneError, with the model as it was, for a head that is not a plain linear layer:
-    quantised, wrapped by an adapter, split over devices, with a bias, or with logits that the
-    model caps. To find that out the model is run on one token.
+    Args:
+        model: A causal language model of transformers.
+        head: Instead of assets, a FlashHead made of this model's output head, or centroids
+            `[n_clusters, hidden]` and the cluster of each token `[vocab]`.
+        assets: A FlashHead model folder, as `flashtune cluster` writes it, or its name in Hugging
+            Face's cache; only the clusters are read from it.
+        n_probes: Default: the folder's; 256 for tensors.
+        screen: Of rows and centroids in 8 or 4 bits (docs/formats.md). Default: the folder's, and
+            none for tensors. Without head and assets, the screen of the whole vocabulary.
+        rows: `in_place` reads the rows in the model's weight, `in_order` in a copy. Default: as
+            the folder's config says, else in place if memory is short.
+        always: Use FlashHead even where the dense head is as fast; so does
+            FLASHHEAD_ENABLED=always.
+        tune: As for FlashHead; default: `race`.
+        prepare: Numbers of sequences, from 1 to 32, whose kernels are chosen and compiled now.
+            Otherwise the first step with each number does so, which can take 20 seconds.
+
+    Returns:
+        The FlashHead, to `explain` or `prepare`. The end tokens of the model, or of the folder's
+        config, are candidates in every step.
+
+    Raises:
+        FlashtuneError: With the model unchanged, if its head is not a plain linear layer
+            (quantised, wrapped by an adapter, split over devices, with a bias) or if the model
+            caps its logits. To find that out the model is run on one token.
     """
     dense = _dense_head(model)
     screened = screen_of(screen)
@@ -149,7 +159,11 @@ def _end_tokens(model: Any, vocab_size: int) -> list[int]:
 
 
 def remove(model: Any) -> None:
-    """Give the model its dense head back. Raises FlashtuneError where there is no FlashHead."""
+    """Give a model its dense head back.
+
+    Raises:
+        FlashtuneError: If no FlashHead is applied to the model.
+    """
     applied = model.get_output_embeddings()
     model.__dict__.pop("generate", None)
     if not isinstance(applied, FlashLinear):

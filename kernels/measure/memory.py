@@ -1,19 +1,37 @@
-"""How much memory is left on a device, as far as can be told without taking it.
+"""How much memory is left on a device, as far as can be told without taking it; what steps take.
 
 Usage:
     free_bytes(weight.device)
+    scratch_bytes(problem)
 """
 
 from pathlib import Path
 
 import torch
 
+from flashtune.tuning_db.problem import Problem
+
+_MOST_BLOCKS = 1024  # of a launch with one block a multiprocessor
 _MEMORY = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _GROUP_FILES = {
     "": ("memory.max", "memory.current"),  # version 2
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
 }
+
+
+def scratch_bytes(problem: Problem) -> int:
+    """More bytes than the scratch of any plan's step for this problem takes.
+
+    Scores and lists of clusters of each token, and of all tokens together; where candidates are
+    decided again the logits of all tokens, what each program found best, and the best of each
+    block.
+    """
+    tokens, again = problem.n_tokens, problem.n_rescored > 0
+    lists = (tokens * (4 + 8) + 2 * 4) * problem.n_clusters
+    logits = 2 * 4 * tokens * problem.vocab_size if again else 0
+    blocks = 8 * _MOST_BLOCKS * (1 + problem.n_rescored)
+    return lists + logits + blocks + 64 * tokens
 
 
 def free_bytes(device: torch.device) -> int:

@@ -29,7 +29,9 @@ def timer_bytes(problem: Problem) -> int:
 
 
 class Timer(Protocol):
-    """A step made ready to be timed over and over."""
+    """A step made ready to be timed over and over; `calls` of it are a sample."""
+
+    calls: int
 
     def sample(self, replays: int) -> list[float]:
         """That many samples, each in microseconds a call."""

@@ -8,6 +8,7 @@ Usage:
     trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=(default,))
     trial.take_turns(rounds=20)
     trial.finish()                            # a Measurement for each config
+    trial.unload()                            # where none of them is to run again
 
 One mechanism for a search, for the race at first load and for `flashtune quality`, so that a
 time means the same and an error has the same outcome in all of them. Entrants are known by any
@@ -18,14 +19,16 @@ others go on, unless it took the device along.
 import math
 import time
 from collections.abc import Callable, Collection, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import torch
 
+from flashtune.kernels.measure.energy import joules_a_call
 from flashtune.kernels.measure.failure import WrongResultError, failure
 from flashtune.kernels.measure.timing import Timer, Timing
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.weights import Step
+from flashtune.kernels.weights import Step, Unloadable
 from flashtune.tuning_db.record import Measurement, Outcome
 
 FIRST_SAMPLES = 2
@@ -49,6 +52,7 @@ class Trial(Generic[Entrant]):
         self._steps: dict[Entrant, Step] = {}
         self._timers: dict[Entrant, Timer] = {}
         self._samples: dict[Entrant, list[float]] = {}
+        self._joules: dict[Entrant, float] = {}
         self._ended: dict[Entrant, Measurement] = {}
 
     @property
@@ -121,12 +125,40 @@ class Trial(Generic[Entrant]):
                     del self._timers[entrant]
                     self._fail(entrant, error)
 
+    def meter(self, joules: Callable[[], float]) -> None:
+        """Measure what a call takes of energy, of each that is running, one after another."""
+        for entrant in list(self._timers):
+            if self.lost:
+                return
+            try:
+                self._joules[entrant] = joules_a_call(self._timers[entrant], joules)
+            except Exception as error:
+                del self._timers[entrant]
+                self._fail(entrant, error)
+
     def finish(self) -> dict[Entrant, Measurement]:
         """What became of each entrant; those are missing of which the trial can't say."""
         if not self.lost:
             for entrant in self._timers:
                 self._ended[entrant] = self._measured(entrant, Outcome.OK)
         return dict(self._ended)
+
+    def unload(self) -> None:
+        """Give up the timers, and unload what was loaded for steps: none of them runs again.
+
+        Of a device that was lost nothing can be unloaded.
+        """
+        self._timers.clear()
+        steps: list[object] = list(self._steps.values())
+        self._steps.clear()
+        if self.lost:
+            return
+        with suppress(Exception):  # of a driver: then it stays loaded
+            if self._workload.sets[0].weight.is_cuda:
+                torch.cuda.synchronize()
+            for step in steps:
+                if isinstance(step, Unloadable):
+                    step.unload()
 
     def _measured(self, entrant: Entrant, outcome: Outcome) -> Measurement:
         timing = Timing.of(self._samples[entrant])
@@ -136,6 +168,7 @@ class Trial(Generic[Entrant]):
             spread_us=timing.spread_us,
             samples=timing.samples,
             policy=self._policy,
+            joules=self._joules.get(entrant),
         )
 
     def _fail(self, entrant: Entrant, error: Exception) -> None:

@@ -21,6 +21,7 @@ N_CHECKS = 4
 _ROWS_AT_ONCE = 2**14  # that are made at a time
 _JUDGED_ROWS = 4096  # that the judge has in float64 at a time
 _JUDGED_NUMBERS = 8  # that it has of every row besides, in float64
+_STATE_BYTES = 8  # of a number of a state while it is made: in float32 twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,15 @@ class Workload:
     they must not lie in; `states` are one hidden state `[n_tokens, hidden]` a set. `checks` are
     further states: random ones, one whose best token stands in the last cluster that must be
     probed, and one with a better token in a cluster that must not be. A head's own weights are
-    left as they are: their checks are random states, and states near a centroid.
+    left as they are: their checks are random states, and states near a centroid. most_bytes: what
+    it takes beyond the weights to verify and time on these, the copies included, if known.
     """
 
     problem: Problem
     sets: tuple[Weights, ...]
     states: tuple[torch.Tensor, ...]
     checks: tuple[torch.Tensor, ...]
+    most_bytes: int = 0
     _right: dict[tuple[int, tuple[int, ...]], int] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -79,31 +82,34 @@ class Workload:
         cold_bytes: int,
         *,
         free_bytes: int,
-        timer_bytes: int = 0,
+        step_bytes: int = 0,
         seed: int,
     ) -> "Workload":
         """A head's own weights with fresh hidden states.
 
-        Sets have copies of the centroids where these, the judge and what timers will take fit in
-        half of `free_bytes`; else all share the head's own, and these lie in the cache while
-        kernels are timed. Raises FlashtuneError where there is no room for even the others.
+        Sets have copies of the centroids where these, the judge and what steps and their timers
+        will take (step_bytes) fit in half of `free_bytes`; else all share the head's own, and
+        these lie in the cache while kernels are timed. Raises FlashtuneError where there is no
+        room for even the others.
         """
         where = weights.weight.device
         generator = torch.Generator(where).manual_seed(seed)
         judged = 3 * problem.hidden_size * _JUDGED_ROWS + _JUDGED_NUMBERS * problem.vocab_size
-        needed = timer_bytes + 8 * judged
+        n_sets = _sets_for(problem, cold_bytes)
+        shape = problem.n_tokens, problem.hidden_size
+        own = _STATE_BYTES * (n_sets + 2) * problem.n_tokens * problem.hidden_size
+        needed = step_bytes + 8 * judged + own
         if needed > free_bytes / 2:
             raise FlashtuneError(
                 f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "
                 f"kernels takes {needed / 2**20:.0f}, of which there must be twice as much"
             )
-        n_sets = _sets_for(problem, cold_bytes)
-        copied = needed + (n_sets - 1) * problem.centroid_bytes <= free_bytes / 2
+        copies_bytes = (n_sets - 1) * problem.centroid_bytes
+        copied = needed + copies_bytes <= free_bytes / 2
         copies = [
             replace(weights, centroids=weights.centroids.clone()) if copied else weights
             for _ in range(n_sets - 1)
         ]
-        shape = problem.n_tokens, problem.hidden_size
         states = [
             torch.randn(*shape, generator=generator, device=where) / shape[1] ** 0.5
             for _ in range(n_sets + 2)
@@ -112,7 +118,13 @@ class Workload:
         states[-1] = weights.centroid_rows(problem, near, torch.float32) + states[-1] / 2
         dtype = format_of(problem.state_dtype).torch_dtype
         typed = tuple(each.to(dtype) for each in states)
-        return cls(problem, (weights, *copies), typed[:n_sets], typed[n_sets:])
+        return cls(
+            problem,
+            (weights, *copies),
+            typed[:n_sets],
+            typed[n_sets:],
+            most_bytes=needed + (copies_bytes if copied else 0),
+        )
 
     @property
     def is_cold(self) -> bool:

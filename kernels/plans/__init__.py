@@ -2,7 +2,7 @@
 
 To add a plan: a file here with its config, rules, launches and template values; its template; a
 row in `MEMBERS` below and in the `plans` of the targets that it runs on; and, if it is to be
-predicted, a file in tuner/predict/stages. docs/howto/add-a-plan.md has the whole list.
+predicted, a file in kernels/predict/stages. docs/howto/add-a-plan.md has the whole list.
 """
 
 from flashtune.kernels.plans.batched import BATCHED

@@ -47,7 +47,7 @@ class KernelUse:
 class Rule:
     """One condition that makes a candidate valid, and every knob that it reads.
 
-    `find(candidate)` is None, or one line that says why the candidate breaks it. Whoever
+    `find(candidate)` is None, or one line that says why the candidate breaks it. Code that
     enumerates configs can judge a rule as soon as its knobs are set.
     """
 
@@ -133,7 +133,7 @@ class Candidate:
         Raises FlashtuneError for a device of a kind that has no kernels.
         """
         if self.plan not in plans_of(self.device).values():
-            return f"{self.config.plan} is no plan for {self.device.name}"
+            return f"{self.config.plan} is not a plan for {self.device.name}"
         return why_broken(self.plan.rules, self)
 
     @property

@@ -45,7 +45,7 @@ def knob(
 def knobs(plan: Any) -> dict[str, Mapping[str, Any]]:
     """The knobs of a plan, each with `choices`, `when` and `default`, in search order.
 
-    Not to be changed by whoever reads them: a plan's knobs are gathered once.
+    Callers must not change them: a plan's knobs are gathered once.
     """
     return _gathered(plan)
 

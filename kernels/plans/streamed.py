@@ -54,6 +54,9 @@ _STARTS = (
     StreamedConfig(),
     StreamedConfig(gather_warps=8, gather_stages=2),
     StreamedConfig(score_stages=2),  # rows of 6 KB
+    # What fits where rows have 8 and 10 KB: not measured
+    StreamedConfig(score_stages=2, gather_warps=8),
+    StreamedConfig(score_stages=1, gather_warps=8),
 )  # where searches begin: found by hand on one H200
 
 

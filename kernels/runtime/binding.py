@@ -1,7 +1,7 @@
 """From a problem to something that runs: choose, render, compile, load, check; else fall back.
 
 Usage:
-    bound = bind(problem, weights)     # never raises for want of a kernel
+    bound = bind(problem, weights)     # never raises if there is no kernel
     step = bound.take_step()           # with scratch of its own: one for each stream
     step(weights, hidden, out)
     bound.troubles                     # what went wrong on the way, one line each

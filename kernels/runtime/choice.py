@@ -7,9 +7,9 @@ Usage:
 
 Levels, best first: the same problem on the same device; the nearest shape on the same device;
 the nearest device (its architecture first, then `device_distance`) with the nearest shape; the
-default config; plain torch. Inside a level a measured record goes before a predicted one, then
-the nearer one, then the source given first, then one made with this toolchain, then one
-of a search's final timing, then the fastest.
+default config; plain torch. Inside a level a measured record goes before a corrected one, and
+that before a predicted one, then the nearer one, then the source given first, then one made with
+this toolchain, then one of a search's final timing, then the fastest.
 """
 
 import math
@@ -25,6 +25,7 @@ from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.evidence import why_less_trusted
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
 from flashtune.tuning_db.shortlist import MOST
@@ -109,6 +110,12 @@ class Choice:
         differing = {one.field for one in self.differences} & {*PROBLEM_FIELDS}
         return here and measured and not self.stale and differing <= {"n_pinned"}
 
+    def _less_trusted(self) -> str | None:
+        """Why predictions for the record's device are less trusted, if it is one of those."""
+        if self.record is None or self.record.provenance is Provenance.MEASURED:
+            return None
+        return why_less_trusted(self.record.device) or None
+
     def explain(self) -> dict[str, Any]:
         """The choice as plain data that `json.dumps` takes."""
         record = self.record
@@ -118,6 +125,7 @@ class Choice:
             "config": dict(config_data(self.config)),
             "source": self.source,
             "provenance": record.provenance.value if record else None,
+            "less_trusted": self._less_trusted(),
             "record": record.key if record else None,
             "record_device": record.device if record else None,
             "median_us": record.measurement.median_us if record else None,
@@ -257,7 +265,7 @@ def _candidates(
                 nearness = (other.arch != device.arch, device_distance(device, other), distance)
             place = (
                 list(Level).index(level),
-                record.provenance is not Provenance.MEASURED,
+                record.provenance.rank,
                 *nearness,
                 rank,
                 record.toolchain != toolchain,

@@ -46,8 +46,8 @@ ROUNDED = (0, *(1 << (number - 1).bit_length() for number in range(1, MOST_TOKEN
 class Allowance:
     """What is spent once in a head's life, by all of its decoders: seconds of races, a warning.
 
-    race_seconds: what is left of them; None where no race may be held. Whoever makes a step or
-    spends of this holds the lock.
+    race_seconds: what is left of them; None where no race may be held. Code that makes a step
+    or spends from this must hold the lock.
     """
 
     race_seconds: float | None
@@ -108,7 +108,7 @@ class Decoder:
         _DECODERS.add(self)
 
     def forget_steps(self) -> None:
-        """Have steps made anew, in a process that was forked.
+        """Have steps made again, in a process that was forked.
 
         Another thread, which is not here, may have been in a call, with locks held and scratch
         half written.

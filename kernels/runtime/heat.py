@@ -6,32 +6,36 @@ Usage:
         entry.config, entry.measurement, entry.why
 
 All are compiled first, some at a time, and loaded: none is begun after half of the time, and those
-begun are given up when a fifth of it is left. Then each is verified against float64 before it is
-timed, and those that are not far behind take turns (measure/trial.py), in two seconds.
+begun are ended when a fifth of it is left. Then each is verified against float64 before it is
+timed, and those that are not far behind take turns (measure/trial.py), in two seconds. How much
+memory that takes at most is said before it is taken; what was loaded is unloaded in the end.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from flashtune.kernels.backends.target import backend_of, target_of
-from flashtune.kernels.measure.memory import free_bytes
+from flashtune.kernels.measure.memory import free_bytes, scratch_bytes
 from flashtune.kernels.measure.timing import timer_bytes
 from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, slack_of
+from flashtune.kernels.runtime.compilers import Compilers
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement
 from flashtune.tuning_db.store import RACE_POLICY
 
+LOG = logging.getLogger("flashtune")
 BEGIN_SHARE, COMPILE_SHARE = 0.5, 0.8  # of the time: when to begin, and to wait, no more
 RUN_SECONDS = 2.0  # of verifying and timing, of them at most half before turns are taken
 COMPILERS = 4  # threads; the greater part of a compiler's work is done by other processes
@@ -54,11 +58,13 @@ class Entry:
 class Comparison:
     """What became of each config, in the order given, on cold centroids or not.
 
-    `device_lost`: the device answers no more; nothing can run on it in this process.
+    most_bytes: of the device's memory that were taken at most. device_lost: the device answers no
+    more; nothing can run on it in this process.
     """
 
     entries: tuple[Entry, ...]
     is_cold: bool
+    most_bytes: int
     compile_s: float
     run_s: float
     device_lost: bool = False
@@ -80,17 +86,24 @@ def compare(
     """
     start = time.monotonic()
     where = weights.weight.device
+    room = free_bytes(where)
     workload = Workload.around(
         weights,
         problem,
         device.l2_bytes,
-        free_bytes=free_bytes(where),
-        timer_bytes=len(configs) * timer_bytes(problem),
+        free_bytes=room,
+        step_bytes=len(configs) * (timer_bytes(problem) + scratch_bytes(problem)),
         seed=time.time_ns(),
+    )
+    LOG.info(
+        "a race takes up to %.0f MiB of the %.0f that are free on %s",
+        workload.most_bytes / 2**20,
+        room / 2**20,
+        where,
     )
     trial: Trial[Config] = Trial(workload, target_of(device).timer, RACE_POLICY)
     compiled = _compile(problem, configs, device, where, seconds)
-    missed = _load(trial, compiled, until=start + COMPILE_SHARE * seconds)
+    missed = _load(trial, configs, compiled, until=start + COMPILE_SHARE * seconds)
     begun = time.monotonic()
     end = min(begun + RUN_SECONDS, start + seconds)
     try:
@@ -106,6 +119,7 @@ def compare(
     finally:
         note(None)
     found = trial.finish()
+    trial.unload()
     lost = "the device was lost while it was timed"
     return Comparison(
         entries=tuple(
@@ -115,6 +129,7 @@ def compare(
             for config in configs
         ),
         is_cold=workload.is_cold,
+        most_bytes=workload.most_bytes,
         compile_s=begun - start,
         run_s=time.monotonic() - begun,
         device_lost=trial.lost,
@@ -128,33 +143,41 @@ def _compile(
     where: torch.device,
     seconds: float,
 ) -> "dict[Config, Future[Load]]":
-    """Compile in threads, so that none still does, if it can be helped, while others are timed."""
+    """Compile, so that nothing is left to compile while others are timed; those that were."""
     start = time.monotonic()
-    pool = ThreadPoolExecutor(min(COMPILERS, len(os.sched_getaffinity(0))))
+    compilers = Compilers(min(COMPILERS, len(os.sched_getaffinity(0))))
     futures = {}
     try:
         for config in configs:
             candidate = Candidate(problem, config, device)
-            futures[config] = pool.submit(backend_of(candidate).loader, candidate, where)
-        wait(futures.values(), timeout=BEGIN_SHARE * seconds)
-    finally:  # after Ctrl-C, too: a program ends when what is in hand is compiled
-        pool.shutdown(wait=False, cancel_futures=True)
-    left = start + COMPILE_SHARE * seconds - time.monotonic()
-    wait(futures.values(), timeout=max(0.0, left))
-    return futures
+            compile_it = partial(backend_of(candidate).loader, candidate, where)
+            futures[config] = compilers.submit(compile_it)
+        compilers.wait(BEGIN_SHARE * seconds)
+        compilers.cancel()
+        compilers.wait(max(0.0, start + COMPILE_SHARE * seconds - time.monotonic()))
+        return {
+            config: future
+            for config, future in futures.items()
+            if future.done() and not future.cancelled()
+        }
+    finally:  # after Ctrl-C, too
+        compilers.end()
 
 
 def _load(
-    trial: Trial[Config], compiled: "dict[Config, Future[Load]]", until: float
+    trial: Trial[Config],
+    configs: Sequence[Config],
+    compiled: "dict[Config, Future[Load]]",
+    until: float,
 ) -> dict[Config, str]:
     """Load what was compiled, a few even later than `until`; why the others were not."""
     missed = {}
-    for config, load in compiled.items():
+    for config in configs:
         late = len(trial.loaded) >= LEAST_RUNNERS and time.monotonic() > until
-        if late or not load.done() or load.cancelled():
+        if late or config not in compiled:
             missed[config] = "it was not compiled in time"
         else:
-            trial.load(config, partial(_loaded, load))
+            trial.load(config, partial(_loaded, compiled[config]))
     return missed
 
 

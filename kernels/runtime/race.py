@@ -4,11 +4,13 @@ Usage:
     choice, race = hold(start, choice)      # the choice to run, and how it came about
     race.explain()                          # plain data
 
-The contenders (`choice.contenders`) are compared with the default in this process, on the
-head's own weights, and the winner is kept in the user's database: the next load finds it there.
+What was predicted for this problem and device is corrected first, by a probe of the device
+(`correction`). The contenders (`choice.contenders`) are compared with the default in this
+process, on the head's own weights, and the winner is kept in the user's database: the next load
+finds it there.
 One that does not beat the default by more than the noise is dropped, and the default is kept as
 the winner. Of several processes that load the same problem on the same kind of device one races
-and the others wait for its winner. Nothing here raises for want of a race.
+and the others wait for its winner. Nothing here raises if there is no race.
 """
 
 import hashlib
@@ -25,10 +27,18 @@ from typing import Any
 import torch
 
 from flashtune.kernels.plans.config import Config, config_data
-from flashtune.kernels.runtime.choice import USER, Choice, Level, contenders, default_choice
+from flashtune.kernels.runtime.choice import (
+    USER,
+    Choice,
+    Level,
+    Source,
+    contenders,
+    default_choice,
+)
+from flashtune.kernels.runtime.correction import correct
 from flashtune.kernels.runtime.heat import RUN_SECONDS, Comparison, Entry, compare
 from flashtune.kernels.runtime.records import look
-from flashtune.kernels.runtime.trouble import one_line
+from flashtune.kernels.runtime.trouble import is_of_a_signal, one_line
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
@@ -90,6 +100,7 @@ class Race:
             **data,
             "compile_seconds": comparison.compile_s,
             "run_seconds": comparison.run_s,
+            "most_bytes": comparison.most_bytes,
             "centroids": "cold" if comparison.is_cold else "warm: no room for copies",
             "timed": [
                 {
@@ -160,11 +171,15 @@ def _take_turn(
 ) -> tuple[Choice, Race]:
     """Race, unless another process has raced meanwhile, or still does."""
     if lock is None:
-        if choice.record is None or choice.record.provenance is Provenance.PREDICTED:
+        if choice.record is None or choice.record.provenance is not Provenance.MEASURED:
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
         why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and is not done"
         return choice, Race(why_not=why_not)
     choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
+    begun = time.monotonic()
+    if database is not None and not choice.settled and _corrected(start, sources, database):
+        choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
+    start = replace(start, seconds=start.seconds - (time.monotonic() - begun))
     configs = contenders(start.problem, start.device, start.toolchain, sources)
     if choice.settled:
         return choice, Race(why_not="another process has raced meanwhile")
@@ -180,6 +195,27 @@ def _take_turn(
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
         return choice, replace(race, why_not="there were too few to compare")
     return _won(start, winner, comparison, kept), race
+
+
+def _corrected(start: Start, sources: Sequence[Source], database: Path) -> bool:
+    """Whether what is predicted for just this problem here was corrected by a probe."""
+    predictions = [
+        record
+        for source in sources
+        for record in source.records
+        if (record.device, record.problem) == (start.device.name, start.problem)
+        and record.provenance is Provenance.PREDICTED
+    ]
+    if not predictions:
+        return False
+    try:
+        with Store(database) as store:
+            return correct(start.device, start.weights.weight.device, predictions, store) > 0
+    except Exception as error:  # a compiler, a driver, a database: the race is held all the same
+        if is_of_a_signal(error):
+            raise
+        start.troubles.append(f"predictions are not corrected by a probe: {one_line(error)}")
+        return False
 
 
 def _compare(start: Start, configs: Sequence[Config], lock: Lock) -> Comparison:

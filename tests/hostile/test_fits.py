@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from safetensors.torch import save
 
 from flashtune.kernels.model_folder.clusters import ASSIGNMENTS, Origin
+from flashtune.kernels.predict.cost_model import MODEL_FILE
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.clustering.clustered_folder import ClusterRequest, cluster_model
 from flashtune.tuner.clustering.kmeans import BalancedKMeans
 from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
-from flashtune.tuner.predict.cost_model import MODEL_FILE
 from flashtune.tuner.predict.fit import digest
 from flashtune.tuning_db.errors import FlashtuneError
 from hostile.mutation import Raw, dumped, mutate, spoil

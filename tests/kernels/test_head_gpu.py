@@ -1,14 +1,19 @@
 """The FlashHead module on an NVIDIA GPU."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from flashtune.kernels.backends.host import device_of
+from flashtune.kernels.backends.nvidia.driver import loaded
+from flashtune.kernels.backends.nvidia.probe import Gauge
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.measure.probe import probe
 from flashtune.kernels.plans.config import parse_config, slack_of
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
@@ -209,6 +214,40 @@ def test_what_was_never_measured_is_raced_for_once(
     assert why_wrong(head, out, hidden) is None
     again = make_head(tune="race").explain()
     assert (again["race"], again["config"]) == (None, data["config"])
+
+
+@pytest.mark.usefixtures("racing")
+def test_a_race_takes_no_more_memory_than_it_says_and_unloads_what_it_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_DB", str(tmp_path / "tuning.db"))
+    monkeypatch.setattr("flashtune.kernels.runtime.records.prebuilt_devices", lambda: ())
+    head = make_head(tune="race")
+    modules, _ = loaded()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    data = head.explain()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert data["raced"] and len(data["race"]["timed"]) > 2
+    assert 0 < taken <= data["race"]["most_bytes"]
+    assert loaded()[0] - modules <= 3, "only the winner's own"
+
+
+def test_the_gpu_is_probed_in_under_a_second() -> None:
+    where = torch.device("cuda", 0)
+    device = device_of(where)
+    gauge = Gauge(device, where, 32)
+    begun = time.monotonic()
+    figures = probe(gauge)
+    assert time.monotonic() - begun < 1.0
+    assert figures.bandwidth is not None and figures.launch_us is not None
+    assert figures.load_us is not None and figures.barrier_us is not None
+    assert (figures.overlapped_us is None) == (device.capability < 90)
+    if device.memory_bandwidth:
+        assert 0.3 < figures.bandwidth / device.memory_bandwidth < 1.1
+    for time_us in (figures.launch_us, figures.load_us, figures.barrier_us):
+        assert 0.05 < time_us < 50
 
 
 @pytest.mark.usefixtures("racing")

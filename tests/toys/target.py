@@ -29,7 +29,7 @@ DEVICE = Device(
 class ChunkBackend:
     """Steps that take the rows in chunks."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         return candidate.launches
 
     def loader(

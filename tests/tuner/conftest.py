@@ -110,6 +110,7 @@ def faulty(faulty_script: Path) -> ModuleType:
     return loaded(faulty_script)
 
 
+TESTS = Path(__file__).parent
 PATIENCE = 60.0  # seconds for what takes milliseconds, on a busy machine
 SSH_CONFIG = """
 Host *
@@ -241,7 +242,7 @@ class Far:
         (self.folder / "sitecustomize.py").write_text(site)
         script = FAR_PYTHON.format(
             cache=cache or os.environ["FLASHTUNE_CACHE"],
-            path=f"{self.folder}:{Path(__file__).parent / 'workers'}",
+            path=":".join(map(str, (self.folder, TESTS / "workers", TESTS / "fleet"))),
             python=sys.executable,
         )
         return write_script(self.folder / "python", script)

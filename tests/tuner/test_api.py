@@ -98,11 +98,18 @@ class TestASearch:
     def test_its_records_make_a_table(self, found: Any, database: Path, tmp_path: Path) -> None:
         path, other = tmp_path / "orin.json", tmp_path / "other.db"
         row = flashtune.tables.export("orin", path, shortlist=1, db=database)
-        expected = {"file": str(path), "device": "orin-nano-super", "records": 1, "shapes": 1}
+        expected = {
+            "file": str(path), "device": "orin-nano-super", "records": 1, "shapes": 1,
+            "measured": 0, "corrected": 0, "predicted": 1, "less_trusted": None,
+        }  # fmt: skip
         assert row == expected
         assert flashtune.tables.check(path) == [expected]
         assert printed("tables", "check", path, "--json")["tables"] == [expected]
         assert flashtune.tables.import_(path, db=other) == [expected]
+        [shown] = flashtune.tables.show(path)
+        [row] = shown.pop("contents")
+        assert shown == expected
+        assert (row["provenance"], row["records"]) == ("predicted", 1)
         with Store(other, read_only=True) as store:
             [record] = store.records()
         assert record.key == found["results"][0]["winner"]["key"]

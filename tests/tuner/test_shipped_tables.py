@@ -22,6 +22,9 @@ from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.shortlist import MOST
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
+# Of which tables were predicted; of younger ones heads race what is near, and what is known good
+PREDICTED = tuple(PRESETS)[:6]
+
 
 def test_every_shipped_table_passes_the_check() -> None:
     result = CliRunner().invoke(cli, ["tables", "check", "--json"])
@@ -42,7 +45,7 @@ def test_a_problem_has_one_winner_or_a_shortlist(name: str) -> None:
 
 
 @pytest.mark.parametrize("screen", ["int8", "int4/int8", "int4"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PREDICTED)
 @pytest.mark.parametrize("name", [each for each in prebuilt_devices() if each != "nvidia-h200"])
 def test_a_screened_head_of_a_preset_has_configs_to_race(
     name: str, preset: str, screen: str

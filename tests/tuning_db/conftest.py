@@ -27,6 +27,7 @@ def make_record(problem: Problem) -> MakeRecord:
             "samples": 0 if median_us is None else 100,
             "error": "illegal access" if median_us is None else "",
             "policy": changes.pop("policy", "search"),
+            "joules": changes.pop("joules", None),
         }
         values: dict[str, Any] = {
             "device": "nvidia-h200",

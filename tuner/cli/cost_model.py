@@ -45,12 +45,13 @@ def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int
     from flashtune.tuner.predict.calibration import calibrate, write_calibration
     from flashtune.tuner.progress import StepProgress
     from flashtune.tuner.workers.pool import WorkerPool
+    from flashtune.tuner.workers.transport import here
 
     records = []
     for database in databases:
         with Store(database, read_only=True) as store:
             records += store.records(device=device.name)
-    with WorkerPool(jobs) as pool, StepProgress("compiling", len(records)) as progress:
+    with WorkerPool(here(jobs)) as pool, StepProgress("compiling", len(records)) as progress:
         calibration = calibrate(records, device, pool, progress.show_of)
     write_calibration(out, calibration)
     say(f"{out}: {len(calibration.samples)} of {len(records)} records of {device.name}")
@@ -100,11 +101,11 @@ def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
     Example:
       flashtune model check --json
     """
+    from flashtune.kernels.predict.cost_model import MODEL_FILE, read_model_file
     from flashtune.tuner.cli.cost_model_report import print_report, verdicts
     from flashtune.tuner.here import device_named
     from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
     from flashtune.tuner.predict.check import check_model
-    from flashtune.tuner.predict.cost_model import MODEL_FILE, read_model_file
     from flashtune.tuner.predict.fit import read_fit
 
     found = read_calibration(calibration or SHIPPED)

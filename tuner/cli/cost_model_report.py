@@ -20,9 +20,12 @@ def print_report(report: Report) -> None:
         splits_table(report),
         problems_table(report),
         figures_table(report),
+        rates_table(report),
         formats_table(report),
     ):
         print_table(table)
+    for name, evidence in report.evidence.items():
+        say(f"{name}: {evidence.describe()}")
     for what, holds in verdicts(report):
         say(f"{'passed' if holds else 'FAILED'}: {what}")
 
@@ -93,6 +96,33 @@ def figures_table(report: Report) -> Table:
             f"{each.published_us:.0f}",
             f"{each.predicted_us:.0f}",
             f"{each.error:+.0%}",
+        )
+    return table
+
+
+def rates_table(report: Report) -> Table:
+    """A line for each published pair of rates: what a token saves."""
+    table = _table(
+        "what a token saves on other devices by published rates, microseconds",
+        "device",
+        "model",
+        "body",
+        "published",
+        "rounding",
+        "predicted",
+        "error",
+        "error at 256 probes",
+    )
+    for each in report.rates:
+        table.add_row(
+            each.device,
+            each.model,
+            each.body,
+            f"{each.published_us:.0f}",
+            f"{each.rounding:.0%}",
+            f"{each.predicted_us:.0f}",
+            f"{each.error:+.0%}",
+            f"{each.fewer_probes_error:+.0%}",
         )
     return table
 

@@ -19,17 +19,38 @@ _record = click.option(
 
 
 @click.command()
+@click.option(
+    "--probe",
+    "probes",
+    is_flag=True,
+    help="Probe this machine's devices, and show what they measured beside what was expected.",
+)
+@options.database
 @options.as_json
-def devices(as_json: bool) -> None:
+def devices(probes: bool, database: Path | None, as_json: bool) -> None:
     """List the known devices, and mark those of this machine.
 
+    With --probe this machine's devices measure what their predictions depend on: how fast memory
+    is read, and what a launch, a dependent load and a barrier of the whole grid take. Predicted
+    times are corrected by that. The probe and the corrected records are kept in the database.
+
     \b
-    Example:
+    Examples:
       flashtune devices
+      flashtune devices --probe --json
     """
     from flashtune.kernels.backends.host import devices_here
-    from flashtune.tuner.cli.report import device_data, print_devices
+    from flashtune.tuner.cli.report import device_data, print_devices, print_probes
+    from flashtune.tuner.probe import probe_here
 
+    if probes:
+        with Store(database or default_path()) as store:
+            found = probe_here(store)
+        if as_json:
+            say_json([each.data() for each in found])
+        else:
+            print_probes(found)
+        return
     here = set(devices_here())
     known = [*all_devices(), *sorted(here - set(all_devices()), key=lambda device: device.name)]
     if as_json:

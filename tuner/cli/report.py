@@ -1,18 +1,28 @@
 """Devices and records as a person sees them."""
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from flashtune.kernels.plans.config import parse_config, short_config
 from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER
 from flashtune.tuner.cli.terminal import print_rows
+from flashtune.tuner.probe import Probed
 from flashtune.tuner.search.lookup import KnownRecord
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.evidence import published_evidence, why_less_trusted
 from flashtune.tuning_db.one_line import one_line
 from flashtune.tuning_db.record import Outcome, Provenance, Record
 
 _MARKS = {USER: "", ADDED: "+", PREBUILT: "*"}  # after a record's outcome
+_FIGURES = {  # of a probe: what they are, their unit, how many of it are one, digits
+    "bandwidth": ("memory reads", "GB/s", 1e-9, 1),
+    "launch_us": ("launch alone", "us", 1.0, 2),
+    "overlapped_us": ("launch overlapped", "us", 1.0, 2),
+    "load_us": ("dependent load", "us", 1.0, 3),
+    "barrier_us": ("barrier of a grid", "us", 1.0, 2),
+}
 _TABLES = {
     ADDED: "of a table in FLASHTUNE_TABLES, not of the database",
     PREBUILT: "of a shipped table, not of the database",
@@ -26,10 +36,10 @@ def number(time_us: float | None) -> str:
 
 def time_of(record: Record) -> str:
     """The time of a record, with the 80 % interval where it was predicted."""
-    from flashtune.tuner.predict.cost_model import interval_us
+    from flashtune.kernels.predict.cost_model import interval_us
 
     text = number(record.measurement.median_us)
-    if record.provenance is not Provenance.PREDICTED:
+    if record.provenance is Provenance.MEASURED:
         return text
     try:
         interval = interval_us(record.problem, parse_config(record.config), record.measurement)
@@ -68,12 +78,17 @@ def print_records(known: Sequence[KnownRecord]) -> None:
 
 def predicted_notes(records: Iterable[Record]) -> list[str]:
     """What is to be said of predicted times, those of formats and plans by guess above all."""
-    from flashtune.tuner.predict.cost_model import unfitted
+    from flashtune.kernels.predict.cost_model import unfitted
 
-    predicted = [each for each in records if each.provenance is Provenance.PREDICTED]
+    predicted = [each for each in records if each.provenance is not Provenance.MEASURED]
     if not predicted:
         return []
-    notes = ["predicted times: in brackets the interval that held 80 % of what was measured"]
+    words = [each.value for each in Provenance if each in {one.provenance for one in predicted}]
+    kinds = " and ".join(words)
+    notes = [f"{kinds} times: in brackets the interval that held 80 % of what was measured"]
+    for name in sorted({each.device for each in predicted}):
+        if why_less_trusted(name):
+            notes.append(f"{name}: {why_less_trusted(name)}")
     guessed = sorted({name for each in predicted for name in unfitted(each.problem, each.config)})
     if guessed:
         notes.append(
@@ -83,8 +98,8 @@ def predicted_notes(records: Iterable[Record]) -> list[str]:
     return notes
 
 
-def print_devices(devices: Iterable[Device], here: Collection[Device]) -> None:
-    """Print devices, with those of this machine marked."""
+def print_devices(devices: Sequence[Device], here: Collection[Device]) -> None:
+    """Print devices, with those of this machine marked, and what was published of them."""
     rows = [
         (
             device.name,
@@ -97,11 +112,49 @@ def print_devices(devices: Iterable[Device], here: Collection[Device]) -> None:
         )
         for device in devices
     ]
-    print_rows("", ("device", "arch", ">SMs", ">GB/s", ">L2 MiB", "aliases", "title"), rows)
+    notes = [
+        f"{device.name}: {evidence.describe()}"
+        for device in devices
+        if (evidence := published_evidence().get(device.name))
+    ]
+    headings = ("device", "arch", ">SMs", ">GB/s", ">L2 MiB", "aliases", "title")
+    print_rows("", headings, rows, notes=notes)
+
+
+def print_probes(probed: Sequence[Probed]) -> None:
+    """Print what devices measured of themselves beside what is expected by published figures."""
+    rows = []
+    for each in probed:
+        measured, expected = (asdict(part) for part in (each.probe.figures, each.expected))
+        for name, (what, unit, scale, digits) in _FIGURES.items():
+            one, other = (values[name] for values in (measured, expected))
+            rows.append(
+                (
+                    each.probe.device,
+                    what,
+                    unit,
+                    *(f"{value * scale:.{digits}f}" if value else "" for value in (one, other)),
+                    f"{one / other:.2f}" if one and other else "",
+                )
+            )
+    notes = []
+    for each in probed:
+        probe = each.probe
+        conditions = ", ".join(f"{name} {text}" for name, text in probe.conditions.items())
+        notes.append(
+            f"{probe.device}: {probe.seconds:.1f} s, {each.corrected} records corrected; "
+            f"{conditions or 'power mode and clocks cannot be read'}"
+        )
+    headings = ("device", "what", "unit", ">measured", ">expected", ">ratio")
+    print_rows("", headings, rows, notes=notes)
 
 
 def device_data(device: Device, here: bool) -> dict[str, Any]:
-    """A device as plain data."""
+    """A device as plain data.
+
+    evidence: of predictions against what others published, None where nobody did.
+    """
+    evidence = published_evidence().get(device.name)
     return {
         "name": device.name,
         "title": device.title,
@@ -112,4 +165,6 @@ def device_data(device: Device, here: bool) -> dict[str, Any]:
         "aliases": device.aliases,
         "source": device.source,
         "here": here,
+        "evidence": asdict(evidence) if evidence else None,
+        "less_trusted": why_less_trusted(device.name) or None,
     }

@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.store import Store, default_path
-
-if TYPE_CHECKING:
-    from flashtune.tuner.workers.remote import RemoteMachine
 
 FAILED = 1  # the exit code where nothing worked
 
@@ -76,14 +74,35 @@ class _Search(click.Command):
 @click.option(
     "--remote",
     metavar="DESTINATION",
+    multiple=True,
     help="Measure on the machine that `ssh DESTINATION` reaches; without --device, on the device "
-    "found there.",
+    "found there. May be repeated.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice([each.value for each in Objective]),
+    default=Objective.TIME.value,
+    show_default=True,
+    help="What to minimise: the time of a call, its energy, or both.",
 )
 @click.option(
     "--remote-python",
     metavar="PYTHON",
     show_default="python3",
     help="The Python there that has torch and Triton.",
+)
+@click.option(
+    "--gpus",
+    metavar="all|N,N…",
+    help="Measure on all GPUs of this machine, or on those with these numbers, such as 0,2.",
+)
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="auto",
+    help="Measure on the Ray cluster at this address, else on the one that this machine is a node "
+    "of; needs flashtune[ray].",
 )
 @options.database
 @options.as_json
@@ -92,8 +111,11 @@ def search(
     shapes: Sequence[Problem],
     models: Sequence[Problem],
     fixed: Sequence[tuple[str, Any]],
-    remote: str | None,
+    objective: str,
+    remote: Sequence[str],
     remote_python: str | None,
+    gpus: str | None,
+    ray: str | None,
     database: Path | None,
     as_json: bool,
     **wanted: Any,
@@ -103,8 +125,11 @@ def search(
     On the device itself, every config is verified and measured. For a device that is not here,
     configs are cross-compiled and their times predicted, and the records say so. With --remote
     they are measured on the machine that ssh reaches under that name, which needs Python, torch
-    and Triton. Run the same command again to continue an interrupted search. The exit code is 1
-    if nothing worked for a shape.
+    and Triton. Several machines, several GPUs (--gpus) and a Ray cluster (--ray) share a search;
+    devices of different kinds are searched side by side. With --objective energy or both, the
+    energy of a call is measured beside its time, on devices that can measure it. Run the same
+    command again to continue an interrupted search. The exit code is 1 if nothing worked for a
+    shape.
 
     \b
     Examples:
@@ -113,51 +138,53 @@ def search(
       flashtune search --model ./my-model --timeout 120 --json
       flashtune search --shape qwen3-0.6b --fix plan=staged --fix selection=in_gather
       flashtune search --device orin --remote user@jetson --shape qwen3-vl-2b
+      flashtune search --shape qwen3-vl-2b --objective both
+      flashtune search --gpus all --shape qwen3-vl-2b --shape gemma-3-1b
+      flashtune search --ray --device h100 --shape qwen3-vl-2b
     """
     from flashtune.tuner.cli.search_report import SearchProgress, print_results
+    from flashtune.tuner.fleet.fleets import FleetRequest, fleets_for
     from flashtune.tuner.here import this_device
     from flashtune.tuner.search.result_data import result_data
-    from flashtune.tuner.search.session import SearchRequest, Session
+    from flashtune.tuner.search.session import SearchRequest, Session, side_by_side
 
     problems = list(dict.fromkeys([*shapes, *models]))
     if not problems:
         raise click.UsageError("give at least one --shape or --model")
-    if remote_python is not None and remote is None:
-        raise click.UsageError("--remote-python is about another machine: give --remote too")
-    machine = _connect(remote, device, remote_python) if remote is not None else None
-    request = SearchRequest(
-        device=machine.device if machine else device or this_device(),
-        problems=problems,
-        timeout_s=wanted.pop("timeout"),
-        fixed=dict(fixed),
-        remote=machine,
-        **wanted,
-    )
+    asked = FleetRequest(remote=remote, remote_python=remote_python, gpus=gpus, ray=ray)
+    fleets = fleets_for(asked, device, wanted["jobs"], lambda text: say(text, err=True))
+    timeout_s = wanted.pop("timeout")
+    requests = [
+        SearchRequest(
+            device=fleet.device if fleet else device or this_device(),
+            problems=problems,
+            timeout_s=timeout_s,
+            fixed=dict(fixed),
+            objective=Objective(objective),
+            fleet=fleet,
+            **wanted,
+        )
+        for fleet in (fleets or (None,))
+    ]
     with Store(database or default_path()) as store:
-        session = Session(request, store)
-        if not as_json and session.provenance is Provenance.PREDICTED:
+        sessions = [Session(request, store) for request in requests]
+        [provenance] = {session.provenance for session in sessions}
+        if not as_json and provenance is Provenance.PREDICTED:
             say(
-                f"{request.device.title} is not this machine's device: times are PREDICTED by "
+                f"{requests[0].device.title} is not this machine's device: times are PREDICTED by "
                 "a cost model, none is measured.",
                 err=True,
             )
-        with SearchProgress(session.provenance) as progress:
-            outcome = session.run(progress)
+        with SearchProgress(provenance) as progress:
+            outcomes = side_by_side(sessions, progress)
     if as_json:
-        say_json(result_data(outcome))
+        data = [result_data(outcome) for outcome in outcomes]
+        say_json(data[0] if len(data) == 1 else data)
     else:
-        print_results(outcome)
-    if outcome.cancelled:
+        for outcome in outcomes:
+            print_results(outcome)
+    if any(outcome.cancelled for outcome in outcomes):
         raise click.exceptions.Exit(INTERRUPTED)
-    if any(result.winner is None for result in outcome.results):
+    results = [result for outcome in outcomes for result in outcome.results]
+    if any(result.winner is None for result in results):
         raise click.exceptions.Exit(FAILED)
-
-
-def _connect(destination: str, device: Device | None, python: str | None) -> "RemoteMachine":
-    from flashtune.tuner.workers.remote import find_machine
-    from flashtune.tuner.workers.ssh import PYTHON
-
-    say(f"connecting to {destination}", err=True)
-    machine = find_machine(destination, device, python or PYTHON)
-    say(machine.describe(), err=True)
-    return machine

@@ -58,10 +58,12 @@ class SearchProgress(ProgressBar):
             return f"nothing works yet, {event.failed} failed"
         ratio = f" = {event.best_us / floor_us:.2f} x floor" if floor_us else ""
         timing = event.comparing and self._provenance is Provenance.MEASURED
+        most = event.most_workers
+        workers = f", {event.workers} of {most} workers" if most > 1 else ""
         doing = ", timing the best side by side" if timing else ""
         return (
             f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
-            f"{event.failed} failed{doing}"
+            f"{event.failed} failed{workers}{doing}"
         )
 
 
@@ -104,6 +106,27 @@ def print_results(outcome: SessionResult) -> None:
         ("problem", ">baseline", ">default", ">winner", ">floor", ">ratio", "config"),
         rows,
         notes=list(_notes(outcome)),
+    )
+    for result in outcome.results:
+        if result.front:
+            _print_front(result)
+
+
+def _print_front(result: Result) -> None:
+    """The configs that no other beats in both time and energy."""
+    rows = [
+        (
+            number(record.measurement.median_us),
+            f"{1e3 * (record.measurement.joules or 0.0):.3f}",
+            "winner" if result.winner and record.key == result.winner.key else "",
+            short_config(record.config),
+        )
+        for record in result.front
+    ]
+    print_rows(
+        f"{result.problem.describe()}: the Pareto front of time and energy",
+        (">us", ">mJ a call", "", "config"),
+        rows,
     )
 
 

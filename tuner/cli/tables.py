@@ -7,7 +7,7 @@ import click
 
 from flashtune.tuner import tables as tables_of
 from flashtune.tuner.cli import options
-from flashtune.tuner.cli.terminal import say, say_json
+from flashtune.tuner.cli.terminal import print_rows, say, say_json
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.shortlist import MOST
@@ -15,7 +15,7 @@ from flashtune.tuning_db.shortlist import MOST
 
 @click.group()
 def tables() -> None:
-    """Export, import, check, merge and compare tuning tables: one JSON file per device."""
+    """Export, import, check, show, merge and compare tuning tables: one JSON file per device."""
 
 
 @tables.command()
@@ -90,7 +90,58 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
         say_json({"compiled": compiles, "tables": rows})
         return
     for row in rows:
-        say(f"{row['file']}: {row['records']} records of {row['device']}, all good")
+        say(f"{row['file']}: {_held(row)}, all good")
+        if row["less_trusted"]:
+            say(f"{row['file']}: {row['less_trusted']}")
+
+
+@tables.command()
+@click.argument("files", type=options.FILE, nargs=-1)
+@options.as_json
+def show(files: tuple[Path, ...], as_json: bool) -> None:
+    """Show what is in tables: for each shape its records, where their times come from, the best.
+
+    Without files, the shipped ones and those of $FLASHTUNE_TABLES. A time is measured on the
+    device, or predicted from its published figures, or corrected: predicted from what a probe
+    measured on the device.
+
+    \b
+    Example:
+      flashtune tables show nvidia-h200.json
+    """
+    from flashtune.tuner.cli.report import number
+
+    found = tables_of.show(*files)
+    if as_json:
+        say_json(found)
+        return
+    for each in found:
+        rows = [
+            (
+                Problem.from_json(row["problem"]).describe(),
+                str(row["records"]),
+                row["provenance"],
+                number(row["median_us"]),
+                ", ".join(
+                    f"{tool} {version}" for tool, version in row["toolchain"].items() if version
+                ),
+            )
+            for row in each["contents"]
+        ]
+        headings = ("problem", ">records", "provenance", ">best us", "tools")
+        notes = [each["less_trusted"]] if each["less_trusted"] else []
+        print_rows(f"{each['file']}: {_held(each)}", headings, rows, notes=notes)
+
+
+def _held(table: tables_of.TableData) -> str:
+    """How many records a table has, and where their times come from."""
+    counts = {
+        "measured": table["measured"],
+        "corrected": table["corrected"],
+        "predicted": table["predicted"],
+    }
+    parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{table['records']} records of {table['device']} ({parts or 'none'})"
 
 
 @tables.command("merge")
@@ -100,9 +151,9 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
 def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Merge a device's tables into one, and list where they disagree.
 
-    For each shape the records of one table are taken: measured before predicted, then the newer
-    toolchain, then the faster one if its lead exceeds the noise, else the table named first.
-    Predictions of the same cost model form a new shortlist.
+    For each shape the records of one table are taken: measured before corrected before predicted,
+    then the newer toolchain, then the faster one if its lead exceeds the noise, else the table
+    named first. Predictions of the same cost model form a new shortlist.
 
     \b
     Example:

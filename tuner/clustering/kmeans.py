@@ -67,7 +67,7 @@ class BalancedKMeans:
         raise FlashtuneError("its clusters are not of equal size")
 
     def step(self) -> float:
-        """Assign every token anew; then as `fit`."""
+        """Assign every token again; then as `fit`."""
         centroids = self._centroids()
         scores, candidates = self._best(self._rows, centroids, _CANDIDATES)
 

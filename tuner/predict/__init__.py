@@ -1,5 +1,6 @@
-"""The cost model: what a step asks of a device, in counts, and what that costs.
+"""Where the cost model's constants come from, and how far they can be trusted.
 
-A plan is predicted once `stages` lists its stages in `PLAN_STAGES`; the constants come from a fit
-(`fit`) to calibrations (`calibration`), and `check` says how far they can be trusted.
+The model itself is `kernels/predict`, which the runtime needs too. Its constants come from a fit
+(`fit`) to calibrations (`calibration`); `check` holds it against what it never saw, published
+figures (`published`) among it.
 """

@@ -117,7 +117,7 @@ def calibrate(
         candidate = Candidate(problem, config, device)
         pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
     samples, done = [], 0
-    while pool.pending:
+    while pool.pending():
         for task, reply in pool.wait(1.0):
             done += 1
             problem, config = task.problem, task.candidates[0].config

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.predict.cost_model import Array, CostModel
 from flashtune.tuner.predict.calibration import FORMATS_TIMED, Calibration, read_calibration
-from flashtune.tuner.predict.cost_model import Array, CostModel
 from flashtune.tuner.predict.fit import (
     Fit,
     Samples,
@@ -27,9 +27,16 @@ from flashtune.tuner.predict.fit import (
     held_out_misses,
     intervals,
 )
-from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
+from flashtune.tuner.predict.published import (
+    FIGURES,
+    PROBES,
+    predicted_saving_us,
+    published_prediction,
+    published_rates,
+)
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.evidence import Evidence
 from flashtune.tuning_db.problem import Problem
 
 HEADLINE = ("gemma-3-270m", "qwen3-vl-2b")  # the smallest hidden size, and the published shape
@@ -96,6 +103,39 @@ class FigureResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RateResult:
+    """What a token was published to save on a device, and what is predicted that it does.
+
+    fewer_probes_us: what it would be with flashtune's default number of probes. rounding: how far
+    off the published saving may be by rounding alone, as a share of it.
+    """
+
+    device: str
+    model: str
+    body: str
+    problem: Problem
+    published_us: float
+    predicted_us: float
+    fewer_probes_us: float
+    rounding: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over published saving, less 1."""
+        return self.predicted_us / self.published_us - 1
+
+    @property
+    def fewer_probes_error(self) -> float:
+        """The same with flashtune's default number of probes."""
+        return self.fewer_probes_us / self.published_us - 1
+
+    @property
+    def missed(self) -> bool:
+        """Whether the error is beyond what was asked and beyond what rounding explains."""
+        return abs(self.error) > max(MOST_ERROR, self.rounding)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FormatResult:
     """A time measured on a device, of a plan or in a format that the fit knows nothing of.
 
@@ -123,12 +163,21 @@ class Report:
     samples: int
     splits: tuple[SplitResult, ...]
     figures: tuple[FigureResult, ...]
+    rates: tuple[RateResult, ...]
     formats: tuple[FormatResult, ...]
 
     @property
     def headline(self) -> SplitResult:
         """The split fixed beforehand; the first where its shapes are not on record."""
         return next((each for each in self.splits if each.held_out == HEADLINE), self.splits[0])
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        """What published savings say of the predictions for each device, by its name."""
+        devices = sorted({each.device for each in self.rates})
+        return {
+            name: _evidence([one for one in self.rates if one.device == name]) for name in devices
+        }
 
     def data(self) -> dict[str, Any]:
         """The report as plain data, with what was asked of it and whether it holds."""
@@ -165,6 +214,10 @@ class Report:
                 for split in self.splits
             ],
             "figures": [{**asdict(each), "error": each.error} for each in self.figures],
+            "rates": [
+                {**asdict(each), "error": each.error, "missed": each.missed} for each in self.rates
+            ],
+            "devices": {name: asdict(each) for name, each in self.evidence.items()},
             "formats": [{**asdict(each), "error": each.error} for each in self.formats],
         }
 
@@ -196,12 +249,39 @@ def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
         for probes in PROBES
         for figure in FIGURES
     ]
+    rates = [
+        RateResult(
+            device=rate.device,
+            model=rate.model,
+            body=rate.body,
+            problem=rate.problem,
+            published_us=rate.saved_us,
+            predicted_us=predicted_saving_us(fit.model, find_device(rate.device), rate.problem),
+            fewer_probes_us=predicted_saving_us(
+                fit.model, find_device(rate.device), rate.with_default_probes
+            ),
+            rounding=rate.rounding,
+        )
+        for rate in published_rates()
+    ]
     return Report(
         device=device.name,
         samples=len(calibration.samples),
         splits=tuple(splits),
         figures=tuple(figures),
+        rates=tuple(rates),
         formats=tuple(_formats(fit.model)),
+    )
+
+
+def _evidence(rates: Sequence[RateResult]) -> Evidence:
+    errors = [each.error for each in rates]
+    return Evidence(
+        published=len(rates),
+        missed=sum(each.missed for each in rates),
+        bound=MOST_ERROR,
+        least=round(min(errors), 2),
+        most=round(max(errors), 2),
     )
 
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data
-from flashtune.tuner.predict.calibration import Calibration, Sample, calibration_text
-from flashtune.tuner.predict.cost_model import (
+from flashtune.kernels.predict.cost_model import (
     VERSION,
     Array,
     Columns,
@@ -32,7 +31,8 @@ from flashtune.tuner.predict.cost_model import (
     constants_of,
     stage_us,
 )
-from flashtune.tuner.predict.stages.registry import stages_of
+from flashtune.kernels.predict.stages.registry import stages_of
+from flashtune.tuner.predict.calibration import Calibration, Sample, calibration_text
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import items, members, text

@@ -1,24 +1,39 @@
-"""Published times of heads on other devices, and what the model says of the same steps.
+"""What others published of heads on devices that nobody here has, and what the model says of it.
 
 Usage:
     for figure in FIGURES:
-        predicted_us = published_prediction(model, figure, n_probes=256).time_us
+        published_prediction(model, figure, n_probes=256).time_us
+    for rate in published_rates():
+        rate.saved_us, predicted_saving_us(model, find_device(rate.device), rate.problem)
 
-Source: https://www.embedl.com/knowledge/faster-multi-modal-reasoning-with-flashhead-triton-kernel
-(the head of Cosmos-Reason2-2B, which is Qwen3-VL-2B's, in vLLM). It gives neither the number of
-probes nor whether the host's launches are in the times; here they are not.
+No constant is fitted to any of it. Figures are times of a head (that of Cosmos-Reason2-2B, which
+is Qwen3-VL-2B's, in vLLM), from
+https://www.embedl.com/knowledge/faster-multi-modal-reasoning-with-flashhead-triton-kernel;
+it gives neither the number of probes nor whether the host's launches are in the times; here they
+are not. Rates are tokens a second with each head, so that only what a token saves is a head's own;
+their source is named in the file.
 """
 
-from dataclasses import dataclass
+import csv
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from flashtune.tuner.predict.cost_model import CostModel, Prediction
-from flashtune.tuner.predict.stages.stage import Stage, scales, sorting
+from flashtune.kernels.predict.cost_model import CostModel, Prediction
+from flashtune.kernels.predict.stages.stage import Stage, scales, sorting
+from flashtune.tuner.predict.calibration import CALIBRATIONS
 from flashtune.tuning_db.device import Device, find_device
-from flashtune.tuning_db.problem import Problem, parse_shape
+from flashtune.tuning_db.foreign import read_text
+from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem, parse_shape
 
 LIBRARY = "staged/torch_topk"  # the family whose interval these steps have
 SHAPE = "qwen3-vl-2b"
 PROBES = (256, 593)  # flashtune's default, and a model folder's: a sixteenth of the clusters
+RATES = CALIBRATIONS / "published-decode-rates.csv"
+CLUSTER_SIZE = 16
+FOLDER_SHARE = 16  # of the clusters are probed where a model folder says nothing
+DENSE_REACH = 0.9  # of the published bandwidth that a dense head is taken to read with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +51,78 @@ FIGURES = (
     Figure(device="nvidia-a40", fused=False, time_us=341.0),
     Figure(device="orin-nano-super", fused=False, time_us=1821.0),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """Published tokens a second of a model on a device, with the dense head and with FlashHead.
+
+    step: by how much two rates that are published differently differ, in tokens a second.
+    """
+
+    device: str
+    model: str
+    vocab_size: int
+    hidden_size: int
+    body: str
+    dense: float
+    flash_head: float
+    step: float
+
+    @property
+    def saved_us(self) -> float:
+        """Microseconds that a token takes less with FlashHead."""
+        return 1e6 / self.dense - 1e6 / self.flash_head
+
+    @property
+    def rounding(self) -> float:
+        """How far off the saving may be by rounding alone, as a share of it."""
+        half = self.step / 2
+        most = 1e6 / (self.dense - half) - 1e6 / (self.flash_head + half)
+        return most / self.saved_us - 1
+
+    @property
+    def problem(self) -> Problem:
+        """The head, with the clusters that the published models have, and a folder's probes."""
+        n_clusters = self.vocab_size // CLUSTER_SIZE
+        return Problem(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            n_clusters=n_clusters,
+            n_probes=n_clusters // FOLDER_SHARE,
+        )
+
+    @property
+    def with_default_probes(self) -> Problem:
+        """The same with flashtune's default number of probes, which is less."""
+        return replace(self.problem, n_probes=DEFAULT_PROBES)
+
+
+@functools.cache
+def published_rates() -> Sequence[Rate]:
+    """The published rates, in the file's order."""
+    text = read_text(Path(str(RATES)))
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return tuple(
+        Rate(
+            device=row["device"],
+            model=row["model"],
+            vocab_size=int(row["vocab"]),
+            hidden_size=int(row["hidden"]),
+            body=row["body"],
+            dense=float(row["dense_tokens_s"]),
+            flash_head=float(row["flashhead_tokens_s"]),
+            step=0.01 if "." in row["dense_tokens_s"] else 1.0,
+        )
+        for row in csv.DictReader(lines)
+    )
+
+
+def predicted_saving_us(model: CostModel, device: Device, problem: Problem) -> float:
+    """What the model says a token saves: a dense head's bytes, less a framework's pipeline."""
+    dense_bytes = problem.n_clusters * problem.cluster_bytes
+    dense_us = 1e6 * dense_bytes / (DENSE_REACH * device.memory_bandwidth)
+    return dense_us - model.predict_stages(LIBRARY, framework_stages(problem, device)).time_us
 
 
 def published_prediction(model: CostModel, figure: Figure, n_probes: int) -> Prediction:

@@ -1,27 +1,30 @@
 """Where a candidate is evaluated: measured on this machine's device, or predicted.
 
 Usage:
-    with WorkerPool(8) as compilers, WorkerPool(1) as measurer:
-        evaluator = MeasuringEvaluator(problem, device, compilers, measurer, seed=0)
+    with WorkerPool(here(8)) as compilers, WorkerPool(here(1)) as measurers:
+        evaluator = MeasuringEvaluator(problem, device, compilers, measurers, seed=0)
         evaluator.submit(config)
-        for evaluation in evaluator.wait(1.0):
+        evaluator.rest(1.0)
+        for evaluation in evaluator.collect():
             evaluation.config, evaluation.measurement
 
-Both keep compilers running ahead: `room` says how many more configs may be submitted.
+Both keep compilers running ahead: `room` says how many more configs may be submitted. Several
+evaluators may share pools: none waits but in `rest`, which the one that runs them does for all.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from flashtune.kernels.backends.target import target_of
 from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
-from flashtune.tuner.predict.cost_model import VERSION, predict
+from flashtune.kernels.predict.cost_model import VERSION, predict
 from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
-from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.pool import WorkerPool, rest
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -31,7 +34,13 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 COMPILE_SECONDS = 120.0
 MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
+REST_SECONDS = 0.5  # for which workers are waited for at a time
+KEPT_BUSY = 16  # compilers that keep ahead of one worker that measures: more would wait for it
 _UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
+
+T = TypeVar("T")
+# Work that goes on beside others: it yields for how many seconds workers may be waited for now.
+Steps = Generator[float, None, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +64,20 @@ class Evaluator(Protocol):
     def pending(self) -> int:
         """Configs submitted whose evaluation has not been given out."""
 
+    @property
+    def workers(self) -> tuple[int, int]:
+        """How many workers evaluate now, and how many could."""
+
     def submit(self, config: Config) -> None:
         """Start on a config."""
 
-    def wait(self, seconds: float) -> list[Evaluation]:
-        """Evaluations that are complete, waiting for one for at most that long."""
+    def rest(self, seconds: float) -> None:
+        """Wait until there may be something to collect, for at most that long."""
 
-    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+    def collect(self) -> list[Evaluation]:
+        """Evaluations that are complete."""
+
+    def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Evaluate again, side by side; those of which that says nothing new are left out."""
 
     def close(self) -> None:
@@ -80,32 +96,43 @@ class PredictingEvaluator:
     @property
     def room(self) -> int:
         """Compilers without work, and one config in hand for each."""
-        return max(0, 2 * self._pool.size - self._pool.pending)
+        return max(0, 2 * self._pool.size - self.pending)
 
     @property
     def pending(self) -> int:
         """Configs being compiled."""
-        return self._pool.pending
+        return self._pool.pending(self)
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """One, this process: compilers only help."""
+        return 1, 1
 
     def submit(self, config: Config) -> None:
         """Compile a config."""
         candidate = Candidate(self._problem, config, self._device)
-        self._pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
+        task = Task(kind="compile", candidates=(candidate,))
+        self._pool.submit(task, COMPILE_SECONDS, owner=self)
 
-    def wait(self, seconds: float) -> list[Evaluation]:
+    def rest(self, seconds: float) -> None:
+        """Wait for a compiler."""
+        rest([self._pool], seconds)
+
+    def collect(self) -> list[Evaluation]:
         """Predictions of what has been compiled."""
         return [
             Evaluation(task.candidates[0].config, self._measurement(task.candidates[0], reply))
-            for task, reply in self._pool.wait(seconds)
+            for task, reply in self._pool.collect(self)
         ]
 
-    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+    def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Nothing: a prediction does not change by being made again."""
+        yield from ()
         return []
 
     def close(self) -> None:
         """End what is under way."""
-        self._pool.cancel()
+        self._pool.cancel(self)
 
     def _measurement(self, candidate: Candidate, reply: Reply) -> Measurement:
         if reply.measurement is not None:
@@ -136,13 +163,15 @@ class PredictingEvaluator:
 
 
 class MeasuringEvaluator:
-    """Compiles in parallel, then verifies and times one config after another on the device.
+    """Compiles in parallel, then verifies and times configs on workers that have the device.
 
     Where compilers would disturb the timing, the two take turns. Where there are none, the
-    worker that measures compiles, too.
+    worker that measures compiles, too. Configs that were compiled at a worker's site are measured
+    there.
 
     A time so short that it would prune the best one known is taken once more before it counts, as
-    finalists are. So what is pruned is slower than a config that was timed twice.
+    finalists are. So what is pruned is slower than a config that was timed twice. Finalists are
+    all timed by one worker.
     """
 
     provenance = Provenance.MEASURED
@@ -152,58 +181,75 @@ class MeasuringEvaluator:
         problem: Problem,
         device: Device,
         compilers: WorkerPool | None,
-        measurer: WorkerPool,
+        measurers: WorkerPool,
         *,
         seed: int,
         elsewhere: bool = False,
+        energy: bool = False,
+        sharers: Callable[[], int] = lambda: 1,
     ) -> None:
-        """The pools are the caller's; `measurer` has one worker. `seed` makes the inputs.
+        """The pools are the caller's. `seed` makes the inputs.
 
-        elsewhere: the worker has neither templates nor the compilers' cache. It is given source.
+        elsewhere: the workers have neither templates nor the compilers' cache. They are given
+        source. energy: that is measured, too, and nothing pruned, since what is slow may take
+        little. sharers: how many evaluators have a part of these pools, this one counted.
         """
         self._problem, self._device, self._seed = problem, device, seed
-        self._compilers, self._measurer = compilers, measurer
-        self._elsewhere = elsewhere
+        self._compilers, self._measurers = compilers, measurers
+        self._elsewhere, self._energy, self._sharers = elsewhere, energy, sharers
         self._best_us: float | None = None
         self._confirmed_us = math.inf  # the best time that was taken twice
         self._in_turns = target_of(device).times_alone
+        self._sites: dict[Config, str] = {}  # of what is under way
         self._compiled: list[Config] = []
 
     @property
     def room(self) -> int:
         """As many configs may be under way as compilers can keep ahead of the timing."""
-        if self._in_turns and (self._measurer.pending or self._compiled):
+        if self._in_turns and (self._measurers.pending(self) or self._compiled):
             return 0
+        measuring = self._measurers.size
         compiling = self._compilers.size if self._compilers else 0
-        return max(0, 2 * compiling + 2 - self.pending)
+        most = 2 * (measuring + min(compiling, KEPT_BUSY * measuring))
+        return max(0, -(-most // self._sharers()) - self.pending)
 
     @property
     def pending(self) -> int:
         """Configs being compiled, measured, or waiting for either."""
-        return self._compiling + len(self._compiled) + self._measurer.pending
+        return self._compiling + len(self._compiled) + self._measurers.pending(self)
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """How many workers are there to measure, and how many could be."""
+        return self._measurers.working, self._measurers.size
 
     def submit(self, config: Config) -> None:
         """Compile a config, then measure it."""
         if self._compilers is None:
             self._compiled.append(config)
-        else:
-            self._compilers.submit(self._task("compile", (config,)), COMPILE_SECONDS)
+            return
+        self._sites[config] = site = self._next_site(self._compilers)
+        task = self._task("compile", (config,))
+        self._compilers.submit(task, COMPILE_SECONDS, owner=self, site=site)
 
-    def wait(self, seconds: float) -> list[Evaluation]:
+    def rest(self, seconds: float) -> None:
+        """Wait for a compiler, or a worker that measures."""
+        rest([*filter(None, [self._compilers]), self._measurers], seconds)
+
+    def collect(self) -> list[Evaluation]:
         """Failures to compile, and measurements."""
         evaluations = []
-        idle = self._measurer.pending == 0
-        compiled = self._compilers.wait(seconds if idle else 0.0) if self._compilers else []
-        for task, reply in compiled:
+        for task, reply in self._compilers.collect(self) if self._compilers else []:
+            config = task.candidates[0].config
             if reply.measurement is not None:
-                evaluations.append(Evaluation(task.candidates[0].config, reply.measurement))
+                evaluations.append(self._ended(config, reply.measurement))
             else:
-                self._compiled.append(task.candidates[0].config)
+                self._compiled.append(config)
         if not (self._in_turns and self._compiling):
             for config in self._compiled:
                 self._measure(config)
             self._compiled.clear()
-        for task, reply in self._measurer.wait(0.0 if evaluations else seconds):
+        for task, reply in self._measurers.collect(self):
             evaluations += self._judged(task, reply.measurement or _UNSAID)
         return evaluations
 
@@ -215,69 +261,90 @@ class MeasuringEvaluator:
             if again:
                 self._confirmed_us = min(self._confirmed_us, measurement.median_us)
             elif FAR_BEHIND * measurement.median_us < self._confirmed_us:
-                self._measurer.submit(self._task("compare", (config,)), COMPARE_SECONDS)
+                self._ask("compare", config, COMPARE_SECONDS)
                 return []
             self._best_us = min(self._best_us or math.inf, measurement.median_us)
-        return [Evaluation(config, replace(measurement, policy=SEARCH_POLICY))]
+        return [self._ended(config, replace(measurement, policy=SEARCH_POLICY))]
 
-    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+    def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Time several configs in turns, so that a drifting clock favours none.
 
         What had not been measured yet is given up. A config that fails now is a failure, and
         does not keep the others from being timed. One that could not be timed is left out.
         """
         self.close()
-        return [Evaluation(*each) for each in self._compared(tuple(configs)).items()]
+        found = yield from self._compared(tuple(configs))
+        return [Evaluation(*each) for each in found.items()]
 
     def close(self) -> None:
         """End what is under way."""
         if self._compilers is not None:
-            self._compilers.cancel()
+            self._compilers.cancel(self)
         self._compiled.clear()
-        self._measurer.cancel()
+        self._sites.clear()
+        self._measurers.cancel(self)
 
-    def _compared(self, configs: tuple[Config, ...]) -> dict[Config, Measurement]:
+    def _compared(self, configs: tuple[Config, ...]) -> Steps[dict[Config, Measurement]]:
         """Measurements of the configs, each timed with as many of the others as work.
 
         Where one takes the worker along, those left are timed by a new one. If it is not known
         which one did, each is tried alone first. One of which even that says nothing is left out.
         """
-        answers = self._ask(configs)
+        answers = yield from self._side_by_side(configs)
         found = {config: each for config, each in zip(configs, answers, strict=False) if each}
         missing = tuple(config for config in configs if config not in found)
         if found or not missing:
-            return {**found, **(self._compared(missing) if missing else {})}
+            others = (yield from self._compared(missing)) if missing else {}
+            return {**found, **others}
         if len(configs) == 1:
             return {}
         for config in configs:
-            found |= self._compared((config,))
+            found |= yield from self._compared((config,))
         right = tuple(config for config, each in found.items() if each.outcome is Outcome.OK)
-        again = 1 < len(right) < len(configs)
-        return {**found, **(self._compared(right) if again else {})}
+        again = (yield from self._compared(right)) if 1 < len(right) < len(configs) else {}
+        return {**found, **again}
 
-    def _ask(self, configs: tuple[Config, ...]) -> tuple[Measurement | None, ...]:
-        """What a worker says of these configs, timed in turns."""
-        self._measurer.submit(self._task("compare", configs), COMPARE_SECONDS)
-        answers: list[tuple[Task, Reply]] = []
-        while not answers:
-            answers = self._measurer.wait(1.0)
+    def _side_by_side(self, configs: tuple[Config, ...]) -> Steps[tuple[Measurement | None, ...]]:
+        """What one worker says of these configs, timed in turns."""
+        task = self._task("compare", configs)
+        self._measurers.submit(task, COMPARE_SECONDS, owner=self, steady=True)
+        while not (answers := self._measurers.collect(self)):
+            yield REST_SECONDS
         return answers[0][1].measurements
 
     @property
     def _compiling(self) -> int:
-        return self._compilers.pending if self._compilers else 0
+        return self._compilers.pending(self) if self._compilers else 0
 
     def _measure(self, config: Config) -> None:
-        seconds = MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
-        self._measurer.submit(self._task("measure", (config,)), seconds)
+        self._ask(
+            "measure", config, MEASURE_SECONDS + (COMPILE_SECONDS if self._elsewhere else 0.0)
+        )
+
+    def _ask(self, kind: str, config: Config, seconds: float) -> None:
+        site = self._sites.get(config, "")
+        self._measurers.submit(self._task(kind, (config,)), seconds, owner=self, site=site)
+
+    def _ended(self, config: Config, measurement: Measurement) -> Evaluation:
+        self._sites.pop(config, None)
+        return Evaluation(config, measurement)
+
+    def _next_site(self, compilers: WorkerPool) -> str:
+        """Of the sites that compile, that whose workers have the least to measure."""
+        compiling = compilers.sites
+        sites = {name: count for name, count in self._measurers.sites.items() if name in compiling}
+        if not sites:
+            return ""
+        waiting = Counter(self._sites.values())
+        return min(sites, key=lambda name: (waiting[name] / sites[name], name))
 
     def _task(self, kind: str, configs: tuple[Config, ...]) -> Task:
         candidates = tuple(Candidate(self._problem, each, self._device) for each in configs)
-        sent = self._elsewhere and kind != "compile"
         return Task(
             kind=kind,
             candidates=candidates,
             seed=self._seed,
-            best_us=self._best_us,
-            sources=tuple(each.source for each in candidates) if sent else (),
+            best_us=None if self._energy else self._best_us,
+            energy=self._energy and kind != "compile",
+            sources=tuple(each.source for each in candidates) if self._elsewhere else (),
         )

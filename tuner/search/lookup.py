@@ -43,7 +43,7 @@ class KnownRecord:
 
 
 def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
-    """The best record: measured before predicted, then the user's, added tables', shipped ones.
+    """The best record: the most trusted provenance, then the user's, added tables', shipped ones.
 
     Raises FlashtuneError where there is none, or the database or a shipped table cannot be read.
     """
@@ -137,9 +137,9 @@ def _best(known: Iterable[KnownRecord]) -> KnownRecord | None:
     return min(known, key=_place, default=None)
 
 
-def _place(known: KnownRecord) -> tuple[bool, int, tuple[bool, bool, float, str]]:
-    predicted = known.record.provenance is not Provenance.MEASURED
-    return predicted, _SOURCES.index(known.source), rank(known.record)
+def _place(known: KnownRecord) -> tuple[int, int, tuple[int, bool, float, str]]:
+    trust = known.record.provenance.rank
+    return trust, _SOURCES.index(known.source), rank(known.record)
 
 
 def _shipped(devices: Iterable[str], problem: Problem | None) -> list[Record]:

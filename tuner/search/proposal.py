@@ -5,9 +5,11 @@ Usage:
     proposals.recall(config, measurement)      # what earlier runs found out
     for config in proposals:                   # never one that is known or under way
         …
+    proposals.propose(hurry=True)              # or None: where workers wait, a neighbour at once
         proposals.learn(config, measurement)
 """
 
+import bisect
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +30,9 @@ FAR = 1.5  # a family whose best is that much slower than the best of all is the
 _STALE = 200  # proposals in a row that are known or not valid, before the source runs dry
 
 
+_Timed = tuple[float, int, Config]  # a time, a number that tells equal times apart, and whose
+
+
 class Proposals:
     """An iterator of fresh configs that learns from what became of the ones before."""
 
@@ -38,6 +43,10 @@ class Proposals:
         """
         self.space = space
         self.known: dict[Config, Measurement] = {}
+        self.failed = 0
+        self._works: list[_Timed] = []  # fastest first
+        self._families: dict[str, list[_Timed]] = {}  # of those with a time, pruned ones too
+        self._spent: Counter[str] = Counter()  # configs of each family, those under way too
         self._sampler = sampler
         self._random = random.Random(seed)
         self._trials: dict[Config, optuna.Trial] = {}
@@ -55,21 +64,33 @@ class Proposals:
 
     def __next__(self) -> Config:
         """A config that is neither known nor under way; StopIteration when there is none left."""
+        config = self.propose()
+        if config is None:
+            raise StopIteration
+        return config
+
+    def propose(self, *, hurry: bool = False) -> Config | None:
+        """A config that is neither known nor under way; None when there is none left.
+
+        hurry: rather a neighbour than what Optuna has to think about. Its model takes longer the
+        more trials there are; many workers would wait for it.
+        """
         if self._sampler == "exhaustive":
-            fresh = next(each for each in self._all if self._is_new(each))
-            return self._claim(fresh, None)
+            fresh = next((each for each in self._all if self._is_new(each)), None)
+            return None if fresh is None else self._claim(fresh, None)
         for stale in range(_STALE):
-            config, trial = self._propose(stale)
+            config, trial = self._propose(stale, hurry)
             if config is not None and self._is_new(config):
                 return self._claim(config, trial)
-        raise StopIteration
+        return None
 
     def recall(self, config: Config, measurement: Measurement) -> None:
         """Take over what an earlier run found out; configs outside the space are passed over."""
         parameters = self.space.parameters(config)
         if parameters is None:
             return
-        self.known[config] = measurement
+        self._spent[self.space.family(config)] += 1
+        self._know(config, measurement)
         state = optuna.trial.TrialState
         time_us = measurement.median_us
         self._study.add_trial(
@@ -88,7 +109,7 @@ class Proposals:
 
     def learn(self, config: Config, measurement: Measurement) -> None:
         """Tell what became of a config that was proposed; a failure is a pruned trial."""
-        self.known[config] = measurement
+        self._know(config, measurement)
         trial = self._trials.pop(config)
         if measurement.median_us is None:
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -97,28 +118,48 @@ class Proposals:
 
     def correct(self, config: Config, measurement: Measurement) -> None:
         """Replace what is known of a config: evaluated again, it came out otherwise."""
-        self.known[config] = measurement
+        self._know(config, measurement)
+
+    @property
+    def best(self) -> Config | None:
+        """The fastest config that worked."""
+        return self._works[0][-1] if self._works else None
 
     def ranked(self) -> list[Config]:
         """The configs that worked, fastest first."""
-        times = {
-            config: each.median_us
-            for config, each in self.known.items()
-            if each.outcome is Outcome.OK and each.median_us is not None
-        }
-        return sorted(times, key=lambda config: times[config])
+        return [config for *_, config in self._works]
 
-    def _propose(self, stale: int) -> tuple[Config | None, optuna.Trial | None]:
+    def _know(self, config: Config, measurement: Measurement) -> None:
+        """Keep what is known of a config, in order of time."""
+        family = self._families.setdefault(self.space.family(config), [])
+        before = self.known.get(config)
+        if before is not None:
+            self.failed -= before.median_us is None
+            for ranking in (family, self._works):
+                ranking[:] = [each for each in ranking if each[-1] != config]
+        self.known[config] = measurement
+        if measurement.median_us is None:
+            self.failed += 1
+            return
+        timed = (measurement.median_us, len(self.known), config)
+        for ranking in [family, *([self._works] if measurement.outcome is Outcome.OK else [])]:
+            bisect.insort(ranking, timed, key=lambda each: each[:2])
+
+    def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, optuna.Trial | None]:
         """The next idea, new or not, and its trial where Optuna had it.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` ideas in a row a neighbour goes instead.
+        `stale` ideas in a row a neighbour goes instead. In a hurry, where there is no new
+        neighbour, anything goes.
         """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        stuck = self._sampler == "gp" and stale % 4 == 3
-        if stuck or (self._sampler == "tpe" and self._turn % 2):
+        if hurry and self._sampler != "random" and stale > 1:
+            drawn = self.space.drawn(self._random)
+            return (drawn if self.space.is_valid(drawn) else None), None
+        stuck = hurry or (self._sampler == "gp" and stale % 4 == 3)
+        if self._sampler != "random" and (stuck or (self._sampler == "tpe" and self._turn % 2)):
             return self._neighbour(), None
         return self._ask()
 
@@ -131,6 +172,7 @@ class Proposals:
             trial = self._study.ask()
             self.space.suggest(trial)
         self._trials[config] = trial
+        self._spent[self.space.family(config)] += 1
         return config
 
     def _ask(self) -> tuple[Config | None, optuna.Trial | None]:
@@ -152,21 +194,17 @@ class Proposals:
         A family that has spent little gets as many turns as the best; after that, the nearer its
         best is to the best of all, the more.
         """
-        families: dict[str, list[Config]] = {}
-        times = {config: each.median_us for config, each in self.known.items() if each.median_us}
-        for config in sorted(times, key=lambda config: times[config]):
-            families.setdefault(self.space.family(config), []).append(config)
+        families = {name: ranking for name, ranking in self._families.items() if ranking}
         if not families:
             return None
-        spent = Counter(self.space.family(config) for config in [*self.known, *self._trials])
-        best_us = min(times.values())
+        best_us = min(ranking[0][0] for ranking in families.values())
         weights = [
-            FAR - 1 if spent[family] < FAIR else max(0.0, FAR - times[configs[0]] / best_us)
-            for family, configs in families.items()
+            FAR - 1 if self._spent[name] < FAIR else max(0.0, FAR - ranking[0][0] / best_us)
+            for name, ranking in families.items()
         ]
-        family = self._random.choices(list(families), weights)[0]
-        config = self._random.choice(families[family][:BEST])
-        return self._random.choice(self.space.neighbours(config) or [config])
+        name = self._random.choices(list(families), weights)[0]
+        config = self._random.choice(families[name][:BEST])[-1]
+        return self.space.neighbour(config, self._random)
 
     def _is_new(self, config: Config) -> bool:
         return config not in self.known and config not in self._trials

@@ -8,17 +8,15 @@ What kernels will need is estimated, so this says what is worth compiling, no mo
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
 
 from flashtune.kernels.backends.target import default_config, known_good
-from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config
-from flashtune.kernels.plans.knob import enabled, knobs
-from flashtune.tuner.predict.cost_model import VERSION, CostModel
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
+from flashtune.kernels.predict.cost_model import VERSION, CostModel
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.proposal import FAR
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
@@ -44,8 +42,7 @@ def promising(
     generator = random.Random(seed)
     unknown = {name for name in space.plans if name not in PLAN_STAGES}
     space = replace(space, without=space.without | unknown)
-    plans = [PLANS[name].config for name in space.plans]
-    drawn = [_draw(plans, generator) for _ in range(DRAWS)]
+    drawn = [space.drawn(generator) for _ in range(DRAWS)]
     known = [default_config(problem, device), *known_good(problem, device), *near]
     times: dict[Config, float] = {}
     fresh = [config for config in [*known, *drawn] if space.holds(config_data(config))]
@@ -79,16 +76,6 @@ def _best(space: Space, times: dict[Config, float], count: int) -> list[Config]:
     for config in sorted(times, key=lambda config: times[config]):
         families.setdefault(space.family(config), []).append(config)
     return [config for own in families.values() for config in own[:count]]
-
-
-def _draw(plans: Sequence[type[Config]], generator: random.Random) -> Config:
-    """A random config of any of the plans, valid or not."""
-    plan = generator.choice(plans)
-    values: dict[str, Any] = {}
-    for name, known in knobs(plan).items():
-        free = enabled(plan, name, values)
-        values[name] = generator.choice(known["choices"]) if free else known["default"]
-    return plan(**values)
 
 
 def _record(candidate: Candidate, time_us: float) -> Record:

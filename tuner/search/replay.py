@@ -9,7 +9,7 @@ Usage:
 from collections.abc import Iterable, Sequence
 
 from flashtune.kernels.plans.config import Config, parse_config
-from flashtune.tuner.search.evaluate import Evaluation
+from flashtune.tuner.search.evaluate import Evaluation, Steps
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
 
@@ -35,19 +35,30 @@ class ReplayEvaluator:
         """Configs submitted whose evaluation has not been given out."""
         return len(self._submitted)
 
+    @property
+    def workers(self) -> tuple[int, int]:
+        """As many as configs may be under way."""
+        return self._at_once, self._at_once
+
     def submit(self, config: Config) -> None:
         """Take a config."""
         self._submitted.append(config)
         self.asked += 1
 
-    def wait(self, seconds: float) -> list[Evaluation]:
+    def rest(self, seconds: float) -> None:
+        """Nothing is waited for."""
+
+    def collect(self) -> list[Evaluation]:
         """The measurement of the config submitted first."""
+        if not self._submitted:
+            return []
         config = self._submitted.pop(0)
         missing = Measurement(outcome=Outcome.INVALID, error="not on record")
         return [Evaluation(config, self._found.get(config, missing))]
 
-    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+    def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Nothing: there is nothing new to look up."""
+        yield from ()
         return []
 
     def close(self) -> None:

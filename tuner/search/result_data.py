@@ -18,8 +18,8 @@ from flashtune.tuning_db.record import Provenance, Record
 class ShapeData(TypedDict):
     """The search of one shape. Times are microseconds a call, None where there is none.
 
-    winner, shipped: records as `Record.data` has them; `shipped` is what ships and is better than
-    a winner that was only predicted. The other fields are those of `Result`.
+    winner, shipped, front: records as `Record.data` has them; `shipped` is what ships and is
+    better than a winner that was only predicted. The other fields are those of `Result`.
     """
 
     problem: dict[str, Any]
@@ -33,6 +33,8 @@ class ShapeData(TypedDict):
     failed: int
     failure: dict[str, Any] | None
     default_kept: bool
+    objective: str
+    front: list[dict[str, Any]]
     timed_out: bool
     cancelled: bool
 
@@ -64,7 +66,7 @@ def better_shipped(result: Result, device: Device) -> Record | None:
     Measured is better than predicted.
     """
     winner = result.winner
-    if winner is None or winner.provenance is not Provenance.PREDICTED:
+    if winner is None or winner.provenance is Provenance.MEASURED:
         return None
     shipped = best_shipped(device, result.problem)
     if shipped is None or shipped.provenance is Provenance.MEASURED:
@@ -87,6 +89,8 @@ def _shape_data(result: Result, device: Device) -> ShapeData:
         "failed": result.failed,
         "failure": asdict(result.failure) if result.failure else None,
         "default_kept": result.default_kept,
+        "objective": result.objective.value,
+        "front": [record.data() for record in result.front],
         "timed_out": result.timed_out,
         "cancelled": result.cancelled,
     }

@@ -4,19 +4,25 @@ Usage:
     result = search(space, evaluator, store, Budget(trials=200), toolchain=toolchain)
     result.winner           # the Record to use, None when nothing worked
 
+    one = Search(space, evaluator, …)
+    steps = one.steps()     # several searches go on side by side: each yields where it would wait
+    one.result()
+
 What has been found out already is read from the store first, so a search that was interrupted
 goes on where it was.
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from typing import Any
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
-from flashtune.tuner.search.evaluate import Evaluator
+from flashtune.tuner.objective import Objective, front
+from flashtune.tuner.search.evaluate import REST_SECONDS, Evaluation, Evaluator, Steps
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
@@ -28,6 +34,7 @@ from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
 MOST_COMPARISONS = 10  # in which none fails, but the lead is lost
+AT_ONCE = 16  # proposals in a hurry between two looks at what workers have to say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +50,7 @@ class Event:
     """How far a search is: one after each evaluation, and one before the finalists are timed.
 
     total: the budget's trials, or as many as there turn out to be configs. stops: when, by the
-    monotonic clock, time runs out.
+    monotonic clock, time runs out. workers: how many evaluate now; most_workers: how many could.
     """
 
     done: int
@@ -53,6 +60,8 @@ class Event:
     best: Config | None
     comparing: bool = False
     stops: float = math.inf
+    workers: int = 1
+    most_workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +69,9 @@ class Result:
     """What a search came to. Times are of the final comparison where there was one.
 
     `searched_us` is the best time before that comparison, `failure` the most frequent reason of
-    failures, if any. `default_kept`: nothing beat the default by more than the noise. A search
-    that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
+    failures, if any. `default_kept`: nothing beat the default by more than the noise. `front`:
+    where energy counts, the records that no other beats in both time and energy, fastest first. A
+    search that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
     cancelled one leaves the finalists uncompared.
     """
 
@@ -74,60 +84,71 @@ class Result:
     failed: int
     failure: Failure | None
     default_kept: bool
+    objective: Objective
+    front: tuple[Record, ...]
     timed_out: bool
     cancelled: bool
 
 
-def search(
-    space: Space,
-    evaluator: Evaluator,
-    store: Store,
-    budget: Budget,
-    *,
-    toolchain: Toolchain,
-    sampler: str = "tpe",
-    seed: int = 0,
-    near: Iterable[Record] = (),
-    retry_failed: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
-) -> Result:
-    """Search `space` within `budget`; every evaluation is in the store before the next one.
+def search(space: Space, evaluator: Evaluator, *arguments: Any, **options: Any) -> Result:
+    """Search by itself, to its end. The arguments are those of `Search`.
 
-    near: records of any problems or devices, whose configs are tried early. retry_failed:
-    evaluate first, and again, what failed in earlier runs. KeyboardInterrupt ends the search
-    early; the finalists are then not compared.
+    KeyboardInterrupt ends the search early; the finalists are then not compared.
     """
-    proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
-    run = _Run(proposals, evaluator, store, budget, toolchain)
-    run.recall(retry_failed)
-    timed_out = cancelled = False
+    one = Search(space, evaluator, *arguments, **options)
     try:
-        timed_out = run.evaluate(on_event)
-        on_event(run.event(comparing=True))
-        run.compare()
+        for seconds in one.steps():
+            evaluator.rest(seconds)
     except KeyboardInterrupt:
-        cancelled = True
-    return run.result(timed_out, cancelled)
+        pass
+    return one.result()
 
 
-@dataclass
-class _Run:
-    """One search's parts; `search` above is its story."""
+class Search:
+    """A search within a budget; every evaluation is in the store before the next one is begun."""
 
-    proposals: Proposals
-    evaluator: Evaluator
-    store: Store
-    budget: Budget
-    toolchain: Toolchain
+    def __init__(
+        self,
+        space: Space,
+        evaluator: Evaluator,
+        store: Store,
+        budget: Budget,
+        *,
+        toolchain: Toolchain,
+        sampler: str = "tpe",
+        seed: int = 0,
+        near: Iterable[Record] = (),
+        retry_failed: bool = False,
+        objective: Objective = Objective.TIME,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        """Learn what earlier runs found out. Its time begins now.
 
-    def __post_init__(self) -> None:
-        self.space = self.proposals.space
-        self.finals: dict[Config, Measurement] = {}
-        self.default = default_config(self.space.problem, self.space.device)
-        self.stops = time.monotonic() + (self.budget.timeout_s or math.inf)
+        near: records of any problems or devices, whose configs are tried early. retry_failed:
+        evaluate first, and again, what failed in earlier runs. objective: what to minimise; what
+        was measured without that is evaluated again.
+        """
+        self.proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
+        self.space, self.evaluator, self.store = space, evaluator, store
+        self.budget, self.toolchain, self.on_event = budget, toolchain, on_event
+        self.objective = objective
+        self.measured: dict[Config, Measurement] = {}  # by the search; proposals know costs
+        self.finals: dict[Config, Measurement] = {}  # what finalists cost
+        self.timed_again: dict[Config, Measurement] = {}  # what they took
+        self.default = default_config(space.problem, space.device)
+        self.stops = time.monotonic() + (budget.timeout_s or math.inf)
         self.dry = False  # no config is left to propose
+        self.timed_out = self.ended = False
+        self._recall(retry_failed)
 
-    def recall(self, retry_failed: bool) -> None:
+    def steps(self) -> Steps[None]:
+        """Evaluate, then compare the finalists."""
+        self.timed_out = yield from self._evaluate()
+        self.on_event(self.event(comparing=True))
+        yield from self._compare()
+        self.ended = True
+
+    def _recall(self, retry_failed: bool) -> None:
         """Learn from the store what earlier runs found out, or propose it again if it failed."""
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
@@ -140,46 +161,65 @@ class _Run:
                 continue  # of another version of its plan
             if retry_failed and record.measurement.median_us is None:
                 self.proposals.retry(config)
-            else:
-                self.proposals.recall(config, record.measurement)
+            elif self.objective.knows(record.measurement):
+                self.measured[config] = record.measurement
+                self.proposals.recall(config, self.objective.seen(record.measurement))
 
-    def evaluate(self, on_event: Callable[[Event], None]) -> bool:
+    def _evaluate(self) -> Steps[bool]:
         """Evaluate until the budget is spent; True when time ran out first."""
         known = self.proposals.known
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
-            for _ in range(0 if self.dry else min(self.evaluator.room, left)):
-                config = next(self.proposals, None)
+            wanted = 0 if self.dry else min(self.evaluator.room, left)
+            for number in range(wanted):
+                hurry = self._hurry()
+                if number and (not hurry or number == AT_ONCE):
+                    break
+                config = self.proposals.propose(hurry=hurry)
                 if config is None:
                     self.dry = True
                     break
                 self.evaluator.submit(config)
+                wanted -= 1
             if not self.evaluator.pending:
                 return False
-            for evaluation in self.evaluator.wait(0.5):
-                _stop_for_the_machine(evaluation.measurement)
-                self._write(evaluation.config, evaluation.measurement)
-                self.proposals.learn(evaluation.config, evaluation.measurement)
-                on_event(self.event())
+            yield 0.0 if wanted and not self.dry else REST_SECONDS
+            self._take(self.evaluator.collect())
             if time.monotonic() > self.stops:
                 return True
 
-    def compare(self) -> None:
+    def _take(self, evaluations: Sequence[Evaluation]) -> None:
+        """Write down what was found out, then learn from it."""
+        found = [(each.config, each.measurement) for each in evaluations]
+        right = [each for each in found if each[1].outcome is not Outcome.ENVIRONMENT]
+        self._write(*right)
+        for config, measurement in found:
+            _stop_for_the_machine(measurement)
+            self.measured[config] = measurement
+            self.proposals.learn(config, self.objective.seen(measurement))
+            self.on_event(self.event())
+
+    def _hurry(self) -> bool:
+        """Whether several workers are about to run out of configs."""
+        workers, _ = self.evaluator.workers
+        return workers > 1 and self.evaluator.pending < self.evaluator.room
+
+    def _compare(self) -> Steps[None]:
         """Time the best configs and the default side by side, and write that down.
 
         Where none beats the default by more than the noise, only the default's time is written,
         which makes it the winner, and the times of those that an earlier run compared, so that
         an old lucky time does not remain the winner.
         """
-        self.finals = self._finals()
+        self.finals = yield from self._finals()
         compared = {
             config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
         }
-        for config, measurement in self.finals.items():
+        for config in self.finals:
             if not self._default_kept() or config in {self.default, *compared}:
-                self._write(config, measurement)
+                self._write((config, self.timed_again[config]))
 
-    def _finals(self) -> dict[Config, Measurement]:
+    def _finals(self) -> Steps[dict[Config, Measurement]]:
         """What became of the finalists that worked; a failure is written at once.
 
         One that fails when it is timed again is no longer a finalist, and one that takes longer
@@ -190,16 +230,18 @@ class _Run:
         tried: set[Config] = set()
         left = MOST_COMPARISONS
         while left and (configs := self._finalists(finals, tried)):
-            found = {each.config: each.measurement for each in self.evaluator.compare(configs)}
+            evaluations = yield from self.evaluator.compare(configs)
+            found = {each.config: each.measurement for each in evaluations}
             for measurement in found.values():
                 _stop_for_the_machine(measurement)
             tried.update(configs)
-            finals |= found
+            self.timed_again |= found
+            finals |= {config: self.objective.seen(each) for config, each in found.items()}
             failed = {config: each for config, each in found.items() if each.median_us is None}
             for config, measurement in failed.items():
                 del finals[config]
                 self.proposals.correct(config, measurement)
-                self._write(config, measurement)
+                self._write((config, measurement))
             if not failed:
                 left = left - 1 if self._may_lose(finals, tried) else 0
         return finals
@@ -243,25 +285,32 @@ class _Run:
 
     def event(self, comparing: bool = False) -> Event:
         """How far the search is."""
-        known, ranked = self.proposals.known, self.proposals.ranked()
-        best = ranked[0] if ranked else None
+        known, best = self.proposals.known, self.proposals.best
+        workers, most_workers = self.evaluator.workers
         return Event(
             done=len(known),
             total=len(known) + self.evaluator.pending if self.dry else self.budget.trials,
-            failed=sum(each.median_us is None for each in known.values()),
-            best_us=known[best].median_us if best else None,
+            failed=self.proposals.failed,
+            best_us=self.measured[best].median_us if best else None,
             best=best,
             comparing=comparing,
             stops=self.stops,
+            workers=workers,
+            most_workers=most_workers,
         )
 
-    def result(self, timed_out: bool, cancelled: bool) -> Result:
-        """What the search came to."""
+    def result(self) -> Result:
+        """What the search came to, or has come to so far."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
-        winner = self.store.best(
-            device.name, problem, toolchain=self.toolchain, accept=self.space.holds
-        )
+        records = [
+            each
+            for each in self.store.records(
+                device=device.name, problem=problem, toolchain=self.toolchain, ok_only=True
+            )
+            if self.space.holds(each.config)
+        ]
+        winner = self.objective.best(records)
         failure = most_frequent(self.proposals.known.values())
         if failure and event.best is None:
             failure = replace(failure, remedy=known_remedy(device, self.toolchain))
@@ -276,21 +325,29 @@ class _Run:
             failed=event.failed,
             failure=failure,
             default_kept=default_won and self._default_kept(),
-            timed_out=timed_out,
-            cancelled=cancelled,
+            objective=self.objective,
+            front=tuple(front(records)) if self.objective.needs_energy else (),
+            timed_out=self.timed_out,
+            cancelled=not self.ended,
         )
 
-    def _write(self, config: Config, measurement: Measurement) -> None:
-        record = Record(
-            device=self.space.device.name,
-            toolchain=self.toolchain,
-            problem=self.space.problem,
-            config=config_data(config),
-            provenance=self.evaluator.provenance,
-            measurement=measurement,
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        )
-        self.store.add(record)
+    def _write(self, *found: tuple[Config, Measurement]) -> None:
+        """Add records to the store, all in one transaction."""
+        created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        records = [
+            Record(
+                device=self.space.device.name,
+                toolchain=self.toolchain,
+                problem=self.space.problem,
+                config=config_data(config),
+                provenance=self.evaluator.provenance,
+                measurement=measurement,
+                created=created,
+            )
+            for config, measurement in found
+        ]
+        if records:
+            self.store.add(*records)
 
     def _default_kept(self) -> bool:
         """Whether the finalists were compared and none beat the default by more than noise."""
@@ -301,7 +358,7 @@ class _Run:
         return min(times) > default.median_us - default.noise_us
 
     def _time_of(self, config: Config) -> float | None:
-        found = self.finals.get(config) or self.proposals.known.get(config)
+        found = self.timed_again.get(config) or self.measured.get(config)
         return found.median_us if found else None
 
 

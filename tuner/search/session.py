@@ -1,30 +1,45 @@
-"""A run of `flashtune search`: several problems on one device, within one budget.
+"""A run of `flashtune search`: several problems on one kind of device, within one budget.
 
 Usage:
     session = Session(request, store)
-    outcome = session.run(display)      # which is told how it goes
+    outcome = session.run(display)                      # which is told how it goes
+    outcomes = side_by_side([session, other], display)  # of several kinds of device
+
+As many problems are searched at once as there are workers that measure. One thread drives it all.
 """
 
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from flashtune.kernels.backends.host import devices_here, toolchain
-from flashtune.kernels.backends.target import target_of
-from flashtune.kernels.plans.candidate import plans_of
+from flashtune.kernels.backends.target import default_config, target_of
+from flashtune.kernels.plans.candidate import Candidate, plans_of
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
+from flashtune.tuner.fleet.machine import Fleet
+from flashtune.tuner.fleet.muster import Muster
 from flashtune.tuner.here import as_it_is_now
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
-from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.tuner.search.evaluate import (
+    Evaluator,
+    MeasuringEvaluator,
+    PredictingEvaluator,
+    Steps,
+)
 from flashtune.tuner.search.sampler import MOST_SEED, SAMPLERS
-from flashtune.tuner.search.search import Budget, Event, Result, search
+from flashtune.tuner.search.search import Budget, Event, Result, Search
 from flashtune.tuner.search.space import Space
-from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.remote import RemoteMachine
+from flashtune.tuner.workers.pool import WorkerPool, rest
+from flashtune.tuner.workers.task import Task
+from flashtune.tuner.workers.transport import here
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -38,7 +53,7 @@ from flashtune.tuning_db.table_folder import added_tables
 class SearchRequest:
     """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all.
 
-    remote: the machine that has the device, if that is to be measured on over ssh. Raises
+    fleet: the workers that have the device, where it is not one worker of this machine. Raises
     FlashtuneError for numbers out of range and for an unknown sampler.
     """
 
@@ -51,7 +66,8 @@ class SearchRequest:
     jobs: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
     retry_failed: bool = False
-    remote: RemoteMachine | None = None
+    objective: Objective = Objective.TIME
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers, whoever gives them."""
@@ -96,17 +112,20 @@ class Display(Protocol):
 
 
 class Session:
-    """Runs the searches of a request one after another."""
+    """Runs the searches of a request, as many at once as there are workers that measure."""
 
     def __init__(self, request: SearchRequest, store: Store) -> None:
-        """Measures where the device is this machine's or the remote one's, else predicts.
+        """Measures where the device is this machine's or a fleet's, else predicts.
 
-        Raises FlashtuneError when what is fixed leaves no valid config for a problem.
+        Raises FlashtuneError when what is fixed leaves no valid config for a problem, and where
+        energy counts and can't be read.
         """
         self.request, self.store = request, store
-        self.cancelled = False
+        self.pools: list[WorkerPool] = []
         self._device = request.device
+        self._searches: list[Search] = []
         self.provenance, self.toolchain = _evaluated(request)
+        _check_energy(request, self.provenance)
         self._left_out = _left_out(request, self.provenance)
         without = frozenset(self._left_out)
         if request.fixed.get("plan") in without:
@@ -123,45 +142,70 @@ class Session:
                 )
 
     def run(self, display: Display) -> SessionResult:
-        """Search; of a session cut short by Ctrl-C the interrupted search is the last result."""
-        request = self.request
-        here = request.remote is None
-        self._device = as_it_is_now(request.device) if here else request.device
-        results = self._searches(display)
-        again = as_it_is_now(request.device) if here and not self.cancelled else self._device
+        """Search by itself; see `side_by_side`."""
+        return side_by_side([self], display)[0]
+
+    def steps(self, display: Display) -> Steps[None]:
+        """Search. What was begun is in `result`, however this ends."""
+        if self._is_here:
+            self._device = as_it_is_now(self.request.device)
+        for why in self._left_out.values():
+            display.note(f"{why}; searching without it")
+        with ExitStack() as stack:
+            compilers = stack.enter_context(self._compilers())
+            measurers = stack.enter_context(self._measurers(display))
+            self.pools = [compilers, measurers]
+            muster = Muster(measurers, self._reference(), display.note)
+            end = time.monotonic() + (self.request.timeout_s or math.inf)
+            waiting, begun = deque(self._spaces), list[Steps[None]]()
+            while waiting or begun:
+                muster.turn()
+                most = max(1, measurers.size) if self.provenance is Provenance.MEASURED else 1
+                while waiting and len(begun) < most and time.monotonic() < end:
+                    rounds = -(-len(waiting) // most)
+                    share = (end - time.monotonic()) / rounds if self.request.timeout_s else None
+                    evaluator = self._evaluator(waiting[0].problem, begun)
+                    begun.append(self._search(waiting.popleft(), share, evaluator, display))
+                if not begun:
+                    return  # out of time
+                yield from in_turns(begun)
+
+    def result(self, *, cancelled: bool) -> SessionResult:
+        """What the searches that were begun came to, or have come to so far."""
+        again = as_it_is_now(self.request.device) if self._is_here and not cancelled else None
+        devices = [self._device, *filter(None, [again])]
         return SessionResult(
-            device=max(self._device, again, key=lambda device: device.memory_bandwidth),
+            device=max(devices, key=lambda device: device.memory_bandwidth),
             provenance=self.provenance,
-            problems=request.problems,
-            results=results,
-            cancelled=self.cancelled,
+            problems=self.request.problems,
+            results=[each.result() for each in self._searches],
+            cancelled=cancelled,
         )
 
-    def _searches(self, display: Display) -> list[Result]:
-        request = self.request
-        end = time.monotonic() + (request.timeout_s or float("inf"))
-        results: list[Result] = []
-        transport = request.remote.transport if request.remote else None
-        with (
-            WorkerPool(request.jobs) as compilers,
-            WorkerPool(1, transport, display.note) as measurer,
-        ):
-            for why in self._left_out.values():
-                display.note(f"{why}; searching without it")
-            for number, space in enumerate(self._spaces):
-                left = end - time.monotonic()
-                if left <= 0:
-                    break
-                share = left / (len(self._spaces) - number) if request.timeout_s else None
-                try:
-                    evaluator = self._evaluator(space.problem, compilers, measurer)
-                    results.append(self._search(space, share, evaluator, display))
-                    self.cancelled = results[-1].cancelled
-                except KeyboardInterrupt:
-                    self.cancelled = True
-                if self.cancelled:
-                    break
-        return results
+    @property
+    def _is_here(self) -> bool:
+        return self.request.fleet is None or not self.request.fleet.elsewhere
+
+    def _compilers(self) -> WorkerPool:
+        """None of it where those that measure compile."""
+        fleet = self.request.fleet
+        return WorkerPool(here(self.request.jobs) if fleet is None else fleet.compilers or ())
+
+    def _measurers(self, display: Display) -> WorkerPool:
+        """One worker is as good as itself: of several, the muster says who measures."""
+        fleet = self.request.fleet
+        places = here(1) if fleet is None else fleet.places
+        alone = not callable(places) and len(places) == 1
+        return WorkerPool(places, display.note, admits=alone)
+
+    def _reference(self) -> Task:
+        """What workers are compared by: the default config of the first problem."""
+        problem, device = self.request.problems[0], self.request.device
+        candidate = Candidate(problem, default_config(problem, device), device)
+        sources = () if self._is_here else (candidate.source,)
+        return Task(
+            kind="compare", candidates=(candidate,), seed=self.request.seed, sources=sources
+        )
 
     def _search(
         self,
@@ -169,9 +213,9 @@ class Session:
         timeout_s: float | None,
         evaluator: Evaluator,
         display: Display,
-    ) -> Result:
+    ) -> Steps[None]:
         with closing(evaluator):
-            return search(
+            search = Search(
                 space,
                 evaluator,
                 self.store,
@@ -181,25 +225,27 @@ class Session:
                 seed=self.request.seed,
                 near=self._near(),
                 retry_failed=self.request.retry_failed,
+                objective=self.request.objective,
                 on_event=display.start(
                     space.problem, self.request.trials, floor_us(space.problem, self._device)
                 ),
             )
+            self._searches.append(search)
+            yield from search.steps()
 
-    def _evaluator(
-        self, problem: Problem, compilers: WorkerPool, measurer: WorkerPool
-    ) -> Evaluator:
-        request = self.request
+    def _evaluator(self, problem: Problem, sharers: Sequence[Any]) -> Evaluator:
+        compilers, measurers = self.pools
         if self.provenance is Provenance.PREDICTED:
-            return PredictingEvaluator(problem, request.device, compilers)
-        remote = request.remote
+            return PredictingEvaluator(problem, self.request.device, compilers)
         return MeasuringEvaluator(
             problem,
-            request.device,
-            compilers if remote is None or remote.compiles_as(toolchain(request.device)) else None,
-            measurer,
-            seed=request.seed,
-            elsewhere=remote is not None,
+            self.request.device,
+            compilers if compilers.size else None,
+            measurers,
+            seed=self.request.seed,
+            elsewhere=not self._is_here,
+            energy=self.request.objective.needs_energy,
+            sharers=lambda: len(sharers),
         )
 
     def _near(self) -> list[Record]:
@@ -218,6 +264,43 @@ class Session:
         return [*(record for record in found if record), *added, *shipped]
 
 
+def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionResult]:
+    """Run sessions to their end, all at once; Ctrl-C ends them with what they have.
+
+    Of a session cut short, the searches that were under way are the last results.
+    """
+    session_of = {session.steps(display): session for session in sessions}
+    under_way, cancelled = list(session_of), False
+    try:
+        while under_way:
+            for seconds in in_turns(under_way):
+                rest([pool for each in under_way for pool in session_of[each].pools], seconds)
+    except KeyboardInterrupt:
+        cancelled = True
+    finally:
+        for steps in session_of:
+            steps.close()
+    return [session.result(cancelled=cancelled) for session in sessions]
+
+
+def in_turns(under_way: list[Steps[None]]) -> Steps[None]:
+    """Take each a step further; those that ended are taken off the list.
+
+    Workers are heard after each step, but only waited for in the end, if all wait for them.
+    """
+    wait = math.inf
+    for each in list(under_way):
+        seconds = next(each, None)
+        if seconds is None:
+            under_way.remove(each)
+            wait = 0.0
+        else:
+            wait = min(wait, seconds)
+            yield 0.0
+    if under_way:
+        yield wait
+
+
 def _check_count(name: str, value: Any, allowed: range) -> None:
     if type(value) is not int or value not in allowed:
         raise FlashtuneError(
@@ -227,24 +310,39 @@ def _check_count(name: str, value: Any, allowed: range) -> None:
 
 def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
     """Whether the request is measured or predicted, and with which tools."""
-    if request.remote is not None:
-        return Provenance.MEASURED, request.remote.toolchain
+    if request.fleet is not None:
+        return Provenance.MEASURED, request.fleet.toolchain
     found = toolchain(request.device)
     if request.device.name in {each.name for each in devices_here()}:
         return Provenance.MEASURED, found
     return Provenance.PREDICTED, Toolchain(triton=found.triton)
 
 
+def _check_energy(request: SearchRequest, provenance: Provenance) -> None:
+    """Raise FlashtuneError where energy counts and can't be measured, as far as is known here."""
+    if not request.objective.needs_energy:
+        return
+    if provenance is Provenance.PREDICTED:
+        raise FlashtuneError(
+            f"energy is measured, never predicted: search on {request.device.name} itself, or "
+            "by time alone"
+        )
+    if request.fleet is None or not request.fleet.elsewhere:
+        target = target_of(request.device)
+        with target.energy(torch.device(target.torch_device)):
+            pass
+
+
 def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
     """The plans that would run on the device but cannot be searched, each with why.
 
-    What the machine at the other end of ssh can build it says itself.
+    What machines elsewhere can build they say themselves.
     """
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():
         if provenance is Provenance.PREDICTED and name not in PLAN_STAGES:
             found[name] = f"times of plan {name} are not predicted: search on the machine itself"
-        elif request.remote is None:
+        elif request.fleet is None or not request.fleet.elsewhere:
             found[name] = target_of(request.device).why_missing(plan)
     return {name: why for name, why in found.items() if why and _would_run(name, request)}
 

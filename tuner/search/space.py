@@ -9,6 +9,7 @@ A knob is called `plan.knob` in Optuna, because its choices may not change betwe
 that does not matter under the values before it is not suggested.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -136,6 +137,28 @@ class Space:
                 if near != config and self._why_invalid(near) is None:
                     found.append(near)
         return list(dict.fromkeys(found))
+
+    def neighbour(self, config: Config, generator: random.Random) -> Config | None:
+        """Any one of `neighbours`; None where there is none."""
+        plan = type(config)
+        steps = [(name, choice) for name, each in self._knobs(plan).items() for choice in each]
+        generator.shuffle(steps)
+        changed = (self._changed(config, *step) for step in steps)
+        valid = (near for near in changed if near != config and self._why_invalid(near) is None)
+        return next(valid, None)
+
+    def drawn(self, generator: random.Random) -> Config:
+        """A random config of any of the plans, valid or not."""
+        plan = PLANS[generator.choice(self.plans)].config
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            free = enabled(plan, name, values)
+            values[name] = generator.choice(choices) if free else knobs(plan)[name]["default"]
+        return plan(**values)
+
+    def is_valid(self, config: Config) -> bool:
+        """Whether a config of one of the plans keeps their rules."""
+        return self._why_invalid(config) is None
 
     def family(self, config: Config) -> str:
         """The family that a config belongs to: its plan, and how it selects clusters."""

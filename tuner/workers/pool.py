@@ -1,101 +1,75 @@
-"""Worker processes that can hang, crash and be killed, and are then replaced.
+"""Workers that can hang, crash and be killed, and are then replaced.
 
 Usage:
-    with WorkerPool(4) as pool:
+    with WorkerPool(here(4)) as pool:
         pool.submit(task, seconds=60)
         for task, reply in pool.wait(1.0):
             …
 
 A worker that answers anything but what it was asked is ended as well, and its task has failed.
-Where workers are far and the way to one is lost, its task is begun again on another connection.
+Where workers are far and the way to one is lost, its task is given to another one, or begun again
+when there is a connection. Several users share a pool, each as an `owner` of its tasks:
+
+    pool.submit(task, 60, owner=self)
+    pool.rest(0.5)              # until a worker has something to say; reads and hands out
+    pool.collect(self)
 """
 
-import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 
 from flashtune.tuner.workers.answers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
 from flashtune.tuner.workers.answers.reply import Reply, policy_of, read_reply
-from flashtune.tuner.workers.process import Ending, WorkerProcess, wait_for_any
+from flashtune.tuner.workers.backlog import Backlog, Outage, Post, Request
+from flashtune.tuner.workers.connection import Connection, Ending
+from flashtune.tuner.workers.process import wait_for_any
 from flashtune.tuner.workers.task import Task
-from flashtune.tuner.workers.transport import LocalTransport, Transport
+from flashtune.tuner.workers.transport import Place, Places
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome
 
+GREET_SECONDS = 240.0  # to connect, and for a small machine to unpack what it is sent
 START_SECONDS = 180.0  # a fresh process may import torch on a busy machine
 LAST_SECONDS = 5.0  # for a process that has closed its output to be gone
-CONNECT_SECONDS = 300.0  # for which a lost connection is tried again
+CONNECT_SECONDS = 300.0  # for which lost connections are tried again, when no worker is left
 LONGEST_PAUSE = 30.0  # seconds between two tries
 MOST_LOSSES = 3  # a task that was begun so often may be what breaks the connection
+ROSTER_SECONDS = 5.0  # between two looks at which places there are
+_TROUBLE = Outcome.ENVIRONMENT
 
-
-@dataclass(slots=True)
-class _Request:
-    """A task to be answered, the name that its answer must bear, and how often it was lost."""
-
-    task: Task
-    seconds: float
-    losses: int = 0
-    name: str = field(default_factory=lambda: secrets.token_hex(8))
-
-
-@dataclass(slots=True)
-class _Outage:
-    """A time without connection: when it began, how often it was mended in vain, the next try."""
-
-    began: float
-    tries: int = 0
-    next_try: float = 0.0
-
-
-class _Process(WorkerProcess):
-    """A worker process and the request it is working on."""
-
-    def __init__(self, transport: Transport) -> None:
-        super().__init__(transport)
-        self.fresh = True
-        self.request: _Request | None = None
-        self.deadline = 0.0
-
-    def send(self, request: _Request) -> None:
-        """Hand over a request."""
-        self.request = request
-        allowance = START_SECONDS if self.fresh else 0.0
-        self.deadline = time.monotonic() + request.seconds + allowance
-        self.write(to_line(request.name, request.task.data()))
-
-    def reply(self) -> Reply | None:
-        """The reply if it is complete; raises EOFError when the process is gone, or ReplyError."""
-        line = self.read()
-        if line is None:
-            return None
-        assert self.request
-        self.fresh = False
-        return read_reply(answer_to(self.request.name, line), self.request.task)
+Wait = Callable[[Sequence[Connection], float], list[Connection]]
 
 
 class WorkerPool:
-    """Up to `size` worker processes, started when needed. Not for use from several threads."""
+    """A worker for each place, started when needed. Not for use from several threads."""
 
     def __init__(
         self,
-        size: int,
-        transport: Transport | None = None,
-        on_outage: Callable[[str], None] = lambda text: None,
+        places: Places,
+        on_note: Callable[[str], None] = lambda text: None,
+        *,
+        admits: bool = True,
+        ready: Wait = wait_for_any,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """No process is started before the first task. transport: to workers not of this machine.
+        """No worker is started before the first task.
 
-        on_outage: told, in a line, when a connection is lost and when there is one again.
+        places: where workers may be, or what says so every few seconds. on_note: told, in a line,
+        when a connection is lost and when there is one again. admits: whether workers get tasks
+        before somebody calls `admit`. ready, clock: how to wait, and what time it is.
         """
-        self.size = size
-        self._transport = transport or LocalTransport()
-        self._on_outage = on_outage
-        self._outage: _Outage | None = None
-        self._queue: deque[_Request] = deque()
-        self._processes: list[_Process] = []
+        self._roster = places if callable(places) else None
+        self._on_note, self._admits = on_note, admits
+        self.ready, self._clock = ready, clock
+        self._backlog = Backlog()
+        self._answered: dict[Hashable, list[tuple[Task, Reply]]] = {}
+        self._pending: Counter[Hashable] = Counter()
+        self._sites: dict[str, int] | None = None
+        self._posts: list[Post] = []
+        self._next_look, self._empty_since = clock() + ROSTER_SECONDS, clock()
+        self._set_places(places() if callable(places) else places)
 
     def __enter__(self) -> "WorkerPool":
         """The pool itself."""
@@ -107,148 +81,352 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End every process."""
+        """End every worker."""
         self.close()
 
     @property
-    def pending(self) -> int:
-        """Tasks that have not been answered yet."""
-        return len(self._queue) + sum(p.request is not None for p in self._processes)
+    def size(self) -> int:
+        """How many workers there may be; those that were set aside do not count."""
+        return sum(not post.aside for post in self._posts)
 
-    def submit(self, task: Task, seconds: float) -> None:
-        """Queue a task; a worker that takes longer than `seconds` for it is killed."""
-        self._queue.append(_Request(task, seconds))
+    @property
+    def working(self) -> int:
+        """How many workers there are that may be given any task."""
+        return sum(post.connected for post in self._usable())
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """The number of workers of each site that may be given any task, as of the last turn."""
+        if self._sites is None:
+            self._sites = dict(Counter(post.place.site for post in self._usable()))
+        return self._sites
+
+    @property
+    def newcomers(self) -> list[str]:
+        """The places of workers that nobody has admitted or set aside yet."""
+        return [post.place.name for post in self._posts if not post.admitted and not post.aside]
+
+    def admit(self, name: str) -> None:
+        """Let the worker of a place have any task."""
+        for post in self._posts:
+            if post.place.name == name:
+                post.admitted, self._sites = True, None
         self._assign()
 
-    def wait(self, seconds: float) -> list[tuple[Task, Reply]]:
-        """The tasks answered within `seconds`: returns once there is any, or none are pending."""
-        end = time.monotonic() + seconds
-        while self.pending:
-            answered = self._collect(max(0.0, min(end - time.monotonic(), 0.2)))
-            self._assign()
-            if answered or time.monotonic() >= end:
-                return answered
-        return []
+    def set_aside(self, name: str, why: str) -> None:
+        """Give the worker of a place nothing any more, and end it."""
+        for post in self._posts:
+            if post.place.name == name:
+                post.aside, self._sites = why, None
+                self._end([post])
 
-    def cancel(self) -> None:
-        """Forget every pending task: those begun end with their process, idle ones live on."""
-        self._queue.clear()
-        self._end([each for each in self._processes if each.request is not None])
+    def pending(self, owner: Hashable = None) -> int:
+        """An owner's tasks whose answers have not been collected yet."""
+        return self._pending[owner]
+
+    def submit(
+        self,
+        task: Task,
+        seconds: float,
+        *,
+        owner: Hashable = None,
+        at: str = "",
+        site: str = "",
+        steady: bool = False,
+    ) -> None:
+        """Queue a task; a worker that takes longer than `seconds` for it is killed.
+
+        at: the only place where it may be done; if that is lost, the answer says nothing. site:
+        where it should be done. steady: by the worker that does all such tasks of the problem.
+        """
+        self._backlog.add(
+            Request(task=task, seconds=seconds, owner=owner, at=at, site=site, steady=steady)
+        )
+        self._pending[owner] += 1
+        self._assign()
+
+    def collect(self, owner: Hashable = None) -> list[tuple[Task, Reply]]:
+        """An owner's tasks that have been answered, each once."""
+        found = self._answered.pop(owner, [])
+        self._pending[owner] -= len(found)
+        return found
+
+    def rest(self, seconds: float) -> None:
+        """Wait until a worker has something to say, for at most that long."""
+        rest([self], seconds)
+
+    def wait(self, seconds: float, owner: Hashable = None) -> list[tuple[Task, Reply]]:
+        """The tasks answered within `seconds`: returns once there is any, or none are pending."""
+        end = self._clock() + seconds
+        while self.pending(owner) and not self._answered.get(owner):
+            self.rest(max(0.0, min(end - self._clock(), 0.2)))
+            if self._clock() >= end:
+                break
+        return self.collect(owner)
+
+    def cancel(self, owner: Hashable = None) -> None:
+        """Forget an owner's tasks: those begun end with their worker, idle ones live on."""
+        self._backlog.remove(lambda request: request.owner == owner)
+        self._answered.pop(owner, None)
+        self._pending.pop(owner, None)
+        self._end([each for each in self._posts if each.request and each.request.owner == owner])
+        self._assign()
 
     def close(self) -> None:
-        """End every process and forget what was pending."""
-        self._queue.clear()
-        self._end(list(self._processes))
+        """End every worker and forget what was pending."""
+        self._backlog.remove(lambda request: True)
+        self._answered.clear()
+        self._pending.clear()
+        self._end(self._posts)
 
-    def _end(self, processes: Sequence[_Process]) -> None:
-        """End processes, all at once."""
-        for process in processes:
-            process.hang_up()
-        for process in processes:
-            process.end()
-            self._processes.remove(process)
+    @property
+    def heard(self) -> list[Connection]:
+        """The connections on which something is waited for."""
+        return [
+            post.connection
+            for post in self._posts
+            if post.connection is not None and (post.request is not None or not post.connected)
+        ]
+
+    def turn(self, ready: Sequence[Connection]) -> None:
+        """Read what these connections have to say, end what took too long, and hand out tasks.
+
+        Raises FlashtuneError when there has been no worker for too long.
+        """
+        speaking = {id(each) for each in ready}
+        self._sites = None
+        for post in self._posts:
+            if post.connection is not None and (post.request is not None or not post.connected):
+                self._hear(post, id(post.connection) in speaking)
+        if self._roster is not None and self._clock() >= self._next_look:
+            self._next_look = self._clock() + ROSTER_SECONDS
+            self._set_places(self._roster())
+        self._give_up()
+        self._assign()
+
+    def _set_places(self, places: Sequence[Place]) -> None:
+        """Have a post for each of the places; what others were doing is given to them."""
+        there = {place.name: place for place in places}
+        gone = [post for post in self._posts if post.place.name not in there]
+        for post in gone:
+            request = post.request
+            self._end([post])
+            if request is not None:
+                self._again(request, began=True)
+        kept = [post for post in self._posts if post.place.name in there]
+        known = {post.place.name for post in kept}
+        new = [each for each in places if each.name not in known]
+        self._posts = kept + [Post(each, self._admits) for each in new]
+        names = {post.place.name for post in gone}
+        for request in self._backlog.remove(lambda request: request.at in names):
+            self._answer(request, _unsaid(request))
+
+    def _usable(self) -> list[Post]:
+        return [
+            post for post in self._posts if post.admitted and not post.aside and not post.outage
+        ]
+
+    def _end(self, posts: Sequence[Post]) -> None:
+        """End the workers of posts, all at once."""
+        connections = [post.connection for post in posts if post.connection is not None]
+        for connection in connections:
+            connection.hang_up()
+        for connection in connections:
+            connection.end()
+        for post in posts:
+            post.connection, post.connected, post.request = None, False, None
 
     def _assign(self) -> None:
-        idle = [process for process in self._processes if process.request is None]
-        if self._queue:
-            self._end([each for each in idle if not each.is_quiet])  # dead, or it answers nothing
-            idle = [process for process in idle if process in self._processes]
-        while self._queue and (idle or self._may_start()):
-            if not idle:
-                self._processes.append(_Process(self._transport))
-                idle.append(self._processes[-1])
-            idle.pop().send(self._queue.popleft())
+        """Hand out what waits, to workers that are there before those that must be started."""
+        if not len(self._backlog):
+            return
+        idle = [post for post in self._posts if post.connected and post.request is None]
+        for post, request in self._backlog.deal(idle, self._usable()):
+            self._give(post, request)
+        while len(self._backlog) and (started := self._start_more()):
+            for post, request in self._backlog.deal(started, self._usable()):
+                self._give(post, request)
 
-    def _may_start(self) -> bool:
-        paused = self._outage is not None and time.monotonic() < self._outage.next_try
-        return len(self._processes) < self.size and not paused
+    def _start_more(self) -> list[Post]:
+        """Start workers for what waits; those that are there at once."""
+        now = self._clock()
+        connecting = [post for post in self._posts if post.connection and not post.connected]
+        able = [
+            post
+            for post in self._posts
+            if post.connection is None
+            and not post.aside
+            and (post.outage is None or now >= post.outage.next_try)
+        ]
+        candidates = [*self._usable(), *(post for post in able if post.admitted and post.outage)]
+        wanted = list(self._backlog.deal([*connecting, *able], candidates))
+        for _, request in reversed(wanted):
+            self._backlog.put_back(request)
+        for post, _ in wanted:
+            if post.connection is None:
+                post.connection, post.fresh = post.place.transport.start(), True
+                post.deadline = now + GREET_SECONDS
+                if post.connection.connected:
+                    self._greet(post)
+        return [post for post, _ in wanted if post.connected]
 
-    def _collect(self, seconds: float) -> list[tuple[Task, Reply]]:
-        busy = [process for process in self._processes if process.request is not None]
-        ready = wait_for_any(busy, seconds)
-        answered = []
-        for process in busy:
-            request = process.request
-            reply = self._outcome(process, process in ready)
-            if reply is not None and request is not None:
-                answered.append((request.task, reply))
-                process.request = None
-        return answered
+    def _give(self, post: Post, request: Request) -> None:
+        """Hand a worker a request; one that is gone, or says what nobody asked, is ended."""
+        assert post.connection is not None
+        if not post.connection.is_quiet:
+            self._backlog.put_back(request)
+            self._part_with(post)
+            return
+        allowance = START_SECONDS if post.fresh else 0.0
+        post.request, post.problem = request, request.task.problem
+        post.deadline = self._clock() + request.seconds + allowance
+        post.connection.write(to_line(request.name, request.task.data()))
 
-    def _outcome(self, process: _Process, readable: bool) -> Reply | None:
-        """What became of the process's request, None while it works on it."""
-        connected = process.connected
+    def _part_with(self, post: Post) -> None:
+        """End an idle worker that is gone, or says what nobody asked."""
+        assert post.connection is not None
         try:
-            reply = process.reply() if readable else None
+            post.connection.read()
         except EOFError:
-            return self._replace(process, Outcome.CRASH)
-        except ReplyError as error:
-            return self._refuse(process, error)
-        if self._outage and process.connected and not connected:
-            self._outage = None
-            self._on_outage("connected again")
-        if reply is not None and reply.fatal:
-            self._end([process])
-        elif reply is None and time.monotonic() > process.deadline:
-            return self._replace(process, Outcome.TIMEOUT)
-        return reply
+            self._replace(post, Outcome.CRASH)
+        except ReplyError:
+            pass
+        self._end([post])
 
-    def _refuse(self, process: _Process, error: ReplyError) -> Reply | None:
-        """The reply for a process that does not keep to what is agreed: it is believed no more.
+    def _hear(self, post: Post, readable: bool) -> None:
+        """Read what a worker has to say, or end it where that takes too long."""
+        assert post.connection is not None
+        try:
+            line = post.connection.read() if readable else None
+            if post.connection.connected and not post.connected:
+                self._greet(post)
+            if line is not None and post.request is not None:
+                data = answer_to(post.request.name, line)
+                self._take(post, post.request, read_reply(data, post.request.task))
+            elif self._clock() > post.deadline:
+                self._replace(post, Outcome.TIMEOUT)
+        except EOFError:
+            self._replace(post, Outcome.CRASH)
+        except ReplyError as error:
+            self._refuse(post, error)
+
+    def _greet(self, post: Post) -> None:
+        post.connected = True
+        if post.outage is not None:
+            post.outage = None
+            self._note(post, "connected again")
+
+    def _take(self, post: Post, request: Request, reply: Reply) -> None:
+        post.fresh, post.request = False, None
+        trouble = [each for each in reply.measurements if each and each.outcome is _TROUBLE]
+        if trouble and self._has_others(post):
+            self._note(post, f"it is set aside for the machine's trouble: {trouble[0].error}")
+            self.set_aside(post.place.name, trouble[0].error)
+            self._again(request, began=False)
+            return
+        if reply.fatal:
+            self._end([post])
+        self._answer(request, reply)
+
+    def _answer(self, request: Request, reply: Reply) -> None:
+        self._answered.setdefault(request.owner, []).append((request.task, reply))
+
+    def _refuse(self, post: Post, error: ReplyError) -> None:
+        """End a worker that does not keep to what is agreed: it is believed no more.
 
         What else it sent would be taken for the answer to the next task.
         """
-        self._end([process])
-        request = process.request
-        assert request
-        if not process.connected:
-            return self._lost(process, request, f"no worker could be started: {error}")
-        return _failure(request, Outcome.CRASH, f"the worker gave no valid reply: {error}")
+        connected, request = post.connected, post.request
+        self._end([post])
+        if not connected:
+            self._lost(post, request, connected, f"no worker could be started: {error}")
+        elif request is not None:
+            why = f"the worker gave no valid reply: {error}"
+            self._answer(request, _failure(request, Outcome.CRASH, why))
 
-    def _replace(self, process: _Process, outcome: Outcome) -> Reply | None:
-        """The reply for a process that is of no more use; None if its request is begun again."""
-        unsent = outcome is Outcome.TIMEOUT and process.unsent > 0
-        ending = process.end(LAST_SECONDS if outcome is Outcome.CRASH else 0.0)
-        self._processes.remove(process)
-        request = process.request
-        assert request
+    def _replace(self, post: Post, outcome: Outcome) -> None:
+        """End a worker that is of no more use; its request has failed or is begun again."""
+        assert post.connection is not None
+        connected, request = post.connected, post.request
+        unsent = outcome is Outcome.TIMEOUT and post.connection.unsent > 0
+        ending = post.connection.end(LAST_SECONDS if outcome is Outcome.CRASH else 0.0)
+        post.connection, post.connected, post.request = None, False, None
         why = _why_ended(request, outcome, ending)
         if outcome is Outcome.CRASH and ending.why_lost is not None:
-            return self._lost(process, request, ending.why_lost)
-        if unsent:
-            return self._lost(process, request, f"the worker takes no task: {why}")
-        if not process.connected:
-            return self._lost(process, request, f"no worker could be started: {why}")
-        return _failure(request, outcome, why)
+            self._lost(post, request, connected, ending.why_lost)
+        elif unsent:
+            self._lost(post, request, connected, f"the worker takes no task: {why}")
+        elif not connected:
+            self._lost(post, request, connected, f"no worker could be started: {why}")
+        elif request is not None:
+            if outcome is Outcome.TIMEOUT and not request.hung and self._has_others(post):
+                request.hung = True  # or its machine did: another one has its say
+                self._again(request, began=False)
+            else:
+                self._answer(request, _failure(request, outcome, why))
 
-    def _lost(self, process: _Process, request: _Request, why: str) -> Reply | None:
-        """Begin the request again when it is time; a failure where it breaks every connection.
+    def _has_others(self, post: Post) -> bool:
+        """Whether there are workers of another machine."""
+        return any(each.place.site != post.place.site for each in self._usable())
 
-        Raises FlashtuneError when there has been no connection for too long.
-        """
-        now = time.monotonic()
-        if process.connected or self._outage is None:
-            self._outage = _Outage(began=now)
-        if process.connected:
-            request.losses += 1
-            if request.losses == MOST_LOSSES:
-                return _failure(request, Outcome.CRASH, f"lost {MOST_LOSSES} times: {why}")
-        if now - self._outage.began > CONNECT_SECONDS:
+    def _lost(self, post: Post, request: Request | None, connected: bool, why: str) -> None:
+        """Note that there is no way to a worker; others get its request, or it again."""
+        if connected or post.outage is None:
+            post.outage = Outage(why, began=self._clock())
+        post.outage.why = why
+        pause = min(2.0**post.outage.tries, LONGEST_PAUSE)
+        post.outage.tries += 1
+        post.outage.next_try = self._clock() + pause
+        if request is not None and not self._again(request, began=connected, why=why):
+            return
+        if len(self._posts) == 1:
+            self._note(post, f"{why}: trying again in {pause:.0f} s")
+        elif post.outage.tries == 1:
+            self._note(post, f"{why}: its work goes to others, and it is tried again")
+
+    def _note(self, post: Post, text: str) -> None:
+        named = len(self._posts) == 1 or post.place.name in text
+        self._on_note(text if named else f"{post.place.name}: {text}")
+
+    def _again(self, request: Request, *, began: bool, why: str = "its place is gone") -> bool:
+        """Have a request begun again; False where it breaks every connection, which it is told."""
+        request.losses += began
+        if request.losses >= MOST_LOSSES:
+            error = f"lost {MOST_LOSSES} times: {why}"
+            self._answer(request, _failure(request, Outcome.CRASH, error))
+            return False
+        if request.at:
+            self._answer(request, _unsaid(request))
+        else:
+            self._backlog.put_back(request)
+        return True
+
+    def _give_up(self) -> None:
+        """Raise FlashtuneError where there has been no worker for too long."""
+        now = self._clock()
+        able = [post for post in self._posts if not post.aside]
+        if able:
+            self._empty_since = now
+        away = [post.outage for post in able if post.outage and post.connection is None]
+        since = max((each.began for each in away), default=self._empty_since)
+        if len(self._backlog) and len(away) == len(able) and now - since > CONNECT_SECONDS:
+            why = away[0].why if away else "no worker is left"
             raise FlashtuneError(
                 f"{why} (tried for {CONNECT_SECONDS:.0f} s). What was measured is kept: run the "
                 "same command again to go on"
             )
-        pause = min(2.0**self._outage.tries, LONGEST_PAUSE)
-        self._outage.tries += 1
-        self._outage.next_try = now + pause
-        self._queue.appendleft(request)
-        self._on_outage(f"{why}: trying again in {pause:.0f} s")
-        return None
 
 
-def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
+def rest(pools: Sequence[WorkerPool], seconds: float) -> None:
+    """Wait until a worker of any pool has something to say, at most that long; then read it."""
+    speaking = pools[0].ready([each for pool in pools for each in pool.heard], seconds)
+    for pool in pools:
+        pool.turn(speaking)
+
+
+def _why_ended(request: Request | None, outcome: Outcome, ending: Ending) -> str:
     if outcome is Outcome.TIMEOUT:
-        why = f"no answer in {request.seconds:.0f} s"
+        why = f"no answer in {request.seconds if request else GREET_SECONDS:.0f} s"
     elif ending.code < 0:
         why = f"the worker died by signal {-ending.code}"
     else:
@@ -256,11 +434,15 @@ def _why_ended(request: _Request, outcome: Outcome, ending: Ending) -> str:
     return f"{why}: {ending.said}" if ending.said else why
 
 
-def _failure(request: _Request, outcome: Outcome, error: str) -> Reply:
+def _unsaid(request: Request) -> Reply:
+    """The reply that says nothing of any config."""
+    return Reply(measurements=(None,) * len(request.task.candidates))
+
+
+def _failure(request: Request, outcome: Outcome, error: str) -> Reply:
     """The reply for a task whose worker ended. Of several configs it is not known which did it."""
-    n_configs = len(request.task.candidates)
-    if n_configs > 1:
-        return Reply(measurements=(None,) * n_configs)
+    if len(request.task.candidates) > 1:
+        return _unsaid(request)
     measurement = Measurement(
         outcome=outcome, error=error[:MOST_CHARACTERS], policy=policy_of(request.task)
     )

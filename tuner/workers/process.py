@@ -1,4 +1,4 @@
-"""One worker process, here or at the end of a connection, and the lines to and from it.
+"""One worker process, here or at the end of ssh, and the lines to and from it.
 
 Usage:
     process = WorkerProcess(transport)
@@ -16,12 +16,11 @@ import os
 import selectors
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import IO, Protocol, TypeVar
 
 from flashtune.tuner.workers.answers.message import MOST_BYTES, ReplyError, clean
-from flashtune.tuner.workers.transport import Transport
+from flashtune.tuner.workers.connection import Connection, Ending
 
 END_SECONDS = 5.0  # for a keeper to end what it keeps
 PIECE_BYTES = 2**16
@@ -29,22 +28,36 @@ MOST_ERRORS = 2**16  # bytes at the end of standard error that are read
 MOST_ON_DISK = 2**24  # bytes of standard error: a keeper passes on far less
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
-    """How a worker ended: its exit code, negative for a signal, and the last thing it said.
+class Command(Protocol):
+    """A transport whose workers are processes of this machine, or at the end of one."""
 
-    why_lost: where it was not the worker that ended but the way to it, why.
-    """
+    @property
+    def command(self) -> Sequence[str]:
+        """What to run here."""
 
-    code: int
-    said: str
-    why_lost: str | None
+    @property
+    def environment(self) -> Mapping[str, str] | None:
+        """Of the process; None for ours."""
+
+    @property
+    def preamble(self) -> bytes:
+        """What goes to its standard input before the first line."""
+
+    @property
+    def greeting(self) -> str:
+        """The line that says a worker is there, to be waited for; empty where none comes."""
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        """Why the way to the worker is gone, None where it is the worker that ended.
+
+        code: how the command ended. errors: all that it said on standard error.
+        """
 
 
 class WorkerProcess:
     """A process that reads and writes lines."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Command) -> None:
         """Start it, and begin to hand over the transport's preamble."""
         self._transport = transport
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
@@ -53,6 +66,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            env=transport.environment,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for the search, which then ends its workers
         )
@@ -65,6 +79,14 @@ class WorkerProcess:
         self._ending: Ending | None = None
         self.connected = not transport.greeting
         self._write(transport.preamble)
+
+    def fileno(self) -> int:
+        """Its standard output."""
+        return self.stdout.fileno()
+
+    def input(self) -> int | None:
+        """Its standard input, while there is something to hand over."""
+        return self.stdin.fileno() if self._unsent else None
 
     @property
     def unsent(self) -> int:
@@ -172,22 +194,22 @@ class WorkerProcess:
         return self._errors.read(MOST_ERRORS).decode(errors="replace").strip()
 
 
-Process = TypeVar("Process", bound=WorkerProcess)
+Some = TypeVar("Some", bound=Connection)
 
 
-def wait_for_any(processes: Sequence[Process], seconds: float) -> list[Process]:
-    """The processes of which `read` has something to say, waiting for any at most so long.
+def wait_for_any(connections: Sequence[Some], seconds: float) -> list[Some]:
+    """The connections of which `read` has something to say, waiting for any at most so long.
 
     Meanwhile they are handed what they had not taken yet.
     """
     with selectors.DefaultSelector() as selector:
-        for process in processes:
-            selector.register(process.stdout, selectors.EVENT_READ, process)
-            if process.unsent:
-                selector.register(process.stdin, selectors.EVENT_WRITE, process)
+        for each in connections:
+            selector.register(each, selectors.EVENT_READ, each)
+            if (descriptor := each.input()) is not None:
+                selector.register(descriptor, selectors.EVENT_WRITE, each)
         ready = selector.select(seconds)
     for key, event in ready:
         if event & selectors.EVENT_WRITE:
             key.data.push()
-    readable = [key.data for key, event in ready if event & selectors.EVENT_READ]
-    return [process for process in processes if process in readable or process.floods]
+    readable = {id(key.data) for key, event in ready if event & selectors.EVENT_READ}
+    return [each for each in connections if id(each) in readable or each.floods]

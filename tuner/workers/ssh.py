@@ -2,7 +2,7 @@
 
 Usage:
     transport = SshTransport(destination="user@orin")
-    WorkerPool(1, transport)
+    WorkerPool([Place(name="user@orin", transport=transport)])
 
 The user's own configuration and keys make the connection. Nothing else goes over it: no agent, no
 display, no forwarded port. The other machine keeps our code and the compilers' caches in
@@ -24,7 +24,10 @@ from importlib import resources
 from pathlib import Path
 
 from flashtune.tuner.workers import keeper
+from flashtune.tuner.workers.connection import Connection
 from flashtune.tuner.workers.far_end import GREETING
+from flashtune.tuner.workers.process import WorkerProcess
+from flashtune.tuner.workers.transport import WORKER
 from flashtune.tuning_db import cached_file, private_folder
 
 PYTHON = "python3"
@@ -52,8 +55,13 @@ class SshTransport:
 
     destination: str
     python: str = PYTHON
-    module: str = "flashtune.tuner.workers.worker"
+    module: str = WORKER
     token: str = field(default_factory=lambda: secrets.token_hex(16))
+    environment = None
+
+    def start(self) -> Connection:
+        """Start ssh."""
+        return WorkerProcess(self)
 
     @property
     def greeting(self) -> str:
@@ -63,27 +71,14 @@ class SshTransport:
     @property
     def command(self) -> Sequence[str]:
         """ssh, and a line of Python that reads the rest."""
-        least = ".".join(map(str, LEAST_PYTHON))
-        bootstrap = (
-            f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
-            f"sys.version_info[:2]) if sys.version_info < {LEAST_PYTHON} else "
-            f"exec(sys.stdin.buffer.read({len(_far_end())}))"
-        )
         options = [word for pair in OPTIONS.items() for word in ("-o", "=".join(pair))]
-        far = f'{_quoted(self.python)} -c "{bootstrap}"'
+        far = f'{_quoted(self.python)} -c "{bootstrap()}"'
         return ("ssh", "-T", "-a", "-x", *options, "--", self.destination, far)
 
     @property
     def preamble(self) -> bytes:
         """far_end.py, its header, and our code."""
-        archive = code_archive()
-        header = {
-            "size": len(archive),
-            "digest": hashlib.sha256(archive).hexdigest(),
-            "module": self.module,
-            "token": self.token,
-        }
-        return _far_end() + json.dumps(header).encode() + b"\n" + archive
+        return preamble(self.module, self.token)
 
     def why_lost(self, code: int, errors: str) -> str | None:
         """ssh's own words, where it ended by itself."""
@@ -101,6 +96,28 @@ def _quoted(python: str) -> str:
     if slash and re.fullmatch(r"~[\w.-]*", home, re.ASCII):
         return f"{home}/{shlex.quote(rest)}"
     return shlex.quote(python)
+
+
+def bootstrap() -> str:
+    """The program that a Python elsewhere begins with: it reads the rest from standard input."""
+    least = ".".join(map(str, LEAST_PYTHON))
+    return (
+        f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
+        f"sys.version_info[:2]) if sys.version_info < {LEAST_PYTHON} else "
+        f"exec(sys.stdin.buffer.read({len(_far_end())}))"
+    )
+
+
+def preamble(module: str, token: str) -> bytes:
+    """The rest: far_end.py, its header with the module to run, and our code."""
+    archive = code_archive()
+    header = {
+        "size": len(archive),
+        "digest": hashlib.sha256(archive).hexdigest(),
+        "module": module,
+        "token": token,
+    }
+    return _far_end() + json.dumps(header).encode() + b"\n" + archive
 
 
 @functools.cache

@@ -20,7 +20,7 @@ class Task:
 
     All candidates are of one problem and device. seed: of the workload. best_us: the best time so
     far; a config far behind it is pruned. sources: what each candidate renders to, for a worker
-    that has no templates.
+    that has no templates. energy: whether to measure what calls take of it, too.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class Task:
     seed: int = 0
     best_us: float | None = None
     sources: tuple[str, ...] = ()
+    energy: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -49,6 +50,7 @@ class Task:
             "seed": self.seed,
             "best_us": self.best_us,
             "sources": self.sources,
+            "energy": self.energy,
         }
 
     @classmethod
@@ -62,4 +64,5 @@ class Task:
             seed=data["seed"],
             best_us=data["best_us"],
             sources=tuple(data["sources"]),
+            energy=data["energy"],
         )

@@ -1,39 +1,21 @@
-"""How a worker process is started, and what its end means.
+"""Where workers run, and how one is started there.
 
 Usage:
-    WorkerPool(4, LocalTransport())     # workers on this machine; ssh.py has them on another
+    WorkerPool(here(4))       # on this machine; ssh.py and ray_worker.py have transports to others
+    WorkerPool([Place(name="user@orin", transport=SshTransport(destination="user@orin"))])
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from flashtune.tuner.workers import keeper
+from flashtune.tuner.workers.connection import Connection, Transport
+from flashtune.tuner.workers.process import WorkerProcess
 
-_WORKER = "flashtune.tuner.workers.worker"
-
-
-class Transport(Protocol):
-    """Starts workers in one place, each with its keeper. All of them speak lines of JSON."""
-
-    @property
-    def command(self) -> Sequence[str]:
-        """What to run here."""
-
-    @property
-    def preamble(self) -> bytes:
-        """What goes to its standard input before the first line."""
-
-    @property
-    def greeting(self) -> str:
-        """The line that says a worker is there, to be waited for; empty where none comes."""
-
-    def why_lost(self, code: int, errors: str) -> str | None:
-        """Why the way to the worker is gone, None where it is the worker that ended.
-
-        code: how the command ended. errors: all that it said on standard error.
-        """
+WORKER = "flashtune.tuner.workers.worker"
 
 
 def _own_worker() -> Sequence[str]:
@@ -43,22 +25,51 @@ def _own_worker() -> Sequence[str]:
     """
     program = (
         f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
-        f"runpy.run_module({_WORKER!r}, run_name='__main__')"
+        f"runpy.run_module({WORKER!r}, run_name='__main__')"
     )
     return (sys.executable, "-c", program)
 
 
 class LocalTransport:
-    """Workers on this machine."""
+    """Workers on this machine, as `process.Command` has them."""
 
     preamble = b""
     greeting = ""
 
-    def __init__(self, command: Sequence[str] = ()) -> None:
-        """By default this Python's and this flashtune's worker."""
+    def __init__(
+        self, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """By default this Python's and this flashtune's worker. environment: added to ours."""
         kept = (sys.executable, "-I", "-S", str(Path(keeper.__file__)))
         self.command = (*kept, *(command or _own_worker()))
+        self.environment = {**os.environ, **environment} if environment else None
+
+    def start(self) -> Connection:
+        """Start a process of ours."""
+        return WorkerProcess(self)
 
     def why_lost(self, code: int, errors: str) -> str | None:
         """Never: there is nothing between."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Room for one worker at a time. name: unique in a pool, for a person.
+
+    site: workers of one site find there what a compiler of that site compiled.
+    """
+
+    name: str
+    transport: Transport = field(default_factory=LocalTransport)
+    site: str = ""
+
+
+Roster = Callable[[], Sequence[Place]]  # the places that there are now: they may come and go
+Places = Sequence[Place] | Roster
+
+
+def here(count: int, transport: Transport | None = None) -> list[Place]:
+    """So many places on this machine, or where the transport leads."""
+    found = transport or LocalTransport()
+    return [Place(name=f"here {number}", transport=found) for number in range(1, count + 1)]

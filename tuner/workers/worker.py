@@ -23,6 +23,7 @@ from flashtune.tuner.workers.answers.message import from_line, to_line
 from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply, policy_of
 from flashtune.tuner.workers.keeper import REPLIES
 from flashtune.tuner.workers.task import Task
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 
@@ -49,7 +50,8 @@ class Worker:
     def _compile(self, task: Task) -> Reply:
         try:
             candidate = task.candidates[0]
-            uses = backend_of(candidate).compile(candidate)
+            source = task.sources[0] if task.sources else None
+            uses = backend_of(candidate).compile(candidate, source)
         except Exception as error:
             return Reply(
                 measurements=(failure(error, Outcome.COMPILE_ERROR, policy=SEARCH_POLICY),)
@@ -88,6 +90,16 @@ class Worker:
             trial.load(number, partial(self._load, task, number))
             trial.admit(number, task.candidates[number].slack)
         run(trial)
+        if task.energy:
+            try:
+                where = torch.device(target_of(task.device).torch_device)
+                with target_of(task.device).energy(where) as joules:
+                    trial.meter(joules)
+            except FlashtuneError as error:  # no config's fault: the search is to stop
+                trouble = MachineTroubleError(str(error))
+                return Reply(
+                    measurements=(failure(trouble, Outcome.CRASH, policy),) * len(numbers)
+                )
         found = trial.finish()
         return Reply(
             measurements=tuple(found.get(number) for number in numbers),

@@ -66,9 +66,9 @@ class CppStep:
 class CppBackend:
     """CPUs, through C++."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile into the cache; nothing is known of what a CPU's code needs."""
-        build_library(candidate.source, candidate.device.arch, candidate.config.simd)
+        build_library(source or candidate.source, candidate.device.arch, candidate.config.simd)
         return ()
 
     def loader(

@@ -5,11 +5,12 @@ import torch
 from flashtune.kernels.backends.backend import Backend
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.read_bandwidth import read_sources
-from flashtune.kernels.backends.cpp.this_cpu import ALIAS, describe_cpu, this_cpu
-from flashtune.kernels.backends.target import Target
+from flashtune.kernels.backends.cpp.this_cpu import ALIAS, describe_cpu, fresh_bandwidth, this_cpu
+from flashtune.kernels.backends.target import Target, no_energy
 from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.plans import CPP_FUSED, CPP_STAGED, cpp_fused, cpp_staged
 from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.probe import Figures
 
 
 def _describe(device: torch.device) -> Device | None:
@@ -24,6 +25,11 @@ def _trouble() -> str | None:
     if compiler_version():
         return None
     return "there is no C++ compiler: install g++ there, or set CXX"
+
+
+def _probe(device: Device, where: torch.device) -> Figures | None:
+    """How fast memory is read, measured now; nothing of a CPU's records is predicted by more."""
+    return Figures(bandwidth=fresh_bandwidth(device) or None)
 
 
 def _cpp() -> Backend:
@@ -54,4 +60,7 @@ CPU = Target(
     registered=False,
     compiles_elsewhere=False,
     bandwidth_sources=read_sources,
+    probe=_probe,
+    conditions=lambda where: {},
+    energy=no_energy,
 )

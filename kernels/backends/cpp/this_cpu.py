@@ -45,7 +45,7 @@ _NEEDED: dict[str, set[str]] = {
 def this_cpu() -> Device:
     """This machine's CPU. Its read bandwidth is measured once and kept in the cache folder.
 
-    Where it can't be measured, for want of a compiler or of memory, it is 0: unknown.
+    If it cannot be measured, without a compiler or enough memory, it is 0: unknown.
     """
     device = describe_cpu()
     return replace(device, memory_bandwidth=known_bandwidth(device))

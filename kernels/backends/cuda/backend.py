@@ -60,6 +60,7 @@ class CudaStep(DriverStep):
         """Of a binary that is loaded on `device`, with scratch of its own."""
         super().__init__(device)
         uses = candidate.launches
+        self.binaries = [binary]
         self.scratch = CudaScratch.create(candidate.problem, uses[0].programs, device)
         self.launches = [
             Launch(
@@ -83,9 +84,9 @@ def _shape(use: KernelUse, lanes: int) -> Shape:
 class CudaBackend:
     """NVIDIA GPUs, through CUDA C++."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
-        needs = resource_usage(compile_cuda(candidate.source, candidate.device.arch))
+        needs = resource_usage(compile_cuda(source or candidate.source, candidate.device.arch))
         return [
             replace(
                 launch,

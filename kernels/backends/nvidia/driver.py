@@ -12,6 +12,7 @@ bindings that make objects of every argument take several. Nothing here needs a 
 
 import ctypes
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ _USUAL_SHARED_BYTES = 48 * 1024  # more has to be asked for
 # Kernels of Triton take pointers to scratch after their own arguments: two so far. What a kernel
 # does not take is not read.
 _UNUSED_ARGUMENTS = 4
+
+_LOADED: Counter[int] = Counter()  # binaries, by their bytes
 
 Cell = ctypes.c_uint64 | ctypes.c_int32
 
@@ -74,8 +77,8 @@ class Shape:
 class Binary:
     """A binary's kernels, loaded into a device's primary context, which is the one of torch.
 
-    Raises FlashtuneError where the driver refuses. It stays loaded: graphs that captured its
-    kernels may outlive it.
+    Raises FlashtuneError where the driver refuses. It stays loaded until it is unloaded, even if
+    nobody has it any more: graphs that captured its kernels may outlive it.
     """
 
     def __init__(self, binary: bytes, index: int) -> None:
@@ -84,6 +87,17 @@ class Binary:
         _enter(self._context)
         self._module = ctypes.c_void_p()
         _check(self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
+        self._size = len(binary)  # 0 once it is unloaded
+        _LOADED[self._size] += 1
+
+    def unload(self) -> None:
+        """Unload it, once: neither its kernels nor graphs of them can be launched any more."""
+        if not self._size:
+            return
+        _LOADED[self._size] -= 1
+        self._size = 0
+        _enter(self._context)
+        _check(self._driver.cuModuleUnload(self._module))
 
     def prepared(self, shape: Shape, cells: Sequence[Cell]) -> Run:
         """What launches a kernel on a stream, with the values that its cells hold then."""
@@ -115,6 +129,11 @@ class Binary:
         for attribute, value in wanted.items():
             _check(driver.cuFuncSetAttribute(function, attribute, value))
         return function
+
+
+def loaded() -> tuple[int, int]:
+    """How many binaries of this process are loaded, and how many bytes they have together."""
+    return _LOADED.total(), sum(size * count for size, count in _LOADED.items())
 
 
 class _Graph:

@@ -1,11 +1,12 @@
 """A step that NVIDIA's driver launches, whatever compiled its kernels."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
 from flashtune.kernels.backends.gpu import LaunchedStep, Run
-from flashtune.kernels.backends.nvidia.driver import recorded
+from flashtune.kernels.backends.nvidia.driver import Binary, recorded
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.errors import FlashtuneError
 
@@ -28,6 +29,7 @@ class DriverStep(LaunchedStep):
     """
 
     recordable = True  # whether all of the launches are kernels of ours
+    binaries: Sequence[Binary] = ()  # of its kernels, which other steps may share
 
     def __init__(self, device: torch.device) -> None:
         """For this device, or the current one where it has no index."""
@@ -52,6 +54,14 @@ class DriverStep(LaunchedStep):
             super().__call__(weights, hidden, out)
             self._seen.clear()
             self._graphs.clear()
+
+    def unload(self) -> None:
+        """Unload its kernels, and those of the steps that share them: none is called again."""
+        self._runs, self._weights = (), None
+        self._seen.clear()
+        self._graphs.clear()
+        for binary in self.binaries:
+            binary.unload()
 
     def _look_at(self, place: _Place) -> None:
         """Record the launches with what their cells hold, where they came here before."""

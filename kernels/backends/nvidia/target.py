@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,13 +12,17 @@ from flashtune.kernels.backends.backend import Backend
 from flashtune.kernels.backends.cuda import nvrtc
 from flashtune.kernels.backends.nvidia.gpu import describe, toolchain
 from flashtune.kernels.backends.nvidia.jetson import why_unused
+from flashtune.kernels.backends.nvidia.power import conditions, energy_counter
+from flashtune.kernels.backends.nvidia.step import index_of
 from flashtune.kernels.backends.target import Target
+from flashtune.kernels.measure.probe import probe
 from flashtune.kernels.measure.timing import GraphTimer
 from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, batched, staged
 from flashtune.kernels.plans.candidate import Candidate, Plan, why_broken
 from flashtune.kernels.plans.knob import Config
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.package import why_unusable
+from flashtune.tuning_db.probe import Figures
 from flashtune.tuning_db.problem import Problem
 
 BATCHED_FROM = 8  # tokens: with fewer, the plan for one token was as fast on an H200
@@ -55,6 +60,13 @@ def _why_missing(plan: Plan) -> str | None:
     return f"plan {plan.name} needs {missing}" if missing else None
 
 
+def _probe(device: Device, where: torch.device) -> Figures:
+    from flashtune.kernels.backends.nvidia.probe import Gauge
+
+    with closing(Gauge(device, where, NVIDIA.lanes)) as gauge:
+        return probe(gauge)
+
+
 def _triton() -> Backend:
     from flashtune.kernels.backends.triton.backend import TritonBackend
 
@@ -89,4 +101,7 @@ NVIDIA = Target(
     registered=True,
     compiles_elsewhere=True,
     bandwidth_sources=lambda device: (),
+    probe=_probe,
+    conditions=lambda where: conditions(index_of(where)),
+    energy=lambda where: energy_counter(index_of(where)),
 )

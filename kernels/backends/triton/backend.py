@@ -149,23 +149,42 @@ def compile_module(module: ModuleType, candidate: Candidate) -> dict[str, Any]:
         name = launch["kernel"]
         if name == "torch_topk":
             continue
-        signature = _signature(module, name, candidate.problem)
-        aligned = {
-            (place,): [["tt.divisibility", ALIGNMENT]]
-            for place, argument in enumerate(signature)
-            if argument.endswith("_ptr")
-        }
-        options = {"num_warps": launch["num_warps"], "num_stages": 1}
-        if module.PDL:
-            options["launch_pdl"] = True
-        if module.COOPERATIVE:
-            options["launch_cooperative_grid"] = True
-        compiled[name] = triton.compile(
-            ASTSource(getattr(module, name), signature, attrs=aligned),
-            target=GPUTarget("cuda", candidate.device.capability, candidate.lanes),
-            options=options,
+        compiled[name] = compile_kernel(
+            getattr(module, name),
+            _signature(module, name, candidate.problem),
+            candidate.device.capability,
+            candidate.lanes,
+            num_warps=launch["num_warps"],
+            launch_pdl=module.PDL,
+            launch_cooperative_grid=module.COOPERATIVE,
         )
     return compiled
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    capability: int,
+    lanes: int,
+    *,
+    num_warps: int,
+    **flags: bool,
+) -> Any:
+    """Compile one jit function, given the types of its arguments in Triton's words; no GPU needed.
+
+    Pointers are taken to be aligned to `ALIGNMENT`. flags: those of Triton's options that are set.
+    """
+    aligned = {
+        (place,): [["tt.divisibility", ALIGNMENT]]
+        for place, argument in enumerate(signature)
+        if argument.endswith("_ptr")
+    }
+    wanted = {name: True for name, is_set in flags.items() if is_set}
+    return triton.compile(
+        ASTSource(kernel, dict(signature), attrs=aligned),
+        target=GPUTarget("cuda", capability, lanes),
+        options={"num_warps": num_warps, "num_stages": 1, **wanted},
+    )
 
 
 def launches_of(
@@ -235,6 +254,7 @@ class DecodeStep(DriverStep):
         """Of kernels that are loaded on `device`, with scratch of its own."""
         super().__init__(device)
         self.recordable = not _uses_topk(module)  # which torch launches itself
+        self.binaries = [each.binary for each in kernels.values()]
         self.scratch = scratch_of(problem, module, device)
         self.launches = launches_of(
             module, self.scratch, lambda each: kernels[each["kernel"]].at(each["programs"])
@@ -244,10 +264,10 @@ class DecodeStep(DriverStep):
 class TritonBackend:
     """GPUs, through Triton."""
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile for the device's architecture and read what the kernels need."""
         device = candidate.device
-        module, kernels = _compiled(candidate, candidate.source)
+        module, kernels = _compiled(candidate, source or candidate.source)
         uses = [
             _read_use(launch, kernels[launch["kernel"]])
             for launch in module.LAUNCHES

@@ -156,6 +156,29 @@ def test_what_the_driver_refuses_is_said(fake: FakeDriver) -> None:
         step(weights, torch.zeros(1, 8), torch.zeros(8))
 
 
+def test_what_is_unloaded_is_unloaded_once_and_counted(fake: FakeDriver) -> None:
+    def unloaded() -> int:
+        return sum(name == "cuModuleUnload" for name, *_ in fake.calls)
+
+    before = nvidia.loaded()
+    step, other = make_step(), make_step()
+    assert nvidia.loaded() == (before[0] + 2, before[1] + 2 * len(b"binary"))
+    step.unload()
+    step.unload()
+    assert (unloaded(), nvidia.loaded()[0]) == (1, before[0] + 1)
+    other.unload()
+    assert (unloaded(), nvidia.loaded()) == (2, before)
+
+
+def test_steps_that_share_kernels_unload_them_together(fake: FakeDriver) -> None:
+    candidate = Candidate(PROBLEM, StreamedConfig(), find_device("h200"))
+    before, binary = nvidia.loaded(), Binary(b"binary", 0)
+    steps = [CudaStep(candidate, binary, torch.device("cpu")) for _ in range(2)]
+    for step in steps:
+        step.unload()
+    assert nvidia.loaded() == before
+
+
 def test_only_much_shared_memory_is_asked_for(fake: FakeDriver) -> None:
     binary = Binary(b"binary", 0)
     for dynamic_bytes, most_shared, expected in (

@@ -1,13 +1,21 @@
 """How much memory is left: of the machine, of control groups, of a GPU as the driver tells."""
 
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from flashtune.kernels.backends.cuda.backend import CudaScratch
+from flashtune.kernels.backends.target import default_config, known_good
+from flashtune.kernels.backends.triton.backend import load_source, scratch_of
 from flashtune.kernels.measure import memory
-from flashtune.kernels.measure.memory import free_bytes
+from flashtune.kernels.measure.memory import free_bytes, scratch_bytes
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.tuning_db.device import find_device
+from flashtune.tuning_db.problem import parse_shape
 
 CPU = torch.device("cpu")
 
@@ -69,3 +77,31 @@ def test_of_a_gpu_torchs_own_reserve_counts_as_free_and_a_shared_memory_as_the_m
     ):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     assert free_bytes(torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "qwen3-vl-2b",
+        "gemma-3-1b,probes=512,tokens=32",
+        "gemma-3-270m,probes=512,tokens=32,epilogue=logits",
+        "qwen3-vl-2b,weight=int8,rescored=8",
+        "gemma-3-1b,weight=int4,rescored=32,tokens=8",
+    ],
+)
+def test_no_plans_scratch_takes_more_than_is_said(shape: str) -> None:
+    problem, device, meta = parse_shape(shape), find_device("h100"), torch.device("meta")
+    taken = {}
+    for config in [default_config(problem, device), *known_good(problem, device)]:
+        candidate = Candidate(problem, config, device)
+        if candidate.why_invalid() is not None:
+            continue
+        if candidate.plan.builder == "cuda":
+            blocks = candidate.launches[0].programs
+            scratch: Any = CudaScratch.create(problem, blocks, meta)
+        else:
+            scratch = scratch_of(problem, load_source(candidate.source), meta)
+        tensors = [getattr(scratch, each.name) for each in fields(scratch)]
+        taken[candidate.plan.name] = sum(each.nbytes for each in tensors if each is not None)
+    assert len(taken) > 1
+    assert max(taken.values()) <= scratch_bytes(problem)

@@ -11,7 +11,7 @@ from flashtune.kernels.backends.torch import TorchStep, decode
 from flashtune.kernels.formats.format import format_of, plain_formats
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.measure.judge import Judge
-from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.measure.workload import Workload, _sets_for
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -180,7 +180,8 @@ def test_an_answer_that_was_judged_right_is_not_judged_again(
     assert len(judged) == len(workload.checks)
 
 
-JUDGED = 8 * (3 * 64 * 4096 + 8 * 384)  # bytes that the judge needs
+N_SETS = _sets_for(PROBLEM, 10 * PROBLEM.minimum_bytes)
+JUDGED = 8 * (3 * 64 * 4096 + 8 * 384) + 8 * (N_SETS + 2) * PROBLEM.n_tokens * 64  # bytes needed
 
 
 def around(free_bytes: int) -> tuple[Weights, Workload]:

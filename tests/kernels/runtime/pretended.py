@@ -76,6 +76,19 @@ class Timer:
         return [self._time_us] * replays
 
 
+class Loaded:
+    """A step that can be unloaded, as one of a GPU."""
+
+    def __init__(self, step: Step, backend: "Backend") -> None:
+        self._step, self._backend = step, backend
+
+    def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        self._step(weights, hidden, out)
+
+    def unload(self) -> None:
+        self._backend.unloaded += 1
+
+
 class Backend:
     """Configs take `times[parts]` microseconds, 10 unless told.
 
@@ -88,6 +101,7 @@ class Backend:
     def __init__(self, times: dict[int, float | str]) -> None:
         self.times = times
         self.compiled: list[int] = []
+        self.loads = self.unloaded = 0
         self._loaded: dict[Step, int] = {}
 
     def loader(self, candidate: Candidate, *_: object) -> Callable[[], Step]:
@@ -111,8 +125,9 @@ class Backend:
                 out.zero_()
 
         def load() -> Step:
-            own: Step = lambda *arguments: step(*arguments)  # noqa: E731 - one a call
+            own = Loaded(step, self)
             self._loaded[own] = parts
+            self.loads += 1
             return own
 
         return load

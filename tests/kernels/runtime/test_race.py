@@ -10,6 +10,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,18 @@ from typing import Any
 import pytest
 import torch
 from loaded import loaded
+from torch.profiler import ProfilerActivity, profile
 
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
+from flashtune.kernels.measure.memory import scratch_bytes
 from flashtune.kernels.measure.trial import Trial
+from flashtune.kernels.measure.workload import _sets_for
 from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.runtime import decoder, heat, race
+from flashtune.kernels.runtime.binding import N_SPARES
+from flashtune.kernels.runtime.compilers import Compilers
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.lock import hold
@@ -34,12 +40,17 @@ from flashtune.tuning_db.store import RACE_POLICY, Store
 SCRIPT = Path(__file__).with_name("pretended.py")
 MEASURED = Provenance.MEASURED
 Explain = dict[str, Any]
-JUDGED = 8 * (3 * 64 * 4096 + 8 * 512) + 2 * 20 * 8  # bytes that judge and timers need here
+pretended = loaded(SCRIPT)
+N_SETS = _sets_for(pretended.PROBLEM, pretended.CPU.l2_bytes)
+JUDGED = (  # bytes that judge, states, and two steps with their timers need here
+    8 * (3 * 64 * 4096 + 8 * 512)
+    + 8 * (N_SETS + 2) * 64
+    + 2 * (20 * 8 + scratch_bytes(pretended.PROBLEM))
+)
 
 pytestmark = pytest.mark.usefixtures("racing")
 
 
-pretended = loaded(SCRIPT)
 DEFAULT = pretended.DEFAULT.parts
 record, make_head = pretended.record, pretended.make_head
 
@@ -346,6 +357,71 @@ def test_a_config_that_compiles_too_long_is_left_out(database: Path, backend: An
     assert [bool(each.measurement) for each in found.entries] == [True, True, False]
     assert found.entries[2].why == "it was not compiled in time"
     assert found.compile_s < 2.0
+
+
+@pytest.mark.parametrize("fate", [8.0, "wrong", "raises", "broken"])
+def test_what_a_race_loaded_is_unloaded(fate: float | str, database: Path, backend: Any) -> None:
+    backend.times = {1: 8.0, 2: fate, 4: 90.0}
+    add(database, *(record(parts, 5.0 + parts) for parts in (1, 2, 4)))
+    data = make_head().explain()
+    assert data["raced"]
+    n_raced = 4 - (fate == "broken")
+    assert backend.unloaded == n_raced
+    assert backend.loads == n_raced + N_SPARES + 1, "the winner is loaded again, for the head"
+
+
+def test_what_a_race_takes_is_said_before_it_is_taken(
+    database: Path, backend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="flashtune")
+    weights = make_head(tune="never").decoder.weights
+    configs = [pretended.DEFAULT, *(pretended.config(parts) for parts in (1, 2, 4))]
+    heat.compare(pretended.PROBLEM, weights, pretended.CPU, configs, seconds=5.0)  # loads things
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = heat.compare(pretended.PROBLEM, weights, pretended.CPU, configs, seconds=5.0)
+    now = peak = 0
+    for event in sorted(seen.events(), key=lambda each: each.time_range.start):
+        if event.name == "[memory]":
+            now += event.cpu_memory_usage
+            peak = max(peak, now)
+    assert 0 < peak <= found.most_bytes
+    said = [each for each in caplog.messages if each.startswith("a race takes up to ")]
+    assert len(said) == 2
+    assert f"a race takes up to {found.most_bytes / 2**20:.0f} MiB of the " in said[-1]
+
+
+def test_a_hung_compiler_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    script = tmp_path / "hung"
+    script.write_text("#!/bin/sh\necho $$ >> pids\nsleep 600 &\necho $! >> pids\nwait\n")
+    script.chmod(0o755)
+    compilers = Compilers(2)
+    begun = time.monotonic()
+    hung = compilers.submit(lambda: subprocess.run([script], cwd=tmp_path, check=True))
+    after = compilers.submit(lambda: 5)
+    waiting = [compilers.submit(lambda: time.sleep(0.3)) for _ in range(4)]
+    assert after.result(timeout=10) == 5
+    while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+        time.sleep(0.01)
+    compilers.wait(0.1)
+    compilers.end()
+    assert isinstance(hung.exception(timeout=1), subprocess.CalledProcessError)
+    assert waiting[-1].cancelled()
+    assert time.monotonic() - begun < 10
+    for pid in map(int, (tmp_path / "pids").read_text().split()):
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_what_compiles_in_this_process_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    program = (
+        "import time; from flashtune.kernels.runtime.compilers import Compilers\n"
+        "compilers = Compilers(1); compilers.submit(lambda: time.sleep(600))\n"
+        "compilers.wait(0.1); compilers.end(); print('over')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "over\n"
 
 
 def test_a_default_that_is_not_compiled_in_time_leaves_nothing_to_compare_with(

@@ -22,19 +22,21 @@ from safetensors.torch import save_file
 
 from flashtune.kernels.backends.cpp.compiler import compiler_version
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
-from flashtune.kernels.backends.target import default_config
+from flashtune.kernels.backends.target import default_config, target_of
 from flashtune.kernels.model_folder.folder import read_model
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import parse_config
+from flashtune.kernels.predict.correction import expected_figures
+from flashtune.kernels.predict.cost_model import shipped_model
 from flashtune.tuner import table_check
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.here import this_device
-from flashtune.tuning_db.device import Device, all_devices
+from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
-from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
-from flashtune.tuning_db.table import TuningTable, write_table
+from flashtune.tuning_db.table import TuningTable, prebuilt_paths, write_table
 
 TINY = "vocab=512,hidden=64,clusters=32,probes=4"
 FROM_DATABASE = {"source": "user database", "shipped": False}
@@ -246,7 +248,9 @@ class TestTables:
             assert store.records() == []
 
     def test_a_good_table_is_imported(self, table: Path, tmp_path: Path) -> None:
-        assert "1 records of orin-nano-super, all good" in done("tables", "check", table)
+        assert "1 records of orin-nano-super (1 measured), all good" in done(
+            "tables", "check", table
+        )
         assert "1 records" in done("tables", "import", table, "--db", tmp_path / "new.db")
         [record] = json.loads(done("show", "--json", "--db", tmp_path / "new.db"))
         assert record["measurement"]["median_us"] == 12.0
@@ -386,6 +390,78 @@ def test_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["source"] and row["memory_bandwidth"] > 1e10 for row in registered)
     assert cpu["here"] and cpu["aliases"] == ["cpu"]
     assert done("devices").count("this") == 1
+
+
+def test_devices_say_whose_predictions_miss_what_was_published() -> None:
+    text = " ".join(done("devices").split())
+    assert "agx-thor: less trusted: predictions miss 7 of 9 published savings" in text
+    assert "agx-orin: predictions miss 0 of 5" in text
+    rows = {row["name"]: row for row in json.loads(done("devices", "--json"))}
+    assert rows["agx-thor"]["less_trusted"].startswith("less trusted: ")
+    assert rows["agx-orin"]["less_trusted"] is None
+    assert rows["agx-orin"]["evidence"]["missed"] == 0
+    assert rows["nvidia-l4"]["evidence"] is None
+
+
+def test_devices_are_probed_and_the_probe_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    orin = find_device("orin")
+    half = replace(expected_figures(shipped_model(), orin), bandwidth=5e10, overlapped_us=None)
+    target = replace(
+        target_of(orin),
+        torch_device="cpu",
+        probe=lambda device, where: half,
+        conditions=lambda where: {"power mode": "15W"},
+    )
+    for module in ("tuner.probe", "kernels.runtime.correction"):
+        monkeypatch.setattr(f"flashtune.{module}.target_of", lambda device: target)
+    monkeypatch.setattr("flashtune.tuner.probe.devices_here", lambda: [orin])
+    database = tmp_path / "probed.db"
+    [probed] = json.loads(done("devices", "--probe", "--json", "--db", database))
+    assert probed["figures"]["bandwidth"] == 5e10
+    assert probed["figures"]["overlapped_us"] is None
+    assert probed["expected"]["bandwidth"] == pytest.approx(0.96 * orin.memory_bandwidth)
+    assert probed["conditions"] == {"power mode": "15W"}
+    with Store(database, read_only=True) as store:
+        records = store.records()
+        assert store.probe(orin.name, {"power mode": "15W"}) is not None
+    assert len(records) == probed["corrected"] > 100
+    assert {each.provenance for each in records} == {Provenance.CORRECTED}
+    text = " ".join(done("devices", "--probe", "--db", database).split())
+    assert "memory reads GB/s 50.0" in text
+    assert "records corrected; power mode 15W" in text
+    shown = done("show", "--device", "orin", "--shape", "qwen3-vl-2b", "--db", database)
+    assert "corrected" in shown
+    best = json.loads(
+        done("best", "--device", "orin", "--shape", "qwen3-vl-2b", "--db", database, "--json")
+    )
+    assert best["provenance"] == "corrected"
+
+
+def test_tables_show_where_their_times_come_from(tmp_path: Path) -> None:
+    [thor] = json.loads(done("tables", "show", shipped("agx-thor"), "--json"))
+    assert (thor["measured"], thor["corrected"]) == (0, 0)
+    assert (
+        thor["predicted"] == thor["records"] == sum(each["records"] for each in thor["contents"])
+    )
+    text = " ".join(done("tables", "show", shipped("agx-thor")).split())
+    assert f"{thor['records']} records of agx-thor ({thor['predicted']} predicted)" in text
+    assert "less trusted: predictions miss 7 of 9" in text
+    text = done("tables", "check", shipped("agx-thor"))
+    assert "less trusted: predictions miss 7 of 9" in text
+    [h200] = json.loads(done("tables", "show", shipped("nvidia-h200"), "--json"))
+    assert h200["measured"] > 0 and h200["less_trusted"] is None
+    [row] = [
+        each for each in h200["contents"] if each["problem"] == parse_shape("qwen3-vl-2b").data()
+    ]
+    assert row["provenance"] == "measured"
+    assert "less trusted" not in done("tables", "check", shipped("nvidia-h200"))
+
+
+def shipped(name: str) -> Path:
+    [path] = [each for each in prebuilt_paths() if each.stem == name]
+    return path
 
 
 def test_without_a_gpu_a_search_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +646,7 @@ def test_ctrl_c_while_connecting_ends_quietly(monkeypatch: pytest.MonkeyPatch) -
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashtune.tuner.workers.remote.find_machine", stopped)
+    monkeypatch.setattr("flashtune.tuner.fleet.fleets.find_machines", stopped)
     result = run(*SEARCH, "--remote", "there")
     assert (result.exit_code, result.output) == (130, "connecting to there\n")
 

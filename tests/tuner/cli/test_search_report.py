@@ -11,8 +11,9 @@ from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
+from flashtune.kernels.predict.cost_model import VERSION, interval_us, shipped_model
 from flashtune.tuner.cli.search_report import print_results
-from flashtune.tuner.predict.cost_model import VERSION, interval_us, shipped_model
+from flashtune.tuner.objective import Objective
 from flashtune.tuner.search.failure import Failure, known_remedy, most_frequent
 from flashtune.tuner.search.result_data import better_shipped, result_data
 from flashtune.tuner.search.search import Result
@@ -46,6 +47,8 @@ def result(recorded: Callable[..., Record], problem: Problem) -> Callable[..., R
             "failed": 0,
             "failure": None,
             "default_kept": False,
+            "objective": Objective.TIME,
+            "front": (),
             "timed_out": False,
             "cancelled": False,
         }

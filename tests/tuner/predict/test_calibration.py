@@ -24,6 +24,7 @@ from flashtune.tuner.predict.calibration import (
     write_calibration,
 )
 from flashtune.tuner.workers.pool import WorkerPool
+from flashtune.tuner.workers.transport import here
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
@@ -136,7 +137,7 @@ class TestCalibrate:
     ) -> None:
         good = StagedConfig(score_block=64, gather_block=64)
         told: list[tuple[int, int]] = []
-        with WorkerPool(1) as pool:
+        with WorkerPool(here(1)) as pool:
             found = calibrate([recorded(good, 12.0)], device, pool, lambda *at: told.append(at))
         assert told == [(1, 1)]
         [sample] = found.samples
@@ -162,7 +163,7 @@ class TestCalibrate:
             )
             for number, each in enumerate(tools, start=1)
         ]
-        with WorkerPool(1) as pool, pytest.raises(FlashtuneError, match=message):
+        with WorkerPool(here(1)) as pool, pytest.raises(FlashtuneError, match=message):
             calibrate(records, device, pool)
         assert pool.pending == 0
 

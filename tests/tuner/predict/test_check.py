@@ -1,16 +1,17 @@
 """The model that ships: what is said of it is what its check finds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+from flashtune.kernels.predict.cost_model import MODEL_FILE, VERSION, CostModel, read_model_file
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
 from flashtune.tuner.predict.check import MOST_ERROR, Report, check_model
-from flashtune.tuner.predict.cost_model import MODEL_FILE, VERSION, CostModel, read_model_file
 from flashtune.tuner.predict.fit import (
     Samples,
     fit_constants,
@@ -19,9 +20,15 @@ from flashtune.tuner.predict.fit import (
     read_fit,
     rounded,
 )
-from flashtune.tuner.predict.published import FIGURES, PROBES, published_prediction
+from flashtune.tuner.predict.published import (
+    FIGURES,
+    PROBES,
+    published_prediction,
+    published_rates,
+)
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.evidence import published_evidence, why_less_trusted
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
@@ -51,6 +58,12 @@ def test_the_document_has_the_checks_tables(report: Report) -> None:
         f"| {each.device} | {'fused gather' if each.fused else 'framework'} | {each.n_probes} "
         f"| {each.published_us:.0f} | {each.predicted_us:.0f} | {each.error:+.0%} |"
         for each in report.figures
+    ]
+    rows += [
+        f"| {each.device} | {each.model} | {each.body} | {each.published_us:.0f} "
+        f"| {each.rounding:.0%} | {each.predicted_us:.0f} | {each.error:+.0%} "
+        f"| {each.fewer_probes_error:+.0%} |"
+        for each in report.rates
     ]
     rows += [
         f"| {each.device} | {each.problem.describe()} | {each.plan} | {each.measured_us:.1f} "
@@ -96,6 +109,32 @@ def test_published_times_are_met_at_a_model_folders_probes() -> None:
     for figure in FIGURES:
         predicted_us = published_prediction(model, figure, PROBES[-1]).time_us
         assert abs(predicted_us / figure.time_us - 1) < MOST_ERROR
+
+
+def test_every_published_rate_is_a_saving_that_nothing_was_fitted_to(report: Report) -> None:
+    assert len(report.rates) == 23
+    orin = [each for each in report.rates if each.device == "agx-orin"]
+    assert len(orin) == 5
+    assert max(abs(each.error) for each in orin) < 0.08
+    assert min(each.fewer_probes_error for each in orin) > 0.14, "fewer probes fit worse"
+    [whole] = [
+        each for each in published_rates()
+        if (each.device, each.model, each.body) == ("rtx-3500-ada", "llama-3.2-3b", "bf16")
+    ]  # fmt: skip
+    assert whole.saved_us == pytest.approx(1e6 / 54 - 1e6 / 58)
+    assert whole.rounding == pytest.approx((1e6 / 53.5 - 1e6 / 58.5) / (1e6 / 54 - 1e6 / 58) - 1)
+    assert whole.problem.n_probes == 501 and whole.with_default_probes.n_probes == 256
+
+
+def test_what_is_said_of_devices_is_what_the_check_finds(report: Report) -> None:
+    assert published_evidence() == report.evidence
+    less = {name for name, each in report.evidence.items() if each.less_trusted}
+    assert less == {"agx-thor"}
+    assert why_less_trusted("agx-thor") == report.evidence["agx-thor"].describe()
+    assert why_less_trusted("agx-orin") == why_less_trusted("nvidia-l4") == ""
+    rate = replace(report.rates[0], published_us=100.0, predicted_us=150.0, rounding=0.6)
+    assert not rate.missed, "rounding explains it"
+    assert replace(rate, rounding=0.4).missed and not replace(rate, predicted_us=134.0).missed
 
 
 def test_json_is_the_report(report: Report) -> None:

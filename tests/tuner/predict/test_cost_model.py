@@ -15,14 +15,14 @@ from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.tuner.predict import cost_model
-from flashtune.tuner.predict.cost_model import (
+from flashtune.kernels.predict import cost_model
+from flashtune.kernels.predict.cost_model import (
     Prediction,
     read_model_file,
     shipped_model,
 )
+from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.predict.floor import floor_us
-from flashtune.tuner.predict.stages.registry import PLAN_STAGES
 from flashtune.tuning_db.device import Device, all_devices, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem

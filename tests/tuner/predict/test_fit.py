@@ -13,9 +13,9 @@ import pytest
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.kernels.plans.staged import StagedConfig
+from flashtune.kernels.predict.cost_model import read_model_file, shipped_model
 from flashtune.tuner.predict.calibration import Calibration, Sample
 from flashtune.tuner.predict.check import check_model, rank_correlation
-from flashtune.tuner.predict.cost_model import read_model_file, shipped_model
 from flashtune.tuner.predict.fit import (
     Fit,
     Samples,

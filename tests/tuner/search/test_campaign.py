@@ -22,7 +22,7 @@ from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.search import Budget, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.transport import LocalTransport
+from flashtune.tuner.workers.transport import LocalTransport, here
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store
@@ -90,7 +90,7 @@ def test_of_workers_that_lie_in_every_way_the_best_honest_config_is_found(
     descriptors = len(os.listdir("/proc/self/fd"))
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     transport = LocalTransport((sys.executable, "-S", str(SCRIPT), str(number)))
-    with WorkerPool(1, transport) as measurer:
+    with WorkerPool(here(1, transport)) as measurer:
         evaluator = MeasuringEvaluator(space.problem, space.device, None, measurer, seed=0)
         result = search(
             space, evaluator, store, Budget(trials=100), toolchain=toolchain, sampler="random"
@@ -124,7 +124,7 @@ def search_and_say(path: Path, number: int, trials: int) -> None:
     problem = Problem(vocab_size=512, hidden_size=64, n_clusters=32, n_probes=4)
     device = find_device("orin")
     transport = LocalTransport((sys.executable, "-S", str(SCRIPT), str(number)))
-    with Store(path) as store, WorkerPool(1, transport) as measurer:
+    with Store(path) as store, WorkerPool(here(1, transport)) as measurer:
         add = store.add
 
         def said(record: object) -> None:

@@ -10,8 +10,13 @@ import pytest
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
-from flashtune.tuner.predict.cost_model import predict
-from flashtune.tuner.search.evaluate import Evaluator, MeasuringEvaluator, PredictingEvaluator
+from flashtune.kernels.predict.cost_model import predict
+from flashtune.tuner.search.evaluate import (
+    Evaluation,
+    Evaluator,
+    MeasuringEvaluator,
+    PredictingEvaluator,
+)
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.answers.reply import Reply
@@ -39,20 +44,37 @@ class InstantPool:
         self.cancelled = 0
 
     @property
-    def pending(self) -> int:
+    def working(self) -> int:
+        return self.size
+
+    @property
+    def sites(self) -> dict[str, int]:
+        return {"": self.size}
+
+    def pending(self, owner: object) -> int:
         return len(self.tasks)
 
-    def submit(self, task: Task, seconds: float) -> None:
+    def submit(self, task: Task, seconds: float, **where: object) -> None:
         assert seconds > 0
         self.tasks.append(task)
         self.asked.append(task)
 
-    def wait(self, seconds: float) -> list[tuple[Task, Reply]]:
+    def collect(self, owner: object) -> list[tuple[Task, Reply]]:
         return [(task, self.reply(task)) for task in [self.tasks.popleft()]] if self.tasks else []
 
-    def cancel(self) -> None:
+    def cancel(self, owner: object) -> None:
         self.cancelled += 1
         self.tasks.clear()
+
+
+def compared(evaluator: Evaluator, configs: list[Config]) -> list[Evaluation]:
+    """What a comparison comes to: nothing is waited for here."""
+    steps = evaluator.compare(configs)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 @pytest.fixture
@@ -95,13 +117,13 @@ def test_the_contract(evaluators: dict[str, Evaluator], name: str, space: Space)
             submitted += 1
             assert evaluator.pending == submitted - len(answers)
         assert evaluator.pending <= room
-        for evaluation in evaluator.wait(0.1):
+        for evaluation in evaluator.collect():
             assert evaluation.config not in answers
             answers[evaluation.config] = evaluation.measurement
     assert set(answers) == set(space.configs())
     assert {each.outcome for each in answers.values()} == {Outcome.OK}
     assert evaluator.room == room
-    assert len(evaluator.compare(list(answers)[:2])) in (0, 2)
+    assert len(compared(evaluator, list(answers)[:2])) in (0, 2)
     evaluator.close()
 
 
@@ -110,7 +132,7 @@ def test_replay_says_what_is_not_on_record(space: Space, recorded) -> None:
     evaluator = ReplayEvaluator([recorded(known, 10.0)], at_once=2)
     evaluator.submit(known)
     evaluator.submit(unknown)
-    assert [each.measurement.outcome for each in [*evaluator.wait(0), *evaluator.wait(0)]] == [
+    assert [each.measurement.outcome for each in [*evaluator.collect(), *evaluator.collect()]] == [
         Outcome.OK,
         Outcome.INVALID,
     ]
@@ -124,7 +146,7 @@ def test_what_spills_is_predicted_to_fail(space: Space) -> None:
     pool = InstantPool(1, lambda task: Reply(uses=(*FITS[:2], spilling)))
     evaluator = PredictingEvaluator(space.problem, space.device, pool)
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.OUT_OF_RESOURCES
     assert evaluation.measurement.error == "spills bytes a thread: {'gather': 48}"
 
@@ -133,7 +155,7 @@ def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
     pool = InstantPool(1, lambda task: Reply(uses=(FITS[0], replace(FITS[1], kernel="other"))))
     evaluator = PredictingEvaluator(space.problem, space.device, pool)
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.CRASH
     assert evaluation.measurement.error == "the worker did not say what select needs"
 
@@ -145,7 +167,7 @@ def test_kernels_that_would_take_days_are_no_prediction(space: Space) -> None:
         space.problem, space.device, InstantPool(1, lambda task: Reply(uses=uses))
     )
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.INVALID
     assert "predicted: median_us must be microseconds from" in evaluation.measurement.error
 
@@ -153,7 +175,7 @@ def test_kernels_that_would_take_days_are_no_prediction(space: Space) -> None:
 def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space: Space) -> None:
     evaluator = evaluators["predict"]
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     measurement = evaluation.measurement
     assert measurement.policy == "stages-1"
     assert measurement.samples == 0
@@ -165,10 +187,10 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
 def test_a_plan_that_is_not_predicted_is_a_failure_and_no_more(
     space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashtune.tuner.predict.stages.registry.PLAN_STAGES", {})
+    monkeypatch.setattr("flashtune.kernels.predict.stages.registry.PLAN_STAGES", {})
     evaluator = PredictingEvaluator(space.problem, space.device, InstantPool(1, compiles))
     evaluator.submit(next(space.configs()))
-    [evaluation] = evaluator.wait(0)
+    [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.INVALID
     assert "search on the machine itself" in evaluation.measurement.error
 
@@ -184,7 +206,7 @@ def test_what_fails_to_compile_is_not_measured(space: Space) -> None:
         seed=0,
     )
     evaluator.submit(next(space.configs()))
-    assert [each.measurement for each in evaluator.wait(0)] == [failure]
+    assert [each.measurement for each in evaluator.collect()] == [failure]
     assert measurer.asked == []
 
 
@@ -219,7 +241,7 @@ def measured_in_turn(
     for config in configs:
         evaluator.submit(config)
         while evaluator.pending:
-            for each in evaluator.wait(0):
+            for each in evaluator.collect():
                 assert each.config not in answers
                 answers[each.config] = each.measurement
     assert {each.policy for each in answers.values()} == {"search"}
@@ -271,7 +293,7 @@ def comparison(space: Space):
         measurer, compilers = InstantPool(1, answer), InstantPool(1, compiles)
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
         evaluator.submit(configs[0])
-        found = {each.config: each.measurement for each in evaluator.compare(configs)}
+        found = {each.config: each.measurement for each in compared(evaluator, configs)}
         assert evaluator.pending == 0  # what was under way is given up
         assert {task.kind for task in measurer.asked} == {"compare"}
         asked = [
@@ -331,7 +353,7 @@ def test_compilers_rest_where_they_would_disturb_the_timing(problem: Problem) ->
     compiling: list[int] = []
 
     def reply(task: Task) -> Reply:
-        compiling.append(compilers.pending)
+        compiling.append(len(compilers.tasks))
         return measures(task)
 
     compilers, measurer = InstantPool(2, compiles), InstantPool(1, reply)
@@ -341,10 +363,10 @@ def test_compilers_rest_where_they_would_disturb_the_timing(problem: Problem) ->
     largest = 0
     while configs or evaluator.pending:
         for _ in range(min(evaluator.room, len(configs))):
-            assert not measurer.pending
+            assert not measurer.tasks
             evaluator.submit(configs.pop())
         largest = max(largest, evaluator.pending)
-        answers += [each.config for each in evaluator.wait(0)]
+        answers += [each.config for each in evaluator.collect()]
     assert set(compiling) == {0}
     assert len(set(answers)) == len(answers) == 14
     assert largest > 1

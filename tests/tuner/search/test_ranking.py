@@ -8,7 +8,7 @@ from flashtune.kernels.backends.triton.backend import load_source
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
-from flashtune.tuner.predict.cost_model import shipped_model
+from flashtune.kernels.predict.cost_model import shipped_model
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device, find_device

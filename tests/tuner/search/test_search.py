@@ -11,7 +11,7 @@ import pytest
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data
-from flashtune.tuner.search.evaluate import Evaluation
+from flashtune.tuner.search.evaluate import Evaluation, Steps
 from flashtune.tuner.search.proposal import NEAR_WINNERS, Proposals
 from flashtune.tuner.search.replay import ReplayEvaluator
 from flashtune.tuner.search.search import FINALISTS, Budget, Event, Result, search
@@ -39,7 +39,8 @@ class Replay(ReplayEvaluator):
         self.submitted.append(config)
         super().submit(config)
 
-    def compare(self, configs: Sequence[Config]) -> list[Evaluation]:
+    def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
+        yield 0.0
         self.compared = list(configs)
         self.comparisons += 1
         if self.final_us is None:
@@ -527,21 +528,21 @@ def test_the_machines_trouble_stops_a_search_and_is_held_against_nothing(
 ) -> None:
     """Set right, the same command evaluates what could not be, as if nothing had been."""
     evaluator = replay(at_once=4)
-    wait, asked = evaluator.wait, []
+    collect, asked = evaluator.collect, []
 
-    def broken(seconds: float) -> list[Evaluation]:
-        found = wait(seconds)
+    def broken() -> list[Evaluation]:
+        found = collect()
         asked.extend(found)
         return found if len(asked) <= 5 else [replace(each, measurement=NO_ROOM) for each in found]
 
-    evaluator.wait = broken
+    evaluator.collect = broken
     with pytest.raises(
         FlashtuneError, match=r"no space left on device.*run the same command again"
     ):
-        run(evaluator, 20)
+        run(evaluator, 20, sampler="exhaustive")
     assert [record.measurement.outcome for record in store.records()] == [Outcome.OK] * 5
     again = replay()
-    result = run(again, 20)
+    result = run(again, 20, sampler="exhaustive")
     assert (result.evaluated, result.failed) == (20, 0)
     assert asked[5].config in again.submitted
 
@@ -550,7 +551,12 @@ def test_the_machines_trouble_in_the_last_comparison_is_written_nowhere(
     run, replay, store: Store
 ) -> None:
     evaluator = replay()
-    evaluator.compare = lambda configs: [Evaluation(each, NO_ROOM) for each in configs]
+
+    def broken(configs: Sequence[Config]) -> Steps[list[Evaluation]]:
+        yield 0.0
+        return [Evaluation(each, NO_ROOM) for each in configs]
+
+    evaluator.compare = broken
     with pytest.raises(FlashtuneError, match="no space left on device"):
         run(evaluator, 10)
     assert {record.measurement.outcome for record in store.records()} == {Outcome.OK}

@@ -105,7 +105,7 @@ class PretendedBackend:
         self._loaded[config] += 1
         return PretendedStep(config, self._loaded[config])
 
-    def compile(self, candidate: Candidate) -> Sequence[KernelUse]:
+    def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         if fault(candidate.config) == "compiler_dies":
             os._exit(3)
         if fault(candidate.config) == "does_not_fit":

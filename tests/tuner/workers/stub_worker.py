@@ -10,7 +10,7 @@ import time
 from typing import TextIO
 
 ANSWER, FATAL, EXIT, SEGFAULT, HANG, IN_PIECES, SPAWN, HALF, LATE = range(9)
-GARBAGE, ANOTHERS, HUGE, ENDLESS, MORE, NO_TIME, FLOOD, ESCAPE, DEAF = range(9, 18)
+GARBAGE, ANOTHERS, HUGE, ENDLESS, MORE, NO_TIME, FLOOD, ESCAPE, DEAF, TROUBLE = range(9, 19)
 MIB = 2**20
 
 
@@ -72,8 +72,13 @@ def main() -> None:
             time_us = subprocess.Popen(["sleep", "600"]).pid
         measurement = {
             "outcome": "ok", "median_us": 0 if seed == NO_TIME else time_us, "spread_us": 0.5,
-            "samples": 2, "error": "", "policy": "search",
+            "samples": 2, "error": "", "policy": "search", "joules": None,
         }  # fmt: skip
+        if seed == TROUBLE:
+            measurement |= {
+                "outcome": "environment", "median_us": None, "spread_us": None, "samples": 0,
+                "error": "no space left on device",
+            }  # fmt: skip
         content = {"measurements": [measurement], "uses": [], "fatal": seed == FATAL}
         text = json.dumps({"request": data["request"], "content": content}) + "\n"
         if seed == HALF:

@@ -24,11 +24,13 @@ from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers import pool
 from flashtune.tuner.workers.answers.message import answer_to, to_line
 from flashtune.tuner.workers.answers.reply import Reply, read_reply
+from flashtune.tuner.workers.connection import Transport
 from flashtune.tuner.workers.pool import WorkerPool
 from flashtune.tuner.workers.ssh import SshTransport
 from flashtune.tuner.workers.task import Task
-from flashtune.tuner.workers.transport import LocalTransport, Transport
+from flashtune.tuner.workers.transport import LocalTransport, Place, here
 from flashtune.tuning_db.device import Device, Toolchain
+from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import Store
@@ -64,7 +66,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
 
 @pytest.fixture
 def workers(transport: Transport) -> Iterator[WorkerPool]:
-    with WorkerPool(1, transport) as workers:
+    with WorkerPool(here(1, transport)) as workers:
         yield workers
 
 
@@ -148,7 +150,7 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task
 
 
 def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
         workers.close()
         monkeypatch.setattr(pool, "START_SECONDS", 0.0)
@@ -167,7 +169,7 @@ def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_no_reply_is_a_crash_and_the_worker_is_believed_no_more(
     task, what: int, error: str
 ) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         before = answer(workers, task(stub.ANSWER))
         largest = peak_bytes()
         wrong = answer(workers, task(what))
@@ -184,18 +186,18 @@ def test_what_is_printed_at_start_is_no_reply(task) -> None:
         "import runpy; print('hello', flush=True); "
         f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
     )
-    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+    with WorkerPool(here(1, LocalTransport((sys.executable, "-S", "-c", program)))) as workers:
         assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
         assert answer(workers, task(stub.EXIT)).error.endswith("code 7: last words")
 
 
 def test_no_time_is_no_measurement(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         assert answer(workers, task(stub.NO_TIME)).outcome is Outcome.WRONG_RESULT
 
 
 def test_what_comes_after_a_reply_is_not_taken_for_the_next(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         first = answer(workers, task(stub.MORE))
         second = answer(workers, task(stub.ANSWER))
     assert (first.outcome, second.outcome) == (Outcome.OK, Outcome.OK)
@@ -203,10 +205,10 @@ def test_what_comes_after_a_reply_is_not_taken_for_the_next(task) -> None:
 
 
 def test_a_worker_that_dies_idle_is_nobodys_fault(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         pid = int(answer(workers, task(stub.ANSWER)).median_us or 0)
         os.kill(pid, 9)
-        assert comes_true(lambda: not workers._processes[0].is_quiet)
+        assert comes_true(lambda: not workers._posts[0].connection.is_quiet)
         assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
@@ -230,7 +232,7 @@ def test_a_worker_that_takes_nothing_is_not_waited_for(
 
     long = replace(task(stub.ANSWER), sources=("x" * 2**20,))
     program = "import os, time; os.write(3, b'there\\n'); time.sleep(600)"
-    with WorkerPool(1, Deaf((sys.executable, "-S", "-c", program)), notes.append) as workers:
+    with WorkerPool(here(1, Deaf((sys.executable, "-S", "-c", program))), notes.append) as workers:
         began = time.monotonic()
         failed = answer(workers, long, seconds=0.3)
         assert time.monotonic() - began < PATIENCE
@@ -299,7 +301,7 @@ def test_temporary_files_go_with_their_worker(
         "import runpy, tempfile; tempfile.mkstemp(); "
         f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
     )
-    with WorkerPool(1, LocalTransport((sys.executable, "-S", "-c", program))) as workers:
+    with WorkerPool(here(1, LocalTransport((sys.executable, "-S", "-c", program)))) as workers:
         answer(workers, task(stub.ANSWER))
         [folder] = tmp_path.iterdir()
         assert len(list(folder.iterdir())) == 1
@@ -310,9 +312,9 @@ def test_temporary_files_go_with_their_worker(
 
 
 def test_a_worker_ends_with_its_keeper(task) -> None:
-    with WorkerPool(1, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
-        keeper = workers._processes[0].popen.pid
+        keeper = workers._posts[0].connection.popen.pid
         assert comes_true(lambda: len(children(keeper)) == 1)
         [worker] = children(keeper)
         os.kill(keeper, 9)
@@ -328,7 +330,7 @@ def test_nothing_in_the_folder_one_is_in_is_run(
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     monkeypatch.chdir(tmp_path)
     candidate = Candidate(problem, default_config(problem, device), device)
-    with WorkerPool(1) as workers:
+    with WorkerPool(here(1)) as workers:
         workers.submit(Task(kind="compile", candidates=(candidate,)), PATIENCE)
         [(_, reply)] = workers.wait(PATIENCE + 60)
     assert not (tmp_path / "run").exists()
@@ -342,28 +344,28 @@ def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
     workers.submit(task(stub.HANG), PATIENCE)
     assert workers.wait(0.1) == []
     assert time.monotonic() - began < 10
-    assert workers.pending == 1
+    assert workers.pending() == 1
 
 
 def test_tasks_are_shared_out_over_the_workers(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
             workers.submit(task(what), PATIENCE)
         answered: list[tuple[Task, Reply]] = []
         while len(answered) < 3:
             answered += workers.wait(PATIENCE)
         assert {reply.measurements[0].outcome for _, reply in answered} == {Outcome.OK}
-        assert workers.pending == 1
-        assert len(workers._processes) == 2
+        assert workers.pending() == 1
+        assert workers.working == 2
 
 
 def test_cancelling_ends_busy_workers_and_keeps_idle_ones(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         idle = answer_of_another(workers, task(stub.ANSWER))
-        [busy] = [each.popen.pid for each in workers._processes if each.request]
+        [busy] = [each.connection.popen.pid for each in workers._posts if each.request]
         workers.cancel()
-        assert workers.pending == 0
+        assert workers.pending() == 0
         assert is_gone(busy)
         assert not is_gone(idle)
 
@@ -372,7 +374,7 @@ def test_cancelling_forgets_what_waits(workers: WorkerPool, task) -> None:
     for _ in range(3):
         workers.submit(task(stub.HANG), PATIENCE)
     workers.cancel()
-    assert workers.pending == 0
+    assert workers.pending() == 0
     assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
@@ -384,21 +386,21 @@ def test_closing_ends_a_worker_and_what_it_started(workers: WorkerPool, task) ->
     assert not is_gone(int(worker)) and not is_gone(int(grandchild))
     workers.close()
     assert comes_true(lambda: is_gone(int(worker)) and is_gone(int(grandchild)))
-    assert workers.pending == 0
+    assert workers.pending() == 0
 
 
 def test_closing_leaves_no_process_behind(task) -> None:
-    with WorkerPool(2, LocalTransport(COMMAND)) as workers:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         workers.submit(task(stub.HANG), PATIENCE)
         grandchild = answer_of_another(workers, task(stub.SPAWN))
-        pids = [each.popen.pid for each in workers._processes]
+        pids = [each.connection.popen.pid for each in workers._posts]
         assert not any(is_gone(pid) for pid in [*pids, grandchild])
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # reaped, too
     assert comes_true(lambda: is_gone(grandchild))
-    assert workers.pending == 0
+    assert workers.pending() == 0
 
 
 # Of each fault, by its name in faulty_worker.py: the outcome, and how the error begins.
@@ -437,7 +439,7 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
             before_finals.extend(store.records())
 
     transport = LocalTransport((sys.executable, str(faulty_script)))
-    with WorkerPool(1, transport) as compilers, WorkerPool(1, transport) as measurer:
+    with WorkerPool(here(1, transport)) as compilers, WorkerPool(here(1, transport)) as measurer:
         evaluator = MeasuringEvaluator(space.problem, space.device, compilers, measurer, seed=0)
         result = search(
             space,
@@ -501,3 +503,97 @@ def test_a_worker_answers_until_its_input_ends(
     assert outcomes == [Outcome.OK, Outcome.OK, Outcome.WRONG_RESULT]
     assert "noise of a compiled library" in done.stderr
     assert '"fatal": true' in done.stderr
+
+
+class FarTransport(LocalTransport):
+    """Stubs here, of which a killed one is taken for a lost connection."""
+
+    def why_lost(self, code: int, errors: str) -> str | None:
+        return "the connection was cut" if code == -9 else None
+
+
+def boards(*sites: str) -> list[Place]:
+    return [
+        Place(name=f"board {number}", transport=FarTransport(COMMAND), site=site)
+        for number, site in enumerate(sites)
+    ]
+
+
+class TestSeveralPlaces:
+    def test_what_a_lost_worker_had_goes_to_another(self, task) -> None:
+        notes: list[str] = []
+        with WorkerPool(boards("a", "b"), notes.append) as workers:
+            workers.submit(task(stub.LATE), PATIENCE)
+            [post] = [each for each in workers._posts if each.request]
+            os.kill(post.connection.popen.pid, 9)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.OK
+            assert [each.connected for each in workers._posts if each is not post] == [True]
+        name = post.place.name
+        assert notes == [
+            f"{name}: the connection was cut: its work goes to others, and it is tried again"
+        ]
+
+    @pytest.mark.parametrize(("sites", "asked"), [(("a", "b"), 2), (("a", "a"), 1)])
+    def test_one_that_hangs_is_tried_on_another_machine_once(self, task, sites, asked) -> None:
+        with WorkerPool(boards(*sites)) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            assert len([*workers.wait(PATIENCE), *workers.wait(PATIENCE)]) == 2
+            began = [each.connection.popen.pid for each in workers._posts]
+            workers.submit(task(stub.HANG), 0.3)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.TIMEOUT
+            assert sum(map(is_gone, began)) == asked
+
+    def test_places_come_and_go(self, task, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool, "ROSTER_SECONDS", 0.0)
+        places = boards("a")
+        with WorkerPool(lambda: places) as workers:
+            workers.submit(task(stub.LATE), PATIENCE)
+            workers.submit(task(stub.ANSWER), PATIENCE, at="board 0")
+            [old] = [each.connection.popen.pid for each in workers._posts]
+            places = boards("a", "b")[1:]
+            answers = [*workers.wait(PATIENCE), *workers.wait(PATIENCE)]
+            assert is_gone(old)
+            assert [reply.measurements[0] and "done" for _, reply in answers] == [None, "done"]
+            assert (workers.size, workers.working, workers.sites) == (1, 1, {"b": 1})
+
+    def test_no_place_is_waited_for_a_while(self, task, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.3)
+        with WorkerPool(list) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            with pytest.raises(FlashtuneError, match=r"no worker is left .* run the same command"):
+                workers.wait(PATIENCE)
+
+    def test_who_is_not_admitted_gets_only_what_is_for_it(self, task) -> None:
+        with WorkerPool(boards("a", "b"), admits=False) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE)
+            assert workers.wait(0.2) == []
+            workers.submit(task(stub.ANSWER), PATIENCE, owner="muster", at="board 1")
+            assert len(workers.wait(PATIENCE, "muster")) == 1
+            assert workers.newcomers == ["board 0", "board 1"]
+            workers.admit("board 1")
+            assert len(workers.wait(PATIENCE)) == 1
+            workers.set_aside("board 0", "it is slow")
+            assert (workers.size, workers.working, workers.newcomers) == (1, 1, [])
+
+    def test_a_machine_in_trouble_is_set_aside_for_others(self, task) -> None:
+        notes: list[str] = []
+        with WorkerPool(boards("a", "b"), notes.append) as workers:
+            workers.submit(task(stub.TROUBLE), PATIENCE)
+            [(_, reply)] = workers.wait(PATIENCE)
+            assert reply.measurements[0].outcome is Outcome.ENVIRONMENT  # the last one's, too
+            assert workers.size == 1
+        [note] = notes
+        assert "is set aside for the machine's trouble: no space left" in note
+
+    def test_answers_go_to_their_owner(self, task) -> None:
+        with WorkerPool(boards("a", "b")) as workers:
+            workers.submit(task(stub.ANSWER), PATIENCE, owner="one")
+            workers.submit(task(stub.HANG), PATIENCE, owner="other")
+            assert (workers.pending("one"), workers.pending("other")) == (1, 1)
+            assert len(workers.wait(PATIENCE, "one")) == 1
+            assert (workers.pending("one"), workers.collect("one")) == (0, [])
+            workers.cancel("other")
+            assert (workers.pending("other"), workers.wait(1.0, "other")) == (0, [])

@@ -33,14 +33,17 @@ from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.tuner.cli.main import cli
+from flashtune.tuner.fleet import inquiry
+from flashtune.tuner.fleet.machine import Machine, compiles_as
+from flashtune.tuner.fleet.remote import find_machine
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
 from flashtune.tuner.search.space import Space
-from flashtune.tuner.workers import pool, remote, ssh
+from flashtune.tuner.workers import pool, ssh
 from flashtune.tuner.workers.answers.report import Found, Report
 from flashtune.tuner.workers.pool import WorkerPool
-from flashtune.tuner.workers.remote import RemoteMachine, find_machine
 from flashtune.tuner.workers.ssh import LEAST_PYTHON, SshTransport, code_archive
 from flashtune.tuner.workers.task import Task
+from flashtune.tuner.workers.transport import Place, here
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.package import LEAST
@@ -219,7 +222,7 @@ class TestWithoutAConnection:
     def test_another_python_without_another_machine_is_refused(self) -> None:
         failed = search("--remote-python", "python3")
         assert failed.exit_code == 2
-        assert failed.stderr.endswith("about another machine: give --remote too\n")
+        assert failed.stderr.endswith("about another machine: give remote too\n")
 
 
 class TestWhatIsThere:
@@ -270,7 +273,7 @@ class TestWhatIsThere:
         assert stat.S_IMODE((cache / "code").stat().st_mode) == 0o700
 
     def test_no_answer_is_told(self, far, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(remote, "FIND_SECONDS", 0.5)
+        monkeypatch.setattr(inquiry, "FIND_SECONDS", 0.5)
         with pytest.raises(FlashtuneError, match="no answer from here in 0 s"):
             find_machine("here", None, far.python(site="import time; time.sleep(60)"))
 
@@ -319,7 +322,7 @@ class TestAGpuThere:
         assert machine.toolchain == Toolchain(
             triton=ours.triton, torch=ours.torch, driver="cuda 12.8"
         )
-        assert machine.compiles_as(ours)
+        assert compiles_as(machine.device, machine.toolchain, ours)
         assert f"(sm_90), triton {ours.triton}, torch" in machine.describe()
 
     def test_another_device_is_told(self, python) -> None:
@@ -344,14 +347,15 @@ class TestAGpuThere:
         device = find_device("h200")
         transport = SshTransport(destination="here", python=far.python(), module="faulty_worker")
         config = default_config(problem, device)
-        with WorkerPool(1) as compilers, WorkerPool(1, transport) as measurer:
+        with WorkerPool(here(1)) as compilers, WorkerPool(here(1, transport)) as measurer:
             evaluator = MeasuringEvaluator(
                 problem, device, compilers, measurer, seed=0, elsewhere=True
             )
             evaluator.submit(config)
             evaluations: list[Any] = []
             while not evaluations:
-                evaluations = evaluator.wait(PATIENCE)
+                evaluator.rest(PATIENCE)
+                evaluations = evaluator.collect()
         [measurement] = [each.measurement for each in evaluations]
         assert measurement.median_us == pytest.approx(faulty.time_of(config), rel=1e-3)
 
@@ -376,7 +380,7 @@ class TestAHostileMachine:
     @pytest.fixture
     def machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         """Have it answer so; it is reached through a stand-in for ssh."""
-        monkeypatch.setattr(remote, "FIND_SECONDS", 30.0)
+        monkeypatch.setattr(inquiry, "FIND_SECONDS", 30.0)
         monkeypatch.setattr("flashtune.tuner.workers.process.END_SECONDS", 0.5)
 
         def make(answer: str, before: str = "") -> None:
@@ -445,7 +449,7 @@ class TestAHostileMachine:
         self, machine, before: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Though it may print for ever, as a login shell does, or read nothing."""
-        monkeypatch.setattr(remote, "FIND_SECONDS", 0.5)
+        monkeypatch.setattr(inquiry, "FIND_SECONDS", 0.5)
         machine("pass", before)
         with pytest.raises(FlashtuneError, match="no answer from far in 0 s"):
             find_machine("far", None)
@@ -455,17 +459,16 @@ def test_a_cpu_that_is_taken_for_want_of_a_gpu_is_described_with_the_reason() ->
     """A Jetson's CPU is not tuned without a word."""
     cpu = Found(trouble="", device=find_device("orin"), toolchain=Toolchain(compiler="g++ 12"))
     report = Report(trouble="", found={"nvidia": Found(trouble="no CUDA there"), "cpu": cpu})
-    device, toolchain, passed_over = remote._choose("far", report, None)
-    machine = RemoteMachine(
-        destination="far",
-        device=device,
-        toolchain=toolchain,
-        transport=SshTransport(destination="far"),
-        passed_over=passed_over,
+    found = inquiry.choose("far", report, None)
+    machine = Machine(
+        device=found.device,
+        toolchain=found.toolchain,
+        place=Place(name="far"),
+        passed_over=found.passed_over,
     )
     assert machine.describe().endswith("(sm_87), g++ 12; no CUDA there")
     only = Report(trouble="", found={"cpu": cpu})
-    assert remote._choose("far", only, None) == (device, toolchain, "")
+    assert inquiry.choose("far", only, None) == replace(found, passed_over="")
 
 
 @pytest.mark.parametrize(
@@ -480,13 +483,8 @@ def test_a_cpu_that_is_taken_for_want_of_a_gpu_is_described_with_the_reason() ->
 def test_only_the_same_triton_compiles_the_same(
     device: str, there: str, here: str, same: bool
 ) -> None:
-    machine = RemoteMachine(
-        destination="here",
-        device=this_cpu() if device == "cpu" else find_device(device),
-        toolchain=Toolchain(triton=there),
-        transport=SshTransport(destination="here"),
-    )
-    assert machine.compiles_as(Toolchain(triton=here)) is same
+    wanted = this_cpu() if device == "cpu" else find_device(device)
+    assert compiles_as(wanted, Toolchain(triton=there), Toolchain(triton=here)) is same
 
 
 class TestLostConnections:
@@ -519,14 +517,13 @@ class TestLostConnections:
         """Wait until the worker that is to answer is there."""
         assert comes_true(
             lambda: (
-                not workers.wait(0.05)
-                and [process.connected for process in workers._processes] == [True]
+                not workers.wait(0.05) and [post.connected for post in workers._posts] == [True]
             )
         )
 
     def test_what_was_under_way_is_done_again(self, far, transport, stub, task) -> None:
         notes: list[str] = []
-        with WorkerPool(1, transport, notes.append) as workers:
+        with WorkerPool(here(1, transport), notes.append) as workers:
             workers.submit(task(stub.ANSWER), PATIENCE)
             before = self.answer(workers).median_us
             workers.submit(task(stub.LATE), PATIENCE)
@@ -548,7 +545,7 @@ class TestLostConnections:
             if len(notes) == 2:
                 far.server.start()
 
-        with WorkerPool(1, transport, note) as workers:
+        with WorkerPool(here(1, transport), note) as workers:
             workers.submit(task(stub.LATE), PATIENCE)
             self.connect(workers)
             far.server.stop()
@@ -572,7 +569,7 @@ class TestLostConnections:
     ) -> None:
         """No config is to blame."""
         monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.5)
-        with WorkerPool(1, SshTransport(destination=host, python=python)) as workers:
+        with WorkerPool(here(1, SshTransport(destination=host, python=python))) as workers:
             workers.submit(task(stub.ANSWER), PATIENCE)
             with pytest.raises(FlashtuneError, match=rf"{why}.* run the same command again"):
                 workers.wait(PATIENCE)
@@ -580,7 +577,7 @@ class TestLostConnections:
     def test_a_task_that_breaks_every_connection_is_a_failure(
         self, far, transport, stub, task
     ) -> None:
-        with WorkerPool(1, transport) as workers:
+        with WorkerPool(here(1, transport)) as workers:
             workers.submit(task(stub.HANG), PATIENCE)
             for _ in range(2):
                 self.connect(workers)
@@ -600,7 +597,7 @@ class TestLostConnections:
         """Else that one would disturb what its successor times."""
         monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
         notes: list[str] = []
-        with WorkerPool(1, transport, notes.append) as workers:
+        with WorkerPool(here(1, transport), notes.append) as workers:
             workers.submit(task(stub.ANSWER), PATIENCE)
             before = self.answer(workers).median_us
             assert before is not None
@@ -620,15 +617,15 @@ def test_a_task_for_elsewhere_carries_its_source(problem: Problem, device: Devic
     asked: list[tuple[Task, float]] = []
 
     class Pool(WorkerPool):
-        def submit(self, task: Task, seconds: float) -> None:
+        def submit(self, task: Task, seconds: float, **where: object) -> None:
             asked.append((task, seconds))
 
-    evaluator = MeasuringEvaluator(problem, device, None, Pool(1), seed=3, elsewhere=True)
+    evaluator = MeasuringEvaluator(problem, device, None, Pool(here(1)), seed=3, elsewhere=True)
     config = next(Space(problem, device).configs())
     assert evaluator.room == 2
     evaluator.submit(config)
     assert (evaluator.pending, evaluator.room) == (1, 1)
-    evaluator.wait(0)
+    evaluator.collect()
     [(task, seconds)] = asked
     assert task.sources == (Candidate(problem, config, device).source,)
     assert (task.kind, task.seed, seconds) == ("measure", 3, 180.0)

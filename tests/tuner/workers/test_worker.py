@@ -1,6 +1,7 @@
 """What a worker answers, in this process, with a backend that is pretended."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ from flashtune.kernels.measure import trial
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
-from flashtune.tuner.workers.answers.message import answer_to, from_line, to_line
+from flashtune.tuner.workers.answers.message import ReplyError, answer_to, from_line, to_line
 from flashtune.tuner.workers.answers.reply import Reply, read_reply
 from flashtune.tuner.workers.task import Task
 from flashtune.tuner.workers.worker import Worker
@@ -161,6 +162,32 @@ def test_what_is_not_valid_is_told_from_what_does_not_compile(
     assert invalid.error == "FlashtuneError: tile too wide ('the cause')"
     assert broken.outcome is Outcome.COMPILE_ERROR
     assert len(broken.error) == 500
+
+
+def test_energy_that_cannot_be_read_is_no_configs_fault(task: MakeTask, backend) -> None:
+    def energy(where: torch.device) -> None:
+        raise FlashtuneError("this Jetson shows no power sensor")
+
+    backend.energy = energy
+    for kind in ("measure", "compare"):
+        asked = task(kind, FINE, energy=True)
+        [measurement] = read(Worker().answer(asked), asked).measurements
+        assert measurement.outcome is Outcome.ENVIRONMENT
+        assert "shows no power sensor" in measurement.error
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_joules_come_where_they_were_asked_for_and_nowhere_else(
+    energy: bool, task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.energy = lambda where: nullcontext(lambda: 0.0)
+    monkeypatch.setattr(trial, "joules_a_call", lambda timer, joules: 0.25)
+    asked, other = (task("measure", FINE, energy=each) for each in (energy, not energy))
+    reply = Worker().answer(asked)
+    [measurement] = read(reply, asked).measurements
+    assert measurement.joules == (0.25 if energy else None)
+    with pytest.raises(ReplyError, match="energy that was not asked for"):
+        read(reply, other)
 
 
 def test_inputs_are_made_once_for_a_problem_and_seed(task: MakeTask, backend) -> None:

@@ -31,6 +31,7 @@ SEARCH_POLICY = "search"
 MOST_US = 1e9  # of a step: more than any deadline leaves
 _MOST_SAMPLES = 10**6
 _MOST_USES = 64
+_MOST_JOULES = 1e6  # of a step: a megawatt for a second
 _MOST_NAME = 100  # characters
 _MOST_COUNT = 2**31 - 1
 
@@ -94,7 +95,8 @@ def _measurement(data: Any, task: Task, candidate: Candidate) -> Measurement:
     outcome = Outcome(data["outcome"])
     if outcome in (Outcome.OK, Outcome.PRUNED):
         return _timed(data, outcome, task, candidate)
-    if data["median_us"] is not None or data["spread_us"] is not None or data["samples"] != 0:
+    untimed = [data[name] is None for name in ("median_us", "spread_us", "joules")]
+    if not all(untimed) or data["samples"] != 0:
         raise ReplyError(f"a time of what is {outcome.value}")
     return Measurement(outcome=outcome, error=text(data, "error"), policy=data["policy"])
 
@@ -110,6 +112,9 @@ def _timed(
     median_us = number(data, "median_us", MOST_US)
     spread_us = number(data, "spread_us", MOST_US)
     samples = whole_number(data, "samples", _MOST_SAMPLES, least=1)
+    joules = None if data["joules"] is None else number(data, "joules", _MOST_JOULES)
+    if (joules is not None) != (task.energy and outcome is Outcome.OK):
+        raise ReplyError("energy that was not asked for, or none where it was")
     least = least_us(candidate.problem, candidate.device)
     if median_us < least:
         error = f"a time of {median_us:.3g} us, and what it must read takes {least:.3g} at least"
@@ -119,6 +124,7 @@ def _timed(
         median_us=median_us,
         spread_us=spread_us,
         samples=samples,
+        joules=joules,
         policy=data["policy"],
     )
 

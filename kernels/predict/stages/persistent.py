@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.predict.stages.stage import (
+from flashtune.kernels.predict.stages.stage import (
     Stage,
     gather,
     row_pass,

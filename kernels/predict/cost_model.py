@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config, config_data
-from flashtune.tuner.predict.stages.registry import stages_of
-from flashtune.tuner.predict.stages.stage import REFERENCE_HZ, Stage
+from flashtune.kernels.predict.stages.registry import stages_of
+from flashtune.kernels.predict.stages.stage import REFERENCE_HZ, Stage
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import items, members, number, parse_json, read_text, text
 from flashtune.tuning_db.one_line import quoted

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.staged import select_warps
-from flashtune.tuner.predict.stages.stage import (
+from flashtune.kernels.predict.stages.stage import (
     Stage,
     decision,
     gather,

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.predict.stages.batched import batched_stages
-from flashtune.tuner.predict.stages.dense import dense_stages
-from flashtune.tuner.predict.stages.persistent import persistent_stages
-from flashtune.tuner.predict.stages.stage import Stage
-from flashtune.tuner.predict.stages.staged import staged_stages
-from flashtune.tuner.predict.stages.streamed import streamed_stages
+from flashtune.kernels.predict.stages.batched import batched_stages
+from flashtune.kernels.predict.stages.dense import dense_stages
+from flashtune.kernels.predict.stages.persistent import persistent_stages
+from flashtune.kernels.predict.stages.stage import Stage
+from flashtune.kernels.predict.stages.staged import staged_stages
+from flashtune.kernels.predict.stages.streamed import streamed_stages
 from flashtune.tuning_db.errors import FlashtuneError
 
 StagesOf = Callable[[Candidate, Mapping[str, KernelUse]], list[Stage]]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
-from flashtune.tuner.predict.stages.stage import (
+from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
     scales,

@@ -11,7 +11,7 @@ from typing import Any
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.tensor_tile import padded_tokens
-from flashtune.tuner.predict.rounds import mean_rounds
+from flashtune.kernels.predict.rounds import mean_rounds
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import FORMATS, Problem
 

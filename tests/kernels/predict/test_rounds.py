@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashtune.tuner.predict.rounds import mean_rounds
+from flashtune.kernels.predict.rounds import mean_rounds
 
 
 def test_more_slack_takes_fewer_rounds() -> None:

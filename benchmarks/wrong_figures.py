@@ -1,0 +1,128 @@
+"""What a probe sets right where a device's published figures are wrong, by measured configs.
+
+    python benchmarks/wrong_figures.py [--calibration FILE] [--off 0.3]
+
+Pretends that the bandwidth and what launches and barriers cost were so far off, up or down, for
+the device that was measured; ranks its measured configs by the model with these figures, and by
+the model as a probe corrects it. The probe is simulated: it finds what the device has, off by
+noise and by as much as a reference probe is. Nothing is run on a device.
+"""
+
+import itertools
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import click
+
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.predict.correction import STANDS_FOR, corrected, expected_figures
+from flashtune.kernels.predict.cost_model import CostModel, shipped_model
+from flashtune.tuner.predict.calibration import SHIPPED, Calibration, Sample, read_calibration
+from flashtune.tuner.predict.check import SHORTLIST
+from flashtune.tuning_db.device import Device, find_device
+from flashtune.tuning_db.probe import Figures, Probe
+from flashtune.tuning_db.problem import Problem
+
+NOISE = 0.05  # of a simulated probe's figures, up or down
+MISSES = 1.2  # times what constants are named for, that every probe finds: the reference's, too
+Judged = tuple[float, float, float]
+ON_CHIP = ("launch_us", "overlapped_us", "barrier_us")
+
+
+def by_problem(calibration: Calibration) -> dict[Problem, list[Sample]]:
+    """The samples of each problem."""
+    found = defaultdict(list)
+    for sample in calibration.samples:
+        found[sample.problem].append(sample)
+    return dict(found)
+
+
+def judged(problems: dict[Problem, list[Sample]], model: CostModel, device: Device) -> Judged:
+    """How much slower the first choice and the best of the shortlist are than the best of all, at
+    the worst problem, as measured; and the median error of times.
+    """
+    first, best, errors = [], [], []
+    for samples in problems.values():
+        guesses = [
+            model.predict(Candidate(each.problem, each.config, device), each.uses).time_us
+            for each in samples
+        ]
+        times = [each.time_us for each in samples]
+        order = sorted(range(len(times)), key=guesses.__getitem__)
+        first.append(times[order[0]] / min(times) - 1)
+        best.append(min(times[at] for at in order[:SHORTLIST]) / min(times) - 1)
+        errors += [abs(guess / time - 1) for guess, time in zip(guesses, times, strict=True)]
+    return max(first), max(best), statistics.median(errors)
+
+
+def wrong(
+    model: CostModel, device: Device, bandwidth: float, on_chip: float
+) -> tuple[CostModel, Device]:
+    """The model and the device with figures that are wrong by these factors."""
+    names = [name for figure in ON_CHIP for name in STANDS_FOR[figure]]
+    constants = {name: getattr(model.constants, name) * on_chip for name in names}
+    return (
+        replace(model, constants=replace(model.constants, **constants)),
+        replace(device, memory_bandwidth=device.memory_bandwidth * bandwidth),
+    )
+
+
+def probed(truth: Figures, generator: random.Random, noise: float) -> Figures:
+    """What a simulated probe finds."""
+    found = {
+        each.name: getattr(truth, each.name) * MISSES * (1 + noise * generator.uniform(-1, 1))
+        for each in fields(Figures)
+    }
+    return Figures(**found)
+
+
+def cases(off: float) -> Iterator[tuple[float, float]]:
+    """Factors of bandwidth and on-chip costs."""
+    yield from itertools.product((1 - off, 1 + off), repeat=2)
+
+
+def results(calibration: Calibration, off: float) -> Iterator[tuple[str, Judged]]:
+    """What is judged, and how it does.
+
+    The reference is a device for which the model's constants are right as they are.
+    """
+    model, device = shipped_model(), find_device(calibration.device)
+    problems = by_problem(calibration)
+    truth = expected_figures(model, device)
+    yield "published figures", judged(problems, model, device)
+    generator = random.Random(0)
+    for bandwidth, on_chip in cases(off):
+        name = f"bandwidth x {bandwidth:.1f}, launches and barriers x {on_chip:.1f}"
+        wrong_model, wrong_device = wrong(model, device, bandwidth, on_chip)
+        yield name, judged(problems, wrong_model, wrong_device)
+        reference = Probe(
+            device=device.name,
+            conditions={},
+            figures=probed(expected_figures(wrong_model, device), generator, 0.0),
+            seconds=0.0,
+            created="2026-01-01T00:00:00Z",
+        )
+        measured = probed(truth, generator, NOISE)
+        set_right = corrected(wrong_model, wrong_device, measured, reference)
+        yield "the same, corrected", judged(problems, *set_right)
+
+
+@click.command()
+@click.option("--calibration", type=click.Path(dir_okay=False, path_type=Path), default=None)
+@click.option("--off", type=click.FloatRange(0, 0.9), default=0.3, show_default=True)
+def main(calibration: Path | None, off: float) -> None:
+    """Print a table in Markdown."""
+    found = read_calibration(calibration or SHIPPED)
+    click.echo(f"{found.device}: {len(found.samples)} measured configs; a simulated probe\n")
+    click.echo(f"| figures | first choice | best of {SHORTLIST} | median error of times |")
+    click.echo("|---|---|---|---|")
+    for name, (first, best, error) in results(found, off):
+        click.echo(f"| {name} | +{first:.1%} | +{best:.1%} | {error:.0%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What an NVIDIA GPU's speed depends on beside its kind, and what energy it takes.
+
+Usage:
+    conditions(0)                # {"power mode": "MAXN_SUPER", …}; empty where nothing can be read
+    with energy_counter(0) as joules:
+        joules()                 # so far; only differences mean anything
+
+A board in a slot is asked through NVML, a Jetson through the files of its own system.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from flashtune.kernels.backends.nvidia import jetson
+from flashtune.kernels.backends.nvidia.nvml import Board
+from flashtune.tuning_db.errors import FlashtuneError
+
+Joules = Callable[[], float]
+
+
+def conditions(index: int) -> dict[str, str]:
+    """Power mode or limit, and highest clocks, each by its name; empty where none can be read."""
+    if jetson.jetson():
+        return jetson.conditions()
+    try:
+        return Board.of(index).conditions()
+    except (FlashtuneError, AttributeError):  # no library, or one that is too old
+        return {}
+
+
+@contextmanager
+def energy_counter(index: int) -> Iterator[Joules]:
+    """A function that gives the joules taken so far; raises FlashtuneError where none does."""
+    if jetson.jetson():
+        with jetson.energy_counter() as joules:
+            yield joules
+        return
+    board = Board.of(index)
+    board.joules()  # which says at once if it won't
+    yield board.joules

@@ -1,0 +1,104 @@
+"""Compilers that run in threads beside a race, and can be ended: hung ones, too.
+
+Usage:
+    compilers = Compilers(4)
+    futures = [compilers.submit(compile_it, each) for each in …]
+    compilers.wait(10.0)
+    compilers.end()        # what has not begun is cancelled, programs that still run are killed
+
+Most of a compiler's work is done by programs that a thread waits for (g++, ptxas), which are
+killed with all that they started. What compiles inside this process (Triton's passes, NVRTC)
+cannot be ended: it is left to a thread that does not keep the process from ending.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_Job = tuple[Future[Any], Callable[[], Any]]
+_TASKS = Path("/proc/self/task")
+_END_SECONDS = 1.0  # for threads to notice that their programs were killed
+
+
+class Compilers:
+    """So many threads, each with one job at a time. To be ended once, by who made it."""
+
+    def __init__(self, count: int) -> None:
+        """Threads are started as there is work for them."""
+        self._count = count
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more
+        self._futures: list[Future[Any]] = []
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, compile_it: Callable[[], Result]) -> "Future[Result]":
+        """What comes of a job."""
+        future: Future[Result] = Future()
+        self._futures.append(future)
+        self._jobs.put((future, compile_it))
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._work, name="flashtune compiler", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def wait(self, seconds: float) -> None:
+        """Until all is done, or for so long."""
+        wait(self._futures, timeout=seconds)
+
+    def cancel(self) -> None:
+        """What has not begun is not begun."""
+        for future in self._futures:
+            future.cancel()
+
+    def end(self) -> None:
+        """Cancel, and kill the programs that still run, again while others follow in their place.
+
+        Returns once all threads have ended, or a second later.
+        """
+        self.cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + _END_SECONDS
+        while any(not future.done() for future in self._futures):
+            for thread in self._threads:
+                if thread.native_id is not None:
+                    for pid in _children(_TASKS / str(thread.native_id)):
+                        _kill(pid)
+            if time.monotonic() > deadline:
+                break
+            self.wait(0.02)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, compile_it = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(compile_it())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def _children(task: Path) -> list[int]:
+    """The processes that a thread has started and not yet waited for."""
+    try:
+        return [int(each) for each in (task / "children").read_text().split()]
+    except OSError:  # it has ended, or this system does not tell
+        return []
+
+
+def _kill(pid: int) -> None:
+    """Kill a process, and first all that it started, which may hold its pipes open."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        for child in _children(task):
+            _kill(child)
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
