@@ -165,7 +165,7 @@ class TestCalibrate:
         ]
         with WorkerPool(here(1)) as pool, pytest.raises(FlashtuneError, match=message):
             calibrate(records, device, pool)
-        assert pool.pending == 0
+        assert pool.pending() == 0
 
 
 def test_the_commands_say_what_they_wrote_and_what_is_wrong(recorded, tmp_path: Path) -> None:
