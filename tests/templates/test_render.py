@@ -8,6 +8,7 @@ import jinja2.meta
 import pytest
 
 from flashtune.kernels.backends.cpp.read_bandwidth import READ_TEMPLATE
+from flashtune.kernels.backends.nvidia.probe import TEMPLATE as PROBE_TEMPLATE
 from flashtune.kernels.plans.candidate import PLANS
 from flashtune.templates import render as module
 from flashtune.templates.render import render
@@ -42,12 +43,13 @@ def test_numbers_bools_and_identifiers_are_taken() -> None:
     assert render("triton/_names.j2", values).strip() == ""
 
 
-def test_every_template_is_reached_from_a_plan() -> None:
+def test_every_template_is_reached_from_a_plan_or_what_is_measured_of_a_device() -> None:
     def references(name: str) -> set[str]:
         parsed = jinja2.Environment().parse((FOLDER / name).read_text("utf-8"))
         return {found for found in jinja2.meta.find_referenced_templates(parsed) if found}
 
-    waiting = {READ_TEMPLATE} | {plan.template for plan in PLANS.values() if plan.template}
+    waiting = {READ_TEMPLATE, PROBE_TEMPLATE}
+    waiting |= {plan.template for plan in PLANS.values() if plan.template}
     reached: set[str] = set()
     while waiting:
         name = waiting.pop()
