@@ -1,6 +1,6 @@
 """How much sooner a search ends with two GPUs of this machine than with one.
 
-    python benchmarks/fleet_gpus.py                    # prints JSON; about three minutes on H100s
+    python benchmarks/fleet_gpus.py                    # prints JSON; minutes
     python benchmarks/fleet_gpus.py --gpus 4 --trials 300 --shape qwen3-vl-2b
 
 Each search begins with an empty database and empty caches of its own. One search of a few configs
