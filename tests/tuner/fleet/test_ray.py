@@ -73,7 +73,7 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")  # Ray finds a cluster by its processes: later tests want none
 def nodes() -> Iterator[Nodes]:
     path = os.pathsep.join([OURS, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
