@@ -37,9 +37,11 @@ def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
     """The outcome of an evaluation that an error ended.
 
     stage: what it is called unless the error itself tells: `COMPILE_ERROR` before the step first
-    ran, `CRASH` after that. Compilers and drivers tell what did not fit in their text alone.
+    ran, `CRASH` after that. Compilers and drivers tell what did not fit in their text alone. A
+    step that runs needs no file any more: one that is missing then is the step's own fault.
     """
-    if is_machine_trouble(error):
+    own = stage is Outcome.CRASH and isinstance(error, FileNotFoundError)
+    if is_machine_trouble(error) and not own:
         return Outcome.ENVIRONMENT
     if isinstance(error, FlashtuneError):
         return Outcome.INVALID

@@ -172,7 +172,6 @@ def test_a_device_that_answers_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (MachineTroubleError("no C++ compiler"), Outcome.ENVIRONMENT),
         (OSError(errno.ENOSPC, "No space left on device"), Outcome.ENVIRONMENT),
         (PermissionError(errno.EACCES, "Permission denied"), Outcome.ENVIRONMENT),
-        (FileNotFoundError(errno.ENOENT, "No such file"), Outcome.ENVIRONMENT),
         (subprocess.CalledProcessError(1, ["gcc"]), Outcome.ENVIRONMENT),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), Outcome.ENVIRONMENT),
         (RuntimeError("ptxas fatal: write: No space left on device"), Outcome.ENVIRONMENT),
@@ -192,6 +191,12 @@ def test_an_error_has_one_outcome(
     error: Exception, outcome: Outcome | None, stage: Outcome
 ) -> None:
     assert outcome_of(error, stage) is (outcome or stage)
+
+
+def test_a_file_that_is_missing_is_the_machines_trouble_until_the_step_runs() -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No such file", "g++")
+    assert outcome_of(missing, Outcome.COMPILE_ERROR) is Outcome.ENVIRONMENT
+    assert outcome_of(missing, Outcome.CRASH) is Outcome.CRASH
 
 
 def test_an_error_is_one_line_with_its_cause_and_no_longer_than_is_kept() -> None:
