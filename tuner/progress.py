@@ -136,8 +136,7 @@ class ProgressBar:
         self._bar.update(task, completed=done, total=total, note=note, ends=ends)
 
     def _line_due(self, anyway: bool = False) -> bool:
-        """Whether to print a line now: if no bar is shown, and if `anyway` or enough time
-        passed."""
+        """Whether to print a line now: without a bar, if `anyway` or after a while."""
         now = time.monotonic()
         due = self._bar.disable and (anyway or now - self._last_line >= LINE_SECONDS)
         if due:
