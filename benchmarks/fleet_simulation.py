@@ -60,7 +60,7 @@ SAMPLED = 60  # configs compiled to learn how long that takes
 
 
 class Clock:
-    """Simulated seconds: the driver's processor time, and what it waited for workers."""
+    """Simulated seconds: the driver's processor time, and its waits for workers."""
 
     def __init__(self) -> None:
         """The clock starts now."""

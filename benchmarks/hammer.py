@@ -4,11 +4,11 @@
 
 Each plan's steps run on two streams at a time, each with its own scratch, while a third stream
 keeps launching a kernel that occupies half of the multiprocessors for a while: its blocks take all
-of the shared memory, so that no other block fits beside one. Of kernels whose blocks wait for one
-another, at a barrier of the grid or for another block's data, only some blocks may be running.
-Every token is compared with the one that a verified call gave for the same hidden state. Prints
-how many calls were made, how many tokens were wrong, and how often the other kernel ran; exits
-with 1 if a token was wrong, or a round did not end in time.
+of the shared memory, so that no other block fits beside one. If the blocks of a kernel wait for
+one another, at a barrier of the grid or for another block's data, only some of them may be
+running. Every token is compared with the one that a verified call gave for the same hidden state.
+Prints how many calls were made, how many tokens were wrong, and how often the other kernel ran;
+exits with 1 if a token was wrong, or a round did not end in time.
 """
 
 import ctypes

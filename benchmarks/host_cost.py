@@ -1,4 +1,4 @@
-"""What a decode call costs the host, beside the dense layer, at 1, 8 and 32 rows.
+"""The host time of a decode call, compared with the dense layer's, at 1, 8 and 32 rows.
 
     python benchmarks/host_cost.py [--shape SHAPE]... [--out FILE]
 

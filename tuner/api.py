@@ -58,8 +58,8 @@ def search(
 ) -> SearchData:
     """Search for the fastest kernel of each shape on a device, as `flashtune search` does.
 
-    Measures if the device is in this machine or reached over ssh, else predicts. Every result is
-    written to the database at once, and the same call continues from there.
+    Measures if the device is in this machine or can be reached over ssh, else predicts. Every
+    result is written to the database at once, and the same call continues from there.
 
     Args:
         device: A device by name or alias, `cpu` or `gpu`. Default: this machine's.

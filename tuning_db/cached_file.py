@@ -1,7 +1,7 @@
 """Files and folders of a cache: written whole or not at all, and checked before they are used.
 
 Usage:
-    content = whole(path)      # None: absent, truncated, changed, unsealed, or not private
+    content = whole(path)      # None: absent, truncated, changed, without seal, or not private
     if content is None:
         keep(path, content := compute())
     if not is_whole_folder(folder, files):

@@ -29,8 +29,9 @@ from flashtune.tuning_db.errors import FlashtuneError
 ANSWER_SECONDS, STEP_SECONDS = 120.0, 60.0  # for the answers, for the turns
 _ROUNDS, _STEPS = 24, 8  # of the turns, which need not be whole answers
 _ENOUGH = 18
-"""Answers from which on a number of probes that keeps them all may be expected to keep 95 % of
-others: (n + 1) / (n + 2). Of fewer answers, only what all clusters keep is known."""
+"""The least number of answers n after which a number of probes that keeps them all can be expected
+to keep 95 % of others: (n + 1) / (n + 2). With fewer answers, only the result of probing all
+clusters is known."""
 
 
 def choose_probes(

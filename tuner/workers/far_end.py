@@ -113,7 +113,7 @@ def run(command: Sequence[str], folder: Path) -> int:
 
 
 def take(kept: Kept, pieces: Pieces) -> None:
-    """Read until the connection ends. Apart from `hand_on`, since a hung child may block that."""
+    """Read until the connection ends. Separate from `hand_on`, which a hung child may block."""
     source = sys.stdin.buffer
     assert isinstance(source, io.BufferedReader)
     while piece := source.read1(PIECE_BYTES):
