@@ -1,4 +1,4 @@
-"""How fast this GPU reads memory: the ceiling that byte floors are counted with."""
+"""This GPU's read bandwidth: the rate from which byte floors are computed."""
 
 import statistics
 
@@ -19,7 +19,7 @@ def read(source_ptr, sums_ptr):
 
 
 def read_bandwidth(repeats: int = 10) -> float:
-    """Bytes a second, the median of reading 4 GiB of random int32 several times."""
+    """Bytes per second: the median of reading 4 GiB of random int32 several times."""
     source = torch.randint(-(2**31), 2**31 - 1, (BYTES // 4,), dtype=torch.int32, device="cuda")
     tiles = source.numel() // TILE.value
     sums = torch.empty(tiles, dtype=torch.int32, device="cuda")

@@ -1,12 +1,12 @@
-"""How well clusterings of a real head retrieve, and how long making them takes.
+"""How well clusterings of a real head retrieve, and how long they take to make.
 
     python benchmarks/clustering.py --model DIR [--clusters N] [--seed N] [--device cpu|cuda]
 
-Prints a Markdown table: the share of decode steps whose dense token is among the probed
-clusters, by clustering and number of probes, and the tokens that so many probes read on
-average. The steps are greedy continuations of the shipped prompts by the model itself. For
-each clustering, centroids are taken as the mean rows, and as directions of unit length. DIR is
-any causal model's folder; `flashtune[hf]` must be installed.
+Prints a Markdown table: the share of decode steps whose dense token is in a probed cluster, by
+clustering and number of probes, and the average number of tokens that the probes read. The steps
+are greedy continuations of the shipped prompts by the model itself. For each clustering, centroids
+are once the mean rows, and once directions of unit length. DIR is any causal model's folder;
+`flashtune[hf]` must be installed.
 """
 
 import json
@@ -31,7 +31,7 @@ PROBES = (64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Row:
-    """A clustering with one kind of centroids; seconds is what the clusters took."""
+    """A clustering with one kind of centroids; seconds: the time to make the clusters."""
 
     clustering: str
     centroids: str
@@ -41,7 +41,7 @@ class Row:
 
 
 class _ByCosine(BalancedKMeans):
-    """Balanced, but of the rows as they are and of unit length: plain spherical k-means."""
+    """Balanced, but on uncentred rows of unit length: plain spherical k-means."""
 
     def __init__(self, weight: torch.Tensor, n_clusters: int, seed: int) -> None:
         super().__init__(weight, n_clusters, seed)
@@ -49,14 +49,14 @@ class _ByCosine(BalancedKMeans):
 
 
 def at_random(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
-    """Equal clusters that mean nothing."""
+    """Random clusters of equal size."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(weight), generator=generator)
     return (order % n_clusters).to(weight.device)
 
 
 def plain(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
-    """Spherical k-means, with clusters of whatever size."""
+    """Spherical k-means, with clusters of any size."""
     rows = normalize(weight.float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(len(rows), generator=generator)[:n_clusters]
@@ -72,7 +72,7 @@ def plain(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> 
 def balanced(
     kind: Callable[[torch.Tensor, int, int], BalancedKMeans],
 ) -> Callable[[torch.Tensor, int, int, int], torch.Tensor]:
-    """Balanced k-means of a kind."""
+    """A variant of balanced k-means."""
 
     def run(weight: torch.Tensor, n_clusters: int, iterations: int, seed: int) -> torch.Tensor:
         kmeans = kind(weight, n_clusters, seed)
@@ -117,7 +117,7 @@ def judged(
 
 
 def show(rows: list[Row]) -> None:
-    """The table."""
+    """Print the table."""
     heads = " | ".join(str(number) for number in PROBES)
     print(f"| clustering | centroids | {heads} | tokens of 256 probes | seconds |")
     print("|" + "---|" * (len(PROBES) + 4))

@@ -1,10 +1,10 @@
-"""How long clustering a head of some shape takes, on random rows.
+"""How long it takes to cluster a head of a given shape, on random rows.
 
     python benchmarks/clustering_time.py [--shape NAME]… [--device cpu|cuda] [--iterations N]
 
-Prints a Markdown table: seconds by the wall clock for all iterations with the reading of the
-result, and for the first and the median one; and the processor time of all, which other work on
-the machine hardly changes. Nothing is written.
+Prints a Markdown table: wall-clock seconds for all iterations, including reading the result, and
+for the first and the median iteration; and the processor time of all, which other load on the
+machine hardly changes. Writes nothing.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from flashtune.tuning_db.problem import parse_shape
 
 
 def seconds_of(shape: str, device: str, iterations: int) -> tuple[float, float, list[float]]:
-    """The whole of a clustering, its processor time, and each of its iterations."""
+    """Seconds of a whole clustering, its processor time, and of each iteration."""
     problem = parse_shape(shape)
     generator = torch.Generator(device).manual_seed(0)
     size = (problem.vocab_size, problem.hidden_size)

@@ -3,13 +3,13 @@
     python benchmarks/cpu_decode.py [--shape NAME]… [--rounds N] [--json FILE]
     python benchmarks/cpu_decode.py --formats [--rounds N]
 
-Prints a Markdown table a shape; with --formats a table of the number formats instead, each with
-the byte floor of its own. All rows are taken in turns in one process, on cold weights, by
-the wall clock; the times are medians over the rounds, the ratio to the floor is the median of
-the rounds' own ratios. The byte floor is the time a C++ loop takes to read as many bytes as a
-step must, with one thread or with all, whichever is faster, in the same rounds. Every kernel is
-verified against float64 before it is timed; the choice comes from the same selection as the
-runtime's, so `flashtune search --device cpu --shape …` first.
+Prints a Markdown table per shape; with --formats a table of the number formats instead, each with
+its own byte floor. All rows are timed in turns in one process, on cold weights, by the wall clock;
+the times are medians over the rounds, the ratio to the floor is the median of each round's ratio.
+The byte floor is the time a C++ loop takes to read as many bytes as a step must, with one thread
+or with all, whichever is faster, in the same rounds. Every kernel is verified against float64
+before it is timed. The choice is the runtime's own, so run `flashtune search --device cpu --shape
+…` first.
 """
 
 import json
@@ -42,13 +42,13 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 
 SHAPES = ("qwen3-0.6b", "vocab=49152,hidden=576,clusters=3072,probes=128")
-READ_BYTES = 2**28  # of a buffer that reads rotate through
+READ_BYTES = 2**28  # of a buffer through which reads rotate
 IDLE_S = 0.005
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; `floor_ratio` is over the byte floor of the same round."""
+    """A row of the table; `floor_ratio` is relative to the byte floor of the same round."""
 
     name: str
     median_us: float
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class FormatRow:
-    """A line of the table of formats: ratios are medians of the rounds' own."""
+    """A row of the table of formats; ratios are medians over the rounds."""
 
     name: str
     median_us: float
@@ -70,7 +70,7 @@ class FormatRow:
 
 
 class ReadTimer:
-    """Reads of as many bytes as a step must read, from places that rotate."""
+    """Reads as many bytes as a step must read, from rotating places."""
 
     def __init__(self, problem: Problem, device: Device, threads: int) -> None:
         """Fill a buffer larger than the last cache."""
@@ -81,7 +81,7 @@ class ReadTimer:
         self._parts = buffer.fill_(1).split(self._bytes)[:-1]
 
     def sample(self, replays: int) -> list[float]:
-        """Microseconds for a step's bytes, one value a pass over the buffer."""
+        """Microseconds for a step's bytes, one value per pass over the buffer."""
         samples = []
         for _ in range(replays):
             start = time.perf_counter()
@@ -91,7 +91,7 @@ class ReadTimer:
 
 
 class ApartTimer:
-    """Single calls of a step, each after something else was done."""
+    """Times single calls of a step, each after other work."""
 
     def __init__(self, step: Step, workload: Workload, between: Callable[[], object]) -> None:
         """`between` is not timed."""
@@ -99,7 +99,7 @@ class ApartTimer:
         self._out = torch.empty(workload.problem.n_tokens, dtype=torch.int64)
 
     def sample(self, replays: int) -> list[float]:
-        """Microseconds, the median over the sets a replay."""
+        """Microseconds: for each replay, the median over the sets."""
         samples = []
         for _ in range(replays):
             calls = []
@@ -113,7 +113,7 @@ class ApartTimer:
 
 
 def dense(weight: torch.Tensor) -> Step:
-    """The dense head: a product with all of the weight, then argmax."""
+    """The dense head: a product with the whole weight, then argmax."""
 
     def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         torch.argmax(linear(hidden.to(weight.dtype), weight), dim=-1, out=out)
@@ -137,7 +137,7 @@ def torch_flash_head(problem: Problem) -> Step:
 
 
 def kernel(problem: Problem, config: Config, device: Device, workload: Workload) -> Step:
-    """A config's step, verified; raises RuntimeError when its tokens are wrong."""
+    """A config's step, verified; raises RuntimeError if its tokens are wrong."""
     candidate = Candidate(problem, config, device)
     step = backend_of(candidate).loader(candidate, torch.device("cpu"))()
     reason = workload.why_wrong(step, candidate.slack)
@@ -179,7 +179,7 @@ def measure(problem: Problem, device: Device, rounds: int) -> list[Row]:
     return _rows(timers, details, rounds)
 
 
-# Of rows and centroids, how many candidates are decided again, and whether rows are in place.
+# Formats of rows and centroids, how many candidates are re-scored, whether rows are in place.
 FORMATS = (
     ("bf16", "bf16", 0, False),
     ("bf16", "bf16", 0, True),
@@ -192,7 +192,7 @@ FORMATS = (
 
 
 def measure_formats(problem: Problem, device: Device, rounds: int) -> list[FormatRow]:
-    """The best config of each format among those that searches begin with, all in turns."""
+    """The best config of each format among the searches' starting points, all in turns."""
     steps: dict[str, list[tuple[str, WallTimer]]] = {}
     reads: dict[str, list[ReadTimer]] = {}
     for weight, centroids, n_rescored, in_place in FORMATS:
@@ -217,7 +217,7 @@ def measure_formats(problem: Problem, device: Device, rounds: int) -> list[Forma
             for step in (kernel(other, each, device, workload),)
         ]
         reads[name] = [ReadTimer(other, device, n) for n in sorted({1, device.sm_count})]
-    for name, timers in steps.items():  # the best two go on
+    for name, timers in steps.items():  # the best two continue
         ranked = sorted(timers, key=lambda each: statistics.median(each[1].sample(5)))
         steps[name] = ranked[:2]
     samples: dict[tuple[str, str], list[float]] = {}

@@ -2,10 +2,10 @@
 
     python benchmarks/decode.py [--shape NAME]… [--tokens N]… [--json FILE]
 
-Prints a Markdown table. Every row's times are taken in turns in one process: CUDA graphs, cold
+Prints a Markdown table. The times of a row are measured in turns in one process: CUDA graphs, cold
 weights, medians. The byte floor is the fewest bytes over the read bandwidth measured here. Every
-kernel is verified against float64 before it is timed; the choice comes from the same selection
-as the runtime's, out of the user's database and the shipped tables.
+kernel is verified against float64 before it is timed. The choice is the runtime's own, from the
+user's database and the shipped tables.
 """
 
 import json
@@ -45,7 +45,7 @@ ROUNDS = 8
 
 
 def dense_timer(workload: Workload) -> Timer:
-    """The dense head: a product with all of the weight, then argmax."""
+    """The dense head: a product with the whole weight, then argmax."""
 
     def dense(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         logits = torch.nn.functional.linear(hidden, weights.weight)
@@ -55,7 +55,7 @@ def dense_timer(workload: Workload) -> Timer:
 
 
 def kernel_timer(config: Config, workload: Workload, device: Device) -> Timer:
-    """A config's kernels, verified; raises RuntimeError when their tokens are wrong."""
+    """A config's kernels, verified; raises RuntimeError if their tokens are wrong."""
     candidate = Candidate(workload.problem, config, device)
     step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
     reason = workload.why_wrong(step, candidate.slack)
@@ -65,7 +65,7 @@ def kernel_timer(config: Config, workload: Workload, device: Device) -> Timer:
 
 
 def compare(problem: Problem, device: Device, bandwidth: float, seed: int) -> dict[str, object]:
-    """One row: microseconds a call of each contender, and which config was chosen."""
+    """One row: microseconds per call of each contender, and the chosen config."""
     workload = Workload.create(
         problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=seed
     )

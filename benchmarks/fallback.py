@@ -2,11 +2,11 @@
 
     python benchmarks/fallback.py [--shape NAME]… [--json FILE]
 
-Leaves one shape of the shipped table out at a time, whatever is probed and however many tokens,
-and lets the runtime's own selection choose among the records that are left, for the problems of
-one token whose best token is wanted. Prints a Markdown table of that
-choice, the shape's own winner and the default, timed in turns in one process: CUDA graphs, cold
-weights, medians, every kernel verified against float64 first. The user's database is not read.
+Leaves out one shape of the shipped table at a time, with all its numbers of probes and tokens, and
+lets the runtime's own selection choose among the remaining records, for the problems of one token
+with the argmax epilogue. Prints a Markdown table of that choice, the shape's own winner and the
+default, timed in turns in one process: CUDA graphs, cold weights, medians, every kernel verified
+against float64 first. The user's database is not read.
 """
 
 import json
@@ -37,25 +37,25 @@ _SHAPE = ("vocab_size", "hidden_size", "n_clusters")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contenders:
-    """The configs that are compared for one problem."""
+    """The configs to compare for one problem."""
 
     winner: Config
     nearest: Config
     default: Config
-    choice: Choice  # of `nearest`: which record it is, and in what that differs
+    choice: Choice  # of `nearest`: its record, and in what that differs
 
 
 def shape_of(problem: Problem) -> tuple[int, ...]:
-    """What a problem shares with others of its model, whatever is probed."""
+    """What a problem shares with others of its model, for any number of probes."""
     return tuple(getattr(problem, name) for name in _SHAPE)
 
 
 def contenders(
     problem: Problem, device: Device, tools: Toolchain, records: Sequence[Record]
 ) -> Contenders | None:
-    """The problem's own winner, what is chosen without its shape's records, and the default.
+    """The problem's own winner, the choice without its shape's records, and the default.
 
-    None where the records hold no winner for the problem.
+    None if the records have no winner for the problem.
     """
     others = [record for record in records if shape_of(record.problem) != shape_of(problem)]
     own = choose(problem, device, tools, [Source(name=PREBUILT, records=records)])
@@ -71,13 +71,13 @@ def contenders(
 
 
 def usual_problems(records: Sequence[Record]) -> list[Problem]:
-    """The problems of one token whose best token is wanted."""
+    """The problems of one token with the argmax epilogue."""
     problems = {record.problem for record in records}
     return sorted(each for each in problems if (each.n_tokens, each.epilogue) == (1, "argmax"))
 
 
 def _timer(config: Config, workload: Workload, device: Device) -> Timer:
-    """A config's kernels, verified; raises ClickException when their tokens are wrong."""
+    """A config's kernels, verified; raises ClickException if their tokens are wrong."""
     candidate = Candidate(workload.problem, config, device)
     where = torch.device(target_of(device).torch_device)
     step = backend_of(candidate).loader(candidate, where)()
@@ -90,7 +90,7 @@ def _timer(config: Config, workload: Workload, device: Device) -> Timer:
 def compare(
     problem: Problem, device: Device, compared: Contenders, seed: int
 ) -> dict[str, object]:
-    """One row: microseconds a call of each contender, and how much slower than the winner."""
+    """One row: microseconds per call of each contender, and the slowdowns from the winner."""
     where = torch.device(target_of(device).torch_device)
     workload = Workload.create(problem, where, cold_bytes=device.l2_bytes, seed=seed)
     configs = {name: getattr(compared, name) for name in ("winner", "nearest", "default")}

@@ -1,12 +1,12 @@
-"""How alike first loads choose: the same head loaded again and again, always as if for the first.
+"""How alike first loads choose: the same head loaded repeatedly, each time as if for the first.
 
     python benchmarks/first_loads.py [--shape NAME] [--loads 20] [--json FILE]
 
-Every load is a process of its own with an empty database, so that it probes the device and races;
-compiled kernels are kept from one load to the next, as between boots. Then the configs that won
-are timed side by side in this process, and the spread says how much slower than the best of them
-the worst is: within 2 % is asked. Of each load it says how much memory its race took at most, and
-how many binaries stayed loaded. On random weights.
+Every load runs in its own process with an empty database, so that it probes the device and races;
+compiled kernels are kept from one load to the next, as between boots. Then the winning configs are
+timed side by side in this process, and the spread says how much slower the worst is than the best:
+the target is 2 %. For each load it reports the peak memory of its race, and how many binaries
+stayed loaded. Weights are random.
 """
 
 import json
@@ -34,7 +34,7 @@ from flashtune.tuning_db.problem import Problem, parse_shape
 
 WHERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ASKED = 0.02
-COMPARE_SECONDS = 60.0  # the races of first loads have a third of it
+COMPARE_SECONDS = 60.0  # three times what the races of first loads have
 
 
 def weights_of(problem: Problem) -> Weights:
@@ -43,7 +43,7 @@ def weights_of(problem: Problem) -> Weights:
 
 
 def load_once(problem: Problem) -> dict[str, Any]:
-    """Load a head as a program does, and say what it runs."""
+    """Load a head as a program does, and report what it runs."""
     weights = weights_of(problem)
     by_token = torch.empty_like(weights.weight)
     by_token[weights.ids.long()] = weights.weight
@@ -73,7 +73,7 @@ def load_once(problem: Problem) -> dict[str, Any]:
 
 
 def loads_of(shape: str, count: int) -> list[dict[str, Any]]:
-    """What so many fresh processes say, one after another."""
+    """The reports of `count` fresh processes, one after another."""
     answers = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,7 +97,7 @@ def loads_of(shape: str, count: int) -> list[dict[str, Any]]:
 
 
 def times_of(problem: Problem, configs: Sequence[Config]) -> dict[Config, float]:
-    """The winners' times, side by side; of one alone nothing can differ."""
+    """The winners' times, side by side; a single one needs no comparison."""
     if len(configs) == 1:
         return {}
     found = compare(

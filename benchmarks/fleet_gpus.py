@@ -1,10 +1,10 @@
-"""How much sooner a search ends with two GPUs of this machine than with one.
+"""How much faster a search ends with two GPUs of this machine than with one.
 
     python benchmarks/fleet_gpus.py                    # prints JSON; minutes
     python benchmarks/fleet_gpus.py --gpus 4 --trials 300 --shape qwen3-vl-2b
 
-Each search begins with an empty database and empty caches of its own. One search of a few configs
-comes before them and does not count: it has the machine read its libraries.
+Each search begins with its own empty database and caches. A search of a few configs comes first
+and does not count: it makes the machine load its libraries.
 """
 
 import json
@@ -23,7 +23,7 @@ PROGRAM = "from flashtune.tuner.cli.main import cli; cli(prog_name='flashtune')"
 
 
 def search(gpus: int, shapes: Sequence[str], trials: int) -> dict[str, Any]:
-    """Seconds that a search with the first so many GPUs takes, and what it came to."""
+    """The seconds that a search with the first `gpus` GPUs takes, and its result."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["search", "--gpus", ",".join(map(str, range(gpus))), "--json"]
         words += ["--trials", str(trials), "--db", str(Path(folder, "tuning.db"))]

@@ -1,15 +1,15 @@
-"""How far one driver reaches: searches with 1 to 512 simulated workers, on a simulated clock.
+"""How one driver scales: searches with 1 to 512 simulated workers, on a simulated clock.
 
     python benchmarks/fleet_simulation.py --compile-times compile.json       # records them first
     python benchmarks/fleet_simulation.py --from compile.json --out simulation.json
 
 The driver is the real one: proposals, Optuna, evaluators, pools, lines of JSON, selectors, the
-database. Its processor time passes on the simulated clock, second for second. Only workers are
-simulated. A config's time is the one that an H200 measured, for configs on record; for others it
-is the cost model's, which was fitted to those. Compiling takes the processor time that configs
-took here, and measuring what docs/performance.md has of an H200: 30 s for 150 evaluations. All
-problems on record are searched in one run. With --thoughtful every second proposal is Optuna's,
-however many workers wait.
+database. Its processor time advances the simulated clock, second for second. Only workers are
+simulated. For recorded configs, a config's time is the one measured on an H200; for others it is
+predicted by the cost model, which was fitted to those. Compiling takes the processor time that it
+took here, and measuring takes the time that docs/performance.md reports for an H200: 30 s for 150
+evaluations. All recorded problems are searched in one run. With --thoughtful every second proposal
+is Optuna's, however many workers wait.
 """
 
 import json
@@ -54,16 +54,16 @@ from flashtune.tuning_db.store import Store
 WORKERS = (1, 8, 64, 512)
 COMPILERS = 4  # for each worker that measures
 MEASURE_SECONDS = 0.2  # 30 s for 150 evaluations, compilers keeping ahead: docs/performance.md
-COMPARE_SECONDS = 1.0  # of finalists: as many replays as 40 configs are measured with, rounded
+COMPARE_SECONDS = 1.0  # for finalists: about the replays of 40 measured configs
 NOISE = 0.005  # of a time
-SAMPLED = 60  # configs that are compiled to know how long that takes
+SAMPLED = 60  # configs compiled to learn how long that takes
 
 
 class Clock:
-    """Simulated seconds: the driver's processor time, and what it waited for workers."""
+    """Simulated seconds: the driver's processor time, and its waits for workers."""
 
     def __init__(self) -> None:
-        """It begins now."""
+        """The clock starts now."""
         self._waited = self._outside = 0.0
         self._began = time.process_time()
         self._now = 0.0
@@ -74,17 +74,17 @@ class Clock:
         return time.process_time() - self._began - self._outside
 
     def __call__(self) -> float:
-        """What time it was when the simulation had its say last: asking costs nothing."""
+        """The time when the simulation last changed it: asking costs nothing."""
         return self._now
 
     def wait_until(self, when: float) -> None:
-        """Set it forward."""
+        """Set the clock forward."""
         self._waited += max(0.0, when - self._now)
         self._now = max(when, self._now)
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What is done meanwhile is the simulation's doing, and takes no time."""
+        """Stop the clock for the simulation's own work."""
         began = time.process_time()
         self._now = self._waited + began - self._began - self._outside
         try:
@@ -94,10 +94,10 @@ class Clock:
 
 
 class Landscape:
-    """What configs take: as measured where on record, else as predicted."""
+    """The times of configs: as measured if recorded, else as predicted."""
 
     def __init__(self) -> None:
-        """Read what ships."""
+        """Read the shipped data."""
         self._measured = {
             (sample.problem, sample.config): sample.measurement.median_us
             for sample in read_calibration(SHIPPED).samples
@@ -107,15 +107,15 @@ class Landscape:
 
     @property
     def problems(self) -> list[Problem]:
-        """Those on record."""
+        """The recorded problems."""
         return sorted({problem for problem, _ in self._measured})
 
     def configs(self, problem: Problem) -> list[Config]:
-        """Those of a problem on record."""
+        """The recorded configs of a problem."""
         return [config for other, config in self._measured if other == problem]
 
     def time_us(self, candidate: Candidate) -> float | None:
-        """Microseconds; None where neither is there."""
+        """Microseconds; None if there is neither a record nor a prediction."""
         if candidate not in self._known:
             found = self._measured.get((candidate.problem, candidate.config))
             if found is None:
@@ -133,7 +133,7 @@ class Simulated:
     connected, unsent, floods, is_quiet = True, 0, False, True
 
     def __init__(self, world: "World") -> None:
-        """It has nothing to do yet."""
+        """The worker is idle."""
         self._world = world
         self._reader, self._writer = os.pipe()
         self._answer = b""
@@ -144,14 +144,14 @@ class Simulated:
         return self._reader
 
     def input(self) -> int | None:
-        """All is taken at once."""
+        """None: all input is taken at once."""
         return None
 
     def push(self) -> None:
-        """Nothing is left."""
+        """Nothing is unsent."""
 
     def write(self, line: str) -> None:
-        """Be asked."""
+        """Take a request."""
         with self._world.clock.stopped():
             request, data = from_line(line)
             reply, seconds = self._world.answer(Task.from_data(data))
@@ -159,7 +159,7 @@ class Simulated:
             self.due = self._world.clock() + seconds
 
     def speak(self) -> None:
-        """Have the answer there to be read."""
+        """Make the answer readable."""
         os.write(self._writer, b".")
         self.due = math.inf
 
@@ -172,7 +172,7 @@ class Simulated:
         """Nothing runs."""
 
     def end(self, patience: float = 0.0) -> Ending:
-        """It is gone at once."""
+        """The worker ends at once."""
         with self._world.clock.stopped():
             os.close(self._reader)
             os.close(self._writer)
@@ -180,21 +180,21 @@ class Simulated:
 
 
 class World:
-    """The workers, and how long what they do takes."""
+    """The workers, and how long their work takes."""
 
     def __init__(self, landscape: Landscape, compile_seconds: Sequence[float], seed: int) -> None:
-        """Nothing has been asked yet."""
+        """No request has been made yet."""
         self.clock = Clock()
         self._landscape, self._compile_seconds = landscape, compile_seconds
         self._random = random.Random(seed)
 
     def start(self) -> Connection:
-        """A transport's part."""
+        """Start a connection, as a transport does."""
         with self.clock.stopped():
             return Simulated(self)
 
     def answer(self, task: Task) -> tuple[Reply, float]:
-        """What a worker says, and after how many seconds."""
+        """A worker's reply, and the seconds until it comes."""
         if task.kind == "compile":
             return Reply(), self._random.choice(self._compile_seconds)
         measurements = tuple(self._measured(each, task) for each in task.candidates)
@@ -202,7 +202,7 @@ class World:
         return Reply(measurements=measurements), seconds
 
     def ready(self, connections: Sequence[Any], seconds: float) -> list[Any]:
-        """In place of waiting: the clock is set to what happens next."""
+        """Instead of waiting, set the clock to the next event."""
         with self.clock.stopped():
             next_due = min((each.due for each in connections), default=math.inf)
             self.clock.wait_until(min(next_due, self.clock() + seconds))
@@ -236,7 +236,7 @@ def simulate(
     trials: int,
     seed: int,
 ) -> dict[str, Any]:
-    """A search of all problems at once; what it came to, and when."""
+    """Search all problems at once; returns the results and their times."""
     world, device = World(landscape, compile_seconds, seed), find_device("h200")
     best: dict[Problem, list[tuple[float, float]]] = {problem: [] for problem in problems}
     evaluated: list[float] = []
@@ -319,13 +319,13 @@ def record_compile_times(landscape: Landscape, out: Path) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of the compilers that it ran."""
+    """The processor seconds of this process and of the compilers that it ran."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _in_its_own_process(case: dict[str, Any]) -> dict[str, Any]:
-    """One simulation: caches that another one filled would make it cheaper."""
+    """Run one simulation in a new process: caches filled by another would make it cheaper."""
     program = (
         "import json, runpy, sys; names = runpy.run_path(sys.argv[1]); "
         "print(json.dumps(names['run_case'](json.loads(sys.argv[2]))))"
@@ -341,7 +341,7 @@ def _in_its_own_process(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """A simulation as its arguments say."""
+    """Run a simulation with these arguments."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if case["thoughtful"]:

@@ -1,9 +1,9 @@
-"""Results of `screens.py` as a calibration file, which `flashtune model check` predicts.
+"""Turns results of `screens.py` into a calibration file, which `flashtune model check` predicts.
 
     python benchmarks/formats_calibration.py RESULT… --out FILE
 
-Every row of ours that was timed alone becomes a sample: its problem, its config, and what its
-kernels need, compiled here for the results' device. Nothing is fitted to the file.
+Every row of ours that was timed alone becomes a sample: its problem, its config, and the resources
+of its kernels, compiled here for the results' device. Nothing is fitted to the file.
 """
 
 import json
@@ -39,7 +39,7 @@ _PROBLEM = re.compile(r"(\d+)x(\d+) c(\d+) p(\d+)(?: t(\d+))?")
 
 
 def problem_of(row: dict[str, Any]) -> Problem:
-    """The problem of a row: its shape as `Problem.describe` has it, in its contender's formats."""
+    """The problem of a row: its shape, as in `Problem.describe`, in its contender's formats."""
     found = _PROBLEM.fullmatch(row["problem"])
     if found is None:
         raise FlashtuneError(f"no problem: {row['problem']!r}")

@@ -3,13 +3,13 @@
     python benchmarks/generate.py [--model NAME]… [--batch N] [--json FILE]
     python benchmarks/generate.py --tiny       # any machine: a toy model, no graphs, no meaning
 
-Prints a Markdown table. Models have the real shapes and random weights; clusters are random and
-of equal size, so that speed means something here and tokens nothing. A step is a CUDA graph of
-the model's decoder, its head and the choice of the next token, over a static cache; steps of all
-heads take turns, and medians count. The dense head, and FlashHead's logits, run inside the
-model's own forward as `generate` calls it, followed by argmax; the others give token ids
-themselves. The head's share is the step less the step without a head; the head alone is timed in a
-graph of its own, over cold centroids. Every FlashHead kernel is verified first.
+Prints a Markdown table. Models have real shapes and random weights; clusters are random and of
+equal size, so that only the speed is meaningful, not the tokens. A step is a CUDA graph of the
+model's decoder, its head and the choice of the next token, over a static cache; steps of all heads
+are timed in turns, and medians count. The dense head, and FlashHead's logits, run inside the
+model's own forward as `generate` calls it, followed by argmax; the others return token ids
+themselves. The head's share is the step less the step without a head; the head alone is timed in
+its own graph, over cold centroids. Every FlashHead kernel is verified first.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.problem import EPILOGUES
 
-# What of each model's config.json decides its speed; each is tied to its embedding
+# The parts of each model's config.json that decide its speed; all heads are tied to the embedding
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": {  # huggingface.co/Qwen/Qwen3-1.7B; the text model of Qwen3-VL-2B
         "model_type": "qwen3",
@@ -89,14 +89,14 @@ TINY = {
 NO_HEAD = "no head"
 CLUSTER_SIZE = 16
 PROBES = {"gemma-3-1b": 512, "tiny": 16}
-PROMPT, CONTEXT = 128, 256  # tokens in the cache as a sample begins; room for more
-STEPS = 20  # a sample
+PROMPT, CONTEXT = 128, 256  # tokens in the cache at the start of a sample; its capacity
+STEPS = 20  # per sample
 ROUNDS, SAMPLES = 8, 3
-COLD_SETS = 4  # of centroids, larger together than the cache they must not lie in
+COLD_SETS = 4  # of centroids, together larger than the cache
 
 
 class Decoder:
-    """A model with a static cache that holds a prompt; `rewind` goes back to its end."""
+    """A model with a static cache that holds a prompt; `rewind` returns to its end."""
 
     def __init__(self, config: dict[str, Any], device: torch.device, batch: int) -> None:
         """Make the model, and read the prompt."""
@@ -116,7 +116,7 @@ class Decoder:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the model's forward takes for the next token."""
+        """The arguments of the model's forward for the next token."""
         return {
             "input_ids": self.tokens,
             "position_ids": self.positions,
@@ -125,7 +125,7 @@ class Decoder:
         }
 
     def rewind(self) -> None:
-        """Let the next step be the first after the prompt again."""
+        """Make the next step the first after the prompt again."""
         self.positions.fill_(PROMPT)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(PROMPT)
@@ -143,18 +143,18 @@ class Decoder:
         self.positions.add_(1)
 
     def by_logits(self) -> None:
-        """A step as `generate` does it: the model's own head, then the best token."""
+        """A step as in `generate`: the model's own head, then the best token."""
         logits = self.model(**self.inputs, logits_to_keep=1).logits
         self.go_on(logits[:, -1].argmax(dim=-1))
 
     def go_on(self, tokens: torch.Tensor) -> None:
-        """Let `tokens` `[batch]` be what the next step reads."""
+        """Make `tokens` `[batch]` the input of the next step."""
         self.tokens.copy_(tokens[:, None])
         self.positions.add_(1)
 
 
 class StepTimer:
-    """A model's step, captured where there are graphs, and the time of some in a row."""
+    """A model's step, captured if there are graphs, timed over several in a row."""
 
     def __init__(self, decoder: Decoder, in_model: Callable[[], None]) -> None:
         """Warm up, capture, and rewind."""
@@ -170,14 +170,14 @@ class StepTimer:
         torch.cuda.synchronize()
         decoder.rewind()
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # a collection in a capture can unload modules
+        gc.disable()  # a garbage collection during a capture can unload modules
         with torch.cuda.graph(graph):
             in_model()
         gc.enable()
         self._run = graph.replay
 
     def sample(self, replays: int) -> list[float]:
-        """Microseconds a step, one value for STEPS of them from the prompt's end on."""
+        """Microseconds per step, one value for STEPS steps from the prompt's end."""
         samples = []
         for _ in range(replays):
             self._decoder.rewind()
@@ -215,12 +215,12 @@ def random_head(model: Any, n_probes: int) -> FlashHead:
 
 
 def weights_of(head: FlashHead) -> Weights:
-    """What the head's kernels read."""
+    """The tensors that the head's kernels read."""
     return Weights(weight=head.weight, centroids=head.centroids, ids=head.ids)
 
 
 def verified_step(problem: Problem, config: Config, weights: Weights) -> Step:
-    """The config's kernels, loaded; RuntimeError where what they write is wrong."""
+    """The config's kernels, loaded; raises RuntimeError if their output is wrong."""
     where = weights.weight.device
     device = device_of(where)
     assert device is not None
@@ -291,7 +291,7 @@ def contenders(decoder: Decoder, head: FlashHead) -> dict[str, Contender]:
 def compare(
     name: str, config: dict[str, Any], where: torch.device, batch: int, rounds: int
 ) -> dict[str, Any]:
-    """One model: microseconds a step, and of the head alone, of each contender."""
+    """One model: each contender's microseconds per step, and of its head alone."""
     decoder = Decoder(config, where, batch)
     head = random_head(decoder.model, PROBES.get(name, 256))
     ways = contenders(decoder, head)
@@ -315,7 +315,7 @@ def compare(
 
 
 def medians(timers: dict[str, Timer], rounds: int) -> dict[str, float]:
-    """Microseconds of each, taken in turns."""
+    """Median microseconds of each, timed in turns."""
     samples = interleaved(list(timers.values()), rounds, SAMPLES)
     return {name: Timing.of(own).median_us for name, own in zip(timers, samples, strict=True)}
 

@@ -1,14 +1,14 @@
-"""Whether steps hang or go wrong beside a kernel that holds half of the GPU.
+"""Whether steps hang or go wrong next to a kernel that occupies half of the GPU.
 
     python benchmarks/hammer.py [--shape NAME] [--calls N] [--json FILE]
 
-Each plan's steps run on two streams at a time, with scratch of their own, while a third stream
-keeps launching a kernel that holds half of the multiprocessors for a while: its blocks take all of
-the shared memory, so that nothing else fits beside one. Kernels that wait for one another, by a
-barrier of the grid or for what another block sends, may find only some of their blocks there.
-Every token is compared with the one that a verified call gave for the same hidden state. Prints
-how many calls were made, how many tokens were wrong, and how often the other kernel ran; ends with
-1 where a token was wrong, or where a round did not end in time.
+Each plan's steps run on two streams at a time, each with its own scratch, while a third stream
+keeps launching a kernel that occupies half of the multiprocessors for a while: its blocks take all
+of the shared memory, so that no other block fits beside one. If the blocks of a kernel wait for
+one another, at a barrier of the grid or for another block's data, only some of them may be
+running. Every token is compared with the one that a verified call gave for the same hidden state.
+Prints how many calls were made, how many tokens were wrong, and how often the other kernel ran;
+exits with 1 if a token was wrong, or a round did not end in time.
 """
 
 import ctypes
@@ -47,9 +47,9 @@ CONFIGS: dict[str, Config] = {
     "staged": StagedConfig(pdl=True),
     "staged, in the gather": StagedConfig(selection="in_gather", gather_rows=16, pdl=True),
 }
-STATES = 64  # hidden states, and calls of a round on each stream
-HELD_US = 400  # how long the other kernel holds its multiprocessors
-HELD_BYTES = 200 * 1024  # of shared memory, by each of its blocks
+STATES = 64  # hidden states, and calls per round on each stream
+HELD_US = 400  # how long the other kernel occupies its multiprocessors
+HELD_BYTES = 200 * 1024  # of shared memory for each of its blocks
 PATIENCE_SECONDS = 30.0
 
 HOLDER = """
@@ -67,7 +67,7 @@ extern "C" __global__ void hold(unsigned long long nanoseconds) {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What became of a config's calls; `hung`: a round of calls did not end."""
+    """The outcome of a config's calls; `hung`: a round of calls did not end."""
 
     plan: str
     config: str
@@ -79,7 +79,7 @@ class Row:
 
 
 class Holder:
-    """The kernel that holds half of the multiprocessors, on a stream of its own."""
+    """The kernel that occupies half of the multiprocessors, on its own stream."""
 
     def __init__(self, device: Device) -> None:
         """Compile and load it."""
@@ -92,7 +92,7 @@ class Holder:
         self.launched = 0
 
     def keep_on(self) -> None:
-        """Launch it, unless the last but one still waits to begin."""
+        """Launch it, unless the last but one has not started yet."""
         if self._last is None or self._last.query():
             self._last = torch.cuda.Event()
             self._last.record(self._stream)
@@ -101,7 +101,7 @@ class Holder:
 
 
 def ended(streams: Sequence[torch.cuda.Stream], holder: Holder) -> bool:
-    """Wait for the streams; False where they do not end in time."""
+    """Wait for the streams; False if they do not end in time."""
     events = [stream.record_event() for stream in streams]
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not all(event.query() for event in events):
@@ -113,7 +113,7 @@ def ended(streams: Sequence[torch.cuda.Stream], holder: Holder) -> bool:
 
 
 def hammer(name: str, config: Config, problem: Problem, device: Device, calls: int) -> Row:
-    """Run one config's steps on two streams; raises FlashtuneError where it cannot run."""
+    """Run one config's steps on two streams; raises FlashtuneError if it cannot run."""
     where = torch.device("cuda")
     candidate = Candidate(problem, config, device)
     workload = Workload.create(problem, where, cold_bytes=0, seed=3)

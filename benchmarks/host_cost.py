@@ -1,11 +1,11 @@
-"""What a decode call costs the host, beside the dense layer, at 1, 8 and 32 rows.
+"""The host time of a decode call, compared with the dense layer's, at 1, 8 and 32 rows.
 
     python benchmarks/host_cost.py [--shape SHAPE]... [--out FILE]
 
-Calls are issued a few at a time without waiting for the GPU, so that what is timed is the host
-alone. `steps` are the launches themselves, without the head around them, and `graph` a replay of a
-captured call, which is what the host can do at best. GPU times are those of the same calls in
-turns with the dense layer, as `contest` takes them.
+Calls are issued a few at a time without waiting for the GPU, so that only the host is timed.
+`steps` are the launches themselves, without the head around them; `graph` is a replay of a
+captured call, the least that a call can cost the host. GPU times are those of the same calls in
+turns with the dense layer, as in `contest`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROWS = (1, 5, 8, 32)
 
 
 def host_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median microseconds of host time of each call, in turns, short of filling the queue."""
+    """Median host microseconds of each call, in turns, without filling the queue."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -43,7 +43,7 @@ def host_us(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """A replay of a call; the graph keeps what the call made."""
+    """A replay of a call; the graph keeps the tensors that the call made."""
     graph, kept = torch.cuda.CUDAGraph(), []
     call()
     torch.cuda.synchronize()

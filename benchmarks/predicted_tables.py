@@ -1,13 +1,14 @@
-"""Predicted tables for devices that are not here: shortlists for the presets.
+"""Predicted tables for absent devices: shortlists for the presets.
 
     python benchmarks/predicted_tables.py FOLDER [--device NAME]… --db FILE
 
 For each registered GPU without measured records, each preset and 256 and 512 probes, the cost
-model ranks the space with estimated needs; the most promising configs are cross-compiled and
-predicted with what they really need, and the shortlist of the best is written to FOLDER. The same
-for the usual screens, at each preset's own number of probes and with fewer configs. A problem with
-predictions of this model in the database is passed over, so that an interrupted run goes on. To
-predict only what a shipped table lacks, import that first (`flashtune tables import`).
+model ranks the space with estimated resources; the most promising configs are cross-compiled and
+predicted with their actual resources, and the shortlist of the best is written to FOLDER. The same
+is done for the usual screens, at each preset's own number of probes and with fewer configs.
+Problems with predictions of this model in the database are skipped, so that an interrupted run can
+continue. To predict only problems that a shipped table lacks, first import it (`flashtune tables
+import`).
 """
 
 import os
@@ -37,7 +38,7 @@ from flashtune.tuning_db.table import prebuilt_table, table_from_store, write_ta
 
 PROBES = (256, 512)
 SCREENS = ("int8", "int4/int8", "int4")
-SCREENED_PROBES = {"gemma-3-1b": 512, "gemma-3-270m": 512}  # of the others, the first of PROBES
+SCREENED_PROBES = {"gemma-3-1b": 512, "gemma-3-270m": 512}  # for the others, the first of PROBES
 NEAR = 40  # measured configs of the same problem, from the calibration
 
 
@@ -56,14 +57,14 @@ def screened_problems() -> list[Problem]:
 
 
 def is_measured(device: Device) -> bool:
-    """Whether the device's table that ships was measured."""
+    """Whether the device's shipped table was measured."""
     table = prebuilt_table(device.name)
     records = table.records if table else ()
     return any(record.provenance is Provenance.MEASURED for record in records)
 
 
 def measured_near(problem: Problem) -> list[Config]:
-    """The configs that were fastest for this problem on the device of the calibration."""
+    """The fastest configs for this problem on the calibration's device."""
     samples = [
         sample
         for path in CALIBRATIONS.iterdir()
@@ -83,7 +84,7 @@ def predict_problem(
     store: Store,
     most: int,
 ) -> int:
-    """Predict the promising configs of one problem; how many of them work."""
+    """Predict the promising configs of one problem; returns how many of them work."""
     space = Space(problem, device)
     wanted = promising(space, shipped_model(), most=most, seed=0, near=near)
     evaluator = PredictingEvaluator(problem, device, compilers)

@@ -1,12 +1,12 @@
-"""The race at first load, on this machine's GPU, else on its CPU.
+"""The race at first load, on this machine's GPU, or else its CPU.
 
     python benchmarks/race.py [--shape NAME]… [--json FILE]
 
-It is pretended that the shipped table of this device were only predicted: a database is made of
-its winners and of what is known to be good, marked as predicted, and no shipped table is read.
-Then every start is a process of its own, on random weights: a first one with empty caches, which
-races, a second one, and two at once on another database. Prints a Markdown table: seconds from
-the call of `prepare` until a kernel is ready, and what was raced.
+The benchmark pretends that this device's shipped table is only predicted: it makes a database from
+the table's winners and the known good configs, marked as predicted, and reads no shipped table.
+Then every start is its own process, on random weights: a first one with empty caches, which races,
+a second one, and two at once on another database. Prints a Markdown table: the seconds from the
+call of `prepare` until a kernel is ready, and what was raced.
 """
 
 import json
@@ -83,9 +83,9 @@ def make_head(problem: Problem) -> FlashHead:
 
 
 def start_once(problem: Problem) -> None:
-    """In a process of its own: make a head, wait for a line, prepare it, say how that went."""
+    """In its own process: make a head, wait for a line, prepare the head, report the result."""
     records.prebuilt_table = lambda name: None
-    device_of(WHERE)  # measures a CPU's bandwidth where nobody has yet
+    device_of(WHERE)  # measures a CPU's bandwidth unless that was done already
     head = make_head(problem)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -98,7 +98,7 @@ def start_once(problem: Problem) -> None:
 
 
 def start_processes(shape: str, folder: Path, count: int) -> list[dict[str, Any]]:
-    """What `count` processes say that prepare heads at the same time."""
+    """The reports of `count` processes that prepare heads at the same time."""
     env = {
         **os.environ,
         "FLASHTUNE_DB": str(folder / "tuning.db"),
@@ -142,7 +142,7 @@ def measure(shape: str, device: Device) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """A shape's line of the table, what was timed, and how the two processes fared."""
+    """Print a shape's row of the table, what was timed, and the results of the two processes."""
     [first], [second] = row["starts"]["first"], row["starts"]["second"]
     race = first["race"]
     if race is None or race["why_not"]:

@@ -1,15 +1,15 @@
-"""What screening changes on a real model: tokens, recall, and the distributions to sample from.
+"""What screening changes on a real model: tokens, recall, and sampling distributions.
 
     python benchmarks/screen_quality.py --model DIR [--probes N …] [--tokens N] [--states FILE]
 
-Prints two Markdown tables. The first: how often each form of the head takes the dense head's
-token, by number of probes. The second: each screened head beside the 16-bit FlashHead with the
-number of probes that the line begins with. *same token*: in what share of decode steps both take
-the same one; *recall*: how often the dense head's token is taken, and how that differs from the
-16-bit head's in points; *variation*, *divergence*: how far apart the distributions are that the
-two heads' logits give at temperature 1, as total variation, and as Kullback-Leibler divergence
-(nats) over the tokens that are candidates of both. With centroids of 4 bits a second line has as
-many probes as bring the recall back. DIR is a folder that `flashtune cluster` made; the steps are
+Prints two Markdown tables. The first shows how often each form of the head takes the dense head's
+token, by number of probes. The second compares each screened head with the 16-bit FlashHead with
+the number of probes in the first column. *same token*: the share of decode steps in which both
+take the same token; *recall*: how often the dense head's token is taken, and the difference to the
+16-bit head in percentage points; *variation*, *divergence*: the distance between the distributions
+of the two heads' logits at temperature 1, as total variation, and as Kullback-Leibler divergence
+(nats) over the tokens that are candidates of both. With centroids of 4 bits a second row has
+enough probes to restore the recall. DIR is a folder made by `flashtune cluster`; the steps are
 greedy continuations of the shipped prompts. Special tokens are not candidates here.
 """
 
@@ -29,12 +29,12 @@ from flashtune.tuner.clustering.quality import Study, usual_probes
 
 SCREENS = ("int8:8", "int8/int4:32", "int4/int8:8", "int4:32", "int8:0", "int8/int4:0", "int4:0")
 _STATES_AT_ONCE = 64
-_NEVER = -1e9  # the logit of what is no candidate
+_NEVER = -1e9  # the logit of tokens that are not candidates
 
 
 @dataclass(kw_only=True)
 class Line:
-    """A form with a number of probes, held against the plain form with `beside` probes."""
+    """A form with a number of probes, compared with the plain form with `beside` probes."""
 
     form: HeadForm
     n_probes: int
@@ -46,10 +46,10 @@ class Line:
 
 
 class Heads:
-    """The logits that each form of a head gives, from products with all of the vocabulary."""
+    """The logits of each form of a head, from products with the whole vocabulary."""
 
     def __init__(self, parts: HeadParts, forms: list[HeadForm]) -> None:
-        """Round the weight to each format; no states yet."""
+        """Round the weight to each format; states are loaded later."""
         n_clusters = len(parts.clusters.centroids)
         order = token_order(parts.clusters.assignments, n_clusters)
         self._tokens = order.view(n_clusters, -1)
@@ -60,7 +60,7 @@ class Heads:
         self._centroids = {form.centroids: rounded(form.centroids, centroids) for form in forms}
 
     def load(self, states: torch.Tensor) -> None:
-        """Take up states `[states, hidden]`."""
+        """Load states `[states, hidden]`."""
         self._logits = {name: states @ rows.T for name, rows in self._rows.items()}
         self._clusters = {
             name: (states @ rows.T).argsort(dim=1, descending=True, stable=True)
@@ -68,7 +68,7 @@ class Heads:
         }
 
     def logits(self, form: HeadForm, n_probes: int) -> torch.Tensor:
-        """`[states, vocab]` as the epilogue `logits` gives them, in float32."""
+        """The logits `[states, vocab]` of the epilogue `logits`, in float32."""
         probed = self._clusters[form.centroids][:, :n_probes]
         ids = self._tokens[probed].flatten(1)
         logits = self._logits[form.rows].gather(1, ids)
@@ -81,7 +81,7 @@ class Heads:
         return found.scatter_reduce_(1, ids, logits, "amax")
 
     def token(self, form: HeadForm, logits: torch.Tensor) -> torch.Tensor:
-        """The token that the form takes: of those that are decided again, if any are."""
+        """The token that the form takes: one of the re-scored tokens, if there are any."""
         if not form.n_rescored:
             return logits.argmax(dim=1)
         out = logits <= _NEVER
@@ -107,14 +107,14 @@ def compare(lines: list[Line], heads: Heads, plain: HeadForm, states: torch.Tens
 
 
 def divergence(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Of the second distribution from the first `[states]`, over the candidates of both."""
+    """Divergence of the second distribution from the first `[states]`, over common candidates."""
     both = (logits > _NEVER) & (own > _NEVER)
     first, second = (each.masked_fill(~both, _NEVER).log_softmax(dim=1) for each in (logits, own))
     return (first.exp() * (first - second)).masked_fill(~both, 0).sum(dim=1)
 
 
 def lines_of(study: Study, plain: HeadForm, probes: list[int]) -> Iterator[Line]:
-    """What to look at."""
+    """The lines to compute."""
     for beside in probes:
         aim = study.row(beside).top1
         for form, agreement in study.forms.items():
@@ -129,7 +129,7 @@ def lines_of(study: Study, plain: HeadForm, probes: list[int]) -> Iterator[Line]
 
 
 def show_recall(study: Study, probes: list[int]) -> None:
-    """How often each form takes the dense head's token; without clusters always the same."""
+    """Print how often each form takes the dense head's token; without clusters it is constant."""
     print(f"| head | {' | '.join(str(number) for number in probes)} |")
     print("|" + "---|" * (len(probes) + 1))
     for form in study.forms:
@@ -139,7 +139,7 @@ def show_recall(study: Study, probes: list[int]) -> None:
 
 
 def show(lines: list[Line], study: Study, n_states: int) -> None:
-    """The table."""
+    """Print the table."""
     print("| 16-bit | its recall | screened | probes | same token | recall | points "
           "| variation, mean | 99th of 100 | divergence, mean |")  # fmt: skip
     print("|" + "---|" * 10)

@@ -1,17 +1,17 @@
-"""Heads in fewer bits, side by side: what each takes alone, and behind another kernel.
+"""Heads in fewer bits, side by side: the time of each alone, and after another kernel.
 
     python benchmarks/screens.py [--shape NAME]… [--tokens N]… [--screen SCREEN]… [--json FILE]
 
 Contenders of each problem: the dense head in 16 bits, dense heads in int8 and int4 (our plan
-`dense`, nothing decided again), the 16-bit head, the same with rows in place, and the head with
-each screen. Each runs what the runtime would choose, out of the user's database and the shipped
-tables: search first, for example
-`flashtune search --shape qwen3-vl-2b,weight=int8,centroids=int8,rescored=8`.
+`dense`, without re-scoring), the 16-bit head, the same with rows in place, and the head with each
+screen. Each runs the runtime's own choice from the user's database and the shipped tables: search
+first, for example `flashtune search --shape qwen3-vl-2b,weight=int8,centroids=int8,rescored=8`.
 
 Prints a Markdown table. `behind` is a CUDA graph of a norm and the head less a graph of the norm
-alone, as decode runs it: nothing of the head begins before the norm has ended. All graphs of a
-problem take turns in one process; weights are cold, medians. The floor of each format is its
-fewest bytes over the read bandwidth measured here. Every kernel is verified before it is timed.
+alone, as in a decode: no part of the head begins before the norm has ended. All graphs of a
+problem are timed in turns in one process, on cold weights; times are medians. The floor of each
+format is its fewest bytes over the read bandwidth measured here. Every kernel is verified before
+it is timed.
 """
 
 import json
@@ -43,7 +43,7 @@ ROUNDS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A contender's times in microseconds, and what it ran; `trouble` where it did not."""
+    """A contender's times in microseconds, and what it ran; `trouble` if it did not run."""
 
     problem: str
     contender: str
@@ -56,7 +56,7 @@ class Row:
 
 
 class Norm:
-    """What comes before the head in a decode step: the model's last norm."""
+    """The operation before the head in a decode step: the model's last norm."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         """A gain of ones."""
@@ -67,7 +67,7 @@ class Norm:
         return torch.nn.functional.rms_norm(hidden, self.gain.shape, self.gain)
 
     def before(self, step: Step) -> Step:
-        """A step that takes what the norm gives."""
+        """A step that reads the norm's output."""
 
         def run(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
             step(weights, self(hidden), out)
@@ -80,7 +80,7 @@ class Norm:
 
 
 def contenders(plain: Problem, screens: Sequence[Screen]) -> dict[str, Problem]:
-    """Every head of ours by what the table calls it; the first is what ratios refer to."""
+    """Each of our heads by its name in the table; ratios refer to the first."""
     found = {"16-bit": plain, "16-bit in place": replace(plain, in_place=True)}
     for name in ("int8", "int4"):
         found[f"dense {name}"] = Screen.parse(f"{name}:0").problem(plain)
@@ -89,7 +89,7 @@ def contenders(plain: Problem, screens: Sequence[Screen]) -> dict[str, Problem]:
 
 
 def chosen(name: str, problem: Problem, device: Device) -> tuple[Config, str]:
-    """The config of a contender, and where it is from."""
+    """The config of a contender, and its source."""
     if name.startswith("dense "):
         return DenseConfig(), "fixed"
     choice = best_choice(problem, device, toolchain(device), [])

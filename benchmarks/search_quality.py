@@ -1,11 +1,11 @@
-"""How near a search comes to the best of a space that was measured exhaustively.
+"""How close a search comes to the best of an exhaustively measured space.
 
     flashtune search --sampler exhaustive --trials 100000 --db all.db --shape … --fix …
     python benchmarks/search_quality.py all.db --device h200 --shape … --fix …
 
-Replays searches over the records: the best of all, and for each seed the time found with a
-share of the evaluations. With --cold, searches do without the starting points found by hand, of
-which one may be the best itself.
+Replays searches over the records, and prints the best of all, and for each seed the time found
+with a share of the evaluations. With --cold, searches do without the starting points found by
+hand, one of which may itself be the best.
 """
 
 import tempfile

@@ -1,11 +1,11 @@
-"""What special tokens cost a step: `FlashHead` with some, whose clusters are pinned, and without.
+"""The cost of special tokens per step: `FlashHead` with some, in pinned clusters, and without.
 
     python benchmarks/special_tokens.py [--shape NAME] [--special N]… [--device cpu|cuda]
 
-Prints a Markdown table, microseconds a call of one token; on a GPU, in a CUDA graph. Weights are
-the same at each call, so they may lie in the cache: the difference is what counts. Each number of
-tokens, none included, has two heads, since where a head's tensors lie in memory makes a difference
-too: what the two of a number differ by is no cost of tokens.
+Prints a Markdown table of microseconds per call of one token; on a GPU, in a CUDA graph. Weights
+are the same at each call, so they may be in the cache: only the difference counts. Each number of
+special tokens, including none, has two heads, since the place of a head's tensors in memory also
+makes a difference: the difference between those two is not a cost of special tokens.
 """
 
 import click

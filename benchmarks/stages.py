@@ -2,14 +2,14 @@
 
     python benchmarks/stages.py [--shape NAME]… [--json FILE]
 
-Times the fastest configs on record of each shape, one a plan, with launches left out, in turns,
-as decode.py does: the score launch alone, and all without it. Without it, each call finds the
-scores of the first and the same rows selected, so that these lie in the L2 cache: what is left
-is the work and the latency of selecting, gathering and arriving. Beside them stands what each
-pass must read, over the read bandwidth measured here.
+Times the fastest recorded configs of each shape, one per plan, with some launches left out, in
+turns, as decode.py does: the score launch alone, and all other launches. Without the score launch,
+each call finds the first call's scores and selects the same rows, so that these are in the L2
+cache: what remains is the work and the latency of selecting, gathering and arriving. The table
+also shows the bytes that each pass must read over the read bandwidth measured here.
 
-In a graph of steps alone, a step's first launch may begin while the last of the step before still
-runs. `after torch's` is what a step adds to a kernel of torch's that writes its hidden state,
+In a graph of steps alone, a step's first launch may begin while the previous step's last one still
+runs. `after torch's` is the time that a step adds to a torch kernel that writes its hidden state,
 which lets nothing begin early: a graph of both, less a graph of that kernel.
 """
 
@@ -36,7 +36,7 @@ from flashtune.tuning_db.record import Outcome
 
 SHAPES = ("qwen3-vl-2b", "llama-3.2-1b", "qwen3-0.6b", "gemma-3-1b,probes=512")
 ROUNDS = 8
-PLANS = 2  # configs of a shape
+PLANS = 2  # configs per shape
 
 
 def part_of(step: LaunchedStep, kernels: Sequence[str]) -> Step:
@@ -50,7 +50,7 @@ def part_of(step: LaunchedStep, kernels: Sequence[str]) -> Step:
 
 
 def after_torch(step: Step | None) -> Step:
-    """The step, if any, after a kernel of torch's that writes its hidden state."""
+    """The step, if any, after a torch kernel that writes its hidden state."""
 
     def run(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         hidden.mul_(1)
@@ -61,7 +61,7 @@ def after_torch(step: Step | None) -> Step:
 
 
 def fastest(problem: Problem, device: Device) -> list[Config]:
-    """The fastest config on record of each plan, of the `PLANS` fastest plans."""
+    """The fastest recorded config of each of the `PLANS` fastest plans."""
     found: dict[str, tuple[float, Config]] = {}
     for source in read_sources(device, problem, []):
         for record in source.records:

@@ -1,10 +1,10 @@
-"""What FlashHead would take where the vocabulary is split over several GPUs of one host.
+"""FlashHead's time if the vocabulary is split over several GPUs of one host.
 
     python benchmarks/tensor_parallel.py [--shape NAME]… [--tokens N]… [--json FILE]
 
-One process per GPU, NCCL between them. Each has its share of the vocabulary and of the clusters
-and decodes with it; then one all-reduce takes the best of all: logit and token id packed into 64
-bits, as the kernels do it. Rows of the table:
+One process per GPU, connected by NCCL. Each decodes with its share of the vocabulary and of the
+clusters; then one all-reduce takes the best of all: logit and token id packed into 64 bits, as in
+the kernels. Rows of the table:
 
 - one GPU: the whole head on one GPU
 - split, share of the probes: each GPU probes its share of `n_probes`; another choice of clusters
@@ -14,8 +14,9 @@ bits, as the kernels do it. Rows of the table:
 - all-reduce: of the packed tokens alone
 
 Each is a CUDA graph of 20 steps, timed on all GPUs at once; medians of the slowest GPU. Kernels
-are what the runtime would choose, or the default; each is verified before it is timed. The token
-of a step stands for its packed word, which has the same size and is reduced in the same way.
+are those that the runtime would choose, or the default; each is verified before it is timed. The
+token of a step stands in for its packed word, which has the same size and is reduced in the same
+way.
 """
 
 import json
@@ -43,7 +44,7 @@ STEPS, REPLAYS = 20, 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What one way takes, in microseconds a step."""
+    """The time of one variant, in microseconds per step."""
 
     problem: str
     way: str
@@ -52,7 +53,7 @@ class Row:
 
 
 def replayed(step: Callable[[int], Any]) -> float:
-    """Microseconds a step, of a graph of steps that is replayed on all GPUs at once."""
+    """Microseconds per step of a graph of steps, replayed on all GPUs at once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in range(STEPS):

@@ -1,15 +1,16 @@
-"""Tokens a second of a real vLLM, with its dense head and with FlashHead in turns.
+"""Tokens per second of a real vLLM, with its dense head and FlashHead in turns.
 
     python benchmarks/vllm_generate.py make FOLDER llama-3.1-8b qwen3-1.7b …
     python benchmarks/vllm_generate.py run FOLDER llama-3.1-8b --out FILE.json
 
 `make` writes models of real shapes with random weights and clusters them. The weights are made so
-that each token has one clear successor, as in a trained model: that tokens agree shows that all is
-connected, not what FlashHead finds. `run` serves one in this process and asks for answers of two
-lengths, whose difference leaves the prompt out. Both heads are those of one engine, which turns
-from one to the other at each repeat, so that nothing else differs; for `dense` the plugin looks up
-the number of rows and stands aside. By default FlashHead answers where the plugin found it faster,
-with `--always` at any number of rows. With `--kernels` the GPU's own time of a step is shown too.
+that each token has one clear successor, as in a trained model: agreeing tokens show that
+everything is connected, not how well FlashHead retrieves. `run` serves one in this process and
+asks for answers of two lengths, so that their difference excludes the prompt. Both heads belong to
+one engine, which switches between them at each repeat, so that nothing else differs; for `dense`
+the plugin looks up the number of rows and steps aside. By default FlashHead answers if the plugin
+found it faster, with `--always` at any number of rows. With `--kernels` the GPU's own time of a
+step is shown, too.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the heads must be within reach
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the heads must be in this process
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -121,7 +122,7 @@ def make(folder: Path, name: str) -> None:
         tensors[f"{layer}mlp.up_proj.weight"] = random(shape.inner, shape.hidden)
         tensors[f"{layer}mlp.down_proj.weight"] = random(shape.hidden, shape.inner, std=1e-5)
         for norm in norms:
-            after = gemma and norm.startswith("post")  # of what is added to the residual
+            after = gemma and norm.startswith("post")  # normalises what is added to the residual
             weight = torch.full((shape.hidden,), 1e-4 if after else 1.0) - offset
             tensors[f"{layer}{norm}.weight"] = weight.bfloat16()
         if shape.kind != "llama":
@@ -146,7 +147,7 @@ class Heads:
     """The output heads of an engine in this process, and who answers."""
 
     def __init__(self) -> None:
-        """Find the plugin's."""
+        """Find the plugin's heads."""
         from flashtune.kernels.integrations import vllm_head
 
         self.served = [each for each in vllm_head._SERVED.values() if each._head is not None]
@@ -155,20 +156,20 @@ class Heads:
         self.sizes = [each._sizes for each in self.served]
 
     def use(self, name: str) -> None:
-        """`dense`, `flash` where it was found faster, or `always`."""
+        """Switch to `dense`, `flash` (if it was found faster), or `always`."""
         from flashtune.kernels.runtime.decoder import ROUNDED
 
         for each, sizes in zip(self.served, self.sizes, strict=True):
             each._sizes = {"dense": {}, "flash": sizes, "always": dict(enumerate(ROUNDED))}[name]
 
     def answering(self, name: str, rows: int) -> str:
-        """Who answers for so many rows: `dense` where FlashHead was not found faster."""
+        """The head that answers for this many rows: `dense` if FlashHead was not found faster."""
         faster = all(rows in sizes for sizes in self.sizes)
         return name if name == "always" or faster else "dense"
 
 
 def run(folder: Path, name: str, given: argparse.Namespace) -> None:
-    """Print tokens a second of each head for each number of rows and kind of sampling."""
+    """Print tokens per second of each head for each number of rows and kind of sampling."""
     import torch
     from vllm import LLM, SamplingParams
 
@@ -260,12 +261,12 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
                     for head in rates:
                         heads.use(head)
                         cell["kernels_us"][head] = round(kernels_us(n_rows), 1)
-            # Of turns that adjoin, so that a host whose speed drifts favours none
+            # From adjacent turns, so that a drift of the host's speed favours none
             ratios = [f / d for f, d in zip(rates[flash], rates["dense"], strict=True)]
             cell["ratio"] = round(statistics.median(ratios), 4)
             cell["spread"] = [round(min(ratios), 4), round(max(ratios), 4)]
             cells.append(cell)
-            if given.out:  # after each, should the rest not come
+            if given.out:  # after each, in case the rest fails
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
             print(
                 f"{name} {kind:11s} {n_rows:3d} rows: dense {medians['dense']:9.1f}, {flash} "

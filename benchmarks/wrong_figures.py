@@ -1,11 +1,11 @@
-"""What a probe sets right where a device's published figures are wrong, by measured configs.
+"""How well a probe corrects wrong published figures of a device, judged by measured configs.
 
     python benchmarks/wrong_figures.py [--calibration FILE] [--off 0.3]
 
-Pretends that the bandwidth and what launches and barriers cost were so far off, up or down, for
-the device that was measured; ranks its measured configs by the model with these figures, and by
-the model as a probe corrects it. The probe is simulated: it finds what the device has, off by
-noise and by as much as a reference probe is. Nothing is run on a device.
+Pretends that the bandwidth and the costs of launches and barriers of the measured device were off
+by this share, up or down; ranks its measured configs by the model with these figures, and by the
+model as a probe corrects it. The probe is simulated: it finds the device's figures, off by noise
+and by as much as a reference probe is. Nothing runs on a device.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from flashtune.tuning_db.probe import Figures, Probe
 from flashtune.tuning_db.problem import Problem
 
 NOISE = 0.05  # of a simulated probe's figures, up or down
-MISSES = 1.2  # times what constants are named for, that every probe finds: the reference's, too
+MISSES = 1.2  # factor by which every probe exceeds the constants, the reference's too
 Judged = tuple[float, float, float]
 ON_CHIP = ("launch_us", "overlapped_us", "barrier_us")
 
@@ -42,8 +42,9 @@ def by_problem(calibration: Calibration) -> dict[Problem, list[Sample]]:
 
 
 def judged(problems: dict[Problem, list[Sample]], model: CostModel, device: Device) -> Judged:
-    """How much slower the first choice and the best of the shortlist are than the best of all, at
-    the worst problem, as measured; and the median error of times.
+    """How much slower the first choice and the best of the shortlist are than the best of all.
+
+    As measured, at the worst problem; and the median error of times.
     """
     first, best, errors = [], [], []
     for samples in problems.values():
@@ -72,7 +73,7 @@ def wrong(
 
 
 def probed(truth: Figures, generator: random.Random, noise: float) -> Figures:
-    """What a simulated probe finds."""
+    """The figures that a simulated probe finds."""
     found = {
         each.name: getattr(truth, each.name) * MISSES * (1 + noise * generator.uniform(-1, 1))
         for each in fields(Figures)
@@ -86,9 +87,9 @@ def cases(off: float) -> Iterator[tuple[float, float]]:
 
 
 def results(calibration: Calibration, off: float) -> Iterator[tuple[str, Judged]]:
-    """What is judged, and how it does.
+    """Each case with its result.
 
-    The reference is a device for which the model's constants are right as they are.
+    The reference is a device for which the model's constants are correct.
     """
     model, device = shipped_model(), find_device(calibration.device)
     problems = by_problem(calibration)

@@ -1,4 +1,4 @@
-"""Add a plan, and a kind of device that runs it: plain torch that probes more than asked.
+"""Add a plan, and a kind of device that runs it: plain torch that probes more than requested.
 
 python examples/add_plan.py    (a plan with kernels has a template too: docs/howto/add-a-plan.md)
 """
@@ -18,7 +18,7 @@ from flashtune.kernels.plans.knob import Config, knob
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerousConfig(Config):
     plan: ClassVar[str] = "generous"
-    times: int = knob(2, (2, 4))  # as many clusters as asked
+    times: int = knob(2, (2, 4))  # as many clusters as requested
 
 
 class GenerousBackend(TorchBackend):

@@ -1,4 +1,4 @@
-"""A FlashHead made from tensors: the best token, logits for sampling, and which kernel runs.
+"""A FlashHead made from tensors: the best token, logits for sampling, and the kernel that runs.
 
 python examples/head.py
 """
@@ -9,7 +9,7 @@ from flashtune import FlashHead
 
 VOCAB, HIDDEN, CLUSTERS = 4096, 64, 256
 
-# A head whose rows lie in clusters. `flashtune cluster` finds those of a real one.
+# A head whose rows form clusters. `flashtune cluster` finds those of a real head.
 torch.manual_seed(0)
 centroids = torch.randn(CLUSTERS, HIDDEN)
 assignments = torch.arange(VOCAB) % CLUSTERS  # the cluster of each token, all equally large
@@ -23,7 +23,7 @@ hidden = weight[[7, 1234, 4000]] + 0.1 * torch.randn(3, HIDDEN)
 print("FlashHead ", head(hidden).tolist())
 print("dense head", (hidden @ weight.T).argmax(dim=1).tolist())
 
-logits = head.logits(hidden)  # [tokens, vocab], -1e4 where a token is no candidate
+logits = head.logits(hidden)  # [tokens, vocab], -1e4 if a token is not a candidate
 print("candidates", (logits > -1e4).sum(dim=1).tolist(), "of", VOCAB)
 
 told = head.explain(n_tokens=3)

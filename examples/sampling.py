@@ -1,8 +1,8 @@
-"""Sample with transformers from a model without clusters: its vocabulary is screened in 8 bits.
+"""Sample with transformers from a model without clusters, with its vocabulary screened in 8 bits.
 
 python examples/sampling.py
 
-`screen=` serves any model whose output head is a plain linear layer. With the clusters of
+`screen=` works for any model whose output head is a plain linear layer. With the clusters of
 `flashtune cluster` a step reads less: `flashtune.apply(model, assets=FOLDER)`.
 """
 

@@ -1,10 +1,10 @@
-"""Search a device's kernels for one shape, and make a table of what was found.
+"""Search a device's kernels for one shape, and export the results as a table.
 
 python examples/tune_and_export.py
 
-The device is a Jetson that is not here: its kernels are compiled for it, their times predicted.
-On a GPU of your own, name it or leave --device out, and they are measured. The shape is a toy's,
-and the search short. For a model of yours give --model DIR, and leave --trials and --db out.
+The device is a Jetson that is not here: kernels are cross-compiled and their times predicted. On
+your own GPU, name it or leave --device out, and times are measured. The shape is a toy, and the
+search is short. For your own model give --model DIR, and leave --trials and --db out.
 """
 
 import tempfile

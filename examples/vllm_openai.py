@@ -15,7 +15,7 @@ PORT = 8123
 
 def main(model: str) -> None:
     """Start the server, wait for it, ask once, and stop it."""
-    # vLLM finds flashtune's plugin by itself: nothing else has to be given.
+    # vLLM finds flashtune's plugin by itself: no other option is needed.
     serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     server = subprocess.Popen([*serve, "--model", model, "--port", str(PORT)])
     client = openai.OpenAI(base_url=f"http://localhost:{PORT}/v1", api_key="none")
@@ -24,7 +24,7 @@ def main(model: str) -> None:
             try:
                 client.models.list()
                 break
-            except openai.APIConnectionError:  # it still loads
+            except openai.APIConnectionError:  # still loading
                 time.sleep(2)
         else:
             sys.exit("the server ended before it answered: see its log above")

@@ -1,9 +1,9 @@
-"""Templates to source text, by one function.
+"""Renders templates to source text, with one function.
 
 Usage:
     render("triton/staged.py.j2", {"hidden": 2048, …})
 
-Pure text in, pure text out: nothing here imports torch, triton or the rest of flashtune.
+Text in, text out: nothing here imports torch, triton or the rest of flashtune.
 """
 
 import functools
@@ -19,8 +19,8 @@ Value = int | float | bool | str
 
 @functools.cache
 def _environment() -> "jinja2.Environment":
-    """The one environment: undefined names raise, blocks leave no blank lines behind."""
-    import jinja2  # here, because a machine that is tuned over ssh renders nothing and needs none
+    """The only environment: undefined names raise, blocks leave no blank lines."""
+    import jinja2  # here: a machine tuned over ssh renders nothing and needs no jinja2
 
     folder = resources.files("flashtune.templates")
     return jinja2.Environment(
@@ -36,8 +36,8 @@ def _environment() -> "jinja2.Environment":
 def render(template: str, values: Mapping[str, Value]) -> str:
     """Render `template` (a path below this folder) with `values`.
 
-    Raises ValueError when a value is anything but a number, a bool or an identifier: text that
-    could carry code never reaches a template. Raises jinja2.UndefinedError on a missing value.
+    Raises ValueError if a value is anything but a number, a bool or an identifier: text that could
+    carry code never reaches a template. Raises jinja2.UndefinedError for a missing value.
     """
     for name, value in values.items():
         if isinstance(value, str) and not value.isidentifier():

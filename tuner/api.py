@@ -5,8 +5,9 @@ Usage:
     found["results"][0]["winner"]["config"]
     flashtune.best("orin", "qwen3-vl-2b")["measurement"]["median_us"]
 
-A device is one by name or alias, as `flashtune devices` lists them, a shape a preset, pairs, or a
-Problem; `db` is the database, else $FLASHTUNE_DB, else the user's. Tables: `flashtune.tables`.
+A device is given by name or alias, as `flashtune devices` lists them; a shape is a preset, pairs,
+or a Problem. `db` is the database; default: $FLASHTUNE_DB, else the user's. Tables:
+`flashtune.tables`.
 """
 
 import logging
@@ -57,8 +58,8 @@ def search(
 ) -> SearchData:
     """Search for the fastest kernel of each shape on a device, as `flashtune search` does.
 
-    Measures if the device is here or at the other end of ssh, else predicts. Every result is
-    written to the database at once, and the same call continues from there.
+    Measures if the device is in this machine or can be reached over ssh, else predicts. Every
+    result is written to the database at once, and the same call continues from there.
 
     Args:
         device: A device by name or alias, `cpu` or `gpu`. Default: this machine's.
@@ -68,11 +69,11 @@ def search(
         timeout: Seconds for all shapes.
         sampler: `tpe`, `gp`, `random` or `exhaustive`.
         seed: Seed for random numbers.
-        jobs: Compilers at a time. Default: one per processor.
+        jobs: How many compilers run at a time. Default: one per processor.
         fixed: Knobs and their values: only configs with these are searched.
-        retry_failed: First, evaluate again what failed in earlier runs.
+        retry_failed: First evaluate again the configs that failed in earlier runs.
         objective: What to minimise: `time`, `energy` or `both`.
-        remote: Measure on the machine that ssh reaches under that name (docs/remote.md), or on
+        remote: Measure on the machine that ssh reaches by this name (docs/remote.md), or on
             several of one kind.
         remote_python: The Python there that has torch and Triton.
         gpus: Measure on this machine's GPUs: `all`, or their numbers (docs/fleet.md).
@@ -85,7 +86,7 @@ def search(
         nothing worked for a shape, its `winner` is None and `failure` says why.
 
     Raises:
-        FlashtuneError: For what cannot be searched, and for faults of the machine.
+        FlashtuneError: If something cannot be searched, or the machine is at fault.
     """
     if isinstance(shapes, str | Problem) or isinstance(models, str | os.PathLike):
         raise FlashtuneError("shapes and models are lists: write shapes=[…]")
@@ -137,11 +138,12 @@ def best(
     Args:
         device: A device by name or alias, `cpu` or `gpu`.
         shape: A preset, pairs, or a Problem.
-        require: Only accept what was measured for exactly this shape and can run.
+        require: Only accept a record that was measured for exactly this shape and can run.
         db: The database. Default: $FLASHTUNE_DB, else the user's.
 
     Returns:
-        The fields of the record, where it is from (`source`), and whether that ships (`shipped`).
+        The fields of the record, where it comes from (`source`), and whether that ships with
+        flashtune (`shipped`).
 
     Raises:
         FlashtuneError: If there is no such record, or the database does not exist.
@@ -152,7 +154,7 @@ def best(
 
 
 class _Told:
-    """Gives a session's events to a function, and its notes to the log."""
+    """Passes a session's events to a function, and its notes to the log."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event

@@ -1,8 +1,8 @@
-"""This machine's devices, by the names that a person gives them.
+"""This machine's devices, by the names that users give them.
 
 Usage:
     this_device()                # its GPU, else its CPU
-    device_named("gpu")          # as `cpu`, or a registered name or alias
+    device_named("gpu")          # or `cpu`, or a registered name or alias
     torch_device_named("cpu")    # "cpu" or "cuda", for what runs in this process
 """
 
@@ -23,16 +23,16 @@ GPU_NAMES = ("gpu", "cuda")
 
 
 def this_gpu() -> Device | None:
-    """This machine's first GPU; None where it has none that kernels run on."""
+    """This machine's first GPU; None if it has none that kernels can run on."""
     found = (each for each in devices_here() if target_of(each).torch_device == "cuda")
     return next(found, None)
 
 
 def as_it_is_now(device: Device) -> Device:
-    """The device; of this machine's CPU with the bandwidth of its memory measured now.
+    """The device; this machine's CPU gets its memory bandwidth measured now.
 
-    How fast memory is read depends on what else the machine does, so that a time is judged by
-    what was measured around it. Other devices have the bandwidth that they are known for.
+    Memory bandwidth depends on what else the machine does, so a time is judged by a bandwidth
+    measured around the same time. Other devices keep their known bandwidth.
     """
     if device.name != describe_cpu().name:
         return device
@@ -40,14 +40,14 @@ def as_it_is_now(device: Device) -> Device:
 
 
 def this_device() -> Device:
-    """This machine's GPU; its CPU where it has no GPU that kernels run on."""
+    """This machine's GPU; its CPU if it has no GPU that kernels can run on."""
     return this_gpu() or this_cpu()
 
 
 def device_named(name: str) -> Device:
     """A device by name or alias: `cpu` and `gpu` (or `cuda`) are this machine's.
 
-    Raises FlashtuneError when there is none.
+    Raises FlashtuneError if there is none.
     """
     if name.strip().lower() not in GPU_NAMES:
         return named_device(name)
@@ -58,10 +58,10 @@ def device_named(name: str) -> Device:
 
 
 def torch_device_named(name: str | None) -> str:
-    """Where work in this process runs, as torch names it; without a name on a GPU if it can.
+    """The torch name of the device for work in this process; without a name, a GPU if possible.
 
-    Takes the names that `device_named` takes, of this machine's devices only, and measures
-    nothing. Raises FlashtuneError for another machine's.
+    Takes the names that `device_named` takes, but only of this machine's devices, and measures
+    nothing. Raises FlashtuneError for a device of another machine.
     """
     gpu = this_gpu()
     if name is None:

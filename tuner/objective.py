@@ -2,8 +2,8 @@
 
 Usage:
     objective.seen(measurement)       # the measurement as the search ranks it
-    objective.best(records)           # the record to name as the winner
-    front(records)                    # those that no other beats in both, fastest first
+    objective.best(records)           # the record to report as the winner
+    front(records)                    # records that no other beats in both, fastest first
 """
 
 import math
@@ -19,10 +19,10 @@ MICRO = 1e6
 
 
 class Objective(str, Enum):
-    """TIME: microseconds a call. ENERGY: joules a call. BOTH: their product.
+    """TIME: microseconds per call. ENERGY: joules per call. BOTH: their product.
 
-    Of BOTH no one config is best: the product only leads the search, and the fastest is named as
-    the winner beside all those that no other beats in time and energy.
+    For BOTH no single config is best. The product only guides the search; the winner reported is
+    the fastest config, along with all that no other beats in both time and energy.
     """
 
     TIME = "time"
@@ -35,9 +35,9 @@ class Objective(str, Enum):
         return self is not Objective.TIME
 
     def cost(self, measurement: Measurement) -> float | None:
-        """What is minimised: microseconds, microjoules, or the root of their product.
+        """The value to minimise: microseconds, microjoules, or the square root of their product.
 
-        None of what failed, and where it needs joules that were not measured.
+        None if the config failed, or if joules are needed and were not measured.
         """
         time_us, joules = measurement.median_us, measurement.joules
         if self is Objective.TIME or time_us is None:
@@ -47,18 +47,18 @@ class Objective(str, Enum):
         return MICRO * joules if self is Objective.ENERGY else math.sqrt(time_us * MICRO * joules)
 
     def seen(self, measurement: Measurement) -> Measurement:
-        """The measurement with the cost in place of its time, for the search to rank."""
+        """The measurement with the cost instead of its time, for the search to rank."""
         cost = self.cost(measurement)
         if self is Objective.TIME or cost is None:
             return measurement
         return replace(measurement, median_us=cost, spread_us=None)
 
     def knows(self, measurement: Measurement) -> bool:
-        """Whether a measurement says all that counts, if only that the config failed."""
+        """Whether a measurement is complete for this objective; a failure is complete, too."""
         return measurement.median_us is None or self.cost(measurement) is not None
 
     def best(self, records: Iterable[Record]) -> Record | None:
-        """The record of the least energy if that is what counts, else the best as ever."""
+        """The record with the least energy if the objective is ENERGY, else the best as usual."""
         worked = [each for each in records if each.measurement.outcome is Outcome.OK]
         if self is not Objective.ENERGY:
             return min(worked, key=rank, default=None)

@@ -1,4 +1,4 @@
-"""This machine's devices measure themselves, and correct what was predicted for them.
+"""Probes of this machine's devices, which correct the predictions for them.
 
 Usage:
     for probed in probe_here(store):
@@ -24,9 +24,9 @@ from flashtune.tuning_db.store import Store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probed:
-    """A device's probe, what was expected of it by its published figures, and what it changed.
+    """A device's probe, what its published figures led to expect, and what the probe changed.
 
-    expected: nothing of a device that is not predicted. corrected: how many records.
+    expected: empty for a device without predictions. corrected: the number of records.
     """
 
     probe: Probe
@@ -34,7 +34,7 @@ class Probed:
     corrected: int
 
     def data(self) -> dict[str, Any]:
-        """As plain data: the probe, and the two beside it."""
+        """As plain data: the probe, with `expected` and `corrected`."""
         return {
             **self.probe.data(),
             "expected": asdict(self.expected),
@@ -45,7 +45,7 @@ class Probed:
 def probe_here(store: Store) -> list[Probed]:
     """Probe each of this machine's devices, and correct every prediction for it.
 
-    Raises FlashtuneError where a device that has a probe cannot run it.
+    Raises FlashtuneError if a device that has a probe cannot run it.
     """
     found = []
     for device in devices_here():
@@ -54,7 +54,7 @@ def probe_here(store: Store) -> list[Probed]:
             probe = fresh_probe(device, torch.device(target.torch_device), store)
         except FlashtuneError:
             raise
-        except Exception as error:  # compilers and drivers raise whatever they like
+        except Exception as error:  # compilers and drivers may raise anything
             raise FlashtuneError(f"{device.name} cannot be probed: {error}") from error
         if probe is None:
             continue

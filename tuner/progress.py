@@ -1,10 +1,10 @@
-"""Progress of work that goes in steps: a live line on a terminal, a line now and then elsewhere.
+"""Progress of work done in steps: a live line on a terminal, occasional lines elsewhere.
 
 Usage:
     with StepProgress("clustering", total=15) as progress:
         progress.show(done, "fit 0.52")
 
-Another display of the kind is a subclass of `ProgressBar`.
+To add another such display, subclass `ProgressBar`.
 """
 
 import math
@@ -28,31 +28,31 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-LINE_SECONDS = 10.0  # between lines where there is no terminal
-WIDE = 110  # columns of a terminal that has room for a bar and the time gone by
-PACE = 20  # the last steps, whose pace is taken for that of the steps to come
+LINE_SECONDS = 10.0  # between lines if there is no terminal
+WIDE = 110  # columns of a terminal with room for a bar and the elapsed time
+PACE = 20  # how many of the last steps set the pace expected of the rest
 Bar = TypeVar("Bar", bound="ProgressBar")
 
 
 class TimeLeft:
-    """When work will be done, by the pace of its last steps.
+    """When work will be done, estimated from the pace of its last steps.
 
-    What comes before the first step is done, as starting processes, says nothing of the others.
+    The time before the first step ends is not counted: it includes starting processes.
     """
 
     def __init__(self) -> None:
-        """Nothing is known before two steps are done."""
+        """No estimate exists before two steps are done."""
         self._steps: deque[tuple[float, int]] = deque(maxlen=PACE + 1)
 
     def step(self, done: int) -> None:
-        """Note that so many steps are done now."""
+        """Note that `done` steps are done now."""
         if not self._steps or done > self._steps[-1][1]:
             self._steps.append((time.monotonic(), done))
 
     def ends(self, total: int, stops: float = math.inf) -> float | None:
-        """When, by the monotonic clock, all will be done; None where that is not known yet.
+        """When all will be done, on the monotonic clock; None if that is not known yet.
 
-        stops: when work ends at the latest.
+        stops: the latest time at which work ends.
         """
         if len(self._steps) < 2:
             return None
@@ -68,7 +68,7 @@ class TimeLeft:
 
 
 class _LeftColumn(ProgressColumn):
-    """The time left of a task, which counts down between its steps."""
+    """A task's remaining time, which counts down between steps."""
 
     def render(self, task: Task) -> Text:
         """Minutes and seconds."""
@@ -80,7 +80,7 @@ class _LeftColumn(ProgressColumn):
 
 
 class _NoteColumn(ProgressColumn):
-    """A task's note, cut where the line ends."""
+    """A task's note, cut at the end of the line."""
 
     def render(self, task: Task) -> Text:
         """The note."""
@@ -88,7 +88,7 @@ class _NoteColumn(ProgressColumn):
 
 
 def _columns(width: int) -> list[ProgressColumn]:
-    """What a terminal so wide has room for; count and time left always."""
+    """The columns that fit a terminal of this width; always the count and the time left."""
     fixed = Column(no_wrap=True)
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False, table_column=fixed),
@@ -106,7 +106,7 @@ class ProgressBar:
     """Tasks with a note on standard error: live on a terminal, as lines elsewhere."""
 
     def __init__(self) -> None:
-        """Nothing is shown before it is entered."""
+        """Nothing is shown until the context is entered."""
         self._console = Console(stderr=True)
         self._bar = Progress(
             *_columns(self._console.width),
@@ -136,7 +136,7 @@ class ProgressBar:
         self._bar.update(task, completed=done, total=total, note=note, ends=ends)
 
     def _line_due(self, anyway: bool = False) -> bool:
-        """Whether to print a line now: where no bar is shown, `anyway` or now and then."""
+        """Whether to print a line now: without a bar, if `anyway` or after a while."""
         now = time.monotonic()
         due = self._bar.disable and (anyway or now - self._last_line >= LINE_SECONDS)
         if due:
@@ -148,7 +148,7 @@ class StepProgress(ProgressBar):
     """Shows how many steps are done."""
 
     def __init__(self, title: str, total: int = 0) -> None:
-        """The first line comes after a while, not at once. total: as far as it is known yet."""
+        """The first line comes after a while, not at once. total: the steps, if known already."""
         super().__init__()
         self._title, self._total = title, total
         self._task = self._add(title, total)
@@ -165,6 +165,6 @@ class StepProgress(ProgressBar):
             print(f"{self._title}: {done}/{self._total}{told}, {left}", file=sys.stderr)
 
     def show_of(self, done: int, total: int) -> None:
-        """Show that `done` steps of so many are done."""
+        """Show that `done` steps of `total` are done."""
         self._total = total
         self.show(done)

@@ -2,7 +2,7 @@
 
 Usage:
     table = checked_table(path)      # FlashtuneError names the first thing that is wrong
-    check_form(path, table)          # as `tables export` writes it
+    check_form(path, table)          # the text that `tables export` writes
     compile_record(path, record)
 """
 
@@ -18,7 +18,7 @@ from flashtune.tuning_db.table import TuningTable, dumps_table, read_table
 
 
 def checked_table(path: Path) -> TuningTable:
-    """The table, each of whose configs is valid and renders. Raises FlashtuneError."""
+    """The table, if each of its configs is valid and renders. Raises FlashtuneError."""
     table = read_table(path)
     device = named_device(table.device)
     for record in table.records:
@@ -31,12 +31,12 @@ def checked_table(path: Path) -> TuningTable:
         reason = candidate.why_invalid()
         if reason:
             raise FlashtuneError(f"{where}: {reason}")
-        _ = candidate.source  # which must render
+        _ = candidate.source  # must render
     return table
 
 
 def check_form(path: Path, table: TuningTable) -> None:
-    """What a table that ships must be, beyond being usable. Raises FlashtuneError."""
+    """Check what a shipped table must be, beyond usable. Raises FlashtuneError."""
     for record in table.records:
         if record.measurement.outcome is not Outcome.OK:
             raise FlashtuneError(
@@ -50,7 +50,7 @@ def check_form(path: Path, table: TuningTable) -> None:
 
 
 def compile_record(path: Path, record: Record) -> None:
-    """Cross-compile a record's config. Raises FlashtuneError, whatever the compiler raises."""
+    """Cross-compile a record's config. Raises FlashtuneError for any compiler error."""
     device = named_device(record.device)
     try:
         candidate = Candidate(record.problem, parse_config(record.config), device)

@@ -8,8 +8,8 @@ Usage:
     flashtune.tables.merge("nvidia-h200.json", "mine.json", out="merged.json")
     flashtune.tables.diff("nvidia-h200.json", "mine.json")
 
-A device is one by name or alias, `db` the database (else $FLASHTUNE_DB, else the user's). What is
-wrong with a file is a FlashtuneError of one line.
+A device is given by name or alias; `db` is the database (default: $FLASHTUNE_DB, else the user's).
+A faulty file raises a FlashtuneError of one line.
 """
 
 import os
@@ -42,10 +42,10 @@ AnyPath: TypeAlias = str | os.PathLike[str]
 
 
 class TableData(TypedDict):
-    """A table's file, its device, and how many records and shapes it has.
+    """A table's file, its device, and its numbers of records and shapes.
 
-    measured, corrected, predicted: how many of the records are. less_trusted: why predictions for
-    the device are less trusted than others, where what was published speaks against them.
+    measured, corrected, predicted: the number of such records. less_trusted: why predictions for
+    the device are trusted less than others, if published figures contradict them.
     """
 
     file: str
@@ -59,7 +59,7 @@ class TableData(TypedDict):
 
 
 class ShapeRows(TypedDict):
-    """One shape of a table: its problem, records, where their times come from, and the best's."""
+    """One shape of a table: its problem, records, the sources of their times and of the best's."""
 
     problem: dict[str, Any]
     records: int
@@ -75,7 +75,7 @@ class TableContents(TableData):
 
 
 class MergedData(TypedDict):
-    """The file that was written, its device, how many records it has, and what was decided."""
+    """The written file, its device, its number of records, and the decisions that were made."""
 
     out: str
     device: str
@@ -94,14 +94,15 @@ def export(
     """Write a device's best records to a table.
 
     Args:
-        device: Whose records.
+        device: The device whose records to export.
         out: The file to write.
         keep: Measured configs to keep for each shape.
         shortlist: Predicted configs to keep for each shape without measurements.
         db: The database. Default: $FLASHTUNE_DB, else the user's.
 
     Raises:
-        FlashtuneError: If no record worked, or the file cannot be written.
+        FlashtuneError: If there is no record of a config that worked, or the file cannot be
+            written.
     """
     if not isinstance(device, Device):
         from flashtune.tuner.here import device_named  # loads torch, which others don't need
@@ -116,7 +117,7 @@ def export(
 
 
 def import_(*files: AnyPath, db: AnyPath | None = None) -> list[TableData]:
-    """Check tables, then add their records to the database: all of them, or none."""
+    """Check tables, then add their records to the database: all or none."""
     from flashtune.tuner.table_check import checked_table
 
     checked = [(path, checked_table(path)) for path in map(Path, files)]
@@ -130,15 +131,15 @@ def check(
     compiles: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TableData]:
-    """Check tables: configs must be valid and render, and the form be that of `export`.
+    """Check tables: configs must be valid and render, and the text as `export` writes it.
 
     Args:
         files: Tables. Default: the shipped ones and those in FLASHTUNE_TABLES.
         compiles: Cross-compile every config too.
-        on_step: Told how many of how many configs are compiled.
+        on_step: Called with the number of configs compiled so far, and the total.
 
     Raises:
-        FlashtuneError: For the first thing that is wrong.
+        FlashtuneError: For the first fault found.
     """
     from flashtune.tuner.table_check import check_form, checked_table, compile_record
 
@@ -155,7 +156,7 @@ def check(
 
 
 def show(*files: AnyPath) -> list[TableContents]:
-    """What tables hold, a row a shape; without files, those that ship and those that are added.
+    """The contents of tables, one row per shape; without files, of shipped and added tables.
 
     Raises FlashtuneError for a file that cannot be read.
     """
@@ -175,7 +176,7 @@ def merge(*files: AnyPath, out: AnyPath) -> MergedData:
     """Merge a device's tables into one, and say where they disagree (docs/tables.md).
 
     Raises:
-        FlashtuneError: For fewer than two files, and for tables of several devices.
+        FlashtuneError: If there are fewer than two files, or tables of several devices.
     """
     from flashtune.tuner.table_check import checked_table
 
@@ -202,7 +203,7 @@ def merge(*files: AnyPath, out: AnyPath) -> MergedData:
 
 
 def diff(a: AnyPath, b: AnyPath) -> dict[str, Any]:
-    """How table B differs from table A: `changed`, `only_a`, `only_b`, how many are the `same`.
+    """How table B differs from table A: `changed`, `only_a`, `only_b`, and how many are `same`.
 
     Of the changed shapes, the one with the largest change of time comes first.
     """

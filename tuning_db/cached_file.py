@@ -1,16 +1,16 @@
 """Files and folders of a cache: written whole or not at all, and checked before they are used.
 
 Usage:
-    content = whole(path)      # None: absent, cut short, changed, of no seal, or not ours alone
+    content = whole(path)      # None: absent, truncated, changed, without seal, or not private
     if content is None:
         keep(path, content := compute())
     if not is_whole_folder(folder, files):
         keep_folder(folder, files)         # files: {"flashtune/a.py": b"…"}
 
-A file ends in its own SHA-256, so that what a power cut or a full disk left behind is not trusted
-because it exists. Loaders of shared libraries do not look beyond what a library's header names.
-What is kept here is run: only files that no other user can have written are read.
-This module uses the standard library alone: it is also sent to machines that have nothing else.
+A file ends in its own SHA-256, so that the remains of a power cut or a full disk are not trusted.
+Loaders of shared libraries ignore anything after the sections that a library's header names. These
+files are executed: only files that no other user can have written are read. This module uses only
+the standard library: it is also sent to machines that have nothing else.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from flashtune.tuning_db.private_folder import make_private, read_private
 
-BUILD = "build-"  # how the names of folders begin in which something is made
-_LEFT_SECONDS = 3600.0  # far longer than anything is made
+BUILD = "build-"  # prefix of the names of temporary folders
+_LEFT_SECONDS = 3600.0  # far longer than any build takes
 _MARK = b"\nflashtune sha256 "
 _SEAL_BYTES = len(_MARK) + 64
 
@@ -35,8 +35,9 @@ def _seal(content: bytes) -> bytes:
 
 
 def whole(path: Path) -> bytes | None:
-    """What was kept at `path`, without its seal; None unless it is there as it was written, and
-    nobody else can have written it.
+    """The content of `path` without its seal.
+
+    None unless it is there as written, and nobody else can have written it.
     """
     data = read_private(path)
     if data is None:
@@ -46,10 +47,10 @@ def whole(path: Path) -> bytes | None:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a file and its seal, sync it, and give it its name; others see all of it or nothing.
+    """Write a file and its seal, sync it, and rename it; others see all of it or nothing.
 
-    Makes the folder. Raises OSError where that fails or others can write to it, with `path` as it
-    was before.
+    Makes the folder. Raises OSError if that fails or others can write to it, with `path`
+    unchanged.
     """
     make_private(path.parent)
     _sweep(path.parent)
@@ -61,9 +62,9 @@ def keep(path: Path, content: bytes) -> None:
 
 
 def is_whole_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder has these files, by their names below it, with this content, and no more.
+    """Whether a folder has exactly these files, by relative name, with this content.
 
-    And nobody else can have written them, or can now.
+    Also, nobody else can have written them, or can write to them now.
     """
     found = set()
     for parent, folders, names in os.walk(folder):
@@ -76,9 +77,9 @@ def is_whole_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files, in place of one that is not whole.
+    """Write a folder of files, replacing one that is not whole.
 
-    Raises OSError where that fails, or others can write to the folder that it lies in.
+    Raises OSError if that fails, or others can write to its parent folder.
     """
     make_private(folder.parent)
     _sweep(folder.parent)
@@ -104,7 +105,7 @@ def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left behind."""
+    """Remove what killed processes have left behind."""
     for each in folder.glob(f"{BUILD}*"):
         with contextlib.suppress(OSError):
             if time.time() - each.lstat().st_mtime > _LEFT_SECONDS:
@@ -119,7 +120,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make names last, where the file system can: without, a file is made once more at worst."""
+    """Make names durable if the file system can; otherwise a file is made again at worst."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

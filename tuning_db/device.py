@@ -1,4 +1,4 @@
-"""What a kernel runs on, and the versions of the tools that made it.
+"""The device that a kernel runs on, and the versions of the tools that built it.
 
 Usage:
     find_device("orin")          # by name or alias, from devices.json
@@ -18,7 +18,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 class Device:
     """A device's published figures; `source` says where each comes from.
 
-    Units: bytes, bytes/s, Hz. `reported_names` are names that the driver gives it.
+    Units: bytes, bytes/s, Hz. `reported_names`: the names that the driver gives it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Device:
 
     @classmethod
     def from_json(cls, data: Any) -> "Device":
-        """Build from a decoded JSON object of ours."""
+        """Build from one of our decoded JSON objects."""
         names = {name: tuple(data.get(name, ())) for name in ("aliases", "reported_names")}
         return cls(**{**data, **names})
 
@@ -46,9 +46,9 @@ class Device:
 
     @property
     def limits(self) -> "ArchLimits":
-        """What one multiprocessor holds; of the nearest lower architecture if this is unknown.
+        """The limits of one multiprocessor; of the nearest lower architecture if this is unknown.
 
-        Raises FlashtuneError for one older than any known.
+        Raises FlashtuneError for an architecture older than any known.
         """
         known = sorted((int(arch.removeprefix("sm_")), arch) for arch in ARCH_LIMITS)
         below = [arch for capability, arch in known if capability <= self.capability]
@@ -69,7 +69,7 @@ class ArchLimits:
     threads_per_sm: int
     blocks_per_sm: int
     registers_per_sm: int = 65536
-    reserved_per_block: int = 1024  # bytes of shared memory that the driver keeps of each block
+    reserved_per_block: int = 1024  # bytes of shared memory per block for the driver
 
 
 _KIB = 1024
@@ -133,9 +133,9 @@ ARCH_LIMITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Toolchain:
-    """The versions that a measurement depends on; empty where not applicable.
+    """The versions that a measurement depends on; empty if not applicable.
 
-    compiler: of C++ kernels, as its own `--version` has it.
+    compiler: of C++ kernels, as its own `--version` prints it.
     """
 
     triton: str = ""
@@ -150,7 +150,7 @@ class Toolchain:
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     def outdated(self, now: "Toolchain") -> tuple[str, ...]:
-        """The tools whose change since makes a measurement stale, by name.
+        """The tools whose change makes a measurement stale, by name.
 
         Triton's and torch's minor version, the driver, and the compiler of C++ kernels.
         """
@@ -162,7 +162,7 @@ class Toolchain:
 
     @classmethod
     def from_json(cls, data: Any) -> "Toolchain":
-        """Build from a decoded JSON object; raises FlashtuneError on any other key or type."""
+        """Build from a decoded JSON object; raises FlashtuneError for any other key or type."""
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
             raise FlashtuneError(f"a toolchain must have just the keys {sorted(names)}")
@@ -172,7 +172,7 @@ class Toolchain:
 
 
 def _told_apart(tool: str, version: str) -> str:
-    """What of a tool's version may change how fast a kernel is."""
+    """The part of a tool's version that may change a kernel's speed."""
     if tool not in ("triton", "torch"):
         return version
     return ".".join(version.partition("+")[0].split(".")[:2])
@@ -186,7 +186,7 @@ def all_devices() -> tuple[Device, ...]:
 
 
 def find_device(name: str) -> Device:
-    """The device called `name` (or by that alias); raises FlashtuneError when there is none."""
+    """The device of that name or alias; raises FlashtuneError if there is none."""
     wanted = name.strip().lower()
     for device in all_devices():
         if wanted == device.name or wanted in device.aliases:
@@ -196,7 +196,7 @@ def find_device(name: str) -> Device:
 
 
 def match_device(reported_name: str) -> Device | None:
-    """The registered device that a driver calls `reported_name`, or None."""
+    """The registered device that the driver calls `reported_name`, or None."""
     wanted = reported_name.strip().lower()
     for device in all_devices():
         if wanted in (name.lower() for name in device.reported_names):

@@ -1,9 +1,9 @@
 """The environment variables, read here and nowhere else.
 
-`FLASHTUNE_DB` names the database file, `FLASHTUNE_TABLES` a folder of tables that serve beside
-those that ship, `FLASHTUNE_CACHE` the folder for rendered sources and compiled kernels; `CXX`, as
-everywhere, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is `always` for models to use
-FlashHead without being timed against their dense head, and 0 to turn vLLM's plugin off.
+`FLASHTUNE_DB` names the database file, `FLASHTUNE_TABLES` a folder of tables to use besides the
+shipped ones, `FLASHTUNE_CACHE` the folder for rendered sources and compiled kernels; `CXX`, as
+usual, the C++ compiler with its arguments. `FLASHHEAD_ENABLED` is `always` to let models use
+FlashHead without timing it against their dense head, and 0 to turn vLLM's plugin off.
 `FLASHTUNE_PROBES`, `FLASHTUNE_SCREEN`, `FLASHTUNE_TUNE` and `FLASHTUNE_VERIFY` are the plugin's
 (docs/vllm.md). All are read at each call, and an empty value counts as unset.
 """
@@ -20,7 +20,7 @@ _CACHE = "FLASHTUNE_CACHE to a folder that can be written"
 
 
 def default_data_folder() -> Path:
-    """Where the database lives unless FLASHTUNE_DB says otherwise."""
+    """The folder of the database unless FLASHTUNE_DB names another."""
     import platformdirs
 
     return _placed(lambda: platformdirs.user_data_dir("flashtune"), _DATABASE)
@@ -38,7 +38,7 @@ def database_path() -> Path:
 
 
 def tables_folder() -> Path | None:
-    """FLASHTUNE_TABLES, or None. Raises MachineTroubleError for `~` of a user without a home."""
+    """FLASHTUNE_TABLES, or None. Raises MachineTroubleError for `~` if the user has no home."""
     named = os.environ.get("FLASHTUNE_TABLES")
     return _placed(lambda: named, _TABLES) if named else None
 
@@ -51,13 +51,13 @@ def cache_dir() -> Path:
     named = os.environ.get("FLASHTUNE_CACHE")
     if named:
         return _placed(lambda: named, _CACHE)
-    import platformdirs  # here, because a machine that is tuned over ssh is told and has none
+    import platformdirs  # here: a machine tuned over ssh gets the path and has no platformdirs
 
     return _placed(lambda: platformdirs.user_cache_dir("flashtune"), _CACHE)
 
 
 def _placed(find: Callable[[], str], cure: str) -> Path:
-    """The path found, with the home folder that `~` stands for."""
+    """The path found, with `~` expanded to the home folder."""
     try:
         return Path(find()).expanduser()
     except RuntimeError as error:  # neither HOME nor a user of that name
@@ -65,7 +65,7 @@ def _placed(find: Callable[[], str], cure: str) -> Path:
 
 
 def named_compiler() -> str:
-    """CXX, or nothing. May hold arguments after the program."""
+    """CXX, or empty. It may have arguments after the program."""
     return os.environ.get("CXX", "")
 
 
@@ -75,17 +75,17 @@ def flash_head_enabled() -> bool:
 
 
 def flash_head_always() -> bool:
-    """Whether models are to use FlashHead where it was not found to be faster, too."""
+    """Whether models should use FlashHead even if it was not found to be faster."""
     return _named("FLASHHEAD_ENABLED").lower() == "always"
 
 
 def named_screen() -> str:
-    """FLASHTUNE_SCREEN, or nothing."""
+    """FLASHTUNE_SCREEN, or empty."""
     return _named("FLASHTUNE_SCREEN")
 
 
 def named_probes() -> int | None:
-    """FLASHTUNE_PROBES, if any. Raises FlashtuneError for what is no number from 1 on."""
+    """FLASHTUNE_PROBES, or None. Raises FlashtuneError unless it is an integer from 1 on."""
     text = _named("FLASHTUNE_PROBES")
     if text and not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 10):
         raise FlashtuneError(f"FLASHTUNE_PROBES must be a number of clusters, not {text!r}")
@@ -98,7 +98,7 @@ def verifies_drafts() -> bool:
 
 
 def named_tune(modes: tuple[str, ...]) -> str:
-    """FLASHTUNE_TUNE, by default the first of the modes. Raises FlashtuneError for another."""
+    """FLASHTUNE_TUNE, by default the first mode. Raises FlashtuneError for an unknown mode."""
     text = _named("FLASHTUNE_TUNE") or modes[0]
     if text not in modes:
         raise FlashtuneError(f"FLASHTUNE_TUNE must be one of {', '.join(modes)}, not {text!r}")

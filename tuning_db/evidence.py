@@ -1,9 +1,9 @@
-"""What others published of a device, held against what the cost model predicts for it.
+"""Published figures of a device, compared with the cost model's predictions for it.
 
 Usage:
-    why = why_less_trusted("agx-thor")     # one line; empty where nothing speaks against it
+    why = why_less_trusted("agx-thor")     # one line; empty if nothing contradicts them
 
-`flashtune model check` finds it out, and a test holds the file against what it finds.
+`flashtune model check` computes the evidence, and a test compares the file with the result.
 """
 
 import functools
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-MOST_MISSED = 0.5  # of what was published, where predictions are trusted as others are
+MOST_MISSED = 0.5  # share of published figures; above it, predictions are trusted less
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """How far predictions are off what was published of a device, as shares of that.
+    """How far predictions for a device differ from published figures, as shares of those.
 
-    missed: how many of the published figures by more than `bound`. least and most: the errors.
+    missed: how many published figures are missed by more than `bound`. least and most: the errors.
     """
 
     published: int
@@ -30,11 +30,11 @@ class Evidence:
 
     @property
     def less_trusted(self) -> bool:
-        """Whether more is missed than met."""
+        """Whether more figures are missed than met."""
         return self.missed > MOST_MISSED * self.published
 
     def describe(self) -> str:
-        """One line, that begins with the verdict where the device's predictions are off."""
+        """One line, which begins with the verdict if the device's predictions are off."""
         verdict = "less trusted: " if self.less_trusted else ""
         return (
             f"{verdict}predictions miss {self.missed} of {self.published} published savings by "
@@ -44,13 +44,13 @@ class Evidence:
 
 @functools.cache
 def published_evidence() -> Mapping[str, Evidence]:
-    """What is known, by the device's name; devices of which nothing was published are not in."""
+    """The evidence by device name; devices without published figures are left out."""
     file = resources.files("flashtune.tuning_db") / "calibration" / "evidence.json"
     data = json.loads(file.read_text("utf-8"))
     return {name: Evidence(**each) for name, each in data.items()}
 
 
 def why_less_trusted(device_name: str) -> str:
-    """Why predictions for a device are less trusted than others; empty where they are not."""
+    """Why predictions for a device are trusted less than others; empty if they are not."""
     found = published_evidence().get(device_name)
     return found.describe() if found and found.less_trusted else ""

@@ -1,14 +1,14 @@
-"""Files that others wrote: read whole, decoded, and every way in which that fails in one line.
+"""Foreign files: read whole and decoded, with a one-line error for every way that can fail.
 
 Usage:
     data = parse_json(text)                # FlashtuneError says what is wrong with the text
-    data = read_json(path)                 # and where
-    table = read_json(path, exact=True)    # a format of our own, in which nothing is unusual
-    data = members(table, "a table", ["device", "records"])     # of which it has just these
+    data = read_json(path)                 # and in which file
+    table = read_json(path, exact=True)    # our own format, read strictly
+    data = members(table, "a table", ["device", "records"])     # exactly these members
     number(data["time"], "its time", 0.0, 1e9)
 
-What comes out is plain: whole numbers of 64 bits at most, text that can be encoded, and nothing
-nested so deep that walking it could fail.
+The result is plain: whole numbers of at most 64 bits, text that can be encoded, and no nesting so
+deep that walking it could fail.
 """
 
 import json
@@ -22,16 +22,16 @@ from typing import Any
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.one_line import quoted
 
-MOST_BYTES = 2**26  # of which JSON makes some twenty times as much in memory
+MOST_BYTES = 2**26  # decoded JSON takes some twenty times as much memory
 MOST_DEPTH = 64
 _MOST_DIGITS, _MOST_SHOWN = 20, 50
 _INTEGERS = range(-(2**63), 2**63)
 
 
 def read_file(path: Path) -> bytes:
-    """A file's content. Raises FlashtuneError for what is absent, no file, or beyond 64 MiB.
+    """A file's content. Raises FlashtuneError if it is absent, not a file, or over 64 MiB.
 
-    A pipe or a device is no file: reading it may never end.
+    A pipe or a device is not a file: reading it may never end.
     """
     try:
         with open(path, "rb", opener=_open) as file:
@@ -48,7 +48,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raises FlashtuneError unless there is a file: for those who open it themselves."""
+    """Raises FlashtuneError unless there is a file: for callers that open it themselves."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -60,7 +60,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises FlashtuneError as `read_file`, and where it is not UTF-8."""
+    """A file's text. Raises FlashtuneError as `read_file` does, and if it is not UTF-8."""
     try:
         return read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,8 +79,8 @@ def read_json(path: Path, *, exact: bool = False) -> Any:
 def parse_json(text: str, *, exact: bool = False) -> Any:
     """Decoded JSON. Raises FlashtuneError for anything else.
 
-    exact: NaN, infinities, whole numbers of more than 64 bits and keys that are there twice are
-    refused. Else of two keys the last counts, and a number so large is a float, maybe an infinity.
+    exact: reject NaN, infinities, whole numbers of more than 64 bits and duplicate keys. Otherwise
+    the last of duplicate keys counts, and a number that large is a float, perhaps infinite.
     """
     try:
         data = json.loads(
@@ -99,7 +99,7 @@ def parse_json(text: str, *, exact: bool = False) -> Any:
 
 
 def members(data: Any, what: str, names: Iterable[str]) -> dict[str, Any]:
-    """An object that has just these members; raises FlashtuneError, in which `what` names it."""
+    """An object that has exactly these members; raises FlashtuneError, which names it `what`."""
     names = list(names)
     if not isinstance(data, dict) or set(data) != set(names):
         raise FlashtuneError(f"{what} must be an object of just {', '.join(names)}")
@@ -114,7 +114,7 @@ def items(data: Any, what: str) -> list[Any]:
 
 
 def text(value: Any, what: str, most: int) -> str:
-    """A text of at most so many characters; raises FlashtuneError."""
+    """A text of at most `most` characters; raises FlashtuneError."""
     if not isinstance(value, str) or len(value) > most:
         raise FlashtuneError(f"{what} must be text of at most {most} characters")
     return value
@@ -139,7 +139,7 @@ def count(value: Any, what: str, least: int, most: int) -> int:
 
 
 def _open(name: str, flags: int) -> int:
-    """Waits for no writer of a pipe."""
+    """Open without waiting for a pipe's writer."""
     return os.open(name, flags | os.O_NONBLOCK)
 
 
@@ -177,7 +177,7 @@ def _exact_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(data: Any) -> None:
-    """Raises FlashtuneError for half a character, and for what is nested too deep."""
+    """Raises FlashtuneError for a lone surrogate, and for nesting that is too deep."""
     level = [data]
     for _ in range(MOST_DEPTH):
         below: list[Any] = []

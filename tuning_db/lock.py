@@ -1,9 +1,9 @@
-"""A lock that processes share through a file, and that the system takes back when one dies.
+"""A lock that processes share through a file; the system releases it if its holder dies.
 
 Usage:
     with hold(path, seconds=20.0) as lock:
-        if lock is None: …           # another process kept it all the time
-        lock.left                    # what the holder noted who died with it; else empty
+        if lock is None: …           # another process held it all the time
+        lock.left                    # the note of a holder that died with it; else empty
         lock.note("what I am at")
 """
 
@@ -23,11 +23,11 @@ _MOST_BYTES = 4096
 class Lock:
     """A lock that is held. Notes are for the next holder if this process dies.
 
-    Where locks can't be had there are no notes: another process may be at work.
+    Without support for locks there are no notes: another process may be at work.
     """
 
     def __init__(self, descriptor: int | None) -> None:
-        """Read what the holder before left, who had no time to clear it. None: without a lock."""
+        """Read the note that a previous holder had no time to clear. None: without a lock."""
         self._descriptor = descriptor
         self.left = ""
         if descriptor is not None:
@@ -43,11 +43,11 @@ class Lock:
 
 @contextmanager
 def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
-    """The lock of the file `path`, or None where another holds it for so long.
+    """The lock of the file `path`, or None if another process holds it for `seconds`.
 
-    A lock only saves work that two would do. Where it can't be had (no such file can be made, or
-    the file system knows no locks) the work is done without it. The file stays: removing it would
-    take it from those who wait.
+    A lock only avoids duplicate work. If there can be none (the file cannot be made, or the file
+    system has no locks), the work is done without it. The file stays: removing it would break the
+    lock for waiting processes.
     """
     end = time.monotonic() + seconds
     descriptor = _opened(path)
@@ -73,9 +73,9 @@ def hold(path: Path, seconds: float) -> Iterator[Lock | None]:
 
 
 def _opened(path: Path) -> int | None:
-    """The file, made unless it is there; None where there can be none.
+    """The file, made unless it is there; None if it cannot be made.
 
-    Notes replace what is in it: not what a link leads to, and nothing but a file.
+    Notes replace its content, so it must be a regular file and not a link.
     """
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -89,10 +89,10 @@ def _opened(path: Path) -> int | None:
 
 
 def knows_locks(folder: Path) -> bool:
-    """Whether files of a folder can be locked at all; True where that can't be found out."""
+    """Whether files in a folder can be locked at all; True if that can't be determined."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file:
-            for lock in (fcntl.flock, fcntl.lockf):  # SQLite's are of the second kind
+            for lock in (fcntl.flock, fcntl.lockf):  # SQLite uses the second kind
                 try:
                     lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:

@@ -1,4 +1,4 @@
-"""Two tables of one device made into one, and what tells two tables apart.
+"""Merges tables of one device, and compares two tables.
 
 Usage:
     merged = merge([("a.json", a), ("b.json", b)])
@@ -6,11 +6,10 @@ Usage:
     for conflict in merged.conflicts: …     # whose records were taken, and why
     compare_tables(a, b)                    # plain data
 
-A problem's records are taken whole from one table. Measured beats corrected, which beats
-predicted; then the newer
-toolchain beats the older; then, of measurements, one that is faster by more than the noise beats
-the slower, and where neither is, the table named first keeps its records. Predictions of one
-cost model make a new shortlist together; of two, the one used last counts.
+All records of a problem are taken from one table. Measured beats corrected, which beats predicted;
+then the newer toolchain beats the older; then a measurement that is faster by more than the noise
+beats the slower. If neither is, the table named first keeps its records. Predictions of the same
+cost model form a new shortlist; of two cost models, the one used last counts.
 """
 
 import math
@@ -31,7 +30,7 @@ BOTH = "both"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conflict:
-    """A problem on which tables disagree, whose records were taken (a name, or `both`), and why.
+    """A problem on which tables disagree, whose records were taken (a name or `both`), and why.
 
     `taken` and `left` are the best records of the two sides.
     """
@@ -45,7 +44,7 @@ class Conflict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """One table of several, and where they disagreed."""
+    """The merged table, and where its sources disagreed."""
 
     table: TuningTable
     conflicts: tuple[Conflict, ...]
@@ -53,7 +52,7 @@ class Merged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Side:
-    """One table's records of a problem; those that worked, the best first."""
+    """One table's records of a problem: those that worked, the best first."""
 
     name: str
     records: tuple[Record, ...]
@@ -68,9 +67,9 @@ class _Side:
 
 
 def merge(tables: Sequence[tuple[str, TuningTable]]) -> Merged:
-    """One table of several, each given with the name to call it by.
+    """Merge several tables, each given with its name.
 
-    Raises FlashtuneError when they are of different devices.
+    Raises FlashtuneError if they are of different devices.
     """
     device = _same_device(tables)
     merged: dict[Problem, _Side] = {}
@@ -129,11 +128,11 @@ def _settle_predictions(one: _Side, other: _Side) -> tuple[_Side, str]:
 
 
 def compare_tables(a: TuningTable, b: TuningTable) -> dict[str, Any]:
-    """What tells b from a, as plain data; each value is a pair, a's and b's.
+    """How b differs from a, as plain data; each value is a pair, a's and b's.
 
-    `changed` are problems whose records differ, the largest change of time first: of the best
-    ones the time with its ratio, the provenance, the toolchain and the knobs that differ; of all
-    the number. Raises FlashtuneError when the tables are of different devices.
+    `changed` has the problems whose records differ, the largest change of time first: for the best
+    records the time with its ratio, the provenance, the toolchain and the knobs that differ; and
+    the number of all records. Raises FlashtuneError if the tables are of different devices.
     """
     device = _same_device([("", a), ("", b)])
     ours, theirs = _by_problem(a), _by_problem(b)
@@ -153,7 +152,7 @@ def compare_tables(a: TuningTable, b: TuningTable) -> dict[str, Any]:
 
 
 def _size_of_change(change: dict[str, Any]) -> float:
-    """How far a time went, up or down alike."""
+    """How far a time moved, up or down."""
     return abs(math.log(change["ratio"])) if change["ratio"] else math.inf
 
 

@@ -1,8 +1,8 @@
 """The database's schema, one migration after another.
 
-Importing this module loads sqlite-utils and with it click: `store` does so only when a
-database is opened for writing. A migration, once released, is never edited: add another, and
-raise `schema.SCHEMA_VERSION`.
+Importing this module loads sqlite-utils and with it click: `store` does so only when a database is
+opened for writing. Never edit a released migration: add another, and raise
+`schema.SCHEMA_VERSION`.
 """
 
 import sqlite3
@@ -28,7 +28,7 @@ _MAY_BE_NULL = {"median_us", "spread_us"}
 
 @MIGRATIONS()
 def m001_records_and_measurements(db: Database) -> None:
-    """Records hold each config's current measurement; measurements hold all there ever were."""
+    """Records hold each config's current measurement; measurements hold the full history."""
     records: dict[str, type] = {
         "key": str,
         "device": str,
@@ -52,7 +52,7 @@ def m001_records_and_measurements(db: Database) -> None:
 
 @MIGRATIONS()
 def m002_probes_and_joules(db: Database) -> None:
-    """What devices measured of themselves, and the energy of a call beside its time."""
+    """Probes of devices, and the energy of a call in addition to its time."""
     probes = {
         "device": str,
         "conditions": str,

@@ -8,7 +8,7 @@ LEAST = {"torch": (2, 8), "triton": (3, 6)}
 
 
 def why_unusable(package: str) -> str | None:
-    """None when the package loads and is new enough, else a line that says what to install."""
+    """None if the package loads and is new enough, else a line that says what to install."""
     least = ".".join(map(str, LEAST[package]))
     cure = f"install {package} {least} or later for {sys.executable}"
     try:

@@ -1,14 +1,14 @@
-"""Folders and files that nobody else can change: from no others is anything run.
+"""Folders and files that nobody else can change: code is run only from these.
 
 Usage:
-    make_private(folder)               # PermissionError where others could put something into it
-    check_private(folder)              # the same of one that is there
-    content = read_private(path)       # None: absent, no file, or not ours alone
+    make_private(folder)               # PermissionError if others could put something into it
+    check_private(folder)              # the same for an existing folder
+    content = read_private(path)       # None: absent, not a file, or not private
 
-Trusted are this user, root, and the owner of `/`. A path is private if each folder on the way to
-it, and each link, belongs to one of them, and no one else may write to it; in a folder such as
-`/tmp` others may make files, but not replace ours.
-This module uses the standard library alone: it is also sent to machines that have nothing else.
+This user, root, and the owner of `/` are trusted. A path is private if each folder and link on the
+way to it belongs to one of them, and nobody else may write to it; in a folder such as `/tmp`
+others may make files, but not replace ours. This module uses only the standard library: it is also
+sent to machines that have nothing else.
 """
 
 import errno
@@ -19,13 +19,13 @@ import stat
 from pathlib import Path
 
 _ROOT = 0  # user and group
-_MOST_LINKS = 40  # as the kernel has it
+_MOST_LINKS = 40  # the kernel's limit
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder and those above it that are missing, for this user alone, and check it.
+    """Make a folder and its missing parents, for this user only, and check it.
 
-    Raises OSError: PermissionError, saying who can write where, for one that is not private.
+    Raises OSError; for a folder that is not private, PermissionError, saying who can write where.
     """
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     for each in reversed(missing):
@@ -34,11 +34,11 @@ def make_private(folder: Path) -> None:
 
 
 def check_private(folder: Path) -> None:
-    """Raises PermissionError unless only trusted users can change what lies in a folder.
+    """Raises PermissionError unless only trusted users can change a folder's content.
 
-    OSError where it is not there.
+    Raises OSError if it does not exist.
     """
-    left = [str(folder.absolute())]  # what is still to be walked, the next part last
+    left = [str(folder.absolute())]  # parts still to walk, the next one last
     place, links = "/", 0
     while left:
         first, _, rest = left.pop().partition("/")
@@ -66,7 +66,7 @@ def check_private(folder: Path) -> None:
 
 
 def read_private(path: Path) -> bytes | None:
-    """A file's content; None unless it is a file, no link, that trusted users alone can change.
+    """A file's content; None unless it is a file, not a link, that only trusted users can change.
 
     The folder must be private, too.
     """
@@ -84,12 +84,12 @@ def read_private(path: Path) -> bytes | None:
 
 
 def _open(name: str, flags: int) -> int:
-    """Follows no link, and waits for no writer of a pipe."""
+    """Open without following links or waiting for a pipe's writer."""
     return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _check_mode(found: os.stat_result, name: str, *, last: bool) -> None:
-    """A folder for everybody will do on the way, if there nobody can replace what others made."""
+    """Allow a shared folder on the way if nobody there can replace the files of others."""
     sticky = bool(found.st_mode & stat.S_ISVTX) and not last
     if _others_may_write(found) and not sticky:
         raise _refused("others can write to it (chmod go-w)", name)
@@ -109,7 +109,7 @@ def _others_may_write(found: os.stat_result) -> bool:
 
 
 def _is_own_group(group: int) -> bool:
-    """Whether a group is root's, or this user's own with nobody else in it."""
+    """Whether a group is root's, or this user's own without other members."""
     if group == _ROOT:
         return True
     try:

@@ -1,12 +1,12 @@
-"""What a device's own probe measured of it: the figures that predictions are corrected by.
+"""The figures that a probe measured on a device, by which its predictions are corrected.
 
 Usage:
     probe = Probe(device="nvidia-h100", figures=Figures(bandwidth=3.1e12, launch_us=1.1), …)
     store.keep_probe(probe)
     store.probe("nvidia-h100", conditions)
 
-The conditions are what the device's speed depends on beside its kind, as far as it can be read:
-power mode and limit, highest clocks. A probe made under other conditions says nothing of these.
+The conditions are what the device's speed depends on besides its kind, as far as that can be read:
+power mode and limit, highest clocks. A probe made under other conditions does not apply.
 """
 
 import json
@@ -25,12 +25,12 @@ _MOST_CONDITIONS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What was measured; None of what could not be.
+    """The measured figures; None for those that could not be measured.
 
-    bandwidth: bytes/s read from memory. Of launches in a graph, microseconds from one kernel to
-    the next: launch_us where each waits for the one before, overlapped_us by programmatic
-    dependent launch. load_us: a load that depends on the one before, from memory. barrier_us: a
-    barrier of a grid of one program a multiprocessor.
+    bandwidth: bytes/s read from memory. For launches in a graph, microseconds from one kernel to
+    the next: launch_us if each waits for the previous one, overlapped_us with programmatic
+    dependent launch. load_us: a load from memory that depends on the previous one. barrier_us: a
+    barrier of a grid of one program per multiprocessor.
     """
 
     bandwidth: float | None = None
@@ -40,7 +40,7 @@ class Figures:
     barrier_us: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises FlashtuneError for a figure that no device has."""
+        """Raises FlashtuneError for an impossible figure."""
         for field in fields(self):
             value = getattr(self, field.name)
             most = _MOST_BANDWIDTH if field.name == "bandwidth" else _MOST_US
@@ -53,7 +53,7 @@ class Figures:
                 )
 
     def describe(self) -> str:
-        """One line, of what was measured."""
+        """One line with the measured figures."""
         times = {
             "a launch": self.launch_us,
             "an overlapped launch": self.overlapped_us,
@@ -67,7 +67,7 @@ class Figures:
 
     @classmethod
     def from_json(cls, data: Any) -> "Figures":
-        """Build from a decoded JSON object; raises FlashtuneError on any other or missing key."""
+        """Build from a decoded JSON object; raises FlashtuneError for any other or missing key."""
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
             raise FlashtuneError(f"a probe's figures must have just the keys {sorted(names)}")
@@ -76,7 +76,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """Figures of a device, under which conditions they were measured, when and for how long."""
+    """A device's figures, with the conditions, time and duration of their measurement."""
 
     device: str
     conditions: Mapping[str, str]
@@ -106,7 +106,7 @@ def conditions_key(conditions: Mapping[str, str]) -> str:
 
 
 def checked_conditions(data: Any) -> dict[str, str]:
-    """Conditions that were read from elsewhere; raises FlashtuneError for what can't be some."""
+    """Conditions read from elsewhere; raises FlashtuneError if they are invalid."""
     good = (
         isinstance(data, dict)
         and len(data) <= _MOST_CONDITIONS

@@ -1,4 +1,4 @@
-"""One decode head to be solved, and the names it goes by.
+"""One decode head to be solved, and its names.
 
 Usage:
     problem = Problem(vocab_size=151936, hidden_size=2048, n_clusters=9496, n_probes=256)
@@ -19,11 +19,11 @@ from flashtune.tuning_db.registry import Registry
 DEFAULT_PROBES = 256
 _YOUNGER = frozenset(["model_dtype", "n_rescored", "n_pinned", "in_place"])
 LARGEST = 2**31 - 1  # of a problem's numbers: kernels count in 32 bits
-MOST_TOKENS = 32  # of one step: heads decode more one part after the other
+MOST_TOKENS = 32  # of one step: heads decode more tokens in several parts
 
 
 class NumberFormat(Protocol):
-    """What a problem asks of a format (kernels/formats/format.py)."""
+    """What a problem needs from a format (kernels/formats/format.py)."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class NumberFormat(Protocol):
 
 
 class WhatComesOut(Protocol):
-    """What a problem asks of an epilogue (kernels/epilogues/epilogue.py)."""
+    """What a problem needs from an epilogue (kernels/epilogues/epilogue.py)."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class WhatComesOut(Protocol):
 
     @property
     def written_bytes(self) -> Any:
-        """Bytes that a step of a problem writes, at least: a function of the problem."""
+        """The fewest bytes that a step writes, as a function of the problem."""
 
 
 FORMATS: Registry[NumberFormat] = Registry("a format", room="flashtune.kernels.formats")
@@ -55,7 +55,7 @@ EPILOGUES: Registry[WhatComesOut] = Registry("epilogue", room="flashtune.kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Problem:
-    """A FlashHead decode step: score centroids, probe the best clusters, take their logits.
+    """A FlashHead decode step: score centroids, probe the best clusters, compute their logits.
 
     Shapes: centroids `[n_clusters, hidden_size]`, weight `[vocab_size, hidden_size]` (rows of a
     cluster contiguous; if in_place, rows by token id), hidden states `[n_tokens, hidden_size]`.
@@ -64,20 +64,20 @@ class Problem:
         vocab_size: Tokens; a multiple of n_clusters.
         hidden_size: Width of the hidden state.
         n_clusters: Clusters, all of the same size.
-        n_probes: Clusters that are probed, at least.
+        n_probes: The least number of clusters that are probed.
         n_tokens: Tokens per step.
         weight_dtype: The number format of the rows.
         centroid_dtype: The number format of the centroids.
         epilogue: What comes out: `argmax`, the best token `[n_tokens]`, or `logits`, `[n_tokens,
             vocab_size]` in the model's dtype, filled where no cluster was probed.
-        model_dtype: If the weight's format is quantised, that of the model itself: of its hidden
-            states, its logits, and the rows that decide.
+        model_dtype: If the weight's format is quantised, the dtype of the model itself: of its
+            hidden states, its logits, and the rows that decide.
         n_rescored: How many of the best candidates the model's own rows decide.
         n_pinned: How many of the first clusters are always probed, in addition to the best.
         in_place: Rows are read from the model's weight, by token id.
 
     Raises:
-        FlashtuneError: If it is not a shape that FlashHead can solve.
+        FlashtuneError: If FlashHead cannot solve the shape.
     """
 
     vocab_size: int
@@ -94,7 +94,7 @@ class Problem:
     in_place: bool = False
 
     def __post_init__(self) -> None:
-        """Reject what cannot be solved, with one line that says why."""
+        """Reject unsolvable problems, with one line that says why."""
         for name in ("vocab_size", "hidden_size", "n_clusters", "n_probes", "n_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -163,7 +163,7 @@ class Problem:
 
     @property
     def centroid_bytes(self) -> int:
-        """Bytes of all centroids, read once a step."""
+        """Bytes of all centroids, read once per step."""
         return FORMATS[self.centroid_dtype].bytes_of(self.n_clusters, self.hidden_size)
 
     @property
@@ -173,7 +173,7 @@ class Problem:
 
     @property
     def distinct_clusters(self) -> float:
-        """How many clusters the tokens together probe, when each probes its own at random."""
+        """How many distinct clusters all tokens probe, if each chooses its own at random."""
         missed = (1 - self.n_probes / self.n_clusters) ** self.n_tokens
         return self.n_clusters * (1 - missed)
 
@@ -181,7 +181,7 @@ class Problem:
     def read_bytes(self) -> int:
         """The fewest bytes a step must read: all centroids and every probed cluster, once each.
 
-        And the rows of the model that candidates are decided by.
+        Includes the model's own rows by which candidates are decided.
         """
         again = FORMATS[self.state_dtype].bytes_of(self.n_rescored, self.hidden_size)
         clusters = min(self.n_clusters, self.distinct_clusters + self.n_pinned)
@@ -189,7 +189,7 @@ class Problem:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of the logits that come out, each written once; a token's id counts nothing."""
+        """Bytes of the logits, each written once; token ids are not counted."""
         return int(EPILOGUES[self.epilogue].written_bytes(self))
 
     @property
@@ -203,8 +203,9 @@ class Problem:
         return json.dumps(self.data(), sort_keys=True, separators=(",", ":"))
 
     def data(self) -> dict[str, Any]:
-        """The problem as plain data. A field that is younger than the others is left out at its
-        default, so that older records keep their keys.
+        """The problem as plain data.
+
+        A newer field is left out at its default, so that older records keep their keys.
         """
         data = asdict(self)
         return {name: each for name, each in data.items() if data[name] or name not in _YOUNGER}
@@ -221,7 +222,7 @@ class Problem:
         return cls(**data)
 
     def describe(self) -> str:
-        """A short name for people: `151936x2048 c9496 p256`, with what differs from the usual."""
+        """A short readable name: `151936x2048 c9496 p256`, plus unusual settings."""
         text = f"{self.vocab_size}x{self.hidden_size} c{self.n_clusters} p{self.n_probes}"
         if self.n_tokens > 1:
             text += f" t{self.n_tokens}"
@@ -268,8 +269,8 @@ _SHAPE_KEYS = {
 }
 _NAME_KEYS = ("dtype", "weight", "centroids", "epilogue", "rows")
 IN_ORDER, IN_PLACE = "in_order", "in_place"
-ROWS = (IN_ORDER, IN_PLACE)  # where they lie: a cluster's side by side, or as the model has them
-_MOST_DIGITS = 18  # int() refuses thousands of digits with an error of its own
+ROWS = (IN_ORDER, IN_PLACE)  # a cluster's rows side by side, or in the model's order
+_MOST_DIGITS = 18  # int() refuses thousands of digits with its own error
 
 
 def parse_shape(text: str) -> Problem:

@@ -1,7 +1,7 @@
-"""What was found out about one config on one problem and device: the database's row.
+"""The result for one config on one problem and device: a row of the database.
 
-A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): to run
-it, first pass it through `flashtune.kernels.plans.config.parse_config`.
+A config is kept here as plain data (`{"plan": "staged", "score_rows": 2, …}`): to run it, first
+pass it through `flashtune.kernels.plans.config.parse_config`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import Problem
 
-NOISE = 0.01  # of a time; a smaller lead is none
+NOISE = 0.01  # of a time; a smaller lead does not count
 MOST_NAME = 500  # characters of a name or a version
 MOST_ERROR = 10_000  # characters of an error's text
 _LEAST_US, _MOST_US = 1e-3, 1e12  # a nanosecond, which tables round to, and eleven days
@@ -27,7 +27,7 @@ _MOST_JOULES = 1e9
 YOUNGER = frozenset(["joules"])  # fields of measurements that older databases and tables lack
 _KNOB = re.compile("[a-z][a-z0-9_]*")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)", re.ASCII)
-_CLOCKS_APART = timedelta(days=1)  # of machines that set their clocks
+_CLOCKS_APART = timedelta(days=1)  # allowed between machines whose clocks are set
 Scalar = int | float | str | bool
 ConfigData = Mapping[str, Scalar]
 
@@ -35,8 +35,8 @@ ConfigData = Mapping[str, Scalar]
 class Outcome(str, Enum):
     """How one evaluation ended. Everything but OK is a failure that is kept as data.
 
-    ENVIRONMENT alone is none of the config's: the machine could not compile or run anything. It
-    ends a search, and no record says so.
+    Only ENVIRONMENT is not due to the config: the machine could not compile or run anything. It
+    ends a search and is never recorded.
     """
 
     OK = "ok"
@@ -51,11 +51,11 @@ class Outcome(str, Enum):
 
 
 class Provenance(str, Enum):
-    """How a time came about, the most trusted first.
+    """How a time was obtained, the most trusted first.
 
-    MEASURED on the device; CORRECTED: predicted, with what a probe measured of the device in
-    place of its published figures; PREDICTED from published figures. The last two are no
-    measurements of the config.
+    MEASURED on the device; CORRECTED: predicted from what a probe measured on the device instead
+    of its published figures; PREDICTED from published figures. The last two are not measurements
+    of the config.
     """
 
     MEASURED = "measured"
@@ -64,22 +64,22 @@ class Provenance(str, Enum):
 
     @property
     def rank(self) -> int:
-        """Its place in that order: the lower, the more it is trusted."""
+        """Its place in that order: lower is more trusted."""
         return list(Provenance).index(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One evaluation of a config. Times are microseconds a call.
+    """One evaluation of a config. Times are microseconds per call.
 
-    OK and PRUNED measurements have a time, and only they: PRUNED is a config that was right, but
-    so slow at its first sample that no more were taken.
+    Only OK and PRUNED measurements have a time. PRUNED is a config that was correct, but so slow
+    at its first sample that no more were taken.
 
-    `spread_us` is the distance between the 10th and 90th percentile of the samples or, of a
+    `spread_us` is the distance between the 10th and 90th percentile of the samples or, for a
     prediction (corrected or not), the width of its 80 % interval; `error` says why the outcome is
-    not OK; `policy` names how the time was taken (`search`, `final`, `race`) or, for a prediction,
-    the cost model's version. `joules` is what a call takes of energy, None where nobody measured
-    it.
+    not OK; `policy` says how the time was measured (`search`, `final`, `race`) or, for a
+    prediction, names the cost model's version. `joules` is the energy of a call, None if not
+    measured.
     """
 
     outcome: Outcome
@@ -91,9 +91,9 @@ class Measurement:
     joules: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no evaluation gives.
+        """Raises ValueError for an impossible measurement.
 
-        OK and PRUNED outcomes alone have a time, of at least a nanosecond.
+        Only OK and PRUNED outcomes have a time, of at least a nanosecond.
         """
         if not isinstance(self.outcome, Outcome):
             raise ValueError(f"outcome must be an Outcome, not {quoted(self.outcome)}")
@@ -117,8 +117,9 @@ class Measurement:
             )
 
     def data(self) -> dict[str, Any]:
-        """The measurement as plain data. What is younger is left out where it is not known, so
-        that tables without it read as ever.
+        """The measurement as plain data.
+
+        Newer fields are left out if unknown, so that tables without them stay unchanged.
         """
         data = {**asdict(self), "outcome": self.outcome.value}
         unknown = {name for name in YOUNGER if data[name] is None}
@@ -126,7 +127,7 @@ class Measurement:
 
     @property
     def noise_us(self) -> float:
-        """By how much another time must be less to be faster: 1 %, or half the spread."""
+        """How much shorter another time must be to count as faster: 1 %, or half the spread."""
         return max(NOISE * (self.median_us or 0.0), (self.spread_us or 0.0) / 2)
 
 
@@ -134,7 +135,7 @@ class Measurement:
 class Record:
     """A database row: device, toolchain, problem, config, provenance and the newest measurement.
 
-    `created` is UTC in ISO 8601, to the second. Raises ValueError for what can't be one.
+    `created` is UTC in ISO 8601, to the second. Raises ValueError for an invalid record.
     """
 
     device: str
@@ -146,7 +147,7 @@ class Record:
     created: str
 
     def __post_init__(self) -> None:
-        """Check what it is made of; the machine's trouble is held against no config."""
+        """Check the fields; a fault of the machine must not be recorded for a config."""
         if self.measurement.outcome is Outcome.ENVIRONMENT:
             raise ValueError(f"a record of the machine's trouble: {self.measurement.error}")
         _check_text("device", self.device, MOST_NAME)
@@ -176,9 +177,9 @@ class Record:
 
 
 def family(config: ConfigData) -> str:
-    """What configs of one kind have in common: `staged/in_gather`, or the plan alone.
+    """The family of a config: `staged/in_gather`, or only the plan.
 
-    The plan, and how it selects clusters where it can do so in several ways.
+    The plan, and its way to select clusters if it has several.
     """
     plan, selection = config.get("plan"), config.get("selection")
     return str(plan) if selection is None else f"{plan}/{selection}"
@@ -196,9 +197,9 @@ def record_key(device: str, toolchain: Toolchain, problem: Problem, config: Conf
 
 
 def when_made(created: str) -> str:
-    """A record's `created`, to tell the newer of two; empty, older than any, if it is to come.
+    """A record's `created`, to compare ages; empty, older than any, if it is in the future.
 
-    A clock was wrong then. Nothing that is measured now could replace what is of next year.
+    A clock was wrong then. Otherwise no measurement made now could replace one of next year.
     """
     latest = datetime.now(timezone.utc) + _CLOCKS_APART
     return created if created < latest.strftime("%Y-%m-%dT%H:%M:%SZ") else ""
@@ -211,7 +212,7 @@ def _check_tools(tools: Toolchain) -> None:
 
 
 def check_created(created: Any) -> None:
-    """Raises ValueError for what is no record's time."""
+    """Raises ValueError for an invalid creation time."""
     if not isinstance(created, str) or not _CREATED.fullmatch(created):
         raise ValueError(f"created must be UTC as 2026-01-31T12:00:00Z, not {quoted(created)}")
     try:
@@ -244,7 +245,7 @@ def _check_text(name: str, text: Any, most: int, *, empty: bool = False) -> None
 
 
 def _check_config(config: Any) -> None:
-    """Plain data: names, and values that any plan may have."""
+    """Check for plain data: names, and values that a plan may have."""
     if not isinstance(config, Mapping):
         raise ValueError(f"config must be an object, not {quoted(config)}")
     for name, value in config.items():

@@ -3,11 +3,11 @@
 Usage:
     PLANS: Registry[Plan] = Registry("plan", room="flashtune.kernels.plans")
     PLANS["staged"]                  # FlashtuneError names the members if there is no such one
-    with PLANS.added(member): …      # for a while, as tests do
+    with PLANS.added(member): …      # temporarily, as tests do
 
 A room is a package whose `MEMBERS` lists its members, one file each. It is imported when the
-registry is first asked, so that naming a member needs no import of where members live: a
-problem can check the name of its format although formats stand above it (decision 8).
+registry is first used, so that naming a member does not import the package of members: a problem
+can check the name of its format although formats are in a higher layer (decision 8).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What records, tables and command lines call it."""
+        """Its name in records, tables and command lines."""
 
 
 Member = TypeVar("Member", bound=Named)
@@ -34,7 +34,7 @@ class Registry(Mapping[str, Member]):
     """The members by name: those added, then those of the room in the order of its `MEMBERS`."""
 
     def __init__(self, kind: str, room: str) -> None:
-        """kind: what a member is called in messages."""
+        """kind: the word for a member in messages."""
         self._kind, self._room = kind, room
         self._added: dict[str, Member] = {}
         self._listed: dict[str, Member] | None = None
@@ -62,7 +62,7 @@ class Registry(Mapping[str, Member]):
 
     @contextmanager
     def added(self, member: Member) -> Iterator[Member]:
-        """Have one more member inside a `with`; raises ValueError if the name is taken."""
+        """Add a member within a `with`; raises ValueError if the name is taken."""
         if member.name in self:
             raise ValueError(f"there is a {self._kind} {member.name} already")
         self._added[member.name] = member

@@ -1,6 +1,6 @@
-"""What marks a database as ours, and which schema it has.
+"""The marks of our databases, and the version of their schema.
 
-Apart from `migrations`, which loads sqlite-utils: reading a database must not.
+Separate from `migrations`, which loads sqlite-utils: reading a database must not load it.
 """
 
 SCHEMA_VERSION = 2  # raised with each migration

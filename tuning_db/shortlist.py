@@ -3,12 +3,11 @@
 Usage:
     shortlist(records)        # of one problem and toolchain: up to 8, the fastest first
 
-A cost model is wrong about some kinds of configs more than about others, so that its favourites,
-which are all alike, would be wrong together. The rule: first the fastest of each family (a plan,
-and its way to select clusters), the faster families first; then, one by one, the config of the
-least `time x (1 + 0.1 / d)`, where d is the number of knobs in which it differs from the nearest
-one that was chosen. One that differs in a single knob counts as 10 % slower than it is, one that
-differs in five as 2 %.
+A cost model's error depends on the kind of config, so its favourites, which are all alike, would
+be wrong together. The rule: first the fastest of each family (a plan, and its way to select
+clusters), the faster families first; then, one by one, the config with the least `time x (1 + 0.1
+/ d)`, where d is the number of knobs in which it differs from the nearest chosen one. A config
+that differs in a single knob counts as 10 % slower than it is, one that differs in five as 2 %.
 """
 
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from collections.abc import Iterable
 from flashtune.tuning_db.record import ConfigData, Outcome, Record, config_key, family
 
 MOST = 8
-LIKENESS = 0.1  # what a config loses for differing from a chosen one in no more than one knob
+LIKENESS = 0.1  # penalty for differing from a chosen config in only one knob
 
 
 def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
@@ -36,7 +35,7 @@ def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
 
 
 def knobs_apart(one: ConfigData, other: ConfigData) -> int:
-    """In how many knobs two configs differ; one that only one of them has counts."""
+    """The number of knobs in which two configs differ, counting those that only one has."""
     return sum(one.get(name) != other.get(name) for name in {*one, *other})
 
 

@@ -4,13 +4,13 @@ Usage:
     with Store(default_path()) as store:
         store.add(record)
         store.best("nvidia-h200", problem)
-    store = open_existing(default_path())  # for reading; None where there is no database yet
+    store = open_existing(default_path())  # for reading; None if there is no database yet
 
 Opening for writing creates the file and its schema; reading never changes a file, and loads
 neither sqlite-utils nor click. Several processes may read and write at once (write-ahead log).
-Whatever is wrong with the file is a FlashtuneError that says what to do, and the file is left
-as it was. Rows that are no records, as others may have written them, are left out; a warning says
-how many. A Store belongs to the thread that opened it.
+Any fault of the file raises a FlashtuneError that says what to do, and the file is left unchanged.
+Rows that are not valid records, which others may have written, are left out; a warning says how
+many. A Store belongs to the thread that opened it.
 """
 
 import functools
@@ -57,12 +57,12 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 LOG = logging.getLogger("flashtune")
-Read = TypeVar("Read")  # what a row is
+Read = TypeVar("Read")  # the type that a row is read as
 BUSY_SECONDS = 10.0
-FINAL_POLICY = "final"  # of a search's finalists, timed side by side
-RACE_POLICY = "race"  # of the winner of a race at a model's first load
+FINAL_POLICY = "final"  # for a search's finalists, timed side by side
+RACE_POLICY = "race"  # for the winner of a race at a model's first load
 
-_BESIDE = ("-wal", "-shm", "-journal")  # what SQLite adds to a database's name
+_BESIDE = ("-wal", "-shm", "-journal")  # suffixes that SQLite adds to a database's name
 
 _MEASUREMENT_FIELDS = tuple(field.name for field in fields(Measurement))
 _HISTORY_COLUMNS = (*_MEASUREMENT_FIELDS, "provenance", "created")
@@ -76,9 +76,9 @@ def default_path() -> Path:
 
 
 def open_existing(path: Path) -> "Store | None":
-    """Open a database for reading; None where there is no file, or one with nothing in it yet.
+    """Open a database for reading; None if there is no file, or an empty one.
 
-    Raises FlashtuneError for a file that is there and cannot be used.
+    Raises FlashtuneError if the file exists and cannot be used.
     """
     if not os.path.exists(path):
         return None
@@ -89,9 +89,9 @@ def open_existing(path: Path) -> "Store | None":
 
 
 def existing(path: Path) -> Path:
-    """The path of a database to be read. Raises FlashtuneError where there is nothing.
+    """The path of a database to be read. Raises FlashtuneError if nothing is there.
 
-    What else may be wrong with it is said by what opens it.
+    Other faults are reported when it is opened.
     """
     if not os.path.exists(path):
         raise FlashtuneError(f"there is no database {path}: run a search first")
@@ -99,14 +99,14 @@ def existing(path: Path) -> Path:
 
 
 class _EmptyDatabaseError(FlashtuneError):
-    """A database whose schema nobody has written yet."""
+    """A database without a schema yet."""
 
 
 class Store:
     """An open database; a context manager that closes it.
 
-    Raises FlashtuneError when `path` can't be used: not a database, made by a newer flashtune,
-    no such folder, not writable, and, with `read_only`, no such file.
+    Raises FlashtuneError if `path` can't be used: not a database, made by a newer flashtune, no
+    such folder, not writable, or, with `read_only`, no such file.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -147,9 +147,9 @@ class Store:
 
     @property
     def left_out(self) -> str:
-        """How many of the rows that were asked for are no records, and why the first is none.
+        """How many of the requested rows are not valid records, and why the first is not.
 
-        Empty where all are.
+        Empty if all are valid.
         """
         if not self._odd_rows:
             return ""
@@ -157,12 +157,12 @@ class Store:
         return f"rows left out that this flashtune cannot read: {count} (the first: {first})"
 
     def add(self, *records: Record) -> None:
-        """Keep records, all or none, and append their measurements to the history.
+        """Add records, all or none, and append their measurements to the history.
 
-        Of two measurements of the same config the newer is the record's current one, except
-        that a prediction never replaces a measurement or one that a probe corrected, nor anything
-        but another `final` measurement a `final` one. One whose time is still to come is older
-        than any.
+        Of two measurements of the same config the newer becomes the record's current one, with two
+        exceptions: a prediction never replaces a measurement or a corrected prediction, and only
+        another `final` measurement replaces a `final` one. A measurement dated in the future
+        counts as older than any.
         """
         with self._transaction() as database:
             for record in records:
@@ -175,7 +175,7 @@ class Store:
                 database.table("measurements").insert({"record": record.key, **measured})
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove records by their whole keys, with all their measurements, in one transaction."""
+        """Remove records by their full keys, with all their measurements, in one transaction."""
         with self._transaction():
             for key in keys:
                 self._connection.execute("DELETE FROM measurements WHERE record = ?", (key,))
@@ -190,7 +190,7 @@ class Store:
         provenance: Provenance | None = None,
         ok_only: bool = False,
     ) -> list[Record]:
-        """The records that match, by device, problem key, time (failures last) and config key."""
+        """The matching records by device, problem key, time (failures last) and config key."""
         wanted = {
             "device": device,
             "toolchain": toolchain.key if toolchain else None,
@@ -211,9 +211,9 @@ class Store:
         toolchain: Toolchain | None = None,
         accept: Callable[[ConfigData], bool] = lambda config: True,
     ) -> Record | None:
-        """The record to run, or None; accept: whether a config may be.
+        """The record to run, or None; accept: whether a config may be run.
 
-        The most trusted provenance goes first, then `final` before other policies, then the
+        The most trusted provenance comes first, then `final` before other policies, then the
         fastest.
         """
         wanted = {
@@ -227,7 +227,7 @@ class Store:
         return next((record for record in records if accept(record.config)), None)
 
     def get(self, key_prefix: str) -> Record:
-        """The one record whose key starts so; raises FlashtuneError for none or several."""
+        """The one record whose key has this prefix; raises FlashtuneError for none or several."""
         prefix = key_prefix.strip().lower()
         if not re.fullmatch("[0-9a-f]{1,32}", prefix):
             raise FlashtuneError(f"{key_prefix!r} is not a record's key: give hex digits")
@@ -246,12 +246,12 @@ class Store:
             return _record(rows[0])
 
     def measurements(self, key: str) -> list[tuple[str, Measurement]]:
-        """Every measurement of the record with this key, in the order of adding, with its time."""
+        """Every measurement of the record with this key, in insertion order, with its date."""
         rows = self._select("SELECT * FROM measurements WHERE record = ? ORDER BY id", (key,))
         return [(created, each) for _, created, each in self._those_that_are(rows, _taken)]
 
     def first_measurements(self) -> list[tuple[str, str, Measurement]]:
-        """The first measurement of each record, in the order of adding, with its key and time."""
+        """The first measurement of each record, in insertion order, with its key and date."""
         rows = self._select("SELECT * FROM measurements ORDER BY id", ())
         first: dict[str, tuple[str, str, Measurement]] = {}
         for taken in self._those_that_are(rows, _taken):
@@ -259,7 +259,7 @@ class Store:
         return list(first.values())
 
     def keep_probe(self, probe: Probe) -> None:
-        """Keep a probe in place of the one before under the same conditions."""
+        """Store a probe, replacing the previous one under the same conditions."""
         row = {
             "device": probe.device,
             "conditions": probe.conditions_key,
@@ -271,9 +271,9 @@ class Store:
             database.table("probes").upsert(row, pk=("device", "conditions"))
 
     def probe(self, device: str, conditions: Mapping[str, str]) -> Probe | None:
-        """The probe of a device under these conditions; None where there is none that is one."""
+        """The probe of a device under these conditions; None if there is no valid one."""
         if not self._select("SELECT 1 FROM sqlite_master WHERE name = 'probes'", ()):
-            return None  # of an older flashtune
+            return None  # made by an older flashtune
         rows = self._select(
             "SELECT * FROM probes WHERE device = ? AND conditions = ?",
             (device, conditions_key(conditions)),
@@ -332,7 +332,7 @@ class Store:
     def _those_that_are(
         self, rows: Iterable[sqlite3.Row], read: "Callable[[sqlite3.Row], Read]"
     ) -> "Iterator[Read]":
-        """What is read of rows, without those that are none of ours."""
+        """The values read from rows, without the invalid ones."""
         for row in rows:
             try:
                 yield read(row)
@@ -351,14 +351,14 @@ class Store:
 
 
 def _identity(row: sqlite3.Row) -> object:
-    """What tells a row from others, of records as of measurements."""
+    """The identity of a row, of records or of measurements."""
     names = row.keys()
     known = next((name for name in ("key", "id") if name in names), None)
     return (known, row[known]) if known else tuple(row)
 
 
 def _record(row: sqlite3.Row) -> Record:
-    """The record that a row is; FlashtuneError for one that is none."""
+    """The record in a row; raises FlashtuneError if it is invalid."""
     try:
         return Record(
             device=row["device"],
@@ -374,7 +374,7 @@ def _record(row: sqlite3.Row) -> Record:
 
 
 def _taken(row: sqlite3.Row) -> tuple[str, str, Measurement]:
-    """The record's key, the time and the measurement that a row of the history is."""
+    """The record's key, the date and the measurement in a row of the history."""
     try:
         check_created(row["created"])
         if not isinstance(row["record"], str):
@@ -385,12 +385,12 @@ def _taken(row: sqlite3.Row) -> tuple[str, str, Measurement]:
 
 
 def _measurement(row: sqlite3.Row) -> Measurement:
-    older = set(YOUNGER) - set(row.keys())  # a database of an older flashtune lacks them
+    older = set(YOUNGER) - set(row.keys())  # an older flashtune's database lacks them
     values = {name: row[name] for name in _MEASUREMENT_FIELDS if name not in older}
     return Measurement(**{**values, "outcome": Outcome(row["outcome"])})
 
 
-@functools.lru_cache(maxsize=64)  # most rows have those of others
+@functools.lru_cache(maxsize=64)  # most rows share them
 def _toolchain(text: Any) -> Toolchain:
     return Toolchain.from_json(_parsed(text))
 
@@ -424,12 +424,12 @@ def _row_of(record: Record) -> dict[str, Any]:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once a process: a head opens the database for each shape."""
+    """Once per process: a head opens the database for each shape."""
     LOG.warning("%s", text)
 
 
 def _standing(record: Record) -> tuple[int, bool, str]:
-    """How much a record's measurement is worth: the greater replaces the lesser."""
+    """The rank of a record's measurement: the higher replaces the lower."""
     final = record.measurement.policy == FINAL_POLICY
     return -record.provenance.rank, final, when_made(record.created)
 
@@ -441,7 +441,7 @@ def _connect(path: Path, read_only: bool) -> tuple[sqlite3.Connection, int]:
     except sqlite3.OperationalError as error:
         if not (read_only and _lacks_access(str(error))) or os.path.exists(f"{path}-wal"):
             raise
-    # In a folder that isn't writable SQLite can't keep its index of the log; there is no log.
+    # In a read-only folder SQLite can't keep its index of the log; there is no log.
     return _connect_as("mode=ro&immutable=1", path)
 
 
@@ -451,7 +451,7 @@ def _connect_as(mode: str, path: Path) -> tuple[sqlite3.Connection, int]:
     )
     try:
         connection.text_factory = _text
-        connection.execute("PRAGMA trusted_schema = OFF")  # views and triggers of others
+        connection.execute("PRAGMA trusted_schema = OFF")  # foreign views and triggers
         return connection, _schema_version(connection, path)
     except BaseException:
         connection.close()
@@ -459,12 +459,12 @@ def _connect_as(mode: str, path: Path) -> tuple[sqlite3.Connection, int]:
 
 
 def _text(data: bytes) -> str:
-    """A column's text; what is not UTF-8 can't be encoded again, which no record may be."""
+    """A column's text; if it is not UTF-8, it can't be encoded again and no record may have it."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def _check_path(path: Path, read_only: bool) -> None:
-    """Reject what SQLite would hang on or report unclearly; make our own default folder."""
+    """Reject paths on which SQLite would hang or fail unclearly; make our own default folder."""
     if os.path.exists(path):  # Path.exists would raise for a name that is too long
         if not path.is_file():
             raise FlashtuneError(
@@ -489,7 +489,7 @@ def _check_path(path: Path, read_only: bool) -> None:
 
 
 def _own_folder() -> Path | None:
-    """Where the database is unless it is named; None for a user without a home folder."""
+    """The default folder of the database; None for a user without a home folder."""
     with suppress(FlashtuneError):
         return environment.default_data_folder()
     return None
@@ -521,7 +521,7 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log; SQLite doesn't wait for others by itself here."""
+    """Switch to the write-ahead log; SQLite doesn't wait for other processes here."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -541,7 +541,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
         raise
     except sqlite3.DatabaseError as error:
         raise FlashtuneError(_explain(path, str(error))) from error
-    except UnicodeDecodeError as error:  # names in the schema, or SQLite's words about them
+    except UnicodeDecodeError as error:  # names in the schema, or SQLite's messages about them
         raise FlashtuneError(_explain(path, "malformed schema")) from error
 
 
@@ -550,7 +550,7 @@ def _lacks_access(message: str) -> bool:
 
 
 def _explain(path: Path, message: str) -> str:
-    """What a person can do about SQLite's message, as one line."""
+    """What the user can do about SQLite's message, as one line."""
     if "not a database" in message or "malformed" in message:
         return f"{path} is not a readable database ({message}): move it away, or set FLASHTUNE_DB"
     if "is full" in message:

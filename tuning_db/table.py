@@ -1,13 +1,13 @@
-"""Tuning tables: a device's records as reviewed, diff-friendly JSON; prebuilt ones ship with us.
+"""Tuning tables: a device's records as reviewed, diff-friendly JSON; prebuilt ones ship.
 
 Usage:
     table = table_from_store(store, "nvidia-h200")
     write_table(Path("nvidia-h200.json"), table)
-    prebuilt_table("nvidia-h200")  # None when there is none
+    prebuilt_table("nvidia-h200")  # None if there is none
 
-The text is canonical: records in the order of problem, config and toolchain, so that measuring
-again changes only the lines of what changed, and `dumps_table(loads_table(text)) == text`.
-A problem has one measured record, its winner, or several predicted or corrected ones, a shortlist.
+The text is canonical: records are sorted by problem, config and toolchain, so that a new
+measurement changes only its own lines, and `dumps_table(loads_table(text)) == text`. A problem has
+one measured record, its winner, or a shortlist of several predicted or corrected ones.
 """
 
 import functools
@@ -40,7 +40,7 @@ from flashtune.tuning_db.whole_file import write_whole
 
 TABLE_VERSION = 1
 _JOULE_DIGITS = 9
-_TIME_DIGITS = 3  # a nanosecond: finer than any timer that a measurement comes from
+_TIME_DIGITS = 3  # a nanosecond: finer than any timer of a measurement
 _PREBUILT = resources.files("flashtune.tuning_db") / "prebuilt"
 
 
@@ -48,8 +48,8 @@ _PREBUILT = resources.files("flashtune.tuning_db") / "prebuilt"
 class TuningTable:
     """The records of one registered device.
 
-    Raises FlashtuneError when the device is unknown, a record is of another device, or two
-    records have the same key.
+    Raises FlashtuneError if the device is unknown, a record is of another device, or two records
+    have the same key.
     """
 
     schema_version: int = TABLE_VERSION
@@ -57,7 +57,7 @@ class TuningTable:
     records: tuple[Record, ...]
 
     def __post_init__(self) -> None:
-        """Hold what every table promises."""
+        """Check the invariants of every table."""
         if find_device(self.device).name != self.device:
             raise FlashtuneError(f"{self.device!r} is an alias: write the device's own name")
         keys = set()
@@ -91,7 +91,7 @@ def loads_table(text: str, *, origin: str) -> TuningTable:
 
 
 def read_table(path: Path) -> TuningTable:
-    """Read a table's file; raises FlashtuneError when it is missing, unreadable or invalid."""
+    """Read a table's file; raises FlashtuneError if it is missing, unreadable or invalid."""
     try:
         text = read_text(path)
     except FlashtuneError as error:
@@ -100,15 +100,15 @@ def read_table(path: Path) -> TuningTable:
 
 
 def write_table(path: Path, table: TuningTable) -> None:
-    """Write a table's file whole or not at all; raises FlashtuneError, the old file kept."""
+    """Write a table's file whole or not at all; raises FlashtuneError and keeps the old file."""
     text = dumps_table(table)
-    loads_table(text, origin=str(path))  # never write what we would refuse to read
+    loads_table(text, origin=str(path))  # never write a file that we would refuse to read
     write_whole(path, text.encode())
 
 
 @functools.cache
 def prebuilt_devices() -> tuple[str, ...]:
-    """The devices that a prebuilt table ships for, sorted."""
+    """The devices with a shipped prebuilt table, sorted."""
     if not _PREBUILT.is_dir():
         return ()
     names = (entry.name for entry in _PREBUILT.iterdir())
@@ -122,7 +122,7 @@ def prebuilt_paths() -> list[Path]:
 
 @functools.cache
 def prebuilt_table(device_name: str) -> TuningTable | None:
-    """The table that ships for this device (by name, not alias), or None; read once."""
+    """The shipped table of this device (by name, not alias), or None; read once."""
     if device_name not in prebuilt_devices():
         return None
     entry = _PREBUILT / f"{device_name}.json"
@@ -139,10 +139,10 @@ def table_from_store(
 ) -> TuningTable:
     """The device's records that are worth shipping, as a table.
 
-    Of each problem the best `measured` records that were measured; where none was, a shortlist
-    of `predicted` ones, those that a probe corrected before others. Times of different
-    toolchains don't compare, nor those of different cost models, so that only the newest
-    toolchain counts, and of predictions only the newest record's cost model.
+    For each problem, the best `measured` records that were measured; if none was, a shortlist of
+    `predicted` ones, those corrected by a probe first. Times of different toolchains or cost
+    models are not comparable, so only the newest toolchain counts, and for predictions only the
+    newest record's cost model.
     """
     by_problem = defaultdict(list)
     for record in store.records(device=device, ok_only=True):
@@ -163,7 +163,7 @@ def table_from_store(
 
 
 def toolchain_age(record: Record) -> tuple[list[list[int]], str]:
-    """Orders records by their toolchain's versions, as numbers, then by time."""
+    """Orders records by their toolchain's versions, as numbers, then by date."""
     chain = record.toolchain
     versions = [
         [int(part) for part in re.findall(r"\d+", text.partition("+")[0])]
@@ -184,7 +184,7 @@ def rank(record: Record) -> tuple[int, bool, float, str]:
 
 
 def _place(record: Record) -> tuple[Problem, str, Toolchain]:
-    """Orders a file's records by what they are of, never by what was measured."""
+    """Orders a file's records by their identity, never by their measurements."""
     return record.problem, config_key(record.config), record.toolchain
 
 

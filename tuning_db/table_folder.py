@@ -1,12 +1,12 @@
-"""The folder of tables that FLASHTUNE_TABLES names: they serve beside those that ship.
+"""The folder of tables that FLASHTUNE_TABLES names, used besides the shipped tables.
 
 Usage:
     added = added_tables()
-    added.of("nvidia-h200")    # the records of one device; of all without a name
-    added.left_out             # one line on the files that could not be read; empty where all were
+    added.of("nvidia-h200")    # the records of one device; without a name, of all
+    added.left_out             # one line on files that could not be read; empty if all were
 
-A table is a file `*.json` that lies in the folder itself, whatever it is called; a device may have
-several. A file is read again when it changed.
+A table is any file `*.json` directly in the folder; a device may have several. A file is read
+again after it changed.
 """
 
 import functools
@@ -25,7 +25,7 @@ LOG = logging.getLogger("flashtune")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AddedTables:
-    """The tables of the folder that can be read, in the order of their files' names."""
+    """The readable tables of the folder, sorted by file name."""
 
     tables: tuple[TuningTable, ...] = ()
     left_out: str = ""
@@ -43,7 +43,7 @@ class AddedTables:
 def added_paths() -> list[Path]:
     """The folder's tables, by name; none unless FLASHTUNE_TABLES is set.
 
-    Raises FlashtuneError when there is no such folder, or it cannot be read.
+    Raises FlashtuneError if there is no such folder, or it cannot be read.
     """
     folder = environment.tables_folder()
     if folder is None:
@@ -63,7 +63,7 @@ def added_paths() -> list[Path]:
 
 
 def added_tables() -> AddedTables:
-    """Every table of the folder. Of what cannot be read one warning a process says how much."""
+    """Every table of the folder. One warning per process says how many cannot be read."""
     try:
         found = [_read(path, *_state(path)) for path in added_paths()]
         broken = [each for each in found if isinstance(each, str)]
@@ -79,17 +79,17 @@ def added_tables() -> AddedTables:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """What changes with a file's content."""
+    """A file's state, which changes with its content."""
     try:
         found = os.stat(path)
     except OSError:
-        return 0, 0  # which reading it will explain
+        return 0, 0  # reading it will explain why
     return found.st_mtime_ns, found.st_size
 
 
 @functools.lru_cache(maxsize=256)
 def _read(path: Path, changed_ns: int, size: int) -> TuningTable | str:
-    """A table, or why there is none; read once in each of its states."""
+    """A table, or why there is none; read once per state of the file."""
     try:
         return read_table(path)
     except FlashtuneError as error:
@@ -98,5 +98,5 @@ def _read(path: Path, changed_ns: int, size: int) -> TuningTable | str:
 
 @functools.cache
 def _warn(text: str) -> None:
-    """Once a process: a head looks for each number of tokens."""
+    """Once per process: a head looks for each number of tokens."""
     LOG.warning("%s", text)

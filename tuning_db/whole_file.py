@@ -1,10 +1,10 @@
 """Files that are written whole or not at all.
 
 Usage:
-    write_whole(Path("made.json"), data)     # FlashtuneError: what was there is as it was
+    write_whole(Path("made.json"), data)     # on FlashtuneError an existing file is unchanged
 
-A link stays one: the file that it leads to is replaced. What is no file, as a pipe or
-`/dev/stdout`, is written to and never replaced.
+A link stays a link: the file that it leads to is replaced. A pipe or a device such as
+`/dev/stdout` is written to and never replaced.
 """
 
 import os
@@ -16,7 +16,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, in place of one that is there. Raises FlashtuneError."""
+    """Write a file, replacing an existing one. Raises FlashtuneError."""
     try:
         if _is_other_than_file(path):
             _write_into(path, data)
@@ -48,12 +48,12 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def _write_into(path: Path, data: bytes) -> None:
-    """Write to a pipe that somebody reads, or to a device."""
+    """Write to a pipe that has a reader, or to a device."""
     with open(path, "wb", opener=_open_at_once) as file:
         os.set_blocking(file.fileno(), True)
         file.write(data)
 
 
 def _open_at_once(name: str, flags: int) -> int:
-    """Waits for no reader of a pipe."""
+    """Open without waiting for a pipe's reader."""
     return os.open(name, flags | os.O_NONBLOCK)

@@ -1,5 +1,6 @@
-"""What a FlashHead gains with a model: whole answers, written with its heads in turns.
+"""What a FlashHead gains with a model: whole answers, generated with each head in turns.
 
-`timed_answer` writes and times, `bench` takes the turns, `verdict` is the rule by which a head is
-recommended, and by which `default_probes` chooses for `flashtune cluster`; `bench_table` shows it.
+`timed_answer` generates and times answers, `bench` runs the heads in turns. `verdict` is the rule
+that recommends a head; `default_probes` uses it for `flashtune cluster`. `bench_table` shows the
+result.
 """

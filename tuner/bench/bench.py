@@ -1,13 +1,13 @@
-"""Answers with the dense head and with FlashHeads in turns: what each gains, and what it changes.
+"""Answers with the dense head and FlashHeads in turns: what each gains, and what it changes.
 
 Usage:
     report = bench_model(ModelFolder.open("model"), BenchRequest(prompts=read_prompts(None)))
     report.rows          # the dense head, then each FlashHead
-    report.verdict       # which to take
+    report.verdict       # which one to take
 
-A round is a batch of prompts that every head answers, so that what else the machine does meets all
-of them; a head's step is held against the dense head's of the same round. Answers are compared
-token by token, greedily, up to the end token of the dense head's.
+In a round every head answers the same batch of prompts, so that other load on the machine affects
+all heads; a head's step is compared with the dense head's of the same round. Decoding is greedy,
+and answers are compared token by token, up to the end token of the dense head's answer.
 """
 
 import math
@@ -29,15 +29,15 @@ from flashtune.tuner.clustering.decode_state import RunningModel, model_error
 from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 
-LEAST_TOKENS = 2  # the first one's step reads the prompt
-_OF_MEDIANS = math.sqrt(math.pi / 2)  # spread of medians to that of means, of normal samples
+LEAST_TOKENS = 2  # the first token's step reads the prompt
+_OF_MEDIANS = math.sqrt(math.pi / 2)  # spread of medians over that of means, for normal samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What to write: a round is `batch` prompts, each continued by n_tokens tokens.
+    """What to generate: a round is `batch` prompts, each continued by n_tokens tokens.
 
-    seconds: no round is begun after so many, but one.
+    seconds: after these, no more rounds are begun; there is at least one round.
     """
 
     prompts: Sequence[str]
@@ -50,11 +50,11 @@ class BenchRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRow:
-    """What was measured of a head, by the rounds in which it and the dense head had their turn.
+    """The measurements of a head, from the rounds that both it and the dense head completed.
 
-    tokens_per_s, ratio (to the dense head's tokens/s of the same round): one value a round.
-    head_share: of a step's time, the median. same_tokens: before the first that differs. level,
-    model_weight: as `head.explain` has them.
+    tokens_per_s, ratio (to the dense head's tokens/s of the same round): one value per round.
+    head_share: the head's share of a step's time, the median. same_tokens: the tokens before the
+    first that differs. level, model_weight: as in `head.explain`.
     """
 
     entry: Entry
@@ -71,9 +71,9 @@ class BenchRow:
     tokens: int
 
     def judged(self, dense_us: float) -> Judged:
-        """The row as the verdict takes it; dense_us: a step's median with the dense head.
+        """The row as input for the verdict; dense_us: the median step with the dense head.
 
-        The spread is the median's own, which more rounds make smaller.
+        The spread is that of the median, which shrinks with more rounds.
         """
         step = timing([dense_us / ratio for ratio in self.ratio])
         spread = _OF_MEDIANS * step.spread_us / math.sqrt(step.samples)
@@ -90,7 +90,7 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchReport:
-    """What was measured; the dense head's row is the first. dense_us: of its step, the median."""
+    """The measurements; the first row is the dense head's. dense_us: the median of its step."""
 
     rows: tuple[BenchRow, ...]
     n_tokens: int
@@ -105,7 +105,8 @@ class BenchReport:
     def noise(self) -> float | None:
         """The largest spread of a head's median step, as a share of that step.
 
-        As large as what the verdict goes by, it tells no heads apart. None after one round.
+        If it is as large as the difference that the verdict looks for, heads cannot be told apart.
+        None after one round.
         """
         if self.rounds < 2:
             return None
@@ -114,12 +115,12 @@ class BenchReport:
 
     @property
     def verdict(self) -> Verdict:
-        """Which head to take."""
+        """The head to take."""
         return judge([row.judged(self.dense_us) for row in self.rows])
 
 
 def timing(samples: Sequence[float]) -> Timing:
-    """Median and spread of samples in microseconds, of which there may be one."""
+    """Median and spread of samples in microseconds; one sample is enough."""
     return Timing.of(samples) if len(samples) > 1 else Timing(samples[0], 0.0, 1)
 
 
@@ -141,8 +142,8 @@ def bench_model(
 ) -> BenchReport:
     """Let a folder's model answer with each head in turns; the first entry is the dense head.
 
-    running: the model, where it is loaded already. Ctrl-C ends it with what was measured, once
-    there is a round of the dense head and of another. Raises FlashtuneError.
+    running: the model, if it is loaded already. Ctrl-C ends the run with the measurements so far,
+    once the dense head and another have finished a round. Raises FlashtuneError.
     """
     running = running or RunningModel.load(folder, request.device)
     turns = _prepared(folder, entries, request, running)
@@ -154,7 +155,7 @@ def bench_model(
                 if number and time.monotonic() > until:
                     break
                 prompts = [request.prompts[at] for at in _batch(request, number)]
-                # Another head begins each round, so that none always comes after the same.
+                # Each round begins with another head, so that none always follows the same one.
                 first = number % len(turns)
                 for each in [*turns[first:], *turns[:first]]:
                     each.runs[number] = _run(running, each.head, prompts, request.n_tokens)
@@ -179,7 +180,7 @@ def bench_model(
 
 
 def _batch(request: BenchRequest, number: int) -> list[int]:
-    """Which prompts a round has: the next ones, from the first again after the last."""
+    """The prompts of a round: the next ones, starting over after the last."""
     first = number * request.batch
     return [at % len(request.prompts) for at in range(first, first + request.batch)]
 
@@ -187,7 +188,7 @@ def _batch(request: BenchRequest, number: int) -> list[int]:
 def _prepared(
     folder: ModelFolder, entries: Sequence[Entry], request: BenchRequest, running: RunningModel
 ) -> list[_Turns]:
-    """The heads, made and their kernels chosen, and everything run once."""
+    """The heads, with their kernels chosen and everything run once."""
     model = running.model
     weight = model.get_output_embeddings().weight
     n_clusters = folder.problem().n_clusters if folder.has_clusters else 0
@@ -226,12 +227,12 @@ def _made(model: object, folder: ModelFolder, entry: Entry, batch: int) -> _Turn
 def _run(
     running: RunningModel, head: FlashHead | None, prompts: Sequence[str], n_tokens: int
 ) -> Run:
-    """Answers with a head. Raises FlashtuneError where the model can't."""
+    """Generate answers with a head. Raises FlashtuneError if the model can't."""
     if head is not None:
         apply(running.model, head, always=True)
     try:
         return timed_answers(running, prompts, n_tokens)
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise anything
         raise model_error("the model cannot continue the prompts", error) from error
     finally:
         if head is not None:
@@ -247,7 +248,7 @@ def _row(turns: _Turns, dense: _Turns, request: BenchRequest, running: RunningMo
         alike = (run.tokens == right.tokens).cumprod(dim=1)
         counts = running.counted(right.tokens)
         for row, at in enumerate(_batch(request, number)):
-            if at in seen:  # a prompt that comes again says nothing new
+            if at in seen:  # a repeated prompt adds nothing new
                 continue
             seen.add(at)
             kept = int(alike[row, : counts[row]].sum())

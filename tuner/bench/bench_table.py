@@ -1,4 +1,4 @@
-"""A bench report as rows for a table, as plain data and as a picture.
+"""A bench report as rows of a table, as plain data and as a picture.
 
 Usage:
     print_rows(title(report), HEADINGS, table_rows(report), notes=notes(report))
@@ -21,7 +21,7 @@ HEADINGS = (
 
 
 def title(report: BenchReport) -> str:
-    """What was measured, and how."""
+    """What was measured, and under which conditions."""
     return (
         f"{report.n_tokens} tokens a prompt, batch {report.batch}, {report.rounds} rounds in "
         f"turns, on this machine's {report.device}"
@@ -50,7 +50,7 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
 
 
 def notes(report: BenchReport) -> Iterator[str]:
-    """What stands below the table: what its columns mean, and what is recommended."""
+    """The notes below the table: what its columns mean, and what is recommended."""
     if report.interrupted:
         yield f"INTERRUPTED: of {report.rounds} rounds only, the last one not finished"
     yield "tok/s: by the median step; spread: of rounds, from the 10th to the 90th percentile"
@@ -126,9 +126,9 @@ def _row_data(row: BenchRow) -> dict[str, Any]:
 
 
 def plot(report: BenchReport, path: Path) -> None:
-    """Draw the share of answers that stay the same against tokens/s, to a file of the name's kind.
+    """Draw the share of unchanged answers against tokens/s; the file's suffix sets the format.
 
-    The numbers of probes of one form are joined.
+    A line joins the numbers of probes of one form.
     """
     figure = require_matplotlib()(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()

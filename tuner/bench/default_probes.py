@@ -1,12 +1,12 @@
-"""How many clusters a new FlashHead model probes, where nobody says: found by running it.
+"""The default number of probes of a new FlashHead model, found by running the model.
 
 Usage:
     chosen = choose_probes(source, folder, None, read_prompts(None), n_tokens=64, device="cpu")
     chosen.n_probes, chosen.why
 
-The dense head's answers, written once, say for every number of probes at once which of them stay
-the same. Then a few numbers take turns in whole steps, and `verdict` chooses. Both are bounded in
-time: of a slow model there are fewer answers or rounds.
+The dense head's answers, generated once, show for every number of probes which answers stay the
+same. Then a few numbers of probes are timed in whole steps, in turns, and `verdict` chooses. Both
+parts are limited in time: a slow model gets fewer answers or rounds.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,12 @@ from flashtune.tuner.clustering.head_form import with_clusters
 from flashtune.tuner.clustering.quality import Study
 from flashtune.tuning_db.errors import FlashtuneError
 
-ANSWER_SECONDS, STEP_SECONDS = 120.0, 60.0  # for the answers, and for the turns
-_ROUNDS, _STEPS = 24, 8  # of the turns, which need no whole answers
+ANSWER_SECONDS, STEP_SECONDS = 120.0, 60.0  # for the answers, for the turns
+_ROUNDS, _STEPS = 24, 8  # of the turns, which need not be whole answers
 _ENOUGH = 18
-"""Answers from which on a number of probes that keeps them all may be expected to keep 95 % of
-others: (n + 1) / (n + 2). Of fewer answers, only what all clusters keep is known."""
+"""The least number of answers n after which a number of probes that keeps them all can be expected
+to keep 95 % of others: (n + 1) / (n + 2). With fewer answers, only the result of probing all
+clusters is known."""
 
 
 def choose_probes(
@@ -41,10 +42,10 @@ def choose_probes(
     n_tokens: int,
     device: str,
 ) -> Chosen:
-    """The number of probes for a folder's clusters behind a screen, and why.
+    """The number of probes for a folder's clusters behind a screen, and the reason.
 
-    source: the model, and folder: where its clusters are, which may be the same. Raises
-    FlashtuneError where the model cannot be run here, or not in time.
+    source: the model's folder; folder: that of its clusters, which may be the same. Raises
+    FlashtuneError if the model cannot be run here, or not in time.
     """
     require_transformers()
     _check_memory(source, device)
@@ -79,7 +80,7 @@ def choose_probes(
 
 
 def _check_memory(folder: ModelFolder, device: str) -> None:
-    """Raise FlashtuneError where the model does not fit into what is free."""
+    """Raise FlashtuneError if the model does not fit into the free memory."""
     size = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
     free = free_bytes(torch.device(device))
     if size > free:

@@ -1,4 +1,4 @@
-"""Which heads take their turns: the dense one, FlashHeads, and screens without clusters.
+"""The heads to compare: the dense one, FlashHeads, and screens without clusters.
 
 Usage:
     entries = lineup(folder, n_probes=[192, 384], screens=[Screen.parse("int8")])
@@ -17,9 +17,9 @@ WITHOUT_CLUSTERS = ("int8", "int4")  # the screens of a model that has no cluste
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A head. n_probes: None without clusters; with neither these nor a screen the dense head.
+    """A head. n_probes: None without clusters; without clusters and screen it is the dense head.
 
-    dtype: the model's; own: as the folder has it.
+    dtype: the model's; own: whether this is the folder's own setting.
     """
 
     dtype: str
@@ -34,18 +34,18 @@ class Entry:
 
     @property
     def form(self) -> str:
-        """As every table names it: `bf16`, `int8:8`, `no clusters int8:8`, `dense bf16`."""
+        """Its name in every table: `bf16`, `int8:8`, `no clusters int8:8`, `dense bf16`."""
         if self.n_probes is not None:
             return str(with_clusters(self.dtype, self.screen))
         return f"dense {self.dtype}" if self.screen is None else f"no clusters {self.screen}"
 
     @property
     def name(self) -> str:
-        """The form, with its probes."""
+        """The form, with the number of probes."""
         return self.form if self.n_probes is None else f"{self.form} with {self.n_probes} probes"
 
     def added_bytes(self, shape: tuple[int, int], n_clusters: int) -> int:
-        """About what it adds in memory; shape: of the weight, `[vocab, hidden]`."""
+        """Roughly the memory that it adds; shape: the weight's, `[vocab, hidden]`."""
         if self.dense:
             return 0
         rows, centroids = self.dtype, self.dtype
@@ -59,12 +59,12 @@ def lineup(
     n_probes: Sequence[int] = (),
     screens: Sequence[Screen | None] = (),
 ) -> list[Entry]:
-    """The dense head, then what is asked for, each once.
+    """The dense head, then the requested heads, each once.
 
-    Of a folder with clusters each screen (None for the model's own numbers; unless given the
-    folder's) with each number of probes (unless given the folder's, and all), and each screen
-    without clusters; unless anything is given `int8` is such a one. Of one without clusters each
-    screen, `int8` and `int4` unless given. Raises FlashtuneError for probes that there are not.
+    For a folder with clusters: each screen (None: the model's own numbers; default: the folder's)
+    with each number of probes (default: the folder's, and all clusters), and each screen without
+    clusters (`int8` if nothing is given). For a folder without clusters: each screen (default:
+    `int8` and `int4`). Raises FlashtuneError for more probes than clusters.
     """
     dtype = folder.dtype
     found = [Entry(dtype=dtype)]

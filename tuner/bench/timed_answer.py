@@ -1,11 +1,11 @@
-"""A batch of answers with the head that a model has: their tokens, and what the steps took.
+"""A batch of answers with a model's current head: their tokens, and the times of the steps.
 
 Usage:
     run = timed_answers(running, prompts, n_tokens=64)
     run.step_us, run.head_us, run.tokens
 
-Steps are counted from the first token on: the prompt is left out. The head is timed where it is
-called, in the same steps. Medians count: what else the machine does stops some steps for long.
+Steps count from the first token on: the prompt is left out. The head is timed within the same
+steps, around its call. Medians count, because other load on the machine delays some steps a lot.
 """
 
 import copy
@@ -23,7 +23,7 @@ from flashtune.tuner.clustering.decode_state import RunningModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """tokens int64 `[prompts, tokens]`; medians of the steps, in microseconds."""
+    """tokens: int64 `[prompts, tokens]`; times are medians over the steps, in microseconds."""
 
     tokens: torch.Tensor
     step_us: float
@@ -60,10 +60,10 @@ def timed_answers(running: RunningModel, prompts: Sequence[str], n_tokens: int) 
 
 
 class _HeadClock:
-    """What each call of a module takes; on a GPU by its own clock, without waiting for it."""
+    """The time of each call of a module; on a GPU by events, without waiting for it."""
 
     def __init__(self, module: torch.nn.Module, *, cuda: bool) -> None:
-        """Nothing is timed before it is entered."""
+        """Nothing is timed until the context is entered."""
         self._module, self._cuda = module, cuda
         self._begun: list[Any] = []
         self._ended: list[Any] = []
@@ -91,7 +91,7 @@ class _HeadClock:
         return note
 
     def microseconds(self) -> list[float]:
-        """Of each call, in their order."""
+        """The time of each call, in order."""
         pairs = list(zip(self._begun, self._ended, strict=True))
         if self._cuda:
             torch.cuda.synchronize()

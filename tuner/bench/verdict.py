@@ -1,13 +1,14 @@
-"""Which head to take: the one rule of `flashtune bench` and of `flashtune cluster`.
+"""Which head to take: the rule that `flashtune bench` and `flashtune cluster` share.
 
 Usage:
     verdict = judge(heads)       # each with the time of a step and the answers that it keeps
     verdict.pick                 # the one to take
     verdict.describe()           # why
 
-With fewer probes a head writes other answers, and it is only a part of a step. So answers are
-given up for time only where that is known to buy enough of a whole step: of the heads whose step
-takes less than 5 % longer than the fastest one's, or is not told apart, the one that keeps most.
+With fewer probes a head changes more answers, and the head is only a part of a step. So answers
+are traded for time only if that is known to save enough of a whole step. Among the heads whose
+step takes less than 5 % longer than the fastest one's, or cannot be told apart from it, the rule
+takes the one that keeps the most answers.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from flashtune.kernels.measure.timing import Timing
 from flashtune.tuner.clustering.quality_report import fastest
 
-LEAST_SAME = 0.95  # of the answers, for a head to be said to keep them
+LEAST_SAME = 0.95  # of the answers: from here on a head counts as keeping them
 MOST_COST = 0.05  # of a step's time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """A head: a step of the model with it, and how many of how many answers stay the same.
+    """A head: the model's step with it, and how many of how many answers stay the same.
 
-    step: held against the dense head's steps of the same rounds, with the spread of the median;
-    speed: tokens/s as a multiple of
-    its; added_bytes: in memory. dense: whether it is the dense head.
+    step: relative to the dense head's steps of the same rounds, with the spread of the median;
+    speed: tokens/s as a multiple of the dense head's; added_bytes: in memory. dense: whether it is
+    the dense head.
     """
 
     name: str
@@ -54,14 +55,14 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """The head to take, the fastest one, and of those that keep the answers the fastest."""
+    """The head to take, the fastest, and the fastest of those that keep the answers."""
 
     pick: Judged
     quickest: Judged
     keeper: Judged | None
 
     def describe(self) -> str:
-        """What to take, and why, in a sentence or two."""
+        """Which head to take, and why, in a sentence or two."""
         pick, quickest, keeper = self.pick, self.quickest, self.keeper
         gained = _longer(pick, quickest)
         noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
@@ -101,13 +102,13 @@ def judge(heads: Sequence[Judged]) -> Verdict:
 
 
 def _is_near(head: Judged, quickest: Judged) -> bool:
-    """Whether a step takes less than 5 % longer, as far as their spread lets that be told."""
+    """Whether a step takes less than 5 % longer, as far as the spreads can tell."""
     longer = head.step.median_us - quickest.step.median_us
     spread = max(head.step.spread_us, quickest.step.spread_us)
     return longer < MOST_COST * quickest.step.median_us + spread
 
 
 def _longer(head: Judged, other: Judged, of: Judged | None = None) -> float:
-    """By what share, of its own step's time or of another's, a head's step takes longer."""
+    """How much longer a head's step takes than another's, as a share of its own or `of`'s."""
     step = (of or head).step.median_us
     return (head.step.median_us - other.step.median_us) / step

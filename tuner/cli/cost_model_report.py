@@ -1,4 +1,4 @@
-"""A check of the cost model as a person sees it."""
+"""The cost model's check, formatted for the terminal."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from flashtune.tuner.predict.check import (
 
 
 def print_report(report: Report) -> None:
-    """Print every table, and a line for each thing that was asked of the model."""
+    """Print every table, and a line for each requirement of the model."""
     for table in (
         splits_table(report),
         problems_table(report),
@@ -101,7 +101,7 @@ def figures_table(report: Report) -> Table:
 
 
 def rates_table(report: Report) -> Table:
-    """A line for each published pair of rates: what a token saves."""
+    """A line for each published pair of rates: the saving per token."""
     table = _table(
         "what a token saves on other devices by published rates, microseconds",
         "device",
@@ -128,7 +128,7 @@ def rates_table(report: Report) -> Table:
 
 
 def formats_table(report: Report) -> Table:
-    """A line for each time in a format, or of a plan, that the fit knows nothing of."""
+    """A line for each time in a format, or of a plan, that is unknown to the fit."""
     table = _table(
         "measured on another device, with formats and plans that the fit never saw, microseconds",
         "device",
@@ -153,7 +153,7 @@ def formats_table(report: Report) -> Table:
 
 
 def verdicts(report: Report) -> list[tuple[str, bool]]:
-    """What was asked of the model, and whether it holds."""
+    """The requirements of the model, and whether they hold."""
     passed: dict[str, Any] = report.data()["passed"]
     return [
         (f"rank correlation of at least {LEAST_CORRELATION}", passed["rank_correlation"]),

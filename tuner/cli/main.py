@@ -1,7 +1,8 @@
 """The command line: it parses, calls and prints.
 
-Commands load what they need when they are called, so that help, completion and the version come
-at once. What a person can correct ends as one line and exit code 2, Ctrl-C with exit code 130.
+Commands load what they need when they are called, so that help, completion and the version appear
+at once. An error that the user can correct ends in one line and exit code 2, Ctrl-C in exit code
+130.
 """
 
 import sys
@@ -30,7 +31,7 @@ from flashtune.tuning_db.one_line import one_line
 
 
 class Commands(click.Group):
-    """Turns every ending into an exit code and, where something is wrong, one line."""
+    """Turns every ending into an exit code and, for an error, one line."""
 
     def main(
         self,
@@ -50,7 +51,7 @@ class Commands(click.Group):
             _end(str(error), 2)
         except click.ClickException as error:
             if type(error).show not in (click.UsageError.show, click.ClickException.show):
-                error.show()  # help, where a command is missing
+                error.show()  # help, if a command is missing
                 sys.exit(2)
             _end(error.format_message(), 2)
         except click.Abort:  # a question was not answered
@@ -69,7 +70,7 @@ class Commands(click.Group):
 
 
 def _end(text: str, code: int) -> NoReturn:
-    """Say in one line what is wrong, and exit."""
+    """Print the error in one line, and exit."""
     print(f"Error: {one_line(text)}", file=sys.stderr)
     sys.exit(code)
 

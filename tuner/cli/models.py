@@ -1,4 +1,4 @@
-"""`flashtune cluster` and `flashtune quality`: make a FlashHead model, and say how good it is."""
+"""`flashtune cluster` and `flashtune quality`: make a FlashHead model, and judge its quality."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -142,7 +142,7 @@ def _fastest_of(
     n_tokens: int,
     device: str,
 ) -> "Callable[[ModelFolder], Chosen]":
-    """What chooses a folder's probes and screen for a recall."""
+    """A function that chooses a folder's probes and screen for a recall."""
     from flashtune.tuner.clustering.clustered_folder import Chosen
     from flashtune.tuner.clustering.decode_state import read_prompts, require_transformers
     from flashtune.tuner.clustering.quality_report import QualityRequest, study_model
@@ -174,7 +174,7 @@ def _fastest_of(
 def _keeping_answers(
     model: str, screen: "Screen | None", prompts: Path | None, n_tokens: int, device: str
 ) -> "Callable[[ModelFolder], Chosen]":
-    """What chooses a folder's probes by the answers of its model and the time of its steps."""
+    """A function that chooses a folder's probes by its model's answers and step times."""
     from flashtune.kernels.model_folder.folder import ModelFolder
     from flashtune.tuner.bench.default_probes import choose_probes
     from flashtune.tuner.clustering.clustered_folder import Chosen
@@ -194,7 +194,7 @@ def _keeping_answers(
 
 
 def _looked_at(screens: "tuple[Screen | None, ...]") -> "list[Screen]":
-    """The screens that are given, or the usual ones."""
+    """The given screens, or the usual ones."""
     from flashtune.kernels.formats.screen import Screen
     from flashtune.tuner.clustering.head_form import USUAL_SCREENS
 

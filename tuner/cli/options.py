@@ -1,9 +1,11 @@
 """The options that commands share, each declared once: a name means the same everywhere.
 
 `--device` is a device by name or alias, `--model` a model's folder or its name in Hugging Face's
-cache, `--out` what is written, `--db` the database, `--seed` a start for random numbers.
+cache, `--out` the file or folder to write, `--db` the database, `--seed` the seed of random
+numbers.
 
-Nothing here loads torch: values are read by what a command needs anyway, once it is called.
+Nothing here loads torch: values are parsed with modules that the command needs anyway, once it is
+called.
 """
 
 import math
@@ -23,7 +25,7 @@ from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
-    _ParamType = click.ParamType  # which before click 8.2 takes no type
+    _ParamType = click.ParamType  # not generic before click 8.2
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -42,12 +44,12 @@ class Parsed(_ParamType):
         parse: Callable[[str], Any],
         known: Callable[[], Iterable[str]] = lambda: (),
     ) -> None:
-        """known: what a shell may complete."""
+        """known: the values that a shell may complete."""
         self.name = name
         self._parse, self._known = parse, known
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The parsed value; what was parsed before is left alone."""
+        """The parsed value; a value that is already parsed is left alone."""
         if not isinstance(value, str):
             return value
         try:
@@ -58,12 +60,12 @@ class Parsed(_ParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The known values that begin so."""
+        """The known values that begin with the incomplete text."""
         return [CompletionItem(each) for each in self._known() if each.startswith(incomplete)]
 
 
 class Option(click.Option):
-    """An option that is still read under the names that it had before; help does not show them."""
+    """An option that is still accepted under its former names, which help does not show."""
 
     def __init__(self, *args: Any, old: tuple[str, ...] = (), **settings: Any) -> None:
         """old: those names, with their dashes."""
@@ -71,7 +73,7 @@ class Option(click.Option):
         self._old = old
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Have the parser know all names."""
+        """Register all names with the parser."""
         shown = self.opts
         self.opts = [*shown, *self._old]
         try:
@@ -104,7 +106,7 @@ def _model_problem(source: str) -> Problem:
 
 
 def _screen(text: str) -> Any:
-    """What screens a head; None for `none`."""
+    """A head's screen; None for `none`."""
     from flashtune.kernels.formats.screen import screen_of
 
     return screen_of(text)
@@ -227,7 +229,7 @@ tokens: Decorator[Any] = click.option(
 
 
 def screens(text: str) -> Decorator[Any]:
-    """`--screen`: what may screen a head, any number of times; `none` for nothing."""
+    """`--screen`: a head's screens, given any number of times; `none` for no screen."""
     return click.option("--screen", "screens", type=SCREEN, multiple=True, help=text)
 
 

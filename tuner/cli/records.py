@@ -1,4 +1,4 @@
-"""What is known: `flashtune devices`, `show`, `best`, `render`, `report`, `studies`, `forget`."""
+"""Known data: `flashtune devices`, `show`, `best`, `render`, `report`, `studies`, `forget`."""
 
 import sys
 from pathlib import Path

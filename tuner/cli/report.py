@@ -1,4 +1,4 @@
-"""Devices and records as a person sees them."""
+"""Devices and records, formatted for the terminal."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from flashtune.tuning_db.one_line import one_line
 from flashtune.tuning_db.record import Outcome, Provenance, Record
 
 _MARKS = {USER: "", ADDED: "+", PREBUILT: "*"}  # after a record's outcome
-_FIGURES = {  # of a probe: what they are, their unit, how many of it are one, digits
+_FIGURES = {  # of a probe: label, unit, factor, digits
     "bandwidth": ("memory reads", "GB/s", 1e-9, 1),
     "launch_us": ("launch alone", "us", 1.0, 2),
     "overlapped_us": ("launch overlapped", "us", 1.0, 2),
@@ -30,12 +30,12 @@ _TABLES = {
 
 
 def number(time_us: float | None) -> str:
-    """Microseconds; empty where there is no time."""
+    """Microseconds; empty if there is no time."""
     return "" if time_us is None else f"{time_us:.1f}"
 
 
 def time_of(record: Record) -> str:
-    """The time of a record, with the 80 % interval where it was predicted."""
+    """The time of a record, with the 80 % interval if it was predicted."""
     from flashtune.kernels.predict.cost_model import interval_us
 
     text = number(record.measurement.median_us)
@@ -43,13 +43,13 @@ def time_of(record: Record) -> str:
         return text
     try:
         interval = interval_us(record.problem, parse_config(record.config), record.measurement)
-    except FlashtuneError:  # of another version of its plan
+    except FlashtuneError:  # from another version of its plan
         return text
     return text if interval is None else f"{text} ({interval[0]:.1f}-{interval[1]:.1f})"
 
 
 def print_records(known: Sequence[KnownRecord]) -> None:
-    """Print records, a line each, with configs whole."""
+    """Print records, one line each, with whole configs."""
     rows = []
     for each in known:
         record, measurement = each.record, each.record.measurement
@@ -77,7 +77,7 @@ def print_records(known: Sequence[KnownRecord]) -> None:
 
 
 def predicted_notes(records: Iterable[Record]) -> list[str]:
-    """What is to be said of predicted times, those of formats and plans by guess above all."""
+    """Notes on predicted times, above all those that are guesses for formats and plans."""
     from flashtune.kernels.predict.cost_model import unfitted
 
     predicted = [each for each in records if each.provenance is not Provenance.MEASURED]
@@ -99,7 +99,7 @@ def predicted_notes(records: Iterable[Record]) -> list[str]:
 
 
 def print_devices(devices: Sequence[Device], here: Collection[Device]) -> None:
-    """Print devices, with those of this machine marked, and what was published of them."""
+    """Print devices and their published figures, with those of this machine marked."""
     rows = [
         (
             device.name,
@@ -122,7 +122,7 @@ def print_devices(devices: Sequence[Device], here: Collection[Device]) -> None:
 
 
 def print_probes(probed: Sequence[Probed]) -> None:
-    """Print what devices measured of themselves beside what is expected by published figures."""
+    """Print devices' probes beside the values expected from published figures."""
     rows = []
     for each in probed:
         measured, expected = (asdict(part) for part in (each.probe.figures, each.expected))
@@ -152,7 +152,7 @@ def print_probes(probed: Sequence[Probed]) -> None:
 def device_data(device: Device, here: bool) -> dict[str, Any]:
     """A device as plain data.
 
-    evidence: of predictions against what others published, None where nobody did.
+    evidence: predictions against published figures, None if there are none.
     """
     evidence = published_evidence().get(device.name)
     return {

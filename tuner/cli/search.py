@@ -15,14 +15,14 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.store import Store, default_path
 
-FAILED = 1  # the exit code where nothing worked
+FAILED = 1  # the exit code if nothing worked
 
 
 class _Search(click.Command):
-    """Names presets and knobs below its options; plans are read only for that."""
+    """Lists presets and knobs below its options; plans are loaded only for that."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write them."""
+        """Write the lists."""
         from flashtune.kernels.plans.candidate import PLANS
         from flashtune.kernels.plans.knob import knobs
 
@@ -31,7 +31,7 @@ class _Search(click.Command):
             formatter.write_text(options.SHAPE_EPILOG)
             for name, plan in PLANS.items():
                 if not knobs(plan.config):
-                    continue  # plain torch has nothing to choose
+                    continue  # plain torch has no knobs
                 formatter.write_paragraph()
                 formatter.write_text(f"Knobs of plan={name}: {', '.join(knobs(plan.config))}.")
 

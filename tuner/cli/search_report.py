@@ -1,6 +1,6 @@
-"""A search as a person sees it: progress while it runs, and what came of it.
+"""A search's progress while it runs, and its results, formatted for the terminal.
 
-Progress goes to standard error: a live line on a terminal, a line now and then elsewhere.
+Progress goes to standard error: a live line on a terminal, occasional lines elsewhere.
 """
 
 import sys
@@ -23,15 +23,15 @@ from flashtune.tuning_db.record import Provenance
 
 
 class SearchProgress(ProgressBar):
-    """Shows how the searches of a run go: trials, best so far, ratio to the floor, time left."""
+    """Shows a run's searches: trials, best time so far, ratio to the floor, time left."""
 
     def __init__(self, provenance: Provenance) -> None:
-        """Nothing is shown before the first search."""
+        """Shows nothing before the first search."""
         super().__init__()
         self._provenance = provenance
 
     def start(self, problem: Problem, trials: int, floor_us: float | None) -> "ProblemProgress":
-        """Begin a search; the result is its `on_event`."""
+        """Begin to show a search; returns its `on_event`."""
         task = self._add(problem.describe(), trials)
         return ProblemProgress(self, problem, task, floor_us)
 
@@ -42,7 +42,7 @@ class SearchProgress(ProgressBar):
     def show(
         self, problem: Problem, task: TaskID, event: Event, floor_us: float | None, left: TimeLeft
     ) -> None:
-        """Show how far one search is."""
+        """Show the progress of one search."""
         best = self.describe_best(event, floor_us)
         self._show(task, event.done, event.total, best, left.ends(event.total, event.stops))
         if self._line_due(anyway=event.comparing):
@@ -73,7 +73,7 @@ class ProblemProgress:
     def __init__(
         self, progress: SearchProgress, problem: Problem, task: TaskID, floor_us: float | None
     ) -> None:
-        """Counted from now."""
+        """The clock starts now."""
         self._progress, self._problem, self._task = progress, problem, task
         self._floor_us, self._left = floor_us, TimeLeft()
 
@@ -84,7 +84,7 @@ class ProblemProgress:
 
 
 def print_results(outcome: SessionResult) -> None:
-    """Print baseline, default and winner of each problem, and what a reader must know of them."""
+    """Print baseline, default and winner of each problem, with the notes that they need."""
     rows = []
     for result in outcome.results:
         floor = floor_us(result.problem, outcome.device)
@@ -113,7 +113,7 @@ def print_results(outcome: SessionResult) -> None:
 
 
 def _print_front(result: Result) -> None:
-    """The configs that no other beats in both time and energy."""
+    """Print the configs that no other beats in both time and energy."""
     rows = [
         (
             number(record.measurement.median_us),
@@ -137,7 +137,7 @@ def _why_none(result: Result) -> str:
 
 
 def _notes(outcome: SessionResult) -> Iterator[str]:
-    """What stands below the table."""
+    """The notes below the table."""
     if outcome.cancelled:
         begun = len(outcome.results)
         yield (
@@ -160,7 +160,7 @@ def _notes(outcome: SessionResult) -> Iterator[str]:
 
 
 def _notes_of(result: Result, device: Device) -> Iterator[str]:
-    """What is to be said of one problem."""
+    """The notes on one problem."""
     name, winner = result.problem.describe(), result.winner
     if winner is None:
         return

@@ -1,4 +1,4 @@
-"""Where output goes: terminals of any width and encoding, pipes, files, and ends that are closed.
+"""Output to terminals of any width and encoding, pipes, files, and closed streams.
 
 Usage:
     say("made.json: 12 records")      # err=True: on standard error
@@ -6,8 +6,8 @@ Usage:
     print_table(table)
     print_rows("title", ("problem", ">us", "config"), rows, notes=["what it means"])
 
-All that commands print goes through here: names and errors out of files that others wrote are
-spelled where a terminal would obey them, and are never taken for markup.
+All output of commands goes through here. Control characters in names and errors from foreign files
+are escaped, and such text is never interpreted as markup.
 """
 
 import codecs
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-INTERRUPTED = 130  # the exit code: what shells say of a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code that shells give a program ended by Ctrl-C
 _SPELLED = {"…": "...", "µ": "u", "→": "->", "≥": ">="}
 _ENCODING_ERRORS = "flashtune-spelled"
 _WHOLE = ("device", "record", "outcome")  # columns that are never wrapped
-_UNLIMITED = 100_000  # columns, where no terminal limits them
+_UNLIMITED = 100_000  # columns, if no terminal limits them
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """What an encoding lacks, in ASCII."""
+    """Characters that an encoding lacks, spelled in ASCII."""
     assert isinstance(error, UnicodeEncodeError)
     missing = error.object[error.start : error.end]
     return "".join(_SPELLED.get(each, "?") for each in missing), error.end
 
 
 def printable(*streams: IO[str] | None) -> None:
-    """Let the streams spell what their encoding lacks; one that is closed is None."""
+    """Let the streams spell characters that their encoding lacks; a closed stream is None."""
     codecs.register_error(_ENCODING_ERRORS, _spell)
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
@@ -81,8 +81,8 @@ def print_rows(
 ) -> None:
     """Print a table whose last column is always shown whole.
 
-    Where the terminal is too narrow for it, it follows the table, a line for each row, which
-    begins with the row's first column. Headings that start with `>` are of columns of numbers.
+    If the terminal is too narrow for it, it follows the table, one line per row, which begins with
+    the row's first column. Headings that start with `>` mark columns of numbers.
     """
     from rich.measure import Measurement
 

@@ -1,12 +1,12 @@
-"""Tokens to clusters that each have so many places: an auction, then whatever is free.
+"""Assign tokens to clusters of limited size: an auction, then whatever places are free.
 
 Usage:
     clusters = assign(scores, candidates, places, best_free)     # int64 [tokens]
 
-Every token bids for its best candidate as much as that is better than its second best, both
-less what they cost already; a cluster keeps the best bids, and costs the least of them
-(Bertsekas, Linear network optimization, 1991, chapter 4). A few rounds come close to the best
-assignment; what they leave over takes the best of the clusters that have room.
+Every token bids for its best candidate the margin over its second best, each less its current
+price. A cluster keeps the best bids, and its price is the lowest of them (Bertsekas, Linear
+network optimization, 1991, chapter 4). A few rounds come close to the best assignment; the
+remaining tokens take the best of the clusters that have free places.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 60
-_STEP = 1e-3  # that a bid adds at least, so that ties end; scores are about 1
+_STEP = 1e-3  # least increment of a bid, so that ties end; scores are about 1
 
 BestFree = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -26,11 +26,11 @@ def assign(
     best_free: BestFree,
     rounds: int = ROUNDS,
 ) -> torch.Tensor:
-    """The cluster of each token, no cluster with more than its places: int64 `[tokens]`.
+    """The cluster of each token, int64 `[tokens]`; no cluster exceeds its places.
 
-    scores `[tokens, n]` of the candidates, clusters int64 `[tokens, n]`; places int64
-    `[clusters]`, at least as many as tokens. best_free(tokens, clusters) gives, for each of
-    some tokens, the score and the position of the best of some clusters.
+    scores `[tokens, n]` are those of the candidates, clusters int64 `[tokens, n]`; places int64
+    `[clusters]`, in total at least one per token. best_free(tokens, clusters) gives, for each of
+    the given tokens, the score and the position of the best of the given clusters.
     """
     clusters = torch.full_like(candidates[:, 0], -1)
     bids = torch.zeros_like(scores[:, 0])
@@ -57,9 +57,9 @@ def assign(
 def _evict(
     clusters: torch.Tensor, bids: torch.Tensor, places: torch.Tensor, costs: torch.Tensor
 ) -> torch.Tensor:
-    """Keep the best bids for each cluster's places; the others' tokens, whose cluster is now -1.
+    """Keep the best bids for each cluster's places; returns the evicted tokens, now in cluster -1.
 
-    A cluster that is full then costs its least bid.
+    The price of a cluster that is then full is its lowest bid.
     """
     held = (clusters >= 0).nonzero()[:, 0]
     held = held[bids[held].argsort(descending=True, stable=True)]

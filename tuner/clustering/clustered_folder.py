@@ -1,10 +1,10 @@
-"""From any causal model's folder to a FlashHead model's: cluster, choose probes, write.
+"""From a causal model's folder to a FlashHead model's folder: cluster, choose probes, write.
 
 Usage:
     result = cluster_model(ClusterRequest(model="model", out=Path("model-flash")))
 
-Nothing of the source is changed, and the new folder gets its name only once it is whole. Ctrl-C
-leaves a checkpoint beside it, from which the same request goes on.
+The source is not changed, and the new folder gets its name only once it is complete. Ctrl-C leaves
+a checkpoint beside it, from which the same request continues.
 """
 
 import json
@@ -41,14 +41,14 @@ from flashtune.tuner.progress import StepProgress
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import count, members, parse_json
 
-CLUSTER_SIZE = 16  # tokens, unless a number of clusters is asked for
+CLUSTER_SIZE = 16  # tokens, unless a number of clusters is given
 _METADATA = "flashtune"
 _LEFT_OUT = (".git", ".cache", CLUSTERING_FILE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
-    """The number of probes, what screens the head (None where it is read as it is), and why."""
+    """The number of probes, the head's screen (None if it is read as it is), and the reason."""
 
     n_probes: int
     screen: Screen | None = None
@@ -60,10 +60,11 @@ Choose = Callable[[ModelFolder], Chosen]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRequest:
-    """What to make of which folder.
+    """A request to make a FlashHead model's folder.
 
-    n_clusters: a sixteenth of the vocabulary unless given; n_probes: a sixteenth of that. screen:
-    the head is read as it is unless given. link: hard links to the weight files instead of copies.
+    n_clusters: default: a sixteenth of the vocabulary; n_probes: default: a sixteenth of that.
+    screen: default: the head is read as it is. link: make hard links to the weight files instead
+    of copies.
     """
 
     model: str
@@ -79,9 +80,9 @@ class ClusterRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterResult:
-    """What was made; fit is the share of the rows' length along their centroids' directions.
+    """The result; fit is the share of the rows' length along their centroids' directions.
 
-    why: how probes and screen were chosen; empty where they were given.
+    why: how probes and screen were chosen; empty if they were given.
     """
 
     out: Path
@@ -98,7 +99,7 @@ class ClusterResult:
 def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> ClusterResult:
     """Cluster a model's head and write the folder. Raises FlashtuneError.
 
-    choose is asked for the number of probes and the screen once the clusters are there.
+    choose: called once the clusters exist, to choose the number of probes and the screen.
     """
     source = ModelFolder.open(request.model)
     place = source.head_weight()
@@ -130,7 +131,7 @@ def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> Clus
 
 
 def _cluster(kmeans: BalancedKMeans, request: ClusterRequest) -> "Checkpoint":
-    """Iterate from the checkpoint on."""
+    """Iterate, starting from the checkpoint."""
     checkpoint = Checkpoint(request.out, kmeans)
     checkpoint.load()
     title = f"{kmeans.origin.vocab_size}x{kmeans.origin.hidden_size} c{kmeans.n_clusters}"
@@ -149,7 +150,7 @@ def _write(
     chosen: Chosen,
     choose: Choose | None,
 ) -> Chosen:
-    """Write the folder where no other process does, and give it its name when it is whole."""
+    """Write the folder under a temporary name, and rename it once it is complete."""
     scratch = Path(tempfile.mkdtemp(dir=request.out.parent, prefix=_partial(request.out)))
     partial = scratch / request.out.name
     try:
@@ -175,12 +176,12 @@ def _write(
 
 
 def _partial(out: Path) -> str:
-    """How the name begins of what is not whole yet."""
+    """The prefix of the names of incomplete folders."""
     return f"{out.name}.partial"
 
 
 def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
-    """Nothing is overwritten, and the copy must fit on the disk."""
+    """Check that nothing would be overwritten and that the copy fits on the disk."""
     out = request.out
     if not out.parent.is_dir():
         raise FlashtuneError(f"{out.parent}: no such folder: make it first")
@@ -216,7 +217,7 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
         without = old & set(names) if Path(folder) == source.path else set()
         for path in (Path(folder, name) for name in names if name not in without):
             inside(source.path, str(path.relative_to(source.path)))
-            if path.is_symlink() and path.is_dir():  # it may hold itself
+            if path.is_symlink() and path.is_dir():  # it may contain itself
                 raise FlashtuneError(f"{path}: is a link to a folder: put the folder itself there")
         return without
 
@@ -224,7 +225,7 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
 
 
 def _write_config(source: ModelFolder, target: Path, chosen: Chosen) -> None:
-    """The source's config with what makes it a FlashHead model's."""
+    """Write the source's config with the entries of a FlashHead model added."""
     config: dict[str, Any] = {
         **{name: value for name, value in source.config.items() if name != SCREEN_KEY},
         "architectures": [PREFIX + name.removeprefix(PREFIX) for name in source.architectures],
@@ -238,10 +239,10 @@ def _write_config(source: ModelFolder, target: Path, chosen: Chosen) -> None:
 
 
 class Checkpoint:
-    """How far a clustering is, in a file beside the folder to be made."""
+    """A clustering's progress, in a file beside the folder to be made."""
 
     def __init__(self, out: Path, kmeans: BalancedKMeans) -> None:
-        """Nothing is read or written yet."""
+        """Reads and writes nothing yet."""
         self.path = out.with_name(out.name + ".checkpoint")
         self._kmeans = kmeans
         self._run = {
@@ -251,7 +252,7 @@ class Checkpoint:
         }
 
     def load(self) -> None:
-        """Bring the clustering to where the file says it was, if there is a file."""
+        """Restore the clustering from the file, if there is one."""
         if not self.path.exists():
             return
         with open_tensors(self.path) as tensors:

@@ -31,8 +31,8 @@ from flashtune.tuning_db.one_line import quoted
 
 _PROMPTS = files("flashtune.tuner.clustering") / "prompts.txt"
 _BATCH = 8  # prompts at a time
-_FIRST = 2  # that show the pace, where time is bounded
-# Else transformers asks on standard input whether to run what comes with a model.
+_FIRST = 2  # prompts that show the pace if time is limited
+# Otherwise transformers asks on standard input whether to run code that comes with a model.
 _OWN_CODE = {"trust_remote_code": False, "local_files_only": True}
 _WEIGHTS = {"dtype": "auto", "use_safetensors": True, **_OWN_CODE}
 _ADAPTER = "adapter_config.json"
@@ -42,7 +42,7 @@ _INPUTS = ("input_ids", "attention_mask")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What the head was given at each step of some answers, one answer after the other.
+    """The head's inputs at each step of some answers, one answer after the other.
 
     states: float32 `[states, hidden]`; lengths: how many of them each answer has.
     """
@@ -52,11 +52,11 @@ class Answers:
 
 
 class _OutOfTime(Exception):
-    """There is no time left to end an answer."""
+    """Time ran out within an answer."""
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """The prompts of a file, one a line, blank lines left out; those shipped unless given."""
+    """The prompts of a file, one per line, without blank lines; default: the shipped prompts."""
     lines = read_text(path or Path(str(_PROMPTS))).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
@@ -65,7 +65,7 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def require_transformers() -> Any:
-    """The package, or FlashtuneError saying how to get it."""
+    """The package; raises FlashtuneError saying how to install it."""
     try:
         import transformers
     except ImportError as error:
@@ -83,10 +83,10 @@ def decode_states(
 
 
 class RunningModel:
-    """A model and its tokenizer, to continue text and to say what becomes of its logits."""
+    """A model and its tokenizer, to continue text and to post-process logits as the model does."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """model: of transformers, with an output head. Its generation config is replaced."""
+        """model: a transformers model with an output head. Its generation config is replaced."""
         self.model, self._tokenizer = model, tokenizer
         self._logits = ModelLogits(model, model.get_output_embeddings())
         self.interrupted = False
@@ -105,9 +105,10 @@ class RunningModel:
 
     @classmethod
     def load(cls, folder: ModelFolder, device: str) -> "RunningModel":
-        """Raises FlashtuneError where transformers is not installed or cannot load the model.
+        """Raises FlashtuneError if transformers is not installed or cannot load the model.
 
-        And where it would read files outside the folder, or run code that is none of its own.
+        Also if loading would read files outside the folder, or run code that is not transformers'
+        own.
         """
         transformers = require_transformers()
         _check_own(folder)
@@ -121,7 +122,7 @@ class RunningModel:
             try:
                 auto = transformers.AutoModelForCausalLM
                 model = auto.from_pretrained(folder.path, **_WEIGHTS)
-            except ValueError:  # a config that is no text model's
+            except ValueError:  # not a text model's config
                 auto = transformers.AutoModelForImageTextToText
                 model = auto.from_pretrained(folder.path, **_WEIGHTS)
             return cls(model.to(device).eval(), tokenizer)
@@ -136,12 +137,12 @@ class RunningModel:
         keep_interrupted: bool = False,
         seconds: float = math.inf,
     ) -> Answers:
-        """What the head is given while it answers prompts.
+        """The head's inputs while the model answers prompts.
 
-        Each prompt is continued greedily, by the dense head, for up to n_tokens tokens; what comes
-        after a model's end token does not count. keep_interrupted: after Ctrl-C, give what there
-        is, and say `interrupted`. seconds: after so many, only whole answers that are there.
-        Raises FlashtuneError where the model can't, or no answer was whole in time.
+        Each prompt is continued greedily, by the dense head, for up to n_tokens tokens; anything
+        after a model's end token does not count. keep_interrupted: after Ctrl-C, return what there
+        is, with `interrupted` set. seconds: a time limit, after which only the complete answers
+        are returned. Raises FlashtuneError if the model fails, or no answer was complete in time.
         """
         states: list[torch.Tensor] = []
         begun, start = time.monotonic(), 0
@@ -168,7 +169,7 @@ class RunningModel:
                 start += len(part)
                 progress.show(start)
                 taken = time.monotonic() - begun
-                if taken:  # as many as there is time for, at the pace until now
+                if taken:  # as many as time allows at the pace so far
                     size = int(min(_BATCH, (seconds - taken) * start / taken))
         if not states:
             raise FlashtuneError(
@@ -178,7 +179,7 @@ class RunningModel:
         return Answers(states=torch.cat(states).float(), lengths=tuple(map(len, states)))
 
     def logits(self, raw: torch.Tensor) -> torch.Tensor:
-        """What the model returns for its head's logits `[rows, vocab]`: scaled, capped, …"""
+        """What the model makes of its head's logits `[rows, vocab]`: scaled, capped, …"""
         try:
             return self._logits(raw)
         except Exception as error:  # whatever a model's own code raises
@@ -192,7 +193,7 @@ class RunningModel:
         return {name: inputs[name].to(self.model.device) for name in _INPUTS}
 
     def counted(self, tokens: torch.Tensor) -> list[int]:
-        """How many tokens of each answer `[answers, tokens]` count: up to its end token."""
+        """How many tokens of each answer `[answers, tokens]` count: those up to its end token."""
         ended = torch.isin(tokens, self.ends).cumsum(dim=1) > 0
         counts: list[int] = ((~ended).sum(dim=1) + ended.any(dim=1)).tolist()
         return counts
@@ -219,7 +220,7 @@ class RunningModel:
 
 
 def _check_own(folder: ModelFolder) -> None:
-    """Raise FlashtuneError where a model leads out of its folder, or to somebody's code."""
+    """Raise FlashtuneError if a model refers to files outside its folder, or to foreign code."""
     all_inside(folder.path)
     tensor_files(folder.path)
     if os.path.lexists(folder.path / _ADAPTER):
@@ -237,7 +238,7 @@ def _check_own(folder: ModelFolder) -> None:
 
 
 def model_error(what: str, error: Exception) -> FlashtuneError:
-    """What could not be done, and the first line of what a model's code raised."""
+    """An error that says what failed, with the first line of the model code's exception."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     name = type(error).__name__
     return FlashtuneError(f"{what}: {name}: {said}" if said else f"{what}: {name}")

@@ -1,8 +1,8 @@
-"""The dense head as a step, plain and quantised, by torch's own products.
+"""The dense head as a step, plain and quantised, with torch's own matrix products.
 
 Usage:
-    step = dense_step("int8", weight)     # None where torch has none for it here
-    step(weights, hidden, out)            # as any step; it has weights of its own
+    step = dense_step("int8", weight)     # None if torch has none for it here
+    step(weights, hidden, out)            # like any step; it has its own weights
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from flashtune.kernels.formats.int4 import INT4
 from flashtune.kernels.weights import Step, Weights
 
 _ROWS_AT_ONCE = 2**14
-_WIDTHS = 32  # that quantised products are asked for are multiples of this
+_WIDTHS = 32  # of quantised products are multiples of this
 _Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def dense_step(rows: str, weight: torch.Tensor) -> Step | None:
     """A product with all of the weight `[vocab, hidden]`, its rows in a format, then argmax.
 
-    None where torch has no product of that format for this device or shape.
+    None if torch has no product of that format for this device or shape.
     """
     makers = {"int8": _int8, "int4": _int4, dtype_name(weight): _plain}
     if rows not in makers or (rows != dtype_name(weight) and weight.shape[1] % _WIDTHS):
@@ -31,7 +31,7 @@ def dense_step(rows: str, weight: torch.Tensor) -> Step | None:
     try:
         product = makers[rows](weight)
         product(torch.zeros_like(weight[:1]))
-    except (AttributeError, RuntimeError, NotImplementedError):  # private operators of torch
+    except (AttributeError, RuntimeError, NotImplementedError):  # private torch operators
         return None
 
     def step(_: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
@@ -50,12 +50,12 @@ def _int8(weight: torch.Tensor) -> _Product:
     data = torch.cat([part.data for part in parts])
     scales = torch.cat([part.scales for part in parts if part.scales is not None])
     scales = scales.to(weight.dtype)
-    # A copy, which is aligned: with another hidden state torch's operator may end the process
+    # A copy, which is aligned: on an unaligned hidden state torch's operator may crash the process
     return lambda hidden: torch._weight_int8pack_mm(hidden.clone(), data, scales)
 
 
 def _int4(weight: torch.Tensor) -> _Product:
-    """With the same scales for every 32 weights; torch has this layout for CPUs alone."""
+    """One scale for every 32 weights; torch has this layout for CPUs only."""
     width = weight.shape[1]
     numbers, scales = [], []
     for part in torch.split(weight, _ROWS_AT_ONCE):

@@ -1,12 +1,12 @@
-"""The forms that a head can be read in: its clusters, its number formats, what that costs.
+"""The forms in which a head can be read: clusters, number formats, and their cost in bytes.
 
 Usage:
     forms = forms_of("bf16", screens)            # FlashHeads, heads without clusters, dense heads
     form.read_bytes(problem, vocab_size)         # of a step
     rounded("int4", weight)                      # the numbers that a format keeps of a weight
 
-A dense head is one without clusters of which nothing is decided again. `q6_k` is a format of
-dense heads alone, to compare with: no kernel here reads it.
+A dense head has no clusters, and nothing of it is re-scored. `q6_k` is a format only of dense
+heads, for comparison: no kernel here reads it.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ _ROWS_AT_ONCE = 2**14
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadForm:
-    """rows, centroids: their formats' names; centroids empty for a head without clusters.
+    """rows, centroids: their formats' names; centroids: empty for a head without clusters.
 
-    n_rescored: how many of the best tokens the model's own rows decide.
+    n_rescored: how many of the best tokens are re-scored from the model's own rows.
     """
 
     rows: str
@@ -42,7 +42,7 @@ class HeadForm:
 
     @property
     def screen(self) -> Screen | None:
-        """What screens it: None for plain numbers and for dense heads."""
+        """Its screen; None for plain numbers and for dense heads."""
         if self.clustered and not format_of(self.rows).quantised:
             return None
         if not self.clustered and not self.n_rescored:
@@ -53,7 +53,8 @@ class HeadForm:
     def read_bytes(self, problem: Problem, vocab_size: int) -> int:
         """The fewest bytes that a step of one token reads.
 
-        problem: that of the plain head with clusters; vocab_size: which it may have rounded up.
+        problem: that of the plain head with clusters; vocab_size: the model's, which the problem
+        may round up.
         """
         if self.clustered:
             screen = self.screen
@@ -62,9 +63,9 @@ class HeadForm:
         return stored_bytes(self.rows, vocab_size, problem.hidden_size) + again
 
     def added_bytes(self, problem: Problem, vocab_size: int) -> int:
-        """Bytes that it keeps in memory beside the model's own weight; both as in `read_bytes`.
+        """Bytes that it keeps in memory besides the model's weight; arguments as in `read_bytes`.
 
-        Without the clusters that many special tokens need.
+        Does not count the clusters that many special tokens need.
         """
         width, ids = problem.hidden_size, 4 * problem.vocab_size
         if self.clustered:
@@ -76,14 +77,14 @@ class HeadForm:
         return rows if self.screen is None else rows + ids
 
     def __str__(self) -> str:
-        """As tables name it: `bf16`, `int4/int8:8`, `no clusters int4:32`, `dense int8`."""
+        """Its name in tables: `bf16`, `int4/int8:8`, `no clusters int4:32`, `dense int8`."""
         if self.clustered:
             return self.rows if self.screen is None else str(self.screen)
         return f"dense {self.rows}" if self.screen is None else f"no clusters {self.screen}"
 
 
 def with_clusters(dtype: str, screen: Screen | None) -> HeadForm:
-    """A FlashHead's form, of plain numbers in that dtype where nothing screens it."""
+    """A FlashHead's form; without a screen, plain numbers in that dtype."""
     if screen is None:
         return HeadForm(rows=dtype, centroids=dtype)
     return HeadForm(rows=screen.rows, centroids=screen.centroids, n_rescored=screen.n_rescored)
@@ -92,8 +93,8 @@ def with_clusters(dtype: str, screen: Screen | None) -> HeadForm:
 def forms_of(dtype: str, screens: Sequence[Screen]) -> list[HeadForm]:
     """The FlashHeads in that dtype and behind each screen, then the heads without clusters.
 
-    Those are what each screen's rows make of all of the vocabulary, and the quantised dense heads
-    that a user might take instead. Without screens there is nothing to compare with.
+    The latter are each screen's rows over the whole vocabulary, and the quantised dense heads that
+    a user might choose instead. Without screens there are none to compare.
     """
     forms = [with_clusters(dtype, screen) for screen in (None, *screens)]
     whole = [HeadForm(rows=each.rows, n_rescored=each.n_rescored) for each in screens]

@@ -1,13 +1,13 @@
-"""What a head takes a step on this machine, by form and number of probes, beside dense heads.
+"""A head's time per step on this machine, by form and number of probes, and dense heads'.
 
 Usage:
     latency = HeadLatency(parts, states)
-    latency.dense()                       # Timing, in microseconds a call of one token
+    latency.dense()                       # Timing, in microseconds per call of one token
     latency.probing(256), latency.probing(256, form)
-    latency.of(form, n_probes)            # any form's, or None where nothing runs it here
+    latency.of(form, n_probes)            # any form's, or None if nothing here runs it
 
 As in a search, weights are cold (copies of the centroids rotate, together larger than the cache),
-and steps are timed by measure/trial.py. What runs is what FlashHead chooses here.
+and steps are timed by measure/trial.py. The kernels are those that FlashHead chooses here.
 """
 
 import time
@@ -31,23 +31,23 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 _REPLAYS = 30
-_LEAST_REPLAYS, _SECONDS = 3, 5.0  # of a step that is slow
+_LEAST_REPLAYS, _SECONDS = 3, 5.0  # for a slow step
 
 
 class HeadLatency:
     """Times the steps of one head on its weight's device."""
 
     def __init__(self, parts: HeadParts, states: torch.Tensor) -> None:
-        """Nothing is laid out yet."""
+        """Lays out nothing yet."""
         self._parts = parts
         self._plain = with_clusters(dtype_name(parts.weight), None)
         self._states = states.to(parts.weight.device, parts.weight.dtype)
         self._laid_out: tuple[HeadForm, FlashHead] | None = None
 
     def of(self, form: HeadForm, n_probes: int) -> tuple[Timing, str] | None:
-        """The timing of a form, and what ran: as `probing`, or `torch` for a dense head.
+        """The timing of a form, and what ran: as in `probing`, or `torch` for a dense head.
 
-        None for a quantised dense head that torch has no product for here.
+        None for a quantised dense head for which torch has no product here.
         """
         if form.clustered or form.screen:
             return self.probing(n_probes, form)
@@ -64,12 +64,12 @@ class HeadLatency:
     def probing(self, n_probes: int, form: HeadForm | None = None) -> tuple[Timing, str]:
         """FlashHead with that many probes, and the level of its choice: exact … torch.
 
-        form: plain unless given. Without clusters n_probes says nothing.
+        form: default: plain. Without clusters n_probes has no effect.
         """
         form = form or self._plain
         head = self._head(form)
         problem, what = head.problem, "the head"
-        if form.clustered:  # beside clusters that were added for special tokens
+        if form.clustered:  # in addition to clusters added for special tokens
             problem = replace(problem, n_probes=problem.n_probes + n_probes - head.n_probes)
             what = f"the head with {n_probes} probes"
         if form != self._plain:
@@ -79,7 +79,7 @@ class HeadLatency:
         return timing, bound.choice.level.value
 
     def _head(self, form: HeadForm) -> FlashHead:
-        """A FlashHead of the form, kept until one of another form is needed."""
+        """A FlashHead of the form, kept until another form is needed."""
         if self._laid_out is None or self._laid_out[0] != form:
             self._laid_out = None
             parts, clusters = self._parts, self._parts.clusters
@@ -100,9 +100,9 @@ class HeadLatency:
         return self._laid_out[1]
 
     def _time(self, problem: Problem, weights: Weights, step: Step, what: str) -> Timing:
-        """The step's timing. No checks: `bind` has verified it.
+        """The step's timing, without checks: `bind` has verified it.
 
-        Raises FlashtuneError with the outcome where it fails.
+        Raises FlashtuneError with the outcome if it fails.
         """
         device = device_of(weights.weight.device)
         cold_bytes = device.l2_bytes

@@ -6,10 +6,10 @@ Usage:
         fit = kmeans.step()             # how much of the rows lies along their centroids
     kmeans.clusters()
 
-Rows are taken less their mean, which adds the same to every logit and tells no token from
-another, and go to the centroid along whose direction they reach farthest. The centroids that are
-given back are means of the rows as they are: a cluster's score is then the mean of its tokens'
-logits. docs/clustering.md has the measurements behind each of these.
+The mean is subtracted from the rows, since it adds the same to every logit and does not tell
+tokens apart. Each row goes to the centroid along whose direction it reaches farthest. The returned
+centroids are means of the original rows: a cluster's score is then the mean of its tokens' logits.
+docs/clustering.md has the measurements behind each of these choices.
 """
 
 import torch
@@ -25,15 +25,15 @@ _SCORE_BYTES = 2**26  # of scores in float32 at a time
 
 
 class BalancedKMeans:
-    """k-means whose clusters differ by one token at most.
+    """k-means whose clusters differ in size by at most one token.
 
-    weight `[vocab, hidden]` in any dtype; the work is done on its device, in float32. The same
-    seed on the same kind of device gives the same clusters. Raises FlashtuneError for a number
-    of clusters that the vocabulary does not fill, and for rows that are no numbers.
+    weight: `[vocab, hidden]` in any dtype; the work is done on its device, in float32. The same
+    seed on the same kind of device gives the same clusters. Raises FlashtuneError if the
+    vocabulary is too small for the clusters, or rows are not finite.
     """
 
     def __init__(self, weight: torch.Tensor, n_clusters: int, seed: int = 0) -> None:
-        """Start from rows taken at random."""
+        """Start from random rows."""
         vocab_size = weight.shape[0]
         if not 1 <= n_clusters <= vocab_size:
             raise FlashtuneError(
@@ -45,7 +45,7 @@ class BalancedKMeans:
         self.origin = Origin.of(weight)
         self._rows = weight.float() - weight.mean(dim=0, dtype=torch.float32)
         self._rows /= self._rows.norm(dim=1).mean().clamp(min=1e-30)
-        self._larger = vocab_size % n_clusters  # clusters that have a token more than the others
+        self._larger = vocab_size % n_clusters  # clusters with one token more than the others
         sizes = torch.full((n_clusters,), vocab_size // n_clusters)
         sizes[: self._larger] += 1
         self._sizes = sizes.to(weight.device)
@@ -53,9 +53,9 @@ class BalancedKMeans:
         self.iteration = 0
 
     def resume(self, assignments: torch.Tensor, iteration: int) -> None:
-        """Go on from what `assignments` and `iteration` were after some step.
+        """Continue from the `assignments` and `iteration` of an earlier step.
 
-        Raises FlashtuneError for clusters that are not of the sizes that each step gives them.
+        Raises FlashtuneError if the clusters do not have the sizes that each step gives them.
         """
         whole = assignments.dtype is torch.int64 and assignments.shape == (len(self._rows),)
         if whole and bool(((assignments >= 0) & (assignments < self.n_clusters)).all()):
@@ -67,7 +67,7 @@ class BalancedKMeans:
         raise FlashtuneError("its clusters are not of equal size")
 
     def step(self) -> float:
-        """Assign every token again; then as `fit`."""
+        """Reassign every token, and return the fit."""
         centroids = self._centroids()
         scores, candidates = self._best(self._rows, centroids, _CANDIDATES)
 
@@ -88,7 +88,7 @@ class BalancedKMeans:
         return float(along.mean())
 
     def clusters(self) -> Clusters:
-        """The clusters as they are after the last step, in the weight's dtype."""
+        """The clusters after the last step, in the weight's dtype."""
         assert self.assignments is not None
         centroids = self._means(self._weight, self.assignments).to(self._weight.dtype)
         return Clusters(
@@ -98,7 +98,7 @@ class BalancedKMeans:
         )
 
     def _centroids(self) -> torch.Tensor:
-        """Directions, of unit length: `[n_clusters, hidden]`."""
+        """Directions of unit length: `[n_clusters, hidden]`."""
         if self.assignments is not None:
             return normalize(self._means(self._rows, self.assignments), dim=1)
         generator = torch.Generator().manual_seed(self.seed)
@@ -106,7 +106,7 @@ class BalancedKMeans:
         return normalize(self._rows[start.to(self._rows.device)], dim=1)
 
     def _means(self, rows: torch.Tensor, assignments: torch.Tensor) -> torch.Tensor:
-        """The mean row of each cluster in float32; sums in a fixed order, so that it repeats."""
+        """The mean row of each cluster in float32, summed in a fixed order to be reproducible."""
         order = assignments.argsort(stable=True)
         size, width = len(rows) // self.n_clusters, rows.shape[1]
         split = self._larger * (size + 1)

@@ -1,4 +1,4 @@
-"""How good a head is in one form or another: how often it takes what the dense head would take.
+"""The quality of a head's forms: how often each takes the dense head's token.
 
 Usage:
     study = Study.of(parts, states, forms=forms)
@@ -6,10 +6,10 @@ Usage:
     study.row(256, forms[1])            # of another form than the first
     study.least_probes(0.995)           # the fewest probes whose top token agrees that often
 
-A FlashHead takes the dense head's token if, and unless logits tie only if, that token's cluster
-is probed. A screened one must also have it among those that are decided in 16 bits: so it loses
-the token again with the probe by which so many better screened ones are there. A state thus agrees
-between two numbers of probes, and two counts give all numbers of probes at once.
+A FlashHead takes the dense head's token if that token's cluster is probed, and only then unless
+logits tie. A screened head must also have it among the tokens that are decided in 16 bits: so it
+loses the token again once enough probed tokens have better screened logits. A state thus agrees
+between two numbers of probes, and two counts cover all numbers of probes at once.
 """
 
 import math
@@ -26,7 +26,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 TOP = 5
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 _STATES_AT_ONCE = 64
-_Interval = tuple[torch.Tensor, torch.Tensor]  # of each state, as `_between` has them
+_Interval = tuple[torch.Tensor, torch.Tensor]  # for each state, as `_between` returns them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +34,10 @@ class QualityRow:
     """Shares of the states, for one number of probes.
 
     top1: the dense head's token is taken. top5: all of its five best tokens are among those that
-    are decided in 16 bits; where none are, they are the five best. mass: the mean probability that
-    the dense head gives to the candidates. answers: the share of the answers all of whose tokens
-    are taken, so that greedy decoding writes them just so; None where nobody said which they are.
+    are decided in 16 bits; if none are decided so, they are the five best. mass: the mean
+    probability that the dense head gives to the candidates. answers: the share of the answers
+    whose tokens are all taken, so that greedy decoding writes them unchanged; None if answers are
+    not given.
     """
 
     n_probes: int
@@ -48,10 +49,10 @@ class QualityRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """By number of probes, less one: in how many of n_states each agrees, and the mean mass.
+    """By number of probes, less one: how many of n_states agree, and the mean mass.
 
-    answers: in how many of n_answers all states agree. A head without clusters is as one with a
-    single cluster.
+    answers: in how many of n_answers all states agree. A head without clusters counts as one with
+    a single cluster.
     """
 
     n_states: int
@@ -82,7 +83,7 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """How each form of a head agrees with the dense head; the first one is meant unless said."""
+    """How each form of a head agrees with the dense head; by default, the first form."""
 
     forms: dict[HeadForm, Agreement]
 
@@ -97,11 +98,11 @@ class Study:
     ) -> "Study":
         """Judge the head on states `[states, hidden]`, in float32 on the weight's device.
 
-        forms: that of the weight's own dtype unless given. Special tokens are candidates always;
-        of other tokens in the clusters that are pinned for them this is not counted. logits_of:
-        what the model makes of its head's logits `[states, vocab]`, which changes the
-        probabilities. lengths: how many states each answer has, where answers count. Raises
-        FlashtuneError for states that do not fit.
+        forms: default: that of the weight's own dtype. Special tokens are always candidates; other
+        tokens in the clusters pinned for them are not counted as such. logits_of: what the model
+        makes of its head's logits `[states, vocab]`, which changes the probabilities. lengths: the
+        number of states of each answer, if answers count. Raises FlashtuneError for states that do
+        not fit.
         """
         weight = parts.weight
         if states.dim() != 2 or states.shape[1] != weight.shape[1] or not len(states):
@@ -123,7 +124,7 @@ class Study:
         return cls(forms={form: found[form] for form in forms})
 
     def of_form(self, form: HeadForm | None = None) -> Agreement:
-        """What was found of a form."""
+        """The agreement of a form."""
         return next(iter(self.forms.values())) if form is None else self.forms[form]
 
     def row(self, n_probes: int, form: HeadForm | None = None) -> QualityRow:
@@ -133,13 +134,13 @@ class Study:
     def least_probes(self, recall: float, form: HeadForm | None = None) -> int | None:
         """The fewest probes with which a share `recall` of the states agrees in the top token.
 
-        None where no number does.
+        None if no number does.
         """
         return self.of_form(form).least_probes(recall)
 
 
 class _Dense:
-    """The dense head's best tokens for some states, and what probability each cluster has."""
+    """The dense head's best tokens for some states, and the probability of each cluster."""
 
     def __init__(self, parts: HeadParts, states: torch.Tensor, logits_of: LogitsOf) -> None:
         weight, device = parts.weight.float(), parts.weight.device
@@ -159,9 +160,9 @@ class _Dense:
         self._top, self._mass, self._always = map(torch.cat, (tops, masses, always))
 
     def cluster_ranks(self, parts: HeadParts, name: str) -> torch.Tensor:
-        """The rank of each cluster for each state, by centroids in a format, the best 0.
+        """The rank of each cluster for each state, by centroids in a format; the best is 0.
 
-        int32 `[states, n_clusters]`; of a head without clusters `[states, 1]`.
+        int32 `[states, n_clusters]`; for a head without clusters `[states, 1]`.
         """
         if not name:
             return torch.zeros(len(self._states), 1, dtype=torch.int32, device=self._mass.device)
@@ -180,7 +181,7 @@ class _Dense:
         ranks: dict[str, torch.Tensor],
         lengths: Sequence[int],
     ) -> dict[HeadForm, Agreement]:
-        """What forms with these rows `[vocab, hidden]` find."""
+        """The agreement of the forms with these rows `[vocab, hidden]`."""
         sums = {form: _Sums(ranks[form.centroids].shape[1]) for form in forms}
         for start in range(0, len(self._states), _STATES_AT_ONCE):
             part = slice(start, start + _STATES_AT_ONCE)
@@ -205,7 +206,7 @@ class _Dense:
 
 
 class _Sums:
-    """What is found of each state: between which numbers of probes it agrees, and the mass."""
+    """The results for each state: between which numbers of probes it agrees, and the mass."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -216,7 +217,7 @@ class _Sums:
     def add_mass(
         self, of_clusters: torch.Tensor, mass: torch.Tensor, always: torch.Tensor
     ) -> None:
-        if self.n == 1:  # all of the vocabulary
+        if self.n == 1:  # the whole vocabulary
             self._mass += len(of_clusters)
             return
         by_rank = torch.zeros_like(mass).scatter_(1, of_clusters.long(), mass)
@@ -241,9 +242,9 @@ def _between(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Between which numbers of probes a state's tokens are all among the best `decided`.
 
-    logits `[states, vocab]` as they are screened, ranks of each token's cluster of n, tokens
-    `[states, k]`. They are from one more than the first number to the second: from when the
-    last one's cluster is probed, until better ones fill all places. Equal logits fill none.
+    logits `[states, vocab]`: screened ones; ranks: of each token's cluster, of n; tokens `[states,
+    k]`. They are from one more than the first number to the second: from when the last token's
+    cluster is probed, until better tokens fill all places. Equal logits fill none.
     """
     first = ranks.gather(1, tokens).amax(dim=1).long()
     better = logits > logits.gather(1, tokens).amin(dim=1, keepdim=True)
@@ -287,12 +288,12 @@ def _least(counts: torch.Tensor, share: float, n: int) -> int | None:
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
-    """The rank of each score in its row, the best 0."""
+    """The rank of each score in its row; the best is 0."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1)
 
 
 def usual_probes(n_clusters: int, *more: int) -> list[int]:
-    """Powers of two from a 64th to a half of the clusters, and what is given besides."""
+    """Powers of two from a 64th to a half of the clusters, plus the given numbers."""
     powers = [2**exponent for exponent in range(n_clusters.bit_length())]
     return sorted({p for p in powers if n_clusters <= 64 * p and 2 * p <= n_clusters} | {*more})

@@ -1,9 +1,9 @@
-"""A study of a model's head: each form of it by number of probes, timed, and which to take.
+"""A study of a model's head: each form by number of probes, timed, and which one to take.
 
 Usage:
     report = study_model(ModelFolder.open("model"), QualityRequest(prompts=read_prompts(None)))
     report.rows, report.whole      # heads with clusters, and without
-    report.pick                    # the fastest that reaches the recall asked for
+    report.pick                    # the fastest that reaches the requested recall
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,11 +27,11 @@ Timed = TypeVar("Timed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityRequest:
-    """What to find out: on which text, for how many probes, on which device, timed or not.
+    """What to study: on which text, for how many probes, on which device, timed or not.
 
-    screens: what to look at beside the plain head. survey: report numbers of probes and heads
-    without clusters; else only what reaches the recall. keep_interrupted: after Ctrl-C, report
-    what was counted until then.
+    screens: the screens to study besides the plain head. survey: report several numbers of probes
+    and heads without clusters; else only what reaches the recall. keep_interrupted: after Ctrl-C,
+    report what was counted until then.
     """
 
     prompts: Sequence[str]
@@ -47,10 +47,10 @@ class QualityRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRow:
-    """Quality of a form with a number of probes, and what a step takes; level says what ran.
+    """Quality of a form with a number of probes, and the time of a step; level says what ran.
 
-    Not timed: None, and no level. read_bytes: of a step; added_bytes: in memory, beside the
-    model's own weight.
+    If not timed, the time is None and the level empty. read_bytes: per step; added_bytes: in
+    memory, besides the model's own weight.
     """
 
     form: HeadForm
@@ -63,10 +63,10 @@ class TimedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityReport:
-    """What was found; own_form and own_probes are the model's.
+    """The results; own_form and own_probes are the model's.
 
-    rows: heads with clusters; whole: heads without, the dense one among them. pick: of the rows
-    that reach the recall the one to take.
+    rows: heads with clusters; whole: heads without, including the dense one. pick: the row to take
+    of those that reach the recall.
     """
 
     study: Study
@@ -84,7 +84,7 @@ class QualityReport:
 
     @property
     def dense(self) -> Timing | None:
-        """What the dense head takes, in the model's dtype."""
+        """The dense head's time, in the model's dtype."""
         plain = next(iter(self.study.forms)).rows
         dense = (row.timing for row in self.whole if row.form == HeadForm(rows=plain))
         return next(dense, None)
@@ -139,7 +139,7 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
 def _rows(
     parts: HeadParts, study: Study, request: QualityRequest, own_form: HeadForm
 ) -> list[TimedRow]:
-    """What is to be reported, not timed yet: each form's numbers of probes, fewest first."""
+    """The rows to report, not timed yet: each form's numbers of probes, fewest first."""
     n_clusters = len(parts.clusters.centroids)
     rows = []
     for form, agreement in study.forms.items():
@@ -184,9 +184,9 @@ def _time(rows: list[TimedRow], latency: HeadLatency) -> None:
 
 
 def _fastest(rows: Iterable[TimedRow], recall: float) -> TimedRow:
-    """Of the rows that reach the recall the fastest; of equally fast ones that of fewest bytes.
+    """The fastest of the rows that reach the recall; among equally fast ones, the smallest.
 
-    Where not all are timed, the fewest bytes read in a step count as the fastest.
+    If not all are timed, the one that reads the fewest bytes per step counts as the fastest.
     """
     enough = [row for row in rows if row.quality.top1 >= recall - 1e-9]
     timed = {row: row.timing for row in enough if row.timing}
@@ -200,9 +200,9 @@ def _fastest(rows: Iterable[TimedRow], recall: float) -> TimedRow:
 
 
 def fastest(timed: Mapping[Timed, Timing], size: Callable[[Timed], Any]) -> Timed:
-    """The fastest; of equally fast ones the one of the least size.
+    """The fastest; among equally fast ones, the smallest.
 
-    Two are equally fast where they differ by less than the larger one's spread.
+    Two are equally fast if they differ by less than the larger spread.
     """
     best = min(timed.values(), key=lambda timing: timing.median_us)
     alike = [

@@ -29,7 +29,7 @@ _HEADINGS = (
 def quality_table(report: QualityReport) -> Table:
     """A line for each form and number of probes, then the heads without clusters.
 
-    Its numbers are whole on a terminal of 80 columns.
+    Its numbers fit a terminal of 80 columns.
     """
     table = Table(
         title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
@@ -52,7 +52,7 @@ def quality_table(report: QualityReport) -> Table:
 
 
 def quality_notes(report: QualityReport) -> Iterator[str]:
-    """What stands below the table."""
+    """The notes below the table."""
     yield "* the model's own"
     if any(row.timing is None for row in (*report.rows, *report.whole)):
         yield "- not timed"
@@ -89,7 +89,7 @@ def _times(timing: Timing | None) -> tuple[str, str]:
 
 
 def pick_line(report: QualityReport) -> str:
-    """What was picked for the recall, in words."""
+    """The pick for the recall, in words."""
     assert report.pick is not None and report.recall is not None
     form, quality = report.pick.form, report.pick.quality
     if not form.screen and len({row.form for row in report.rows}) == 1:
@@ -139,7 +139,7 @@ def _row_data(row: TimedRow) -> dict[str, Any]:
 
 
 def require_matplotlib() -> Any:
-    """Matplotlib's figures, or FlashtuneError saying how to get them."""
+    """Matplotlib's figures; raises FlashtuneError saying how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -148,7 +148,7 @@ def require_matplotlib() -> Any:
 
 
 def check_picture(path: Path) -> None:
-    """Raise FlashtuneError where `plot` could not write a picture of this name."""
+    """Raise FlashtuneError if `plot` could not write a picture of this name."""
     kinds = require_matplotlib()().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in kinds:
         raise FlashtuneError(
@@ -162,13 +162,13 @@ def check_picture(path: Path) -> None:
 
 
 def plot(report: QualityReport, path: Path) -> None:
-    """Draw what each form misses against its time and by its probes, to a file of the name's kind.
+    """Draw each form's misses against time and against probes; the suffix sets the format.
 
-    What was not timed is only in the second picture.
+    Forms that were not timed are only in the second picture.
     """
     figure = require_matplotlib()(figsize=(11, 4.8), layout="constrained")
     by_time, by_probes = figure.subplots(1, 2, sharey=True)
-    least = 0.5 / report.n_states  # below one of the steps there is nothing to see
+    least = 0.5 / report.n_states  # less than one step cannot be seen
     forms = [form for form in report.study.forms if form.clustered]
     for number, form in enumerate(forms):
         colour = f"C{number}"
@@ -196,7 +196,7 @@ def plot(report: QualityReport, path: Path) -> None:
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure, of the kind that the file's name ends in. Raises FlashtuneError."""
+    """Write a figure in the format of the file's suffix. Raises FlashtuneError."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix("."))
     write_whole(path, drawn.getvalue())

@@ -1,11 +1,11 @@
-"""Measured records with what their compiled kernels need: what the cost model is fitted to.
+"""Measured records with their compiled kernels' resources: the data for fitting the cost model.
 
 Usage:
     calibration = read_calibration(CALIBRATIONS / "nvidia-h200.json.gz")
     for sample in calibration.samples:
         sample.problem, sample.config, sample.uses, sample.measurement
 
-A file is JSON, packed: fitting and checking then need neither a database nor a compiler.
+A file is compressed JSON, so fitting and checking need neither a database nor a compiler.
 """
 
 import gzip
@@ -42,7 +42,7 @@ from flashtune.tuning_db.whole_file import write_whole
 VERSION = 1
 CALIBRATIONS = resources.files("flashtune.tuning_db") / "calibration"
 SHIPPED = CALIBRATIONS / "nvidia-h200.json.gz"
-FORMATS_TIMED = CALIBRATIONS / "nvidia-h100-formats.json.gz"  # nothing is fitted to it
+FORMATS_TIMED = CALIBRATIONS / "nvidia-h100-formats.json.gz"  # not used for fitting
 COMPILE_SECONDS = 120.0
 _USE = ("kernel", "programs", "warps", "registers", "shared_bytes", "spilled")
 _TIME = ("outcome", "median_us", "spread_us", "samples", "policy")
@@ -51,7 +51,7 @@ _MOST_COUNT = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One config that was measured, and what each of its compiled kernels needs."""
+    """One measured config, and the resources of each of its compiled kernels."""
 
     problem: Problem
     config: Config
@@ -60,14 +60,14 @@ class Sample:
 
     @property
     def time_us(self) -> float:
-        """Microseconds a call, as measured; of a pruned config its first samples'."""
+        """Microseconds per call, as measured; for a pruned config, from its first samples."""
         assert self.measurement.median_us is not None
         return self.measurement.median_us
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Samples of one device, made with one set of tools. `dropped`: rows of no config of today."""
+    """Samples of one device, made with one set of tools. `dropped`: rows with obsolete configs."""
 
     device: str
     toolchain: Toolchain
@@ -76,7 +76,7 @@ class Calibration:
 
 
 def usable(records: Iterable[Record], device: Device) -> dict[tuple[Problem, Config], Record]:
-    """The measured records that have a time and whose configs are valid today, each config once.
+    """The measured records that have a time and whose configs are still valid, each config once.
 
     Of several records of one config the first counts.
     """
@@ -100,9 +100,9 @@ def calibrate(
     pool: WorkerPool,
     on_compiled: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Compile the records' configs for `device` and keep what their kernels need.
+    """Compile the records' configs for `device` and keep their kernels' resources.
 
-    Raises FlashtuneError when no record is usable, or they were made with different tools.
+    Raises FlashtuneError if no record is usable, or they were made with different tools.
     """
     wanted = usable(records, device)
     toolchains = {record.toolchain for record in wanted.values()}
@@ -143,7 +143,7 @@ def dump_calibration(calibration: Calibration) -> bytes:
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """The samples as JSON, the same for the same samples."""
+    """The samples as JSON, identical for identical samples."""
     problems = list(dict.fromkeys(sample.problem for sample in calibration.samples))
     data = {
         "version": VERSION,
@@ -175,8 +175,8 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 def read_calibration(path: Any) -> Calibration:
     """Read a file, given as a Path or a packaged resource.
 
-    Rows whose configs do not parse today are counted in `dropped`; a knob that is younger than
-    the file has its default. Raises FlashtuneError for anything else that is wrong with it.
+    Rows whose configs no longer parse are counted in `dropped`; a knob newer than the file has its
+    default. Raises FlashtuneError for any other fault of the file.
     """
     try:
         packed = read_file(Path(str(path)))
@@ -200,7 +200,7 @@ def _unpacked(packed: bytes) -> str:
 
 
 def _calibration(data: Any) -> Calibration:
-    """Read plain data back; raises FlashtuneError, or ValueError."""
+    """Read plain data back; raises FlashtuneError or ValueError."""
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
         raise FlashtuneError(f"version {quoted(version)}, this flashtune reads {VERSION}")
@@ -218,7 +218,7 @@ def _calibration(data: Any) -> Calibration:
 
 
 def _sample(row: Any, problems: Sequence[Problem], device: Device) -> Sample | None:
-    """The sample that a row is; None for a config that is none of today."""
+    """The sample in a row; None if its config is obsolete."""
     members(row, "a sample", ("problem", "config", "uses", *_TIME))
     problem = problems[count(row["problem"], "problem", 0, len(problems) - 1)]
     uses = tuple(_use(each) for each in items(row["uses"], "uses"))

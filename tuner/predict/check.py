@@ -1,13 +1,11 @@
-"""How far the cost model can be trusted: on shapes, plans and formats it never saw, and on
-published figures.
+"""How far the cost model can be trusted: on unseen shapes, plans, formats, and published figures.
 
 Usage:
     report = check_model(fit, calibration, device)
     report.splits[0].results[0].rank_correlation
     report.data()      # for scripts
 
-Nothing is fitted here: the constants of the fits without the held-out shapes are in the model's
-file.
+Nothing is fitted here: the model's file has the constants of the fits without the held-out shapes.
 """
 
 import math
@@ -48,10 +46,10 @@ MOST_ERROR = 0.35
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProblemResult:
-    """How a model did on one problem that it never saw.
+    """A model's results on one problem that it never saw.
 
-    loss: how much slower the best of its shortlist is than the best of all, as measured.
-    inside: the share of measurements inside the 80 % interval.
+    loss: how much slower the best of its shortlist is than the best of all, as measured. inside:
+    the share of measurements inside the 80 % interval.
     """
 
     problem: Problem
@@ -64,7 +62,7 @@ class ProblemResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitResult:
-    """A fit without some shapes, on those shapes."""
+    """The results of a fit without some shapes, on those shapes."""
 
     held_out: tuple[str, ...]
     results: tuple[ProblemResult, ...]
@@ -104,10 +102,10 @@ class FigureResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RateResult:
-    """What a token was published to save on a device, and what is predicted that it does.
+    """The published saving of a token on a device, and the predicted one.
 
-    fewer_probes_us: what it would be with flashtune's default number of probes. rounding: how far
-    off the published saving may be by rounding alone, as a share of it.
+    fewer_probes_us: the predicted saving with flashtune's default number of probes. rounding: how
+    far off the published saving may be by rounding alone, as a share of it.
     """
 
     device: str
@@ -126,18 +124,18 @@ class RateResult:
 
     @property
     def fewer_probes_error(self) -> float:
-        """The same with flashtune's default number of probes."""
+        """The same error with flashtune's default number of probes."""
         return self.fewer_probes_us / self.published_us - 1
 
     @property
     def missed(self) -> bool:
-        """Whether the error is beyond what was asked and beyond what rounding explains."""
+        """Whether the error exceeds both the required bound and what rounding explains."""
         return abs(self.error) > max(MOST_ERROR, self.rounding)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatResult:
-    """A time measured on a device, of a plan or in a format that the fit knows nothing of.
+    """A time measured on a device, for a plan or format unknown to the fit.
 
     inside: whether it lies in the prediction's 80 % interval.
     """
@@ -168,19 +166,19 @@ class Report:
 
     @property
     def headline(self) -> SplitResult:
-        """The split fixed beforehand; the first where its shapes are not on record."""
+        """The split fixed beforehand; the first split if its shapes are not recorded."""
         return next((each for each in self.splits if each.held_out == HEADLINE), self.splits[0])
 
     @property
     def evidence(self) -> dict[str, Evidence]:
-        """What published savings say of the predictions for each device, by its name."""
+        """What published savings say about the predictions for each device, by its name."""
         devices = sorted({each.device for each in self.rates})
         return {
             name: _evidence([one for one in self.rates if one.device == name]) for name in devices
         }
 
     def data(self) -> dict[str, Any]:
-        """The report as plain data, with what was asked of it and whether it holds."""
+        """The report as plain data, with the requirements and whether they hold."""
         headline = self.headline
         return {
             "device": self.device,
@@ -225,7 +223,7 @@ class Report:
 def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
     """Check a fit against the calibration that it was made from.
 
-    Raises FlashtuneError when the model was fitted to another calibration.
+    Raises FlashtuneError if the model was fitted to another calibration.
     """
     samples = Samples(calibration.samples, device)
     if digest(calibration) != fit.calibration or not _is_of(fit, set(samples.shapes)):
@@ -292,7 +290,7 @@ def _is_of(fit: Fit, shapes: set[str]) -> bool:
 
 
 def _formats(model: CostModel) -> Iterator[FormatResult]:
-    """The times that were measured in other formats, on another device than the fit's."""
+    """The times measured in other formats, on a device other than the fit's."""
     timed = read_calibration(FORMATS_TIMED)
     device = find_device(timed.device)
     for sample in timed.samples:
@@ -310,7 +308,7 @@ def _formats(model: CostModel) -> Iterator[FormatResult]:
 def _split(
     samples: Samples, misses: Array, held: tuple[str, ...], predictions: Array
 ) -> SplitResult:
-    """A fit's results on the shapes that it never saw; intervals are those of the other shapes."""
+    """A fit's results on the shapes that it never saw, with the intervals of the other shapes."""
     others = set(samples.shapes) - set(held)
     bounds = intervals(samples, misses, others)
     widest = (min(low for low, _ in bounds.values()), max(high for _, high in bounds.values()))
@@ -340,7 +338,7 @@ def _split(
 
 
 def rank_correlation(one: Sequence[float] | Array, other: Sequence[float] | Array) -> float:
-    """Spearman's: the correlation of the ranks, ties at their mean rank; 0 where all are tied."""
+    """Spearman's rank correlation, with ties at their mean rank; 0 if all are tied."""
     ranks = _ranks(one), _ranks(other)
     if any(float(np.ptp(each)) == 0 for each in ranks):
         return 0.0

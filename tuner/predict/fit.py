@@ -4,7 +4,7 @@ Usage:
     fitted = fit_model(calibration, device, on_fit=lambda done, total: …)
     write_fit(path, fitted)
 
-Needs scipy (the extra `flashtune[gp]`); reading and using what was fitted needs none.
+Needs scipy (the extra `flashtune[gp]`); reading and using a fit does not.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ from flashtune.tuning_db.problem import PRESETS, Problem
 from flashtune.tuning_db.record import MOST_NAME, family
 from flashtune.tuning_db.whole_file import write_whole
 
-# Where a fit begins, and between what: (least, start, most). A constant that the samples say
-# nothing of stays where it begins.
+# Start and bounds of a fit: (least, start, most). A constant that no sample constrains keeps its
+# start.
 _BOUNDS: dict[str, tuple[float, float, float]] = {
     "launch": (0.01, 1.0, 10.0),
     "overlapped": (0.01, 0.6, 10.0),
@@ -60,14 +60,14 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "scan": (0.0001, 0.004, 0.1),
     "element": (0.0001, 0.003, 0.1),
     "work": (0.01, 1.0, 20.0),
-    "reach": (0.5, 0.9, 0.96),  # the most that benchmarks/bandwidth.py read on an H200
+    "reach": (0.5, 0.9, 0.96),  # the most that benchmarks/bandwidth.py reached on an H200
     "prefetched": (0.01, 0.1, 0.9),
     "tail": (0.01, 0.3, 1.0),
     "sharpness": (1.0, 2.0, 8.0),
 }
-_PULL = 0.3  # of the start on a constant, in samples that miss by as much
-_OUTLIER = 0.2  # of log time: samples that miss by more count less
-_FEWEST = 30  # held-out samples of a family that has an interval of its own
+_PULL = 0.3  # weight of a constant's start, in samples that miss by as much
+_OUTLIER = 0.2  # in log time: samples that miss by more count less
+_FEWEST = 30  # held-out samples that a family needs for its own interval
 QUANTILES = (0.1, 0.9)
 
 
@@ -75,7 +75,7 @@ QUANTILES = (0.1, 0.9)
 class Fit:
     """A model fitted to all shapes, and the constants of fits that never saw some of them.
 
-    calibration: the hash of what it was fitted to. held_out: by the shapes' names.
+    calibration: the hash of the calibration it was fitted to. held_out: by the shapes' names.
     """
 
     calibration: str
@@ -103,10 +103,10 @@ def shape_name(problem: Problem) -> str:
 
 
 class Samples:
-    """Samples as the fit reads them: their stages' counts, and the logarithms of their times."""
+    """Samples as the fit needs them: their stages' counts, and the logarithms of their times."""
 
     def __init__(self, samples: Sequence[Sample], device: Device) -> None:
-        """Count the stages of each sample's config; `device` is the one that it was timed on."""
+        """Count the stages of each sample's config; `device` is the one it was timed on."""
         self.samples = samples
         stages, owners = [], []
         for number, sample in enumerate(samples):
@@ -149,7 +149,7 @@ def fit_constants(samples: Samples, start: Constants | None = None) -> Constants
         predicted = samples.log_predictions(_constants(names, logs))
         return np.concatenate([predicted - samples.log_times, _PULL * (logs - middle)])
 
-    slack = 1e-6  # the solver wants to begin inside
+    slack = 1e-6  # the solver must start inside the bounds
     found = least_squares(
         misses,
         np.clip(begin, least + slack, most - slack),
@@ -165,7 +165,7 @@ def _constants(names: Sequence[str], logs: Array) -> Constants:
 
 
 def splits(shapes: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Which shapes to hold out: each one, then each pair."""
+    """The shapes to hold out: each one, then each pair."""
     for size in (1, 2):
         if len(shapes) > size:
             yield from itertools.combinations(sorted(shapes), size)
@@ -176,9 +176,9 @@ def fit_model(
     device: Device,
     on_fit: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
-    """Fit to all shapes, and to all but each one and each pair.
+    """Fit to all shapes, and without each single shape and each pair.
 
-    The intervals come from the misses on single shapes by fits that never saw them. Raises
+    The intervals come from the misses on single shapes of fits that never saw them. Raises
     FlashtuneError without scipy, or with fewer than two shapes.
     """
     samples = Samples(calibration.samples, device)
@@ -202,7 +202,7 @@ def fit_model(
 
 
 def rounded(constants: Constants) -> Constants:
-    """The constants as the file has them: to four digits."""
+    """The constants as stored in the file: to four digits."""
     return Constants(**{name: float(f"{each:.4g}") for name, each in asdict(constants).items()})
 
 
@@ -221,7 +221,7 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Each family's interval, as factors of the predicted time that hold 80 % of the misses.
 
-    shapes: count only samples of these. Families with few samples have none of their own.
+    shapes: count only samples of these. Families with few samples have no interval of their own.
     """
     by_family: dict[str, list[float]] = defaultdict(list)
     for name, shape, miss in zip(samples.families, samples.shapes, misses, strict=True):
@@ -244,7 +244,7 @@ def digest(calibration: Calibration) -> str:
 
 def write_fit(path: Path, fit: Fit) -> None:
     """Write the model's file whole or not at all; raises FlashtuneError."""
-    read_fit(fit.data())  # never write what we would refuse to read
+    read_fit(fit.data())  # never write a file that we would refuse to read
     write_whole(path, (json.dumps(fit.data(), indent=1) + "\n").encode())
 
 

@@ -1,7 +1,7 @@
-"""The least time that a step could take: its fewest bytes at the memory's full speed.
+"""The byte floor: the time to read a step's fewest bytes at the memory's full bandwidth.
 
 Usage:
-    floor_us(problem, device)     # microseconds, None where the bandwidth is not known
+    floor_us(problem, device)     # microseconds, None if the bandwidth is not known
 """
 
 from flashtune.tuning_db.device import Device

@@ -1,4 +1,4 @@
-"""What others published of heads on devices that nobody here has, and what the model says of it.
+"""Published times of heads on devices that we do not have, and the model's predictions.
 
 Usage:
     for figure in FIGURES:
@@ -6,12 +6,12 @@ Usage:
     for rate in published_rates():
         rate.saved_us, predicted_saving_us(model, find_device(rate.device), rate.problem)
 
-No constant is fitted to any of it. Figures are times of a head (that of Cosmos-Reason2-2B, which
-is Qwen3-VL-2B's, in vLLM), from
-https://www.embedl.com/knowledge/faster-multi-modal-reasoning-with-flashhead-triton-kernel;
-it gives neither the number of probes nor whether the host's launches are in the times; here they
-are not. Rates are tokens a second with each head, so that only what a token saves is a head's own;
-their source is named in the file.
+No constant is fitted to any of these. Figures are times of a head (that of Cosmos-Reason2-2B,
+which is Qwen3-VL-2B's, in vLLM), from
+https://www.embedl.com/knowledge/faster-multi-modal-reasoning-with-flashhead-triton-kernel; it
+gives neither the number of probes nor whether the host's launches are included; here they are not.
+Rates are tokens per second with each head, so only the saving per token is due to the head; the
+file names their source.
 """
 
 import csv
@@ -27,13 +27,13 @@ from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.foreign import read_text
 from flashtune.tuning_db.problem import DEFAULT_PROBES, Problem, parse_shape
 
-LIBRARY = "staged/torch_topk"  # the family whose interval these steps have
+LIBRARY = "staged/torch_topk"  # the family whose interval these steps use
 SHAPE = "qwen3-vl-2b"
 PROBES = (256, 593)  # flashtune's default, and a model folder's: a sixteenth of the clusters
 RATES = CALIBRATIONS / "published-decode-rates.csv"
 CLUSTER_SIZE = 16
-FOLDER_SHARE = 16  # of the clusters are probed where a model folder says nothing
-DENSE_REACH = 0.9  # of the published bandwidth that a dense head is taken to read with
+FOLDER_SHARE = 16  # a model folder probes 1/16 of the clusters by default
+DENSE_REACH = 0.9  # of the published bandwidth, assumed for a dense head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +55,9 @@ FIGURES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
-    """Published tokens a second of a model on a device, with the dense head and with FlashHead.
+    """Published tokens per second of a model on a device, with the dense head and with FlashHead.
 
-    step: by how much two rates that are published differently differ, in tokens a second.
+    step: the resolution of the published rates, in tokens per second.
     """
 
     device: str
@@ -71,7 +71,7 @@ class Rate:
 
     @property
     def saved_us(self) -> float:
-        """Microseconds that a token takes less with FlashHead."""
+        """Microseconds per token that FlashHead saves."""
         return 1e6 / self.dense - 1e6 / self.flash_head
 
     @property
@@ -83,7 +83,7 @@ class Rate:
 
     @property
     def problem(self) -> Problem:
-        """The head, with the clusters that the published models have, and a folder's probes."""
+        """The head, with the clusters of the published models, and a model folder's probes."""
         n_clusters = self.vocab_size // CLUSTER_SIZE
         return Problem(
             vocab_size=self.vocab_size,
@@ -94,7 +94,7 @@ class Rate:
 
     @property
     def with_default_probes(self) -> Problem:
-        """The same with flashtune's default number of probes, which is less."""
+        """The same with flashtune's default number of probes, which is smaller."""
         return replace(self.problem, n_probes=DEFAULT_PROBES)
 
 
@@ -119,14 +119,14 @@ def published_rates() -> Sequence[Rate]:
 
 
 def predicted_saving_us(model: CostModel, device: Device, problem: Problem) -> float:
-    """What the model says a token saves: a dense head's bytes, less a framework's pipeline."""
+    """The predicted saving per token: a dense head's bytes, less a framework's pipeline."""
     dense_bytes = problem.n_clusters * problem.cluster_bytes
     dense_us = 1e6 * dense_bytes / (DENSE_REACH * device.memory_bandwidth)
     return dense_us - model.predict_stages(LIBRARY, framework_stages(problem, device)).time_us
 
 
 def published_prediction(model: CostModel, figure: Figure, n_probes: int) -> Prediction:
-    """What the model says of a figure's step at a number of probes."""
+    """The model's prediction of a figure's step at a number of probes."""
     problem = parse_shape(f"{SHAPE},probes={n_probes}")
     device = find_device(figure.device)
     stages = fused_stages(problem, device) if figure.fused else framework_stages(problem, device)
@@ -134,7 +134,7 @@ def published_prediction(model: CostModel, figure: Figure, n_probes: int) -> Pre
 
 
 def fused_stages(problem: Problem, device: Device) -> list[Stage]:
-    """A product with the centroids and a top-k by a framework, then one kernel for the rest."""
+    """A framework's product with the centroids and top-k, then one kernel for the rest."""
     own = scales(device)
     rows = problem.n_tokens * problem.n_probes * problem.cluster_bytes
     gather = Stage(
@@ -149,10 +149,10 @@ def fused_stages(problem: Problem, device: Device) -> list[Stage]:
 
 
 def framework_stages(problem: Problem, device: Device) -> list[Stage]:
-    """Every step a kernel of a framework: rows are copied, then multiplied, then compared."""
+    """A framework's kernel for every step: rows are copied, then multiplied, then compared."""
     own = scales(device)
     rows = problem.n_tokens * problem.n_probes * problem.cluster_bytes
-    again = rows if rows > device.l2_bytes else 0  # what lies in the cache is not read again
+    again = rows if rows > device.l2_bytes else 0  # rows in the cache are not read again
     return [
         *_selection(problem, device),
         Stage(**own, launches=1, loads=2, moved=2 * rows),  # read and written

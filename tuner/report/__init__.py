@@ -1,4 +1,4 @@
-"""`flashtune report`: the searches on record as one page, to be looked at in a browser.
+"""`flashtune report`: the recorded searches as one page for a browser.
 
-`content` gathers what is to be said, `figure` draws it with Plotly, `page` makes the page.
+`content` gathers the data, `figure` draws it with Plotly, `page` makes the page.
 """

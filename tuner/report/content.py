@@ -1,4 +1,4 @@
-"""What a report says of each search on record.
+"""What a report says about each recorded search.
 
 Usage:
     sections = read_sections(database, device=None, problem=None)
@@ -25,16 +25,16 @@ from flashtune.tuning_db.record import Outcome, Record
 from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import rank
 
-ENOUGH = 8  # trials of a plan, for its knobs to be compared
+ENOUGH = 8  # trials of a plan from which its knobs can be compared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A search, and what can be said of it.
+    """A search, and what can be said about it.
 
-    Times are microseconds a call. Of a device that only its own machine can describe there is no
-    floor, no study, no choice and no default. studies: of each plan with `ENOUGH` trials that
-    worked, the plan of the best record first. choice: what a head would run.
+    Times are microseconds per call. For a device that only its own machine can describe there is
+    no floor, study, choice or default. studies: one for each plan with `ENOUGH` trials that
+    worked, first the plan of the best record. choice: what a head would run.
     """
 
     search: RecordedSearch
@@ -50,9 +50,9 @@ class Section:
 
 
 def read_sections(database: Path, device: Device | None, problem: Problem | None) -> list[Section]:
-    """The searches of a database, of a device and a problem or of all.
+    """The searches in a database, of a device and a problem or of all.
 
-    Raises FlashtuneError where there is none, or the database cannot be read.
+    Raises FlashtuneError if there is none, or the database cannot be read.
     """
     with Store(database, read_only=True) as store:
         found = searches(store, device.name if device else None, problem)
@@ -98,7 +98,7 @@ def _default_us(problem: Problem, device: Device, records: Sequence[Record]) -> 
 
 
 def _studies(trials: list[optuna.trial.FrozenTrial], first: str) -> dict[str, optuna.Study]:
-    """A study in memory of each plan with trials enough, named by the plan."""
+    """An in-memory study of each plan with enough trials, by the plan's name."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     by_plan: dict[str, list[optuna.trial.FrozenTrial]] = {first: []}
     for trial in trials:

@@ -21,7 +21,7 @@ _HEIGHT = 360
 
 
 def require_plotly() -> Any:
-    """Plotly's graph objects; raises FlashtuneError where it is not installed."""
+    """Plotly's graph objects; raises FlashtuneError if it is not installed."""
     try:
         import plotly.graph_objects as graph
     except ImportError as error:
@@ -30,7 +30,7 @@ def require_plotly() -> Any:
 
 
 def overview(sections: Sequence[Section]) -> Any:
-    """The best time of each problem against the fewest bytes at the device's bandwidth."""
+    """The best time of each problem against its byte floor at the device's bandwidth."""
     graph = require_plotly()
     shown = [each for each in sections if each.best is not None]
     names = [html.escape(each.search.name) for each in shown]
@@ -53,7 +53,7 @@ def overview(sections: Sequence[Section]) -> Any:
 
 
 def history(section: Section) -> Any:
-    """The trials in their order: those timed by family, those that failed, and the best so far."""
+    """The trials in order: timed ones by family, failed ones, and the best so far."""
     graph = require_plotly()
     figure = graph.Figure()
     times: dict[str, list[tuple[int, float, str]]] = {}
@@ -108,7 +108,7 @@ def history(section: Section) -> Any:
 
 
 def importances(plan: str, found: Mapping[str, float]) -> Any:
-    """How much each knob of a plan has to do with which configs are fast."""
+    """How much each knob of a plan decides which configs are fast."""
     graph = require_plotly()
     names = sorted(found, key=lambda name: found[name])
     figure = graph.Figure()
@@ -122,9 +122,9 @@ def importances(plan: str, found: Mapping[str, float]) -> Any:
 
 
 def importance(study: optuna.Study) -> dict[str, float]:
-    """The share of each knob that was varied, by its name, by Optuna's PED-ANOVA.
+    """The importance of each knob that was varied, by name, from Optuna's PED-ANOVA.
 
-    Empty where none was.
+    Empty if none was varied.
     """
     names = _varied(study)
     if not names:

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no network.
+"""The page of a report: one HTML file that works offline.
 
 Usage:
     write_report(Path("report.html"), database, read_sections(database, None, None))
@@ -25,7 +25,7 @@ _MOST_REASONS = 20
 def write_report(out: Path, database: Path, sections: Sequence[Section]) -> None:
     """Write the page of these searches.
 
-    Raises FlashtuneError without Plotly, and where it cannot be written.
+    Raises FlashtuneError without Plotly, or if the page cannot be written.
     """
     figure.require_plotly()
     from plotly.offline import get_plotlyjs
@@ -84,7 +84,7 @@ def _notes(section: Section) -> Iterator[str]:
 
 
 def _drawn(drawing: Any) -> Markup:
-    """A figure as a part of the page, whose script has Plotly's library already."""
+    """A figure as a part of the page, which already includes Plotly's library."""
     config = {"displaylogo": False}
     return Markup(drawing.to_html(full_html=False, include_plotlyjs=False, config=config))
 

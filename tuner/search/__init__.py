@@ -1,6 +1,6 @@
-"""Searches: what to try next, where it is evaluated, and what wins.
+"""Searches: which config to try next, where to evaluate it, and which one wins.
 
-`session` runs what a user asked for, `search` one problem, `space` and `proposal` say what may
-be and will be tried, `evaluate` where. Another place to evaluate is another `Evaluator` in
-`evaluate`; nothing here prints: a `Display` is handed in.
+`session` runs a user's request, `search` one problem. `space` defines which configs may be tried,
+`proposal` chooses which are, `evaluate` says where. To evaluate elsewhere, add an `Evaluator` to
+`evaluate`. Nothing here prints: a `Display` is passed in.
 """

@@ -9,7 +9,7 @@ Usage:
             evaluation.config, evaluation.measurement
 
 Both keep compilers running ahead: `room` says how many more configs may be submitted. Several
-evaluators may share pools: none waits but in `rest`, which the one that runs them does for all.
+evaluators may share pools: they wait only in `rest`, which their caller calls once for all.
 """
 
 import math
@@ -34,25 +34,25 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 COMPILE_SECONDS = 120.0
 MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
-REST_SECONDS = 0.5  # for which workers are waited for at a time
-KEPT_BUSY = 16  # compilers that keep ahead of one worker that measures: more would wait for it
+REST_SECONDS = 0.5  # longest single wait for workers
+KEPT_BUSY = 16  # compilers per worker that measures: more would only wait for it
 _UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
 
 T = TypeVar("T")
-# Work that goes on beside others: it yields for how many seconds workers may be waited for now.
+# Concurrent work: it yields how many seconds the caller may wait for workers now.
 Steps = Generator[float, None, T]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What became of a config."""
+    """The outcome of evaluating a config."""
 
     config: Config
     measurement: Measurement
 
 
 class Evaluator(Protocol):
-    """Takes configs, gives measurements, several under way at once."""
+    """Takes configs and returns measurements, several at a time."""
 
     provenance: Provenance
 
@@ -62,7 +62,7 @@ class Evaluator(Protocol):
 
     @property
     def pending(self) -> int:
-        """Configs submitted whose evaluation has not been given out."""
+        """Configs submitted whose evaluation has not been collected."""
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -70,36 +70,36 @@ class Evaluator(Protocol):
 
     @property
     def starves(self) -> bool:
-        """Whether several workers are about to have nothing to do."""
+        """Whether there are several workers, about to run out of work."""
 
     def submit(self, config: Config) -> None:
-        """Start on a config."""
+        """Start to evaluate a config."""
 
     def rest(self, seconds: float) -> None:
-        """Wait until there may be something to collect, for at most that long."""
+        """Wait until there may be something to collect, for at most `seconds`."""
 
     def collect(self) -> list[Evaluation]:
         """Evaluations that are complete."""
 
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
-        """Evaluate again, side by side; those of which that says nothing new are left out."""
+        """Evaluate again, side by side; leaves out configs about which that says nothing new."""
 
     def close(self) -> None:
         """End what is under way."""
 
 
 class PredictingEvaluator:
-    """Cross-compiles for a device that is not here, and asks the cost model."""
+    """Cross-compiles for an absent device, and asks the cost model for the time."""
 
     provenance = Provenance.PREDICTED
 
     def __init__(self, problem: Problem, device: Device, compilers: WorkerPool) -> None:
-        """The pool is the caller's, to be used for one problem after another."""
+        """The pool belongs to the caller, who may use it for one problem after another."""
         self._problem, self._device, self._pool = problem, device, compilers
 
     @property
     def room(self) -> int:
-        """Compilers without work, and one config in hand for each."""
+        """Idle compilers, and one config queued for each compiler."""
         return max(0, 2 * self._pool.size - self.pending)
 
     @property
@@ -114,7 +114,7 @@ class PredictingEvaluator:
 
     @property
     def starves(self) -> bool:
-        """Never: there is one."""
+        """Never: there is only one."""
         return False
 
     def submit(self, config: Config) -> None:
@@ -128,14 +128,14 @@ class PredictingEvaluator:
         rest([self._pool], seconds)
 
     def collect(self) -> list[Evaluation]:
-        """Predictions of what has been compiled."""
+        """Predictions for the configs that have been compiled."""
         return [
             Evaluation(task.candidates[0].config, self._measurement(task.candidates[0], reply))
             for task, reply in self._pool.collect(self)
         ]
 
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
-        """Nothing: a prediction does not change by being made again."""
+        """Nothing: a repeated prediction is the same."""
         yield from ()
         return []
 
@@ -167,20 +167,19 @@ class PredictingEvaluator:
             )
         except FlashtuneError as error:  # a plan that the cost model does not cover
             return Measurement(outcome=Outcome.INVALID, error=str(error))
-        except ValueError as error:  # of a problem, or kernels, that would take days
+        except ValueError as error:  # a problem or kernels that would take days
             return Measurement(outcome=Outcome.INVALID, error=f"predicted: {error}")
 
 
 class MeasuringEvaluator:
     """Compiles in parallel, then verifies and times configs on workers that have the device.
 
-    Where compilers would disturb the timing, the two take turns. Where there are none, the
-    worker that measures compiles, too. Configs that were compiled at a worker's site are measured
-    there.
+    If compilers would disturb the timing, the two take turns. Without compilers, the worker that
+    measures also compiles. Configs that were compiled at a worker's site are measured there.
 
-    A time so short that it would prune the best one known is taken once more before it counts, as
-    finalists are. So what is pruned is slower than a config that was timed twice. Finalists are
-    all timed by one worker.
+    A time so short that it would prune the best known config is measured once more before it
+    counts, in the way finalists are. So every pruned config is slower than one that was timed
+    twice. One worker times all finalists.
     """
 
     provenance = Provenance.MEASURED
@@ -197,19 +196,19 @@ class MeasuringEvaluator:
         energy: bool = False,
         sharers: Callable[[], int] = lambda: 1,
     ) -> None:
-        """The pools are the caller's. `seed` makes the inputs.
+        """The pools belong to the caller. `seed` determines the inputs.
 
-        elsewhere: the workers have neither templates nor the compilers' cache. They are given
-        source. energy: that is measured, too, and nothing pruned, since what is slow may take
-        little. sharers: how many evaluators have a part of these pools, this one counted.
+        elsewhere: the workers have neither templates nor the compilers' cache, so they are sent
+        source. energy: measure energy, too, and prune nothing, since a slow config may need
+        little. sharers: how many evaluators share these pools, this one included.
         """
         self._problem, self._device, self._seed = problem, device, seed
         self._compilers, self._measurers = compilers, measurers
         self._elsewhere, self._energy, self._sharers = elsewhere, energy, sharers
         self._best_us: float | None = None
-        self._confirmed_us = math.inf  # the best time that was taken twice
+        self._confirmed_us = math.inf  # the best time that was measured twice
         self._in_turns = target_of(device).times_alone
-        self._sites: dict[Config, str] = {}  # of what is under way
+        self._sites: dict[Config, str] = {}  # of configs under way
         self._compiled: list[Config] = []
 
     @property
@@ -229,12 +228,12 @@ class MeasuringEvaluator:
 
     @property
     def workers(self) -> tuple[int, int]:
-        """How many workers are there to measure, and how many could be."""
+        """How many workers can measure now, and how many could be there."""
         return self._measurers.working, self._measurers.size
 
     @property
     def starves(self) -> bool:
-        """Whether fewer configs are under way than there are workers, of which several."""
+        """Whether there are several workers, and fewer configs under way than workers."""
         workers = self._measurers.working
         return workers > 1 and self.pending * self._sharers() < workers
 
@@ -248,7 +247,7 @@ class MeasuringEvaluator:
         self._compilers.submit(task, COMPILE_SECONDS, owner=self, site=site)
 
     def rest(self, seconds: float) -> None:
-        """Wait for a compiler, or a worker that measures."""
+        """Wait for a compiler or a worker that measures."""
         rest([*filter(None, [self._compilers]), self._measurers], seconds)
 
     def collect(self) -> list[Evaluation]:
@@ -269,7 +268,7 @@ class MeasuringEvaluator:
         return evaluations
 
     def _judged(self, task: Task, measurement: Measurement) -> list[Evaluation]:
-        """What a measurement says of its config: nothing yet where that is to be timed again."""
+        """The evaluation that a measurement completes; none if its config is to be timed again."""
         config = task.candidates[0].config
         again = task.kind == "compare"
         if measurement.outcome is Outcome.OK and measurement.median_us is not None:
@@ -284,8 +283,8 @@ class MeasuringEvaluator:
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Time several configs in turns, so that a drifting clock favours none.
 
-        What had not been measured yet is given up. A config that fails now is a failure, and
-        does not keep the others from being timed. One that could not be timed is left out.
+        Configs not measured yet are abandoned. A config that fails now is a failure, and does not
+        keep the others from being timed. One that could not be timed is left out.
         """
         self.close()
         found = yield from self._compared(tuple(configs))
@@ -300,10 +299,10 @@ class MeasuringEvaluator:
         self._measurers.cancel(self)
 
     def _compared(self, configs: tuple[Config, ...]) -> Steps[dict[Config, Measurement]]:
-        """Measurements of the configs, each timed with as many of the others as work.
+        """Measurements of the configs, each timed together with all others that work.
 
-        Where one takes the worker along, those left are timed by a new one. If it is not known
-        which one did, each is tried alone first. One of which even that says nothing is left out.
+        If a config takes the worker down, a new worker times the rest. If it is not known which
+        one did, each is tried alone first. A config without a result even then is left out.
         """
         answers = yield from self._side_by_side(configs)
         found = {config: each for config, each in zip(configs, answers, strict=False) if each}
@@ -320,7 +319,7 @@ class MeasuringEvaluator:
         return {**found, **again}
 
     def _side_by_side(self, configs: tuple[Config, ...]) -> Steps[tuple[Measurement | None, ...]]:
-        """What one worker says of these configs, timed in turns."""
+        """One worker's measurements of these configs, timed in turns."""
         task = self._task("compare", configs)
         self._measurers.submit(task, COMPARE_SECONDS, owner=self, steady=True)
         while not (answers := self._measurers.collect(self)):
@@ -345,7 +344,7 @@ class MeasuringEvaluator:
         return Evaluation(config, measurement)
 
     def _next_site(self, compilers: WorkerPool) -> str:
-        """Of the sites that compile, that whose workers have the least to measure."""
+        """The compiling site whose workers have the least to measure."""
         compiling = compilers.sites
         sites = {name: count for name, count in self._measurers.sites.items() if name in compiling}
         if not sites:

@@ -1,9 +1,9 @@
-"""The records that are known of a problem: in the user's database, and in tables.
+"""The known records of a problem, from the user's database and from tables.
 
 Usage:
     found = best_record(device, problem, database=None)
-    found.record, found.source      # FlashtuneError where there is none
-    measured_record(device, problem, database=None)     # FlashtuneError where nobody measured it
+    found.record, found.source      # FlashtuneError if there is none
+    measured_record(device, problem, database=None)     # FlashtuneError if none is measured
 """
 
 from collections.abc import Iterable
@@ -22,30 +22,30 @@ from flashtune.tuning_db.store import default_path, open_existing
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table, rank
 from flashtune.tuning_db.table_folder import added_tables
 
-_SOURCES = (USER, ADDED, PREBUILT)  # in the order in which a head looks into them
+_SOURCES = (USER, ADDED, PREBUILT)  # in the order in which a head looks them up
 
 
 @dataclass(frozen=True, slots=True)
 class KnownRecord:
-    """A record, and where it is from: `USER`, `ADDED` or `PREBUILT`."""
+    """A record, and its source: `USER`, `ADDED` or `PREBUILT`."""
 
     record: Record
     source: str
 
     @property
     def shipped(self) -> bool:
-        """Whether it is of a table that ships."""
+        """Whether it comes from a shipped table."""
         return self.source == PREBUILT
 
     def data(self) -> dict[str, Any]:
-        """The record as plain data, with where it is from."""
+        """The record as plain data, with its source."""
         return {**self.record.data(), "source": self.source, "shipped": self.shipped}
 
 
 def best_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
-    """The best record: the most trusted provenance, then the user's, added tables', shipped ones.
+    """The best record: by most trusted provenance, then source: user's, added tables, shipped.
 
-    Raises FlashtuneError where there is none, or the database or a shipped table cannot be read.
+    Raises FlashtuneError if there is none, or the database or a shipped table cannot be read.
     """
     best = _best(_of_problem(device, problem, database))
     if best is None:
@@ -56,9 +56,9 @@ def best_record(device: Device, problem: Problem, database: Path | None) -> Know
 
 
 def measured_record(device: Device, problem: Problem, database: Path | None) -> KnownRecord:
-    """The best record of just this problem on this device that is measured and can run there.
+    """The best record of exactly this problem on this device that is measured and can run there.
 
-    Raises FlashtuneError where there is none, and as `best_record`.
+    Raises FlashtuneError if there is none, and as `best_record` does.
     """
     found = _of_problem(device, problem, database)
     measured = [each for each in found if each.record.provenance is Provenance.MEASURED]
@@ -91,11 +91,11 @@ def best_shipped(device: Device, problem: Problem) -> Record | None:
 def known_records(
     device: Device | None, problem: Problem | None, database: Path | None
 ) -> list[KnownRecord]:
-    """The database's records; then, of a device or problem that is given, those of tables.
+    """The database's records; then, if a device or problem is given, those of tables.
 
-    Added tables go before those that ship. Each part by device and problem, the fastest first and
-    failures last; a record is of the first part that has it. Raises FlashtuneError when the
-    database or a shipped table cannot be read.
+    Added tables come before shipped ones. Each part is sorted by device and problem, the fastest
+    first and failures last; a record counts for the first part that has it. Raises FlashtuneError
+    if the database or a shipped table cannot be read.
     """
     known: dict[str, KnownRecord] = {}
     for each in _all_records(device, problem, database):
@@ -106,7 +106,7 @@ def known_records(
 def _all_records(
     device: Device | None, problem: Problem | None, database: Path | None
 ) -> list[KnownRecord]:
-    """As `known_records`, where several sources have a record from each."""
+    """As `known_records`, but a record in several sources is returned from each."""
     own: list[Record] = []
     added: list[Record] = []
     shipped: list[Record] = []
@@ -128,7 +128,7 @@ def _all_records(
 
 
 def _of_problem(device: Device, problem: Problem, database: Path | None) -> list[KnownRecord]:
-    """The records of a problem on a device that worked."""
+    """The records of a problem on a device whose configs worked."""
     every = _all_records(device, problem, database)
     return [each for each in every if each.record.measurement.outcome is Outcome.OK]
 

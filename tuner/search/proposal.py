@@ -1,11 +1,11 @@
-"""What to evaluate next: defaults and known winners, then Optuna and the best configs' neighbours.
+"""What to evaluate next: defaults and known winners, then Optuna's and the best's neighbours.
 
 Usage:
     proposals = Proposals(space, sampler="tpe", seed=0, near=records)
-    proposals.recall(config, measurement)      # what earlier runs found out
+    proposals.recall(config, measurement)      # what earlier runs found
     for config in proposals:                   # never one that is known or under way
         …
-    proposals.propose(hurry=True)              # or None: where workers wait, a neighbour at once
+    proposals.propose(hurry=True)              # or None: if workers wait, a neighbour at once
         proposals.learn(config, measurement)
 """
 
@@ -26,27 +26,27 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 NEAR_WINNERS = 4
 BEST = 3  # configs of a family whose neighbours are tried
 FAIR = 25  # configs that a family may spend before it is judged by its best
-FAR = 1.5  # a family whose best is that much slower than the best of all is then left alone
-_STALE = 200  # proposals in a row that are known or not valid, before the source runs dry
+FAR = 1.5  # a family whose best is this many times slower than the best of all is then dropped
+_STALE = 200  # known or invalid proposals in a row before the source counts as dry
 
 
-_Timed = tuple[float, int, Config]  # a time, a number that tells equal times apart, and whose
+_Timed = tuple[float, int, Config]  # a time, a number that tells equal times apart, the config
 
 
 class Proposals:
-    """An iterator of fresh configs that learns from what became of the ones before."""
+    """An iterator of new configs that learns from the outcomes of earlier ones."""
 
     def __init__(self, space: Space, *, sampler: str, seed: int, near: Iterable[Record]) -> None:
         """`near`: records of any problems or devices, whose configs are tried early.
 
-        Raises FlashtuneError when the sampler lacks what it needs.
+        Raises FlashtuneError if the sampler lacks a package that it needs.
         """
         self.space = space
         self.known: dict[Config, Measurement] = {}
         self.failed = 0
         self._works: list[_Timed] = []  # fastest first
-        self._families: dict[str, list[_Timed]] = {}  # of those with a time, pruned ones too
-        self._spent: Counter[str] = Counter()  # configs of each family, those under way too
+        self._families: dict[str, list[_Timed]] = {}  # configs with a time, pruned ones too
+        self._spent: Counter[str] = Counter()  # configs of each family, including those under way
         self._sampler = sampler
         self._random = random.Random(seed)
         self._trials: dict[Config, optuna.Trial] = {}
@@ -63,17 +63,17 @@ class Proposals:
         return self
 
     def __next__(self) -> Config:
-        """A config that is neither known nor under way; StopIteration when there is none left."""
+        """A config that is neither known nor under way; StopIteration if none is left."""
         config = self.propose()
         if config is None:
             raise StopIteration
         return config
 
     def propose(self, *, hurry: bool = False) -> Config | None:
-        """A config that is neither known nor under way; None when there is none left.
+        """A config that is neither known nor under way; None if none is left.
 
-        hurry: rather a neighbour than what Optuna has to think about. Its model takes longer the
-        more trials there are; many workers would wait for it.
+        hurry: prefer a neighbour to asking Optuna, whose model takes longer the more trials there
+        are; many workers would wait for it.
         """
         if self._sampler == "exhaustive":
             fresh = next((each for each in self._all if self._is_new(each)), None)
@@ -85,7 +85,7 @@ class Proposals:
         return None
 
     def recall(self, config: Config, measurement: Measurement) -> None:
-        """Take over what an earlier run found out; configs outside the space are passed over."""
+        """Take over a result of an earlier run; configs outside the space are ignored."""
         parameters = self.space.parameters(config)
         if parameters is None:
             return
@@ -103,12 +103,12 @@ class Proposals:
         )
 
     def retry(self, config: Config) -> None:
-        """Propose a config before all others; one outside the space is passed over."""
+        """Propose a config before all others; one outside the space is ignored."""
         if self.space.holds(config_data(config)):
             self._first.appendleft(config)
 
     def learn(self, config: Config, measurement: Measurement) -> None:
-        """Tell what became of a config that was proposed; a failure is a pruned trial."""
+        """Report the outcome of a proposed config; a failure is a pruned trial."""
         self._know(config, measurement)
         trial = self._trials.pop(config)
         if measurement.median_us is None:
@@ -117,7 +117,7 @@ class Proposals:
             self._study.tell(trial, measurement.median_us)
 
     def correct(self, config: Config, measurement: Measurement) -> None:
-        """Replace what is known of a config: evaluated again, it came out otherwise."""
+        """Replace what is known of a config, which gave another result when evaluated again."""
         self._know(config, measurement)
 
     @property
@@ -130,7 +130,7 @@ class Proposals:
         return [config for *_, config in self._works]
 
     def _know(self, config: Config, measurement: Measurement) -> None:
-        """Keep what is known of a config, in order of time."""
+        """Record a config's measurement, in order of time."""
         family = self._families.setdefault(self.space.family(config), [])
         before = self.known.get(config)
         if before is not None:
@@ -146,11 +146,11 @@ class Proposals:
             bisect.insort(ranking, timed, key=lambda each: each[:2])
 
     def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, optuna.Trial | None]:
-        """The next idea, new or not, and its trial where Optuna had it.
+        """The next proposal, new or not, and its trial if it came from Optuna.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` ideas in a row a neighbour goes instead. In a hurry, where there is no new
-        neighbour, anything goes.
+        `stale` proposals in a row a neighbour is used instead. In a hurry, any proposal is
+        accepted if there is no new neighbour.
         """
         if self._first:
             return self._first.popleft(), None
@@ -164,7 +164,7 @@ class Proposals:
         return self._ask()
 
     def _claim(self, config: Config, trial: optuna.Trial | None) -> Config:
-        """Mark a config as under way, with a trial of its own where Optuna did not propose it."""
+        """Mark a config as under way, with a trial of its own if Optuna did not propose it."""
         if trial is None:
             parameters = self.space.parameters(config)
             assert parameters is not None
@@ -176,7 +176,7 @@ class Proposals:
         return config
 
     def _ask(self) -> tuple[Config | None, optuna.Trial | None]:
-        """What Optuna proposes; what is not valid or known is told at once."""
+        """Optuna's proposal; Optuna is told at once if that is invalid or known."""
         trial = self._study.ask()
         config, reason = self.space.suggest(trial)
         if reason is None and self._is_new(config):
@@ -191,8 +191,8 @@ class Proposals:
     def _neighbour(self) -> Config | None:
         """A neighbour of one of a family's best configs.
 
-        A family that has spent little gets as many turns as the best; after that, the nearer its
-        best is to the best of all, the more.
+        A family with few evaluations gets as many turns as the best one; after that, it gets more
+        turns the nearer its best is to the best of all.
         """
         families = {name: ranking for name, ranking in self._families.items() if ranking}
         if not families:
@@ -211,7 +211,7 @@ class Proposals:
 
 
 def references(space: Space) -> list[Config]:
-    """The default and the baseline, where they lie in the space."""
+    """The default and the baseline, if they are in the space."""
     both = (
         default_config(space.problem, space.device),
         baseline_config(space.problem, space.device),

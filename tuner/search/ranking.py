@@ -1,9 +1,9 @@
-"""The most promising configs of a space by the cost model, with nothing compiled.
+"""The most promising configs of a space by the cost model, without compiling anything.
 
 Usage:
     promising(space, shipped_model(), most=16, seed=0)      # configs, unlike one another
 
-What kernels will need is estimated, so this says what is worth compiling, no more.
+The resources of kernels are estimated, so this only says what is worth compiling.
 """
 
 import math
@@ -24,9 +24,9 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 from flashtune.tuning_db.shortlist import shortlist
 
 DRAWS = 1000  # random configs to begin with
-ROUNDS = 3  # of looking at the neighbours of the best
-BEST = 6  # of each family, whose neighbours are looked at
-KEPT = 30  # of each family, to make the shortlist from
+ROUNDS = 3  # rounds of looking at the best configs' neighbours
+BEST = 6  # configs of each family whose neighbours are looked at
+KEPT = 30  # configs of each family from which the shortlist is made
 _MOST_REGISTERS = 255
 
 
@@ -35,8 +35,8 @@ def promising(
 ) -> list[Config]:
     """Up to `most` valid configs that the model expects to be fast, by the shortlist's rule.
 
-    Families whose best is far behind the best of all, as searches have it, are left out.
-    near: configs that may be good here; those that are not in the space are passed over.
+    Families whose best is far behind the best of all, by the rule of searches, are left out. near:
+    configs that may be good here; those outside the space are ignored.
     """
     problem, device = space.problem, space.device
     generator = random.Random(seed)
@@ -63,7 +63,7 @@ def promising(
 
 
 def _expected_us(candidate: Candidate, model: CostModel) -> float:
-    """The predicted time with estimated needs; infinite where registers would spill."""
+    """The predicted time with estimated resources; infinite if registers would spill."""
     uses = candidate.launches
     if any(use.registers > _MOST_REGISTERS for use in uses):
         return math.inf

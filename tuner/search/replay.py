@@ -1,4 +1,4 @@
-"""An evaluator that looks up what was measured before: searches are tested with it, without a GPU.
+"""An evaluator that looks up recorded measurements, to test searches without a GPU.
 
 Usage:
     evaluator = ReplayEvaluator(records)
@@ -14,7 +14,7 @@ from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 
 
 class ReplayEvaluator:
-    """Gives each config the measurement on record; one that has none is INVALID."""
+    """Gives each config its recorded measurement; a config without one is INVALID."""
 
     provenance = Provenance.MEASURED
 
@@ -32,7 +32,7 @@ class ReplayEvaluator:
 
     @property
     def pending(self) -> int:
-        """Configs submitted whose evaluation has not been given out."""
+        """Configs submitted whose evaluation has not been collected."""
         return len(self._submitted)
 
     @property
@@ -51,7 +51,7 @@ class ReplayEvaluator:
         self.asked += 1
 
     def rest(self, seconds: float) -> None:
-        """Nothing is waited for."""
+        """Return at once: there is nothing to wait for."""
 
     def collect(self) -> list[Evaluation]:
         """The measurement of the config submitted first."""

@@ -1,4 +1,4 @@
-"""What a session came to as plain data, as `flashtune search --json` prints it.
+"""A session's results as plain data, as `flashtune search --json` prints them.
 
 Usage:
     json.dumps(result_data(outcome))
@@ -16,10 +16,10 @@ from flashtune.tuning_db.record import Provenance, Record
 
 
 class ShapeData(TypedDict):
-    """The search of one shape. Times are microseconds a call, None where there is none.
+    """The search of one shape. Times are microseconds per call, None if there is none.
 
-    winner, shipped, front: records as `Record.data` has them; `shipped` is what ships and is
-    better than a winner that was only predicted. The other fields are those of `Result`.
+    winner, shipped, front: records as `Record.data` gives them; `shipped` is the shipped record if
+    it is better than a winner that was only predicted. The other fields are those of `Result`.
     """
 
     problem: dict[str, Any]
@@ -61,7 +61,7 @@ def result_data(outcome: SessionResult) -> SearchData:
 
 
 def better_shipped(result: Result, device: Device) -> Record | None:
-    """The shipped record that is better than a winner that was only predicted, if there is one.
+    """The shipped record, if it is better than a winner that was only predicted.
 
     Measured is better than predicted.
     """

@@ -1,4 +1,4 @@
-"""Optuna's samplers, by the names that `--sampler` has for them. Listing them loads nothing."""
+"""Optuna's samplers, by their names in `--sampler`. Listing them loads nothing."""
 
 import warnings
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ MOST_SEED = 2**32 - 1  # of NumPy's generators
 
 
 def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":
-    """Optuna's sampler of that name; raises FlashtuneError when it lacks what it needs."""
+    """Optuna's sampler of that name; raises FlashtuneError if a package is missing."""
     import optuna
 
     with warnings.catch_warnings():
@@ -24,7 +24,7 @@ def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":
             )
         if name == "gp":
             try:
-                import scipy  # noqa: F401 (Optuna itself asks for it only after some trials)
+                import scipy  # noqa: F401 (Optuna imports it only after some trials)
 
                 return optuna.samplers.GPSampler(seed=seed, deterministic_objective=False)
             except ImportError as error:

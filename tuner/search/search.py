@@ -1,15 +1,14 @@
-"""The search for one problem on one device: propose, evaluate, learn, write everything down.
+"""The search for one problem on one device: propose, evaluate, learn, record everything.
 
 Usage:
     result = search(space, evaluator, store, Budget(trials=200), toolchain=toolchain)
-    result.winner           # the Record to use, None when nothing worked
+    result.winner           # the Record to use, None if nothing worked
 
     one = Search(space, evaluator, …)
-    steps = one.steps()     # several searches go on side by side: each yields where it would wait
+    steps = one.steps()     # to run several side by side: each yields where it would wait
     one.result()
 
-What has been found out already is read from the store first, so a search that was interrupted
-goes on where it was.
+Earlier results are read from the store first, so an interrupted search continues where it stopped.
 """
 
 import math
@@ -33,13 +32,13 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import FINAL_POLICY, Store
 
 FINALISTS = 6
-MOST_COMPARISONS = 10  # in which none fails, but the lead is lost
-AT_ONCE = 16  # proposals in a hurry between two looks at what workers have to say
+MOST_COMPARISONS = 10  # comparisons without failures in which the lead changes
+AT_ONCE = 16  # hurried proposals between two checks of the workers' replies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What a search may spend. `trials` counts evaluations, those of interrupted runs included."""
+    """What a search may spend. `trials` counts evaluations, including those of earlier runs."""
 
     trials: int
     timeout_s: float | None = None
@@ -47,10 +46,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """How far a search is: one after each evaluation, and one before the finalists are timed.
+    """A search's progress: sent after each evaluation, and before the finalists are timed.
 
-    total: the budget's trials, or as many as there turn out to be configs. stops: when, by the
-    monotonic clock, time runs out. workers: how many evaluate now; most_workers: how many could.
+    total: the budget's trials, or the number of configs if there are fewer. stops: when time runs
+    out, on the monotonic clock. workers: how many evaluate now; most_workers: how many could.
     """
 
     done: int
@@ -66,12 +65,12 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a search came to. Times are of the final comparison where there was one.
+    """The result of a search. Times are from the final comparison, if there was one.
 
     `searched_us` is the best time before that comparison, `failure` the most frequent reason of
-    failures, if any. `default_kept`: nothing beat the default by more than the noise. `front`:
-    where energy counts, the records that no other beats in both time and energy, fastest first. A
-    search that timed out or was cancelled (Ctrl-C) has all that it measured in the store; only a
+    failures, if any. `default_kept`: nothing beat the default by more than the noise. `front`: if
+    energy counts, the records that no other beats in both time and energy, fastest first. A search
+    that timed out or was cancelled (Ctrl-C) has all its measurements in the store; only a
     cancelled one leaves the finalists uncompared.
     """
 
@@ -91,7 +90,7 @@ class Result:
 
 
 def search(space: Space, evaluator: Evaluator, *arguments: Any, **options: Any) -> Result:
-    """Search by itself, to its end. The arguments are those of `Search`.
+    """Run a single search to its end. The arguments are those of `Search`.
 
     KeyboardInterrupt ends the search early; the finalists are then not compared.
     """
@@ -105,7 +104,7 @@ def search(space: Space, evaluator: Evaluator, *arguments: Any, **options: Any) 
 
 
 class Search:
-    """A search within a budget; every evaluation is in the store before the next one is begun."""
+    """A search within a budget; every evaluation is stored before the next one begins."""
 
     def __init__(
         self,
@@ -122,22 +121,22 @@ class Search:
         objective: Objective = Objective.TIME,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        """Learn what earlier runs found out. Its time begins now.
+        """Learn from earlier runs. The time limit starts now.
 
         near: records of any problems or devices, whose configs are tried early. retry_failed:
-        evaluate first, and again, what failed in earlier runs. objective: what to minimise; what
-        was measured without that is evaluated again.
+        first evaluate again the configs that failed in earlier runs. objective: what to minimise;
+        configs measured without it are evaluated again.
         """
         self.proposals = Proposals(space, sampler=sampler, seed=seed, near=near)
         self.space, self.evaluator, self.store = space, evaluator, store
         self.budget, self.toolchain, self.on_event = budget, toolchain, on_event
         self.objective = objective
-        self.measured: dict[Config, Measurement] = {}  # by the search; proposals know costs
-        self.finals: dict[Config, Measurement] = {}  # what finalists cost
-        self.timed_again: dict[Config, Measurement] = {}  # what they took
+        self.measured: dict[Config, Measurement] = {}  # times; proposals know costs instead
+        self.finals: dict[Config, Measurement] = {}  # costs of finalists
+        self.timed_again: dict[Config, Measurement] = {}  # their times
         self.default = default_config(space.problem, space.device)
         self.stops = time.monotonic() + (budget.timeout_s or math.inf)
-        self.dry = False  # no config is left to propose
+        self.dry = False  # no config left to propose
         self.timed_out = self.ended = False
         self._recall(retry_failed)
 
@@ -149,7 +148,7 @@ class Search:
         self.ended = True
 
     def _recall(self, retry_failed: bool) -> None:
-        """Learn from the store what earlier runs found out, or propose it again if it failed."""
+        """Learn from the results of earlier runs in the store; failures may be proposed again."""
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
         ):
@@ -158,7 +157,7 @@ class Search:
             try:
                 config = parse_config(record.config)
             except FlashtuneError:
-                continue  # of another version of its plan
+                continue  # from another version of its plan
             if retry_failed and record.measurement.median_us is None:
                 self.proposals.retry(config)
             elif self.objective.knows(record.measurement):
@@ -166,7 +165,7 @@ class Search:
                 self.proposals.recall(config, self.objective.seen(record.measurement))
 
     def _evaluate(self) -> Steps[bool]:
-        """Evaluate until the budget is spent; True when time ran out first."""
+        """Evaluate until the budget is spent; True if time ran out first."""
         known = self.proposals.known
         while True:
             left = self.budget.trials - len(known) - self.evaluator.pending
@@ -189,7 +188,7 @@ class Search:
                 return True
 
     def _take(self, evaluations: Sequence[Evaluation]) -> None:
-        """Write down what was found out, then learn from it."""
+        """Store the results, then learn from them."""
         found = [(each.config, each.measurement) for each in evaluations]
         right = [each for each in found if each[1].outcome is not Outcome.ENVIRONMENT]
         self._write(*right)
@@ -200,11 +199,11 @@ class Search:
             self.on_event(self.event())
 
     def _compare(self) -> Steps[None]:
-        """Time the best configs and the default side by side, and write that down.
+        """Time the best configs and the default side by side, and store the result.
 
-        Where none beats the default by more than the noise, only the default's time is written,
-        which makes it the winner, and the times of those that an earlier run compared, so that
-        an old lucky time does not remain the winner.
+        If none beats the default by more than the noise, only the default's time is stored, which
+        makes it the winner, and the times of configs that an earlier run compared, so that an old
+        lucky time does not remain the winner.
         """
         self.finals = yield from self._finals()
         compared = {
@@ -215,11 +214,11 @@ class Search:
                 self._write((config, self.timed_again[config]))
 
     def _finals(self) -> Steps[dict[Config, Measurement]]:
-        """What became of the finalists that worked; a failure is written at once.
+        """The measurements of the finalists that worked; a failure is stored at once.
 
-        One that fails when it is timed again is no longer a finalist, and one that takes longer
-        than it did may leave the lead to a config that was no finalist. Then those that are now
-        the best are compared, until neither happens.
+        A config that fails when timed again is no longer a finalist, and one that is now slower
+        may lose the lead to a config that was not a finalist. Then the configs that are now best
+        are compared, until neither happens.
         """
         finals: dict[Config, Measurement] = {}
         tried: set[Config] = set()
@@ -244,9 +243,9 @@ class Search:
     def _finalists(
         self, finals: Mapping[Config, Measurement], tried: Collection[Config]
     ) -> list[Config]:
-        """The best configs, and the default and the baseline where they work.
+        """The best configs, and the default and the baseline if they work.
 
-        None where only one config ever worked.
+        None if only one config ever worked.
         """
         times = self._expected_us(finals)
         ranked = sorted(times, key=lambda config: times[config])
@@ -264,10 +263,11 @@ class Search:
         return any(times[config] < bound_us for config in times if config not in tried)
 
     def _expected_us(self, finals: Mapping[Config, Measurement]) -> dict[Config, float]:
-        """The times of the configs that work: what they took in a comparison, or would take.
+        """The times of the configs that work, as measured in a comparison or as expected there.
 
-        A comparison may find every config slower, as clocks drift; and one that was timed too
-        short, by far more than the others. So what all have in common is the least.
+        A comparison may find every config slower, as clocks drift, and a config whose first time
+        was too short far slower than the others. So the smallest slowdown is taken as common to
+        all.
         """
         known = {
             config: self.proposals.known[config].median_us or 0.0
@@ -279,7 +279,7 @@ class Search:
         return {config: again.get(config, drift * time_us) for config, time_us in known.items()}
 
     def event(self, comparing: bool = False) -> Event:
-        """How far the search is."""
+        """The search's progress."""
         known, best = self.proposals.known, self.proposals.best
         workers, most_workers = self.evaluator.workers
         return Event(
@@ -295,7 +295,7 @@ class Search:
         )
 
     def result(self) -> Result:
-        """What the search came to, or has come to so far."""
+        """The search's result, or its result so far."""
         problem, device = self.space.problem, self.space.device
         event = self.event()
         records = [
@@ -358,7 +358,7 @@ class Search:
 
 
 def _stop_for_the_machine(measurement: Measurement) -> None:
-    """Raise FlashtuneError for what would go wrong with every config, and is none's fault."""
+    """Raise FlashtuneError for a fault that would hit every config and is due to none."""
     if measurement.outcome is Outcome.ENVIRONMENT:
         raise FlashtuneError(
             f"the search stops for the machine's sake: {measurement.error}. What was measured is "

@@ -2,10 +2,10 @@
 
 Usage:
     session = Session(request, store)
-    outcome = session.run(display)                      # which is told how it goes
-    outcomes = side_by_side([session, other], display)  # of several kinds of device
+    outcome = session.run(display)                      # the display shows progress
+    outcomes = side_by_side([session, other], display)  # for several kinds of device
 
-As many problems are searched at once as there are workers that measure. One thread drives it all.
+As many problems are searched at once as there are workers that measure. One thread drives all.
 """
 
 import math
@@ -51,9 +51,9 @@ from flashtune.tuning_db.table_folder import added_tables
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRequest:
-    """What a user asks to be searched. `trials` is for each problem, `timeout_s` for all.
+    """A user's request for a search. `trials` is per problem, `timeout_s` for all.
 
-    fleet: the workers that have the device, where it is not one worker of this machine. Raises
+    fleet: the workers that have the device, unless that is one worker of this machine. Raises
     FlashtuneError for numbers out of range and for an unknown sampler.
     """
 
@@ -70,7 +70,7 @@ class SearchRequest:
     fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers, whoever gives them."""
+        """Check the numbers."""
         for name in ("trials", "jobs"):
             _check_count(name, getattr(self, name), range(1, sys.maxsize))
         _check_count("seed", self.seed, range(MOST_SEED + 1))
@@ -87,9 +87,9 @@ class SearchRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionResult:
-    """What became of a request; `results` lacks the problems that were not begun.
+    """The result of a request; `results` lacks the problems that were not begun.
 
-    device: with the bandwidth that was measured in this run, where it is this machine's CPU.
+    device: with the bandwidth measured in this run, if it is this machine's CPU.
     """
 
     device: Device
@@ -100,7 +100,7 @@ class SessionResult:
 
 
 class Display(Protocol):
-    """What shows a person how a session goes."""
+    """Shows the user the progress of a session."""
 
     def note(self, text: str) -> None:
         """Show a line that stays."""
@@ -108,17 +108,17 @@ class Display(Protocol):
     def start(
         self, problem: Problem, trials: int, floor_us: float | None
     ) -> Callable[[Event], None]:
-        """Begin to show a search; its events go to the result."""
+        """Begin to show a search; returns the function that takes its events."""
 
 
 class Session:
     """Runs the searches of a request, as many at once as there are workers that measure."""
 
     def __init__(self, request: SearchRequest, store: Store) -> None:
-        """Measures where the device is this machine's or a fleet's, else predicts.
+        """Measures if the device is in this machine or a fleet, else predicts.
 
-        Raises FlashtuneError when what is fixed leaves no valid config for a problem, and where
-        energy counts and can't be read.
+        Raises FlashtuneError if the fixed knobs leave no valid config for a problem, or if energy
+        counts and can't be read.
         """
         self.request, self.store = request, store
         self.pools: list[WorkerPool] = []
@@ -142,11 +142,11 @@ class Session:
                 )
 
     def run(self, display: Display) -> SessionResult:
-        """Search by itself; see `side_by_side`."""
+        """Run this session alone; see `side_by_side`."""
         return side_by_side([self], display)[0]
 
     def steps(self, display: Display) -> Steps[None]:
-        """Search. What was begun is in `result`, however this ends."""
+        """Search. `result` has every search that was begun, however this ends."""
         if self._is_here:
             self._device = as_it_is_now(self.request.device)
         for why in self._left_out.values():
@@ -171,7 +171,7 @@ class Session:
                 yield from in_turns(begun)
 
     def result(self, *, cancelled: bool) -> SessionResult:
-        """What the searches that were begun came to, or have come to so far."""
+        """The results, or the results so far, of the searches that were begun."""
         again = as_it_is_now(self.request.device) if self._is_here and not cancelled else None
         devices = [self._device, *filter(None, [again])]
         return SessionResult(
@@ -187,19 +187,19 @@ class Session:
         return self.request.fleet is None or not self.request.fleet.elsewhere
 
     def _compilers(self) -> WorkerPool:
-        """None of it where those that measure compile."""
+        """An empty pool if the workers that measure also compile."""
         fleet = self.request.fleet
         return WorkerPool(here(self.request.jobs) if fleet is None else fleet.compilers or ())
 
     def _measurers(self, display: Display) -> WorkerPool:
-        """One worker is as good as itself: of several, the muster says who measures."""
+        """A single worker needs no check; of several, the muster says which ones measure."""
         fleet = self.request.fleet
         places = here(1) if fleet is None else fleet.places
         alone = not callable(places) and len(places) == 1
         return WorkerPool(places, display.note, admits=alone)
 
     def _reference(self) -> Task:
-        """What workers are compared by: the default config of the first problem."""
+        """The task by which workers are compared: the default config of the first problem."""
         problem, device = self.request.problems[0], self.request.device
         candidate = Candidate(problem, default_config(problem, device), device)
         sources = () if self._is_here else (candidate.source,)
@@ -251,8 +251,8 @@ class Session:
     def _near(self) -> list[Record]:
         """Winners on this device: the user's, those of added tables, those that ship.
 
-        Its own is the nearest. One of a table is not taken at its word: it may have been measured
-        with other tools.
+        A problem's own winner is the nearest. A table's winner is not trusted without measuring:
+        it may have been measured with other tools.
         """
         name = self.request.device.name
         found = [self.store.best(name, other) for other in self.store.problems(name)]
@@ -265,9 +265,9 @@ class Session:
 
 
 def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionResult]:
-    """Run sessions to their end, all at once; Ctrl-C ends them with what they have.
+    """Run sessions concurrently to their end; Ctrl-C ends them with their results so far.
 
-    Of a session cut short, the searches that were under way are the last results.
+    In a session that is cut short, the searches that were under way are the last results.
     """
     session_of = {session.steps(display): session for session in sessions}
     under_way, cancelled = list(session_of), False
@@ -284,9 +284,10 @@ def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionR
 
 
 def in_turns(under_way: list[Steps[None]]) -> Steps[None]:
-    """Take each a step further; those that ended are taken off the list.
+    """Advance each by one step; those that ended are removed from the list.
 
-    Workers are heard after each step, but only waited for in the end, if all wait for them.
+    Replies are read after each step, but workers are waited for only at the end, if all wait for
+    them.
     """
     wait = math.inf
     for each in list(under_way):
@@ -319,7 +320,7 @@ def _evaluated(request: SearchRequest) -> tuple[Provenance, Toolchain]:
 
 
 def _check_energy(request: SearchRequest, provenance: Provenance) -> None:
-    """Raise FlashtuneError where energy counts and can't be measured, as far as is known here."""
+    """Raise FlashtuneError if energy counts and is known here not to be measurable."""
     if not request.objective.needs_energy:
         return
     if provenance is Provenance.PREDICTED:
@@ -334,9 +335,9 @@ def _check_energy(request: SearchRequest, provenance: Provenance) -> None:
 
 
 def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
-    """The plans that would run on the device but cannot be searched, each with why.
+    """The plans that would run on the device but cannot be searched, each with the reason.
 
-    What machines elsewhere can build they say themselves.
+    Remote machines report themselves what they can build.
     """
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():

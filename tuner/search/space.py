@@ -1,12 +1,12 @@
-"""The configs a search chooses from: conditional by plan, narrowed by what the user fixes.
+"""The configs that a search chooses from: conditional on the plan, narrowed by fixed knobs.
 
 Usage:
     space = Space(problem, device, fixed={"plan": "staged"})
-    config, reason = space.suggest(trial)     # reason is None when the config is valid
+    config, reason = space.suggest(trial)     # reason is None if the config is valid
     for config in space.configs(): …          # every valid config
 
-A knob is called `plan.knob` in Optuna, because its choices may not change between trials; a knob
-that does not matter under the values before it is not suggested.
+A knob is called `plan.knob` in Optuna, because its choices may not change between trials. A knob
+that does not matter given the values before it is not suggested.
 """
 
 import random
@@ -33,10 +33,10 @@ Choices = Sequence[Any]
 class Space:
     """Every valid config for a problem and device, with some knobs fixed to one value.
 
-    `known_good`: configs from which searches begin; None stands for those that are known for the
-    device. `without`: plans that are left out.
+    `known_good`: configs from which searches begin; None: those known for the device. `without`:
+    plans to leave out.
 
-    Raises FlashtuneError when `fixed` names an unknown knob or value.
+    Raises FlashtuneError if `fixed` names an unknown knob or value.
     """
 
     problem: Problem
@@ -46,7 +46,7 @@ class Space:
     without: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        """Check what is fixed."""
+        """Check the fixed knobs."""
         for name, value in self.fixed.items():
             choices = list(plans_of(self.device)) if name == "plan" else _all_choices(name)
             if not choices:
@@ -58,7 +58,7 @@ class Space:
     def plans(self) -> list[str]:
         """The plans to choose from: those that have every fixed value among their choices.
 
-        The plans left out are not among them.
+        Excludes the plans in `without`.
         """
         return [
             name
@@ -71,7 +71,7 @@ class Space:
         ]
 
     def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
-        """The config a trial asks for, and why it is not valid, if so."""
+        """The config that a trial asks for, and why it is invalid, or None."""
         plan = PLANS[trial.suggest_categorical("plan", self.plans)].config
         values: dict[str, Any] = {}
         for name, choices in self._knobs(plan).items():
@@ -83,9 +83,9 @@ class Space:
         return config, self._why_invalid(config)
 
     def parameters(self, config: Config) -> dict[str, Any] | None:
-        """What a trial would have to be given for `suggest` to return this config.
+        """The trial parameters for which `suggest` returns this config.
 
-        None when the config is not in the space.
+        None if the config is not in the space.
         """
         if config.plan not in self.plans:
             return None
@@ -99,7 +99,7 @@ class Space:
         return parameters
 
     def holds(self, data: ConfigData) -> bool:
-        """Whether a config on record is a valid one of this space."""
+        """Whether a recorded config is a valid config of this space."""
         try:
             config = parse_config(data)
         except FlashtuneError:
@@ -121,8 +121,8 @@ class Space:
     def configs(self) -> Iterator[Config]:
         """Every valid config, in the order of the knobs' choices.
 
-        Rules are judged as soon as their knobs are set, and a family that one of them leaves
-        nothing of is passed over: there are too many configs to try each.
+        Rules are checked as soon as their knobs are set, and a family that a rule excludes
+        entirely is skipped: there are too many configs to try each.
         """
         for plan in self.plans:
             yield from self._complete(PLANS[plan].config, {})
@@ -139,7 +139,7 @@ class Space:
         return list(dict.fromkeys(found))
 
     def neighbour(self, config: Config, generator: random.Random) -> Config | None:
-        """Any one of `neighbours`; None where there is none."""
+        """A random one of `neighbours`; None if there are none."""
         plan = type(config)
         steps = [(name, choice) for name, each in self._knobs(plan).items() for choice in each]
         generator.shuffle(steps)
@@ -165,7 +165,7 @@ class Space:
         return family(config_data(config))
 
     def starts(self) -> list[Config]:
-        """The known good starting points that are valid here, with what is fixed as it must be."""
+        """The known good starting points that are valid here, with the fixed knobs applied."""
         known = self.known_good
         if known is None:
             known = known_good(self.problem, self.device)
@@ -176,14 +176,14 @@ class Space:
         return Candidate(self.problem, config, self.device).why_invalid()
 
     def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
-        """The choices of each knob that are left when what is fixed is fixed."""
+        """The choices of each knob that remain once the fixed knobs are applied."""
         return {
             name: (self.fixed[name],) if name in self.fixed else knob["choices"]
             for name, knob in knobs(plan).items()
         }
 
     def _changed(self, config: Config, name: str, value: Any) -> Config:
-        """The config with one knob changed and the fixed ones as they must be."""
+        """The config with one knob changed and the fixed knobs applied."""
         plan = type(config)
         data = {**config_data(config), name: value}
         del data["plan"]
@@ -195,7 +195,7 @@ class Space:
         return plan(**data)
 
     def _within(self, config: Config) -> Config:
-        """The config with what is fixed as it must be."""
+        """The config with the fixed knobs applied."""
         first = next(iter(knobs(type(config))))
         return self._changed(config, first, getattr(config, first))
 
@@ -217,7 +217,7 @@ class Space:
                 yield from self._complete(plan, chosen)
 
     def _may_hold(self, plan: type[Config], values: dict[str, Any]) -> bool:
-        """Whether each rule by itself leaves any config of a plan with these first values."""
+        """Whether each rule on its own leaves any config of a plan with these first values."""
         for rule in self._rules(plan):
             names = [name for name in knobs(plan) if name in rule.knobs]
             choices = product(*(self._choices(plan, name, values) for name in names))
@@ -234,7 +234,7 @@ class Space:
         return not why_broken(rules, Candidate(self.problem, plan(**values), self.device))
 
     def _choices(self, plan: type[Config], name: str, values: dict[str, Any]) -> Choices:
-        """What a knob may be once those with a say in whether it matters have their values."""
+        """A knob's choices once the knobs that decide whether it matters have their values."""
         if name in values:
             return (values[name],)
         if not enabled(plan, name, values):
@@ -247,7 +247,7 @@ def _known_knobs() -> str:
 
 
 def _choices_of(plan: type[Config], name: str) -> Choices:
-    """The choices of a knob of a plan; none where the plan has no such knob."""
+    """The choices of a plan's knob; empty if the plan has no such knob."""
     known = knobs(plan)
     return known[name]["choices"] if name in known else ()
 
@@ -259,9 +259,9 @@ def _all_choices(name: str) -> list[Any]:
 
 
 def parse_fixed(text: str) -> tuple[str, Any]:
-    """Read `--fix`: KNOB=VALUE, with the value as the knob's choices have it.
+    """Read `--fix`: KNOB=VALUE, with the value in the type of the knob's choices.
 
-    Raises FlashtuneError on a knob or value that does not exist.
+    Raises FlashtuneError if the knob or value does not exist.
     """
     name, _, value = text.partition("=")
     choices = list(PLANS) if name == "plan" else _all_choices(name)

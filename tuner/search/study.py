@@ -1,4 +1,4 @@
-"""A search that is on record, and the study of Optuna's that it would be.
+"""A recorded search, and the equivalent Optuna study.
 
 Usage:
     for found in searches(store, None, None):
@@ -24,14 +24,14 @@ from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance, Record
 from flashtune.tuning_db.store import Store
 
-MOST_ATTRIBUTE = 2000  # characters of an error; a column of some databases holds 2048
+MOST_ATTRIBUTE = 2000  # characters of an error; some databases' columns hold 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """A config's record, with what its first evaluation gave and when that ended (UTC).
+    """A config's record, with its first measurement and when that ended (UTC).
 
-    The record has the newest measurement: of finalists, that of the comparison.
+    The record has the newest measurement; for finalists, that of the comparison.
     """
 
     record: Record
@@ -41,7 +41,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedSearch:
-    """What was evaluated of one problem on one device with the same tools, in that order."""
+    """The evaluations of one problem on one device with the same tools, in order."""
 
     device: str
     toolchain: Toolchain
@@ -51,7 +51,7 @@ class RecordedSearch:
 
     @property
     def name(self) -> str:
-        """What tells it from other searches, in a line."""
+        """A one-line name that tells it from other searches."""
         tools = self.toolchain
         named = (("triton", tools.triton), ("torch", tools.torch), ("driver", tools.driver))
         versions = [f"{name} {version}" for name, version in named if version]
@@ -60,7 +60,7 @@ class RecordedSearch:
 
 
 def searches(store: Store, device: str | None, problem: Problem | None) -> list[RecordedSearch]:
-    """The searches of a device and a problem, or of all, by device and problem."""
+    """The searches of a device and a problem, or of all, sorted by device and problem."""
     records = {each.key: each for each in store.records(device=device, problem=problem)}
     found: dict[tuple[str, Problem, str, Toolchain], RecordedSearch] = {}
     for key, created, first in store.first_measurements():
@@ -82,7 +82,7 @@ def searches(store: Store, device: str | None, problem: Problem | None) -> list[
 
 
 def space_of(search: RecordedSearch) -> Space | None:
-    """What was searched; None on a device that only its own machine can describe."""
+    """The space that was searched; None for a device that only its own machine can describe."""
     try:
         return Space(search.problem, device_named(search.device))
     except FlashtuneError:
@@ -90,9 +90,9 @@ def space_of(search: RecordedSearch) -> Space | None:
 
 
 def trials_of(search: RecordedSearch, space: Space) -> list[optuna.trial.FrozenTrial]:
-    """The trials of a search, of what this version of flashtune can still read.
+    """The trials of a search, as far as this version of flashtune can read them.
 
-    A failure is a failed trial; a config that was too slow to be timed in full is a pruned one,
+    A failure is a failed trial; a config that was too slow to be timed in full is a pruned trial,
     whose time is its only intermediate value.
     """
     trials = []
@@ -100,7 +100,7 @@ def trials_of(search: RecordedSearch, space: Space) -> list[optuna.trial.FrozenT
         try:
             config = parse_config(each.record.config)
         except FlashtuneError:
-            continue  # of another version of its plan
+            continue  # from another version of its plan
         parameters = space.parameters(config)
         if parameters is None:
             continue
@@ -121,11 +121,11 @@ def trials_of(search: RecordedSearch, space: Space) -> list[optuna.trial.FrozenT
 
 
 def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[str, int]]:
-    """Write each search as a study to Optuna's storage; their names and numbers of trials.
+    """Write each search as a study to an Optuna storage; returns names and numbers of trials.
 
-    A search on a device that only its own machine can describe is left out.
-    Raises FlashtuneError where the storage cannot be used, and, with nothing written, where it has
-    a study of one of the names.
+    A search on a device that only its own machine can describe is left out. Raises FlashtuneError
+    if the storage cannot be used; or, with nothing written, if it already has a study of one of
+    the names.
     """
     known = [(each, space) for each in found if (space := space_of(each))]
     names = [each.name for each, _ in known]
@@ -139,7 +139,7 @@ def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[
         for name, each in zip(names, trials, strict=True):
             study = optuna.create_study(storage=opened, study_name=name, direction="minimize")
             study.add_trials(each)
-    except Exception as error:  # of SQLAlchemy, a driver that is missing, a path, a full disk
+    except Exception as error:  # SQLAlchemy, a missing driver, a path, a full disk
         raise FlashtuneError(f"cannot write to the storage {storage}: {error}") from error
     return [(name, len(each)) for name, each in zip(names, trials, strict=True)]
 
@@ -156,8 +156,8 @@ def _attributes(record: Record) -> dict[str, Any]:
 
 
 def _local(created: str) -> datetime:
-    """A record's time as Optuna keeps times: of this machine's zone, without saying so."""
+    """A record's time as Optuna keeps times: in this machine's time zone, without naming it."""
     utc = datetime.fromisoformat(created.replace("Z", "+00:00"))
-    with suppress(OverflowError):  # at either end of the years that there are
+    with suppress(OverflowError):  # at either end of the supported years
         utc = utc.astimezone()
     return utc.replace(tzinfo=None)

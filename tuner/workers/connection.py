@@ -1,4 +1,4 @@
-"""What there is between a search and one worker: an interface, for `pool` alone.
+"""The connection between a search and one worker: an interface, used only by `pool`.
 
 `process.py` has connections to processes, `ray_worker.py` to actors of Ray.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 class Ending:
     """How a worker ended: its exit code, negative for a signal, and the last thing it said.
 
-    why_lost: where it was not the worker that ended but the way to it, why.
+    why_lost: if the connection was lost rather than the worker ended, the reason.
     """
 
     code: int
@@ -20,12 +20,12 @@ class Ending:
 
 
 class Connection(Protocol):
-    """One worker, started, and the lines to and from it. Nothing here waits for it but `end`."""
+    """One started worker, and the lines to and from it. Only `end` waits for it."""
 
     connected: bool  # whether a worker is known to be there
 
     def fileno(self) -> int:
-        """A descriptor that can be read from when `read` has something to say."""
+        """A descriptor that is readable when `read` has something to return."""
 
     @property
     def unsent(self) -> int:
@@ -33,36 +33,37 @@ class Connection(Protocol):
 
     @property
     def floods(self) -> bool:
-        """Whether it said more than is kept, so that `read` has something to say."""
+        """Whether it sent more than is kept, so that `read` has something to report."""
 
     @property
     def is_quiet(self) -> bool:
-        """Whether it lives and has said nothing since the line that was read last."""
+        """Whether it is alive and has sent nothing since the last line that was read."""
 
     def write(self, line: str) -> None:
-        """Hand over a line; a worker that is gone shows at the next read."""
+        """Send a line; a worker that is gone is noticed at the next read."""
 
     def push(self) -> None:
-        """Hand over what it takes now of what was not taken yet."""
+        """Send as much of the unsent bytes as it takes now."""
 
     def input(self) -> int | None:
-        """A descriptor that can be written to when `push` can do something; None if nothing is."""
+        """A descriptor that is writable when `push` can send; None if nothing is unsent."""
 
     def read(self) -> bytes | None:
-        """The next line if it is complete.
+        """The next line, if it is complete.
 
-        Raises EOFError when the worker is gone, and ReplyError for what no worker of ours sends.
+        Raises EOFError if the worker is gone, and ReplyError for input that none of our workers
+        sends.
         """
 
     def hang_up(self) -> None:
-        """Have it ended, with all that it started."""
+        """Have it ended, with every process that it started."""
 
     def end(self, patience: float = 0.0) -> Ending:
         """End it unless it does so itself within `patience` seconds; wait until it is gone."""
 
 
 class Transport(Protocol):
-    """Starts workers in one place, each with its keeper. All of them speak lines of JSON."""
+    """Starts workers in one place, each with its keeper. All exchange lines of JSON."""
 
     def start(self) -> Connection:
         """Start a worker."""

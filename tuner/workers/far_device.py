@@ -1,12 +1,12 @@
-"""What a machine can be tuned for: run there, it answers what its devices are.
+"""Reports the devices of the machine that it runs on, for which kernels can be tuned.
 
 Usage:
     python -m flashtune.tuner.workers.far_device < requests 3> answers     # lines of message.py
 
-A request's content is null, and the answer a report: `trouble` says why nothing can be tuned
-there, or is empty; `devices` has for each kind of device its own `trouble`, or a `device` with
-its `toolchain`. Or it is what a target's `bandwidth_sources` are for the CPU, and the answer the
-`bandwidth` of its memory in bytes/s.
+If a request's content is null, the answer is a report: `trouble` says why nothing can be tuned
+there, or is empty; `devices` has for each kind of device its own `trouble`, or a `device` with its
+`toolchain`. Otherwise the content is a target's `bandwidth_sources` for the CPU, and the answer is
+the `bandwidth` of its memory in bytes/s.
 """
 
 import os
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def report() -> dict[str, Any]:
-    """The machine's devices by their kind, or the first thing that is missing for each."""
+    """The machine's devices by kind, or for each kind the first thing that is missing."""
     trouble = why_unusable("torch")
     if trouble:
         return {"trouble": trouble, "devices": {}}

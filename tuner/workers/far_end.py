@@ -5,8 +5,8 @@ Usage:
 
 INPUT is this file with the modules that it imports (SIZE bytes, see ssh.py), a line of JSON
 (`size` and `digest` of an archive, the `module` to run, and a `token` of the search's own), the
-archive, then whatever the module reads. The greeting says that all of that arrived. Nothing of
-ours is there yet when this runs: it uses the standard library alone.
+archive, then the module's own input. The greeting says that all of that arrived. None of our code
+is there yet when this runs: it uses only the standard library.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ Pieces = queue.SimpleQueue[bytes]
 
 
 def main() -> None:
-    """Unpack, greet, run the module, and exit as it does: with 128 and more for a signal."""
+    """Unpack, greet, run the module, and exit as it does: with 128 or more for a signal."""
     header = json.loads(sys.stdin.buffer.readline())
     archive = sys.stdin.buffer.read(header["size"])
     try:
         folder = unpacked(archive, header["digest"])
-    except (OSError, RuntimeError) as error:  # of a user without a home folder
+    except (OSError, RuntimeError) as error:  # a user without a home folder
         sys.exit(
             f"no place for the worker ({error}): set FLASHTUNE_CACHE there to a folder that you "
             "can write and no other user can"
@@ -46,7 +46,7 @@ def main() -> None:
     end_earlier(header["token"])
     print(GREETING, flush=True)
     command = [sys.executable, "-m", header["module"], header["token"]]
-    os._exit(run(command, folder))  # a thread of ours waits for input
+    os._exit(run(command, folder))  # our thread still waits for input
 
 
 def cache_folder() -> Path:
@@ -56,9 +56,9 @@ def cache_folder() -> Path:
 
 
 def unpacked(archive: bytes, digest: str) -> Path:
-    """The folder with the archive's files, unpacked unless just these are there already.
+    """The folder with the archive's files, unpacked unless exactly these are there already.
 
-    Raises OSError where it can't be written, or others could change what lies there.
+    Raises OSError if it can't be written, or others could change its files.
     """
     if hashlib.sha256(archive).hexdigest() != digest:
         sys.exit("flashtune's code arrived damaged: try again")
@@ -71,9 +71,9 @@ def unpacked(archive: bytes, digest: str) -> Path:
 
 
 def end_earlier(token: str) -> None:
-    """Kill workers that a lost connection left behind: they would disturb what is timed now.
+    """Kill workers that a lost connection left behind: they would disturb the timing.
 
-    token: an argument that each has, and nothing else of this machine.
+    token: an argument that each of them has, and no other process of this machine.
     """
     end = time.monotonic() + END_SECONDS
     while found := [each for each in Path("/proc").glob("[0-9]*") if token in arguments(each)]:
@@ -93,16 +93,16 @@ def arguments(process: Path) -> list[str]:
 
 
 def run(command: Sequence[str], folder: Path) -> int:
-    """Run a command on the code in `folder`. It is fed from standard input, and ends with it."""
+    """Run a command on the code in `folder`, fed from standard input; it ends when that ends."""
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     kept = Kept(
         command,
         stdin=subprocess.PIPE,
-        cwd=folder,  # not where `torch` or `triton` may be the name of somebody's checkout
+        cwd=folder,  # not where `torch` or `triton` may be a checkout
         env={
             **os.environ,
             "PYTHONPATH": path,
-            "PYTHONDONTWRITEBYTECODE": "1",  # the folder has what was sent, and no more
+            "PYTHONDONTWRITEBYTECODE": "1",  # the folder keeps only the sent files
             "FLASHTUNE_CACHE": str(cache_folder()),
         },
     )
@@ -113,7 +113,7 @@ def run(command: Sequence[str], folder: Path) -> int:
 
 
 def take(kept: Kept, pieces: Pieces) -> None:
-    """Read until the connection ends. Not what hands on: a hung child may take nothing more."""
+    """Read until the connection ends. Separate from `hand_on`, which a hung child may block."""
     source = sys.stdin.buffer
     assert isinstance(source, io.BufferedReader)
     while piece := source.read1(PIECE_BYTES):
@@ -122,7 +122,7 @@ def take(kept: Kept, pieces: Pieces) -> None:
 
 
 def hand_on(kept: Kept, pieces: Pieces) -> None:
-    """Give the child what was read, until it is gone."""
+    """Pass what was read to the child, until it is gone."""
     target = kept.child.stdin
     assert target
     with contextlib.suppress(BrokenPipeError):

@@ -1,17 +1,17 @@
-"""Runs a worker, ends with its search, and leaves no process behind.
+"""Runs a worker, ends when its search ends, and leaves no process behind.
 
 Usage:
-    python keeper.py COMMAND …     # exits as COMMAND does: with 128 and more for a signal
+    python keeper.py COMMAND …     # exits as COMMAND does: with 128 or more for a signal
 
-The command and all that it started are killed when it ends, when the other end of standard input
-is closed, as the kernel does for a search that was killed, and when the keeper itself is killed
-(then the command alone). A process that left its group and lost its parent is found, too: the
-kernel makes it a child of the keeper. Temporary files go with them: compilers that are killed
-leave theirs.
+The command and every process that it started are killed when it ends, when the other end of
+standard input is closed (the kernel does so for a killed search), and when the keeper itself is
+killed (then only the command). A process that left its group and lost its parent is found, too:
+the kernel makes it a child of the keeper. Temporary files are removed with them, because killed
+compilers leave theirs.
 
-Replies go to the descriptor `REPLIES`, which is the keeper's standard output. What the command
-writes to its own standard output or error is kept apart, and the end of it passed on.
-This module uses the standard library alone: it is also sent to machines that have nothing else.
+Replies go to the descriptor `REPLIES`, which is the keeper's standard output. The command's own
+standard output and error are kept apart, and the end of them is passed on. This module uses only
+the standard library: it is also sent to machines that have nothing else.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPLIES = 3  # the descriptor
-MOST_SAID = 2**16  # bytes of what the command said that are passed on: the last
-END_SECONDS = 60.0  # for what was killed to be gone
+MOST_SAID = 2**16  # last bytes of the command's output that are passed on
+END_SECONDS = 60.0  # for killed processes to be gone
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class Kept:
-    """A command under way, to be made by the main thread: the command ends with that."""
+    """A running command, to be started by the main thread: the command ends with that thread."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Kept:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it; from here on standard output is standard error. Raises OSError."""
+        """Start it; from now on standard output is standard error. Raises OSError."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._scratch = tempfile.mkdtemp(prefix="flashtune-")
         os.dup2(1, REPLIES)
@@ -74,11 +74,11 @@ class Kept:
             kill(self.child.pid)
 
     def wait(self) -> int:
-        """Its exit code, 128 and more for a signal, once nothing of it is left."""
+        """Its exit code, 128 or more for a signal, once none of its processes is left."""
         code = self.child.wait()
         end_descendants()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        self._listener.join(1.0)  # else a process that does not die holds the pipe
+        self._listener.join(1.0)  # or a process that does not die holds the pipe
         with contextlib.suppress(OSError):
             os.write(2, self._said)
         return 128 - code if code < 0 else min(code, 127)
@@ -103,7 +103,7 @@ def kill(group: int) -> None:
 
 
 def end_descendants() -> None:
-    """Kill every process that this one or one of those began, and wait until all are gone."""
+    """Kill every descendant of this process, and wait until all are gone."""
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end:
         for process in _descendants(os.getpid()):
@@ -118,20 +118,20 @@ def end_descendants() -> None:
 
 
 def _descendants(ancestor: int) -> list[int]:
-    """The processes below one, dead ones included."""
+    """The descendants of a process, including dead ones."""
     children: dict[int, list[int]] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             fields = Path(process, "stat").read_bytes().rpartition(b")")[2].split()
             children.setdefault(int(fields[1]), []).append(int(process.name))
     found = list(children.get(ancestor, ()))
-    for each in found:  # which grows
+    for each in found:  # grows meanwhile
         found += children.get(each, ())
     return found
 
 
 def _watch(kept: Kept) -> None:
-    """End the command when nobody has the other end of standard input any more."""
+    """End the command once the other end of standard input is closed."""
     closed = select.poll()
     closed.register(0, 0)
     closed.poll()
@@ -139,13 +139,13 @@ def _watch(kept: Kept) -> None:
 
 
 def main() -> None:
-    """Keep the command that the arguments are."""
+    """Keep the command given by the arguments."""
     try:
         kept = Kept(sys.argv[1:])
     except OSError as error:
         sys.exit(str(error))
     threading.Thread(target=_watch, args=(kept,), daemon=True).start()
-    os._exit(kept.wait())  # a thread of ours waits for input
+    os._exit(kept.wait())  # our thread still waits for input
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""One worker process, here or at the end of ssh, and the lines to and from it.
+"""One worker process, here or behind ssh, and the lines to and from it.
 
 Usage:
     process = WorkerProcess(transport)
     process.write(line)
-    wait_for_any([process], seconds)    # those that have something to be read
+    wait_for_any([process], seconds)    # those with something to read
     process.read()                      # a line once it is complete
-    process.end()                       # end it, and hear how it ended
+    process.end()                       # end it, and learn how it ended
 
-Nothing here waits for a process but `wait_for_any` and `end`, and nothing that one sends is kept
-without bounds.
+Only `wait_for_any` and `end` wait for a process, and all input from one is bounded.
 """
 
 import contextlib
@@ -22,14 +21,14 @@ from typing import IO, Protocol, TypeVar
 from flashtune.tuner.workers.answers.message import MOST_BYTES, ReplyError, clean
 from flashtune.tuner.workers.connection import Connection, Ending
 
-END_SECONDS = 5.0  # for a keeper to end what it keeps
+END_SECONDS = 5.0  # for a keeper to end its command
 PIECE_BYTES = 2**16
-MOST_ERRORS = 2**16  # bytes at the end of standard error that are read
+MOST_ERRORS = 2**16  # last bytes of standard error that are read
 MOST_ON_DISK = 2**24  # bytes of standard error: a keeper passes on far less
 
 
 class Command(Protocol):
-    """A transport whose workers are processes of this machine, or at the end of one."""
+    """A transport whose workers are processes of this machine, or are reached through one."""
 
     @property
     def command(self) -> Sequence[str]:
@@ -37,20 +36,20 @@ class Command(Protocol):
 
     @property
     def environment(self) -> Mapping[str, str] | None:
-        """Of the process; None for ours."""
+        """The environment of the process; None for ours."""
 
     @property
     def preamble(self) -> bytes:
-        """What goes to its standard input before the first line."""
+        """Bytes for its standard input before the first line."""
 
     @property
     def greeting(self) -> str:
-        """The line that says a worker is there, to be waited for; empty where none comes."""
+        """The line to wait for, which says that a worker is there; empty if none comes."""
 
     def why_lost(self, code: int, errors: str) -> str | None:
-        """Why the way to the worker is gone, None where it is the worker that ended.
+        """Why the connection was lost; None if it is the worker that ended.
 
-        code: how the command ended. errors: all that it said on standard error.
+        code: the command's exit code. errors: all its output on standard error.
         """
 
 
@@ -58,7 +57,7 @@ class WorkerProcess:
     """A process that reads and writes lines."""
 
     def __init__(self, transport: Command) -> None:
-        """Start it, and begin to hand over the transport's preamble."""
+        """Start it, and begin to send the transport's preamble."""
         self._transport = transport
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         self.popen = subprocess.Popen(
@@ -68,7 +67,7 @@ class WorkerProcess:
             stderr=self._errors,
             env=transport.environment,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the search, which then ends its workers
+            start_new_session=True,  # Ctrl-C is for the search, which ends its workers
         )
         assert self.popen.stdin and self.popen.stdout
         self.stdin, self.stdout = self.popen.stdin, self.popen.stdout
@@ -85,7 +84,7 @@ class WorkerProcess:
         return self.stdout.fileno()
 
     def input(self) -> int | None:
-        """Its standard input, while there is something to hand over."""
+        """Its standard input, while there is something to send."""
         return self.stdin.fileno() if self._unsent else None
 
     @property
@@ -95,7 +94,7 @@ class WorkerProcess:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether it lives and has said nothing since the line that was read last."""
+        """Whether it is alive and has sent nothing since the last line that was read."""
         return not self._arrived and not wait_for_any([self], 0.0)
 
     @property
@@ -104,7 +103,7 @@ class WorkerProcess:
         return os.fstat(self._errors.fileno()).st_size > MOST_ON_DISK
 
     def write(self, line: str) -> None:
-        """Hand over a line; a process that is gone shows at the next read."""
+        """Send a line; a process that is gone is noticed at the next read."""
         self._write(line.encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
@@ -112,7 +111,7 @@ class WorkerProcess:
         self.push()
 
     def push(self) -> None:
-        """Hand over what it takes now."""
+        """Send as much as it takes now."""
         try:
             while self._unsent:
                 del self._unsent[: os.write(self.stdin.fileno(), self._unsent[:PIECE_BYTES])]
@@ -122,10 +121,10 @@ class WorkerProcess:
             self._unsent.clear()
 
     def read(self) -> bytes | None:
-        """The next line if it is complete; raises EOFError when the process is gone.
+        """The next line, if it is complete; raises EOFError if the process is gone.
 
-        What comes before the greeting is not the worker's: a login shell may print things.
-        Raises ReplyError where more comes than any worker of ours sends.
+        Output before the greeting is not the worker's: a login shell may print things. Raises
+        ReplyError if more comes than any of our workers sends.
         """
         if self.floods:
             raise ReplyError(f"more than {MOST_ON_DISK} bytes on standard error")
@@ -152,19 +151,19 @@ class WorkerProcess:
         return None
 
     def _greet(self, line: bytes) -> None:
-        """Take the greeting; what the connection had to say so far is not the worker's either."""
+        """Accept the greeting; the connection's messages so far are not the worker's either."""
         self.connected = line.decode(errors="replace") == self._transport.greeting
         if self.connected:
             self._errors_from = os.fstat(self._errors.fileno()).st_size
 
     def hang_up(self) -> None:
-        """Have its keeper, here or at the far end, end it with all that it started."""
+        """Have its keeper, local or remote, end it with every process that it started."""
         self.stdin.close()
 
     def end(self, patience: float = 0.0) -> Ending:
-        """End it with all that it started, unless it ends by itself within `patience` seconds.
+        """End it with every process that it started, unless it ends within `patience` seconds.
 
-        Waits until it is gone. Said once more, it is the same ending.
+        Waits until it is gone. Another call returns the same ending.
         """
         if self._ending is not None:
             return self._ending
@@ -181,14 +180,14 @@ class WorkerProcess:
         self.stdout.close()
         self._errors.close()
         self._ending = Ending(
-            code=128 - code if code > 128 else code,  # a keeper ends as a shell does
+            code=128 - code if code > 128 else code,  # a keeper exits as a shell does
             said=clean(said[-1]) if said else "",
             why_lost=clean(why_lost) if why_lost is not None else None,
         )
         return self._ending
 
     def _said(self, start: int) -> str:
-        """The end of standard error, of what came after `start` bytes."""
+        """The end of standard error, ignoring its first `start` bytes."""
         size = os.fstat(self._errors.fileno()).st_size
         self._errors.seek(max(start, size - MOST_ERRORS))
         return self._errors.read(MOST_ERRORS).decode(errors="replace").strip()
@@ -198,9 +197,9 @@ Some = TypeVar("Some", bound=Connection)
 
 
 def wait_for_any(connections: Sequence[Some], seconds: float) -> list[Some]:
-    """The connections of which `read` has something to say, waiting for any at most so long.
+    """The connections whose `read` has something to return; waits for any at most `seconds`.
 
-    Meanwhile they are handed what they had not taken yet.
+    Meanwhile unsent bytes are sent.
     """
     with selectors.DefaultSelector() as selector:
         for each in connections:

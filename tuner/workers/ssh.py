@@ -4,9 +4,9 @@ Usage:
     transport = SshTransport(destination="user@orin")
     WorkerPool([Place(name="user@orin", transport=transport)])
 
-The user's own configuration and keys make the connection. Nothing else goes over it: no agent, no
+The connection uses the user's own configuration and keys. Nothing else goes over it: no agent, no
 display, no forwarded port. The other machine keeps our code and the compilers' caches in
-flashtune's cache folder there, and needs none of our dependencies but torch and Triton.
+flashtune's cache folder there, and needs only torch and Triton of our dependencies.
 """
 
 import functools
@@ -32,10 +32,10 @@ from flashtune.tuning_db import cached_file, private_folder
 
 PYTHON = "python3"
 LEAST_PYTHON = (3, 10)
-LOST = 255  # ssh's exit code for every trouble of its own
+LOST = 255  # ssh's exit code for all its own errors
 NOT_FOUND = 127  # a shell's
 OPTIONS = {
-    "BatchMode": "yes",  # a question would wait for ever
+    "BatchMode": "yes",  # a prompt would wait forever
     "ClearAllForwardings": "yes",
     "RemoteCommand": "none",
     "ConnectTimeout": "15",
@@ -47,10 +47,10 @@ _DATA = ("devices.json",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SshTransport:
-    """Workers at the end of ssh connections, of which one of each `token` lives at a time.
+    """Workers behind ssh connections, at most one alive per `token`.
 
-    destination: whatever ssh takes. python: the far Python, as its shell would find it. module:
-    what runs there.
+    destination: anything that ssh accepts. python: the remote Python, as its shell would find it.
+    module: the module to run there.
     """
 
     destination: str
@@ -65,7 +65,7 @@ class SshTransport:
 
     @property
     def greeting(self) -> str:
-        """What far_end.py says before the worker runs."""
+        """The line that far_end.py writes before the worker runs."""
         return GREETING
 
     @property
@@ -81,7 +81,7 @@ class SshTransport:
         return preamble(self.module, self.token)
 
     def why_lost(self, code: int, errors: str) -> str | None:
-        """ssh's own words, where it ended by itself."""
+        """ssh's own message, if ssh itself failed."""
         if code != LOST:
             return None
         lines = errors.strip().splitlines() or ["the connection was lost"]
@@ -91,7 +91,7 @@ class SshTransport:
 
 
 def _quoted(python: str) -> str:
-    """For the far shell, which may replace a tilde by a user's folder, and nothing else."""
+    """Quoted for the remote shell, which may expand a tilde, and nothing else."""
     home, slash, rest = python.partition("/")
     if slash and re.fullmatch(r"~[\w.-]*", home, re.ASCII):
         return f"{home}/{shlex.quote(rest)}"
@@ -99,7 +99,7 @@ def _quoted(python: str) -> str:
 
 
 def bootstrap() -> str:
-    """The program that a Python elsewhere begins with: it reads the rest from standard input."""
+    """The program that a remote Python starts with: it reads the rest from standard input."""
     least = ".".join(map(str, LEAST_PYTHON))
     return (
         f"import sys; sys.exit('Python {least} or later is needed, and this is %d.%d' % "
@@ -122,7 +122,7 @@ def preamble(module: str, token: str) -> bytes:
 
 @functools.cache
 def _far_end() -> bytes:
-    """far_end.py, behind what makes the modules that it imports, which are not there yet."""
+    """far_end.py, preceded by code that creates the modules it imports, still missing there."""
     first = "import sys, types\n"
     for name in (private_folder.__name__, cached_file.__name__, keeper.__name__):
         package, _, module = name.rpartition(".")
@@ -137,7 +137,7 @@ def _far_end() -> bytes:
 
 @functools.cache
 def code_archive() -> bytes:
-    """A zip of flashtune's own modules, the same for the same code. No templates."""
+    """A zip of flashtune's own modules without templates, identical for identical code."""
     root = Path(str(resources.files("flashtune")))
     paths = [
         Path(folder, name)

@@ -1,7 +1,7 @@
-"""What is asked of a worker process.
+"""A request to a worker process.
 
 Usage:
-    data = Task(kind="measure", candidates=(candidate,)).data()     # which message.py sends
+    data = Task(kind="measure", candidates=(candidate,)).data()     # to be sent by message.py
     task = Task.from_data(data)
 """
 
@@ -18,9 +18,9 @@ from flashtune.tuning_db.problem import Problem
 class Task:
     """One request. `compile` and `measure` are about one candidate, `compare` about several.
 
-    All candidates are of one problem and device. seed: of the workload. best_us: the best time so
-    far; a config far behind it is pruned. sources: what each candidate renders to, for a worker
-    that has no templates. energy: whether to measure what calls take of it, too.
+    All candidates are for one problem and device. seed: of the workload. best_us: the best time so
+    far; a config far behind it is pruned. sources: each candidate's rendered source, for a worker
+    without templates. energy: whether to measure the energy of calls, too.
     """
 
     kind: str

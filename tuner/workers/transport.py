@@ -1,7 +1,7 @@
-"""Where workers run, and how one is started there.
+"""Where workers run, and how to start one there.
 
 Usage:
-    WorkerPool(here(4))       # on this machine; ssh.py and ray_worker.py have transports to others
+    WorkerPool(here(4))       # on this machine; for others see ssh.py and ray_worker.py
     WorkerPool([Place(name="user@orin", transport=SshTransport(destination="user@orin"))])
 """
 
@@ -19,9 +19,9 @@ WORKER = "flashtune.tuner.workers.worker"
 
 
 def _own_worker() -> Sequence[str]:
-    """What runs a worker with the modules of this process.
+    """The command that runs a worker with the modules of this process.
 
-    Not by `-m`, which would look for them in the folder that one happens to be in first.
+    Not with `-m`, which would look for them in the current folder first.
     """
     program = (
         f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
@@ -31,7 +31,7 @@ def _own_worker() -> Sequence[str]:
 
 
 class LocalTransport:
-    """Workers on this machine, as `process.Command` has them."""
+    """Workers on this machine; implements `process.Command`."""
 
     preamble = b""
     greeting = ""
@@ -39,25 +39,25 @@ class LocalTransport:
     def __init__(
         self, command: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> None:
-        """By default this Python's and this flashtune's worker. environment: added to ours."""
+        """Default: this flashtune's worker in this Python. environment: added to ours."""
         kept = (sys.executable, "-I", "-S", str(Path(keeper.__file__)))
         self.command = (*kept, *(command or _own_worker()))
         self.environment = {**os.environ, **environment} if environment else None
 
     def start(self) -> Connection:
-        """Start a process of ours."""
+        """Start a child process."""
         return WorkerProcess(self)
 
     def why_lost(self, code: int, errors: str) -> str | None:
-        """Never: there is nothing between."""
+        """Never: there is no connection to lose."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Room for one worker at a time. name: unique in a pool, for a person.
+    """A place for one worker at a time. name: unique in a pool, shown to the user.
 
-    site: workers of one site find there what a compiler of that site compiled.
+    site: workers of one site share compiled kernels.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Place:
     site: str = ""
 
 
-Roster = Callable[[], Sequence[Place]]  # the places that there are now: they may come and go
+Roster = Callable[[], Sequence[Place]]  # the places available now: they may come and go
 Places = Sequence[Place] | Roster
 
 
 def here(count: int, transport: Transport | None = None) -> list[Place]:
-    """So many places on this machine, or where the transport leads."""
+    """`count` places on this machine, or where the transport leads."""
     found = transport or LocalTransport()
     return [Place(name=f"here {number}", transport=found) for number in range(1, count + 1)]

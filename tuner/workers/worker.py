@@ -1,10 +1,10 @@
-"""A worker process: reads tasks on standard input, answers on a descriptor, can be killed.
+"""A worker process: reads tasks on standard input, answers on a descriptor, may be killed.
 
 Usage:
     python -m flashtune.tuner.workers.worker < tasks 3> replies     # lines of message.py
 
-Whatever else is printed, by a library or a candidate, is no reply. Nothing here knows of the
-search or the database.
+Other output, of a library or a candidate, is not a reply. Nothing here knows of the search or the
+database.
 """
 
 import os
@@ -35,12 +35,12 @@ class Worker:
     """Answers tasks; keeps the workload of the last problem."""
 
     def __init__(self) -> None:
-        """Nothing is loaded before the first task."""
+        """Loads nothing before the first task."""
         self._workload: Workload | None = None
         self._made_for: tuple[Problem, int] | None = None
 
     def answer(self, task: Task) -> Reply:
-        """Do what the task asks; a candidate's failure is an answer, never an exception."""
+        """Perform the task; a candidate's failure is an answer, never an exception."""
         if task.kind == "compile":
             return self._compile(task)
         if task.kind == "measure":
@@ -59,7 +59,7 @@ class Worker:
         return Reply(uses=tuple(uses))
 
     def _measure(self, task: Task) -> Reply:
-        """Time one config, no further than its first samples if it is far behind the best."""
+        """Time one config, but only its first samples if it is far behind the best."""
 
         def run(trial: Trial[int]) -> None:
             if task.best_us is not None:
@@ -69,18 +69,18 @@ class Worker:
         return self._try(task, run)
 
     def _compare(self, task: Task) -> Reply:
-        """Time several configs in turns; those that fail leave the others to go on."""
+        """Time several configs in turns; if some fail, the others continue."""
         return self._try(task, lambda trial: trial.take_turns(COMPARE_ROUNDS, COMPARE_REPLAYS))
 
     def _try(self, task: Task, run: Callable[[Trial[int]], None]) -> Reply:
-        """Put a task's configs, by number, on trial.
+        """Run a task's configs, by number, in a trial.
 
-        A crash ends the worker: what it left behind on the device must not reach the next task.
+        A crash ends the worker: what it left on the device must not affect the next task.
         """
         numbers, policy = range(len(task.candidates)), policy_of(task)
         try:
             workload = self.workload(task)
-        except Exception as error:  # no room, or a device that no longer answers
+        except Exception as error:  # out of memory, or a device that no longer answers
             failed = failure(error, Outcome.CRASH, policy)
             known = failed if task.kind == "measure" else None  # those compared worked before
             fatal = failed.outcome is Outcome.CRASH
@@ -95,7 +95,7 @@ class Worker:
                 where = torch.device(target_of(task.device).torch_device)
                 with target_of(task.device).energy(where) as joules:
                     trial.meter(joules)
-            except FlashtuneError as error:  # no config's fault: the search is to stop
+            except FlashtuneError as error:  # no config's fault: the search must stop
                 trouble = MachineTroubleError(str(error))
                 return Reply(
                     measurements=(failure(trouble, Outcome.CRASH, policy),) * len(numbers)
@@ -109,7 +109,7 @@ class Worker:
     def workload(self, task: Task) -> Workload:
         """The inputs for the task's problem and seed, made once."""
         if self._workload is None or self._made_for != (task.problem, task.seed):
-            self._workload = None  # first, to have its memory back
+            self._workload = None  # first, to free its memory
             device = torch.device(target_of(task.device).torch_device)
             self._workload = Workload.create(
                 task.problem, device, cold_bytes=task.device.l2_bytes, seed=task.seed
@@ -126,7 +126,7 @@ class Worker:
 
 def main(worker: Worker) -> None:
     """Answer until standard input ends."""
-    os.set_inheritable(REPLIES, False)  # not for what candidates start
+    os.set_inheritable(REPLIES, False)  # not for processes that candidates start
     with os.fdopen(REPLIES, "w", encoding="utf-8") as replies:
         for line in sys.stdin:
             request, task = from_line(line)

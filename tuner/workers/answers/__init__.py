@@ -1,6 +1,6 @@
-"""What workers and far machines answer, and what is believed of it.
+"""The answers of workers and remote machines, and how they are checked.
 
-`message` has the lines and checks single values; `reply` and `report` say what the answers to a
-task and to the question for devices must be. Another field of an answer is read there, in its type
-and range.
+`message` has the lines and checks single values; `reply` and `report` define valid answers to a
+task and to the question for devices. To add a field to an answer, read it there, with its type and
+range.
 """

@@ -1,18 +1,18 @@
-"""The least time that a step could take on a device, however it is done and wherever its data lie.
+"""A lower bound of a step's time on a device, for any plan and wherever its data is.
 
 Usage:
-    least_us(problem, device)     # microseconds; a measured time below that is none
+    least_us(problem, device)     # microseconds; a measured time below is not valid
 
-A bound to tell what was not done from what was done fast, and far below what any kernel reaches.
-Whatever the plan, all centroids and `n_probes` clusters are read, or all rows, and what comes out
-is written. Of the bounds on how fast, the largest counts:
+The bound tells work that was not done from work done fast; it is far below what any kernel
+reaches. Any plan reads all centroids and `n_probes` clusters, or all rows, and writes its result.
+The largest of these bounds counts:
 
 - every byte goes through a register of a multiprocessor or core, and none of today's loads more
-  than 128 bytes a clock: the L1 cache of sm_80 to sm_121; two loads of 64 bytes on x86, less on
-  Arm. Clocks may be twice what is published; 8 GHz where nothing is.
-- of devices whose bandwidth is published: what does not fit the last cache comes from memory, and
-  that is not four times as fast as published. The bandwidth of other devices was measured here,
-  perhaps in a bad moment, and their caches may be several.
+  than 128 bytes per clock: the L1 cache of sm_80 to sm_121; two loads of 64 bytes on x86, less on
+  Arm. Clocks may be twice the published ones; 8 GHz if none is published.
+- for devices with a published bandwidth: data that does not fit the last cache comes from memory,
+  which is less than four times as fast as published. The bandwidth of other devices was measured
+  here, perhaps at a bad moment, and they may have several caches.
 - a launch, or a call, takes longer than 50 ns.
 """
 
@@ -28,7 +28,7 @@ FASTER_MEMORY = 4.0
 
 
 def least_us(problem: Problem, device: Device) -> float:
-    """Microseconds that every step of a problem takes at least."""
+    """The least time of any step of a problem, in microseconds."""
     rows = problem.n_clusters * problem.cluster_bytes
     probed = problem.centroid_bytes + problem.n_probes * problem.cluster_bytes
     moved = min(rows, probed) + problem.written_bytes

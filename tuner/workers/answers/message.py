@@ -1,9 +1,9 @@
-"""The lines between a search and a worker: one JSON object each, and what is believed of them.
+"""The lines between a search and a worker: one JSON object each, and how they are checked.
 
 Usage:
-    line = to_line(request, task.data())             # request: a name of its own for each
-    request, content = from_line(line)               # at the worker, which believes its search
-    content = answer_to(request, line)               # at the search, which believes nobody
+    line = to_line(request, task.data())             # request: a unique name
+    request, content = from_line(line)               # at the worker, which trusts its search
+    content = answer_to(request, line)               # at the search, which trusts no worker
     data = members(content, "kernel", "programs")
 
 A worker runs candidates, which may crash, lie, or write where replies go; another machine may send
@@ -17,27 +17,27 @@ import math
 from typing import Any, NoReturn
 
 MOST_BYTES = 2**18  # of a line
-MOST_CHARACTERS = 500  # of a text that is kept or shown
+MOST_CHARACTERS = 500  # of a text that is stored or shown
 _MOST_DIGITS = 20
 
 
 class ReplyError(Exception):
-    """What came is not the answer to what was asked; says why not, in a few words."""
+    """The input is not the answer to the request; says why not, in a few words."""
 
 
 def to_line(request: str, content: Any) -> str:
-    """A line, without its end."""
+    """A line, without its newline."""
     return json.dumps({"request": request, "content": content})
 
 
 def from_line(line: str) -> tuple[str, Any]:
-    """What `to_line` made a line of."""
+    """The request and content that `to_line` encoded."""
     data = json.loads(line)
     return data["request"], data["content"]
 
 
 def answer_to(request: str, line: bytes) -> Any:
-    """What a line answers to the request of that name."""
+    """The content of a line that answers the request of that name."""
     try:
         data = json.loads(
             line.decode(),
@@ -54,7 +54,7 @@ def answer_to(request: str, line: bytes) -> Any:
 
 
 def members(data: Any, *names: str) -> dict[str, Any]:
-    """An object that has just these members."""
+    """An object that has exactly these members."""
     if not isinstance(data, dict) or set(data) != set(names):
         raise ReplyError(f"not an object of {', '.join(names)}")
     return data
@@ -85,7 +85,7 @@ def flag(data: dict[str, Any], name: str) -> bool:
 
 
 def text(data: dict[str, Any], name: str, most: int = MOST_CHARACTERS) -> str:
-    """A text in one line that a terminal may show, cut after `most` characters."""
+    """A one-line text that is safe for a terminal, cut after `most` characters."""
     value = data[name]
     if not isinstance(value, str):
         raise ReplyError(f"{name} is not text")
@@ -93,7 +93,7 @@ def text(data: dict[str, Any], name: str, most: int = MOST_CHARACTERS) -> str:
 
 
 def items(data: dict[str, Any], name: str, most: int) -> list[Any]:
-    """A list of at most so many."""
+    """A list of at most `most` items."""
     value = data[name]
     if not isinstance(value, list) or len(value) > most:
         raise ReplyError(f"{name} is not a list of at most {most}")
@@ -101,7 +101,7 @@ def items(data: dict[str, Any], name: str, most: int) -> list[Any]:
 
 
 def clean(value: str, most: int = MOST_CHARACTERS) -> str:
-    """A text in one line, cut, without what would steer a terminal or could not be written."""
+    """A text in one line, cut, without characters that control a terminal or cannot be encoded."""
     line = " ".join(value[: 10 * most].split())
     return "".join(each if each.isprintable() else "?" for each in line)[:most]
 

@@ -1,12 +1,12 @@
-"""What a worker answers to a task, and what a search believes of it.
+"""A worker's answer to a task, and how a search checks it.
 
 Usage:
     line = to_line(request, reply.data())                 # at the worker
     reply = read_reply(answer_to(request, line), task)    # at the search; raises ReplyError
 
-A candidate's own doing is its failure: a worker says so, and here a time is turned into one that
-is shorter than the device could take (`least_time`). A reply that no worker of ours gives raises
-ReplyError.
+A candidate's misbehaviour is its failure: a worker reports it, and a time shorter than the device
+could take (`least_time`) is turned into a failure here. A reply that none of our workers would
+send raises ReplyError.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -28,7 +28,7 @@ from flashtune.tuning_db.record import Measurement, Outcome
 from flashtune.tuning_db.store import FINAL_POLICY
 
 SEARCH_POLICY = "search"
-MOST_US = 1e9  # of a step: more than any deadline leaves
+MOST_US = 1e9  # of a step: more than any deadline allows
 _MOST_SAMPLES = 10**6
 _MOST_USES = 64
 _MOST_JOULES = 1e6  # of a step: a megawatt for a second
@@ -38,11 +38,11 @@ _MOST_COUNT = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """One answer: a measurement a config, and of a compilation what its kernels need.
+    """One answer: a measurement per config, and for a compilation its kernels' resources.
 
-    A compilation that went well has no measurement. None stands for a config of a comparison that
-    was not timed, though that is not known to be its fault: another one took the worker or its
-    device along. `fatal` says that the worker is not to be used any more.
+    A successful compilation has no measurement. In a comparison, None stands for a config that was
+    not timed, though perhaps not through its own fault: another one took the worker or its device
+    down. `fatal` says that the worker must not be used any more.
     """
 
     measurements: tuple[Measurement | None, ...] = ()
@@ -51,7 +51,7 @@ class Reply:
 
     @property
     def measurement(self) -> Measurement | None:
-        """What became of a task's only config; None of a compilation that went well."""
+        """The measurement of a task's only config; None for a successful compilation."""
         return self.measurements[0] if self.measurements else None
 
     def data(self) -> dict[str, Any]:

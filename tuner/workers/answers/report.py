@@ -1,11 +1,11 @@
-"""What a far machine says of its devices, and what is believed of it.
+"""A remote machine's report on its devices, and how it is checked.
 
 Usage:
     report = read_report(answer_to(request, line))     # raises ReplyError
     report.found["nvidia"].device
 
-Figures reach arithmetic, names the database, and texts the terminal: all are bounded. A device of
-which the figures are published has just these.
+Figures are computed with, names go to the database, and texts to the terminal: all are bounded. A
+device with published figures has exactly these.
 """
 
 import re
@@ -35,7 +35,7 @@ _ARCHES = re.compile(r"sm_\d{2,4}|[a-z0-9_]{1,32}-[a-z0-9_]{1,32}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A device and its tools, or why there is none."""
+    """A device and its tools, or the reason why there is none."""
 
     trouble: str
     device: Device | None = None
@@ -44,7 +44,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """Why nothing can be tuned on a machine, or what was found there by the kind of device."""
+    """Why nothing can be tuned on a machine, or what was found there, by kind of device."""
 
     trouble: str
     found: Mapping[str, Found]
@@ -63,7 +63,7 @@ def read_report(data: Any) -> Report:
 
 
 def read_bandwidth(data: Any) -> float:
-    """Bytes/s, 0 where they are not known; raises ReplyError."""
+    """Bytes/s, 0 if not known; raises ReplyError."""
     return number(members(data, "bandwidth"), "bandwidth", MOST_BANDWIDTH)
 
 
