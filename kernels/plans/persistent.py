@@ -93,7 +93,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     (decode,) = _launches(candidate)
     parts = decode.programs // problem.n_tokens
     slab = -(-problem.n_clusters // decode.programs)
-    # without scoring there is no filling either: the code that fills passes on NaN scores
+    # programs that do not score must not fill either: those that fill pass on NaN among scores
     scoring = replace(decode, programs=-(-problem.n_clusters // slab))
     return {
         **shape_values(problem),
