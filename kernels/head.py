@@ -1,4 +1,4 @@
-"""FlashHead: a decode head as a module, with the best kernel there is.
+"""FlashHead: a decode head as a module that runs the best available kernel.
 
 Usage:
     head = FlashHead(weight, centroids, cluster_assignments, n_probes=256)
@@ -9,10 +9,10 @@ Usage:
     FlashHead.screened(weight, "int4")                                  # without clusters
 
 The first call with a number of tokens chooses, compiles and checks a kernel (seconds); `prepare`
-does so ahead of time. What was never measured here is raced for then (docs/tables.md). Later
+does so ahead of time. Kernels that were never measured here are raced then (docs/tables.md). Later
 calls only launch: they can be captured in a CUDA graph, and `torch.compile(head, fullgraph=True)`
-traces them as one operator. Whatever is wrong with kernels, compiler or database, the head still
-answers, in plain torch if need be, and says so once in the log `flashtune`.
+traces them as one operator. If kernels, compiler or database fail, the head still answers, in
+plain torch if necessary, and logs one warning to `flashtune`.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, IN_PLACE
 
 TUNE = ("race", "never")
-# Tokens of a cluster of a head without clusters, the first that divides its vocabulary, so that
-# no row is there twice. Every cluster is probed, and its centroid only fills its place: large
-# clusters keep these small. Those of 16 are what tables have records for, and will do at worst.
+# Cluster sizes for a head without clusters: the first that divides its vocabulary, so that no row
+# is repeated. Every cluster is probed, and its centroid only fills its place: large clusters keep
+# these small. Tables have records for size 16, which is the last resort.
 _SCREENED_TOGETHER = (128, 64, 32, 16)
 
 
@@ -44,8 +44,8 @@ class FlashHead(HeadTensors):
     """The token with the best logit among the clusters nearest to a hidden state.
 
     A graph that captured a call replays with the scratch memory of the stream it was captured on:
-    graphs captured on one stream must not be replayed at the same time. Nothing of the head is
-    part of the state dict.
+    graphs captured on one stream must not be replayed at the same time. The head adds nothing to
+    the state dict.
 
     Args:
         weight: The dense head's weight `[vocab, hidden]`, in bf16, fp16 or fp32.
@@ -60,16 +60,16 @@ class FlashHead(HeadTensors):
         screen: A Screen or its text, like `int8` or `int4/int8:16` (docs/formats.md). Centroids
             and rows are stored in 8 or 4 bits and find the candidates; the best few are decided by
             the rows of `weight`, which the head refers to and never copies: it must not change.
-        rows: Where the rows lie that steps read. `in_order`: in a copy of the weight, in the order
-            of clusters. `in_place`: in `weight` itself, which is never copied and must not change;
-            a step takes longer (docs/formats.md). Default: in place if the copy would take more
-            than half of the free memory. A screen has rows of its own.
+        rows: Where the rows that steps read are stored. `in_order`: in a copy of the weight, in
+            the order of clusters. `in_place`: in `weight` itself, which is never copied and must
+            not change; a step takes longer (docs/formats.md). Default: in place if the copy would
+            take more than half of the free memory. A screen has rows of its own.
         release_weight: Keep no second copy of the weight, and never make one: the caller's tensor
             is permuted in place, so it must not be used afterwards. Do not set it for a weight
             that is tied to the input embedding. It needs clusters of equal size, and no screen.
         tune: With `race`, kernels that were only predicted for this device, or measured with other
             tools, are timed on it when they are first needed, and the winner is kept in the user's
-            database; this takes at most 20 seconds in the life of a head. With `never`, the best
+            database; this takes at most 20 seconds over the life of a head. With `never`, the best
             record runs without a race.
 
     Raises:
@@ -90,7 +90,7 @@ class FlashHead(HeadTensors):
         release_weight: bool = False,
         tune: str = "race",
     ) -> None:
-        """Check the tensors and bring the weight's rows in the order of clusters."""
+        """Check the tensors and put the weight's rows in cluster order."""
         if tune not in TUNE:
             raise FlashtuneError(f"tune must be one of {', '.join(TUNE)}, not {tune!r}")
         super().__init__(
@@ -111,10 +111,10 @@ class FlashHead(HeadTensors):
     def screened(
         cls, weight: torch.Tensor, screen: Screen | str = "int4", *, tune: str = "race"
     ) -> "FlashHead":
-        """A head without clusters: all rows are screened, and the best are decided by the model's.
+        """A head without clusters: all rows are screened, the model's rows decide among the best.
 
-        It works for any model, since there is nothing to prepare. Every token has a logit; those
-        that are not decided keep the screen's.
+        It works for any model, since there is nothing to prepare. Every token has a logit; tokens
+        outside the best keep the screen's logit.
 
         Args:
             weight: `[vocab, hidden]`, as for the class.
@@ -158,8 +158,7 @@ class FlashHead(HeadTensors):
             device: Default: torch's default device.
             n_probes: Default: as many as the model's config says.
             screen: Default: the config's; `none` for none.
-            rows: As for the class; the head's own rows are brought in order without a copy if
-                possible.
+            rows: As for the class; the head's own rows are reordered without a copy if possible.
             revision: Of the repository.
             tune: As for the class.
 
@@ -188,7 +187,7 @@ class FlashHead(HeadTensors):
         )
 
     def _start(self) -> None:
-        """Everything that neither a copy nor a pickle takes along."""
+        """Set up the state that copies and pickles leave out."""
         self._allowance = Allowance.full(may_race=self.tune == "race")
         self._handle = custom_op.register(self)
         self._renew()
@@ -210,7 +209,7 @@ class FlashHead(HeadTensors):
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the tensors and start afresh."""
+        """Restore the tensors; kernels are chosen again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
 
@@ -229,13 +228,13 @@ class FlashHead(HeadTensors):
         """The best token for each row of a hidden state.
 
         Args:
-            hidden: `[tokens, hidden]`; another dtype than the weight's is converted.
+            hidden: `[tokens, hidden]`; converted if its dtype differs from the weight's.
 
         Returns:
             int64 `[tokens]`; ties give the smallest id.
 
         Raises:
-            FlashtuneError: For a hidden state of another shape or device.
+            FlashtuneError: If the hidden state has the wrong shape or device.
         """
         if torch.compiler.is_compiling():
             token: torch.Tensor = custom_op.decode(hidden, self._handle)
@@ -274,7 +273,7 @@ class FlashHead(HeadTensors):
         """What runs for a number of tokens, and why; prepares it if necessary.
 
         Args:
-            n_tokens: Tokens per call; more than one step takes run in several steps.
+            n_tokens: Tokens per call; if one step cannot take them all, several steps run.
             epilogue: `argmax` or `logits`.
 
         Returns:
@@ -282,9 +281,9 @@ class FlashHead(HeadTensors):
             `troubles` lists what went wrong on the way. `raced`: the config once won a race here.
             `stale`: it was measured with tools that have changed since. `race`: what this process
             timed, if it did, and why each other config was dropped. `screen`: None without one.
-            `rows`: where a 16-bit head's rows lie. `added_bytes`: what the head keeps beyond the
-            model's own weight. `model_weight`: if there is a screen or rows are in place, whether
-            the weight is the model's own.
+            `rows`: where a 16-bit head's rows are stored. `added_bytes`: what the head keeps
+            beyond the model's own weight. `model_weight`: if there is a screen or rows are in
+            place, whether the weight is the model's own.
         """
         (size, *_) = self.decoder.step_sizes(n_tokens)
         bound = self.decoder.bound(epilogue, size)

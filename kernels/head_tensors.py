@@ -1,7 +1,7 @@
-"""The tensors of a head as a module: checked, in the order of clusters, in the screen's formats.
+"""The tensors of a head as a module: checked, in cluster order, in the screen's formats.
 
-What steps read is in `weights`; what moves and conversions do to it, and what it takes in memory,
-is here. `FlashHead` (head.py) decodes with it.
+`weights` holds what steps read; this module handles moves, conversions and memory use. `FlashHead`
+(head.py) decodes with it.
 """
 
 import logging
@@ -45,7 +45,7 @@ class HeadTensors(nn.Module):
     centroids: torch.Tensor
     ids: torch.Tensor
     like: torch.Tensor  # empty, [0, hidden], in the dtype of hidden states and logits
-    problem: Problem  # of one token, as the head was made: `explain` tells what it is now
+    problem: Problem  # for one token, as the head was made: `explain` gives the current one
     _marks: torch.Tensor | None
     _weight_scales: torch.Tensor | None
     _centroid_scales: torch.Tensor | None
@@ -63,7 +63,7 @@ class HeadTensors(nn.Module):
         rows: str | None,
         release_weight: bool,
     ) -> None:
-        """Check the tensors and bring the weight's rows in the order of clusters."""
+        """Check the tensors and put the weight's rows in cluster order."""
         super().__init__()
         self.screen = screen
         if self.screen and release_weight:
@@ -93,7 +93,7 @@ class HeadTensors(nn.Module):
                 vocab_size=pinned.order.numel(),
                 n_clusters=problem.n_clusters + pinned.n_added,
                 n_probes=n_probes
-                + pinned.n_added,  # which of the added are the best, nobody knows
+                + pinned.n_added,  # it is unknown which of the added ones are best
                 n_pinned=pinned.n_pinned,
                 in_place=_read_in_place(rows, copied, weight.device),
             ),
@@ -106,14 +106,14 @@ class HeadTensors(nn.Module):
         self.register_buffer("like", weight.new_empty(0, weight.shape[1]), persistent=False)
 
     def _screened(self, problem: Problem, order: torch.Tensor) -> Problem:
-        """The problem with the screen's formats; enough rows are decided where some repeat."""
+        """The problem with the screen's formats; it decides more rows if some are repeated."""
         if self.screen is None:
             return problem
         problem = self.screen.problem(problem)
         return replace(problem, n_rescored=enough_rows(order, problem.n_rescored))
 
     def _laid_out(self, model: torch.Tensor, scored: Stored, order: torch.Tensor) -> Weights:
-        """The tensors in the order of clusters, and what is referred to of the model's."""
+        """The tensors in cluster order, and references to the model's own."""
         weight = model.detach()
         self._referred: tuple[torch.Tensor, ...] = ()
         self._copied = ""
@@ -170,7 +170,7 @@ class HeadTensors(nn.Module):
         )
 
     def _marked(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the rows of the model's weight are now, in the order of clusters."""
+        """The current rows of the model's weight, in cluster order."""
         model = self._referred[0].detach()
         self._marked_dtype = model.dtype
         marks = [marks_of(rows) for rows in torch.split(model, _MARKED_ROWS)]
@@ -179,9 +179,9 @@ class HeadTensors(nn.Module):
     @property
     def model_weight(self) -> torch.Tensor | None:
         """The weight `[vocab, hidden]` that decides among a screen's candidates, or that rows are
-        read from in place; None where the head has its own.
+        read from in place; None if the head has its own rows.
 
-        The tensor that was given, not a copy. As a model's parameter is converted, so is this.
+        This is the tensor that was given, not a copy. It is converted as the model's parameter is.
         """
         return self._referred[0] if self._referred else None
 
@@ -192,17 +192,18 @@ class HeadTensors(nn.Module):
         self._renew()
 
     def _mark_again(self) -> None:
-        """Take the rows for what they are once the model's weight is of another dtype."""
+        """Record the rows again after the model's weight has changed its dtype."""
         if self.problem.in_place and self._referred[0].dtype is not self._marked_dtype:
             self._marks = self._marked(self.ids)
 
     def _renew(self) -> None:
-        """What is to be done when the tensors have changed."""
+        """Called after the tensors have changed."""
         raise NotImplementedError
 
     @property
     def rows(self) -> str:
-        """Where the rows lie that steps read first: `in_order` of clusters, or `in_place`."""
+        """Where the rows that steps read first are stored: `in_order` of clusters, or
+        `in_place`."""
         return IN_PLACE if self.problem.in_place else IN_ORDER
 
     @property
@@ -214,9 +215,9 @@ class HeadTensors(nn.Module):
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HeadTensors":
-        """Move or convert the tensors. Calls that other threads are in end with the old ones.
+        """Move or convert the tensors. Calls running in other threads finish with the old ones.
 
-        A screen stays as it is, and its candidates are decided by the weight that was converted.
+        A screen stays as it is; the converted weight decides among its candidates.
         """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():  # what is there already, as its model was converted, stays itself
@@ -237,7 +238,7 @@ class HeadTensors(nn.Module):
 
 
 def _check_rows(rows: str | None, screen: Screen | None, release_weight: bool) -> None:
-    """Raise FlashtuneError unless rows can lie there."""
+    """Raise FlashtuneError unless rows can be stored there."""
     if rows not in (None, *ROWS):
         raise FlashtuneError(f"rows must be one of {', '.join(ROWS)}, not {rows!r}")
     if rows == IN_PLACE and (screen or release_weight):
@@ -246,10 +247,10 @@ def _check_rows(rows: str | None, screen: Screen | None, release_weight: bool) -
 
 
 def _read_in_place(rows: str | None, copied: int | None, device: torch.device) -> bool:
-    """Whether rows are read where the model has them.
+    """Whether rows are read in place, from the model's weight.
 
-    copied: bytes of a copy in the order of clusters; None where there would be none. Unless rows
-    says, they are where the copy would take more than half of what is free.
+    copied: bytes of a copy in cluster order; None if no copy would be made. Unless `rows` decides,
+    rows are read in place if the copy would take more than half of the free memory.
     """
     if rows is not None or copied is None:
         return rows == IN_PLACE

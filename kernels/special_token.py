@@ -4,7 +4,7 @@ Usage:
     pinned = pin(order, n_clusters, ids, most=most_pinned(n_probes))
     pinned.order, pinned.clusters, pinned.n_pinned
 
-Pinned clusters come first and are probed in any case, by the same kernels as all others.
+Pinned clusters come first and are always probed, by the same kernels as all others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,15 +14,15 @@ import torch
 
 from flashtune.tuning_db.errors import FlashtuneError
 
-FEW = 8  # clusters, which are always pinned as they are
+FEW = 8  # clusters: up to so many are always pinned unchanged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pinned:
     """An order of tokens in which the first n_pinned clusters hold the special ones.
 
-    order: int64, the token of each row, ascending inside a cluster. clusters: of each cluster,
-    which it was before, or -1 for one of the n_added that were made for special tokens.
+    order: int64, the token of each row, ascending inside a cluster. clusters: the previous index
+    of each cluster, or -1 for one of the n_added that were made for special tokens.
     """
 
     order: torch.Tensor
@@ -38,17 +38,17 @@ class Pinned:
 
 
 def most_pinned(n_probes: int) -> int:
-    """How many clusters may be pinned as they are, so that they cost a step little."""
+    """How many clusters may be pinned unchanged at little cost to a step."""
     return max(FEW, n_probes // 8)
 
 
 def pin(order: torch.Tensor, n_clusters: int, ids: Sequence[int], most: int) -> Pinned:
     """Bring clusters with special tokens to the front.
 
-    order: the token of each row, `[n_clusters * cluster_size]`. Where the tokens lie in more than
-    `most` clusters, they move to clusters of their own, which are added in front: pinning all of
-    theirs would cost many times as many rows. In the place that a token leaves, and at the end of
-    an added cluster, another token of the cluster is repeated, as in `weights.token_order`.
+    order: the token of each row, `[n_clusters * cluster_size]`. If the tokens are in more than
+    `most` clusters, they move to new clusters, which are added in front: pinning all the original
+    ones would cost many times as many rows. Another token of the cluster is repeated in the slot
+    that a token leaves and at the end of an added cluster, as in `weights.token_order`.
     """
     rows = order.view(n_clusters, -1)
     clusters = torch.arange(n_clusters, device=order.device)
@@ -84,7 +84,7 @@ def _filled(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def checked_special_tokens(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """The ids in ascending order, each once; FlashtuneError for what is no token's id."""
+    """The distinct ids in ascending order; FlashtuneError if one is not a valid token id."""
     if not isinstance(ids, Iterable):
         raise FlashtuneError(f"special_token_ids must be a list of token ids, not {ids!r}")
     for token in ids:

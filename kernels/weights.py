@@ -1,4 +1,4 @@
-"""A head's tensors, checked and in the order of clusters; what a step reads and writes.
+"""A head's tensors, checked and in cluster order; what a step reads and writes.
 
 Usage:
     problem = checked_problem(weight, centroids, n_probes=256)
@@ -26,8 +26,8 @@ from flashtune.tuning_db.problem import Problem
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
 _PACKED_ROWS = 2**12  # at a time
-# How far a packed number may be off: half a step and float32's rounding, what bf16 rounds, and
-# what is lost of numbers so small that their scale is not a normal float16.
+# Error bounds of a packed number: half a step plus float32's rounding, bf16's rounding, and the
+# loss for numbers so small that their scale is not a normal float16.
 _HALF, _CONVERTED, _TINY = 0.501, 2.0**-8, 1e-6
 
 
@@ -37,11 +37,11 @@ class Weights:
 
     Shapes: weight `[rows, hidden]`, centroids `[n_clusters, hidden]`, ids int32 `[rows]`,
     the token id of each row of weight, ascending inside a cluster. rows is n_clusters times
-    cluster_size: more than the vocabulary where that does not divide (see `token_order`).
-    Of a quantised format both are its data, with its scales beside them. model_weight
-    `[vocab, hidden]`, in the order of token ids, is what candidates are decided by, if any are.
-    Of a problem that is `in_place` the weight itself is the model's `[vocab, hidden]`: row i of
-    the head is its row ids[i]. marks int64 `[rows]` then say what each row was (`marks_of`).
+    cluster_size: more than the vocabulary if n_clusters does not divide it (see `token_order`).
+    In a quantised format both hold its data, and the scales are separate tensors. model_weight
+    `[vocab, hidden]`, in the order of token ids, decides among candidates, if the problem has
+    them. If the problem is `in_place`, weight is the model's own `[vocab, hidden]`: row i of the
+    head is its row ids[i]. marks int64 `[rows]` then say what each row was (`marks_of`).
     """
 
     weight: torch.Tensor
@@ -55,7 +55,7 @@ class Weights:
     def rows(
         self, problem: Problem, which: torch.Tensor | slice, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The numbers that some rows of the weight stand for, computed in a dtype."""
+        """Some rows of the weight, dequantised in a dtype."""
         if problem.in_place:
             return self.weight[self.ids[which].long()].to(dtype)
         scales = None if self.weight_scales is None else self.weight_scales[which]
@@ -65,16 +65,16 @@ class Weights:
     def centroid_rows(
         self, problem: Problem, which: torch.Tensor | slice, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The numbers that some centroids stand for, computed in a dtype."""
+        """Some centroids, dequantised in a dtype."""
         scales = None if self.centroid_scales is None else self.centroid_scales[which]
         stored = Stored(self.centroids[which], scales)
         return format_of(problem.centroid_dtype).unpack(stored, problem.hidden_size, dtype)
 
     def holds(self, problem: Problem, which: slice, rows: torch.Tensor) -> bool:
-        """Whether some rows of the weight stand for these, `[rows, hidden]`.
+        """Whether some rows of the weight represent these, `[rows, hidden]`.
 
-        Quantised numbers may be off by half of one, and by what a conversion of the model's weight
-        to another dtype has rounded since. Rows that lie in the model are compared by their marks.
+        Quantised numbers may be off by half a step, plus the rounding of any later conversion of
+        the model's weight to another dtype. Rows read in place are compared by their marks.
         """
         if self.marks is not None:
             return torch.equal(self.marks[which], marks_of(rows))
@@ -86,7 +86,7 @@ class Weights:
         return bool((off <= _HALF * steps + _CONVERTED * wide.abs() + _TINY).all())
 
     def put(self, problem: Problem, row: int, values: torch.Tensor) -> None:
-        """Store a row `[hidden]` in place of another, here and in the model's own weight."""
+        """Overwrite a row with another `[hidden]`, here and in the model's own weight."""
         if problem.in_place:
             self.weight[self.ids[row]] = values.to(self.weight.dtype)
             return
@@ -103,9 +103,8 @@ def stored_weights(
 ) -> Weights:
     """A head's tensors in the problem's formats.
 
-    model: the weight `[vocab, hidden]` by token ids, kept where candidates are decided by it, or
-    rows are read in place.
-    order: the token of each row, in the order of clusters.
+    model: the weight `[vocab, hidden]` by token ids, kept if it decides among candidates or rows
+    are read in place. order: the token of each row, in cluster order.
     """
     packed = format_of(problem.weight_dtype)
     if packed.quantised:  # a few rows at a time: packing works in float32
@@ -125,9 +124,9 @@ def stored_weights(
 
 
 def marks_of(rows: torch.Tensor) -> torch.Tensor:
-    """A whole number for each row `[n, hidden]` of plain numbers, by which a change shows: int64.
+    """An int64 checksum of each row `[n, hidden]` of unquantised numbers, to detect changes.
 
-    The sum of the numbers' bits, the same whatever computes it.
+    It is the sum of the numbers' bits, the same on every device.
     """
     whole = {2: torch.int16, 4: torch.int32}[rows.element_size()]
     return rows.contiguous().view(whole).sum(dim=1, dtype=torch.int64)
@@ -135,8 +134,7 @@ def marks_of(rows: torch.Tensor) -> torch.Tensor:
 
 Step = Callable[[Weights, torch.Tensor, torch.Tensor], None]
 """A decode step: `step(weights, hidden, out)` with hidden `[n_tokens, hidden]` writes to `out`,
-which is as `epilogue.new_out` makes it. Where hidden has fewer rows, the last stands for those
-that are missing."""
+which `epilogue.new_out` makes. If hidden has fewer rows, the last one is repeated."""
 
 
 @runtime_checkable
@@ -144,7 +142,7 @@ class Unloadable(Protocol):
     """A step of kernels that can be unloaded."""
 
     def unload(self) -> None:
-        """Unload them: neither this step nor those that share its kernels are called again."""
+        """Unload them: this step and those that share its kernels must not be called again."""
 
 
 def filled_up(hidden: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -171,8 +169,8 @@ def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Ten
 
     cluster_assignments: the cluster of each token, integers `[vocab]`. cluster_size is
     vocab / n_clusters, rounded up; a cluster with fewer tokens repeats its last one, which the
-    kernels then meet twice, with the same row. Raises FlashtuneError unless every cluster has
-    a token and none has more than cluster_size.
+    kernels then see more than once, with the same row. Raises FlashtuneError unless every cluster
+    has a token and none has more than cluster_size.
     """
     assignments = cluster_assignments.reshape(-1).to(torch.int64)
     if assignments.numel() == 0 or assignments.min() < 0 or assignments.max() >= n_clusters:
@@ -226,9 +224,9 @@ def problem_of(
 
 
 def posed(problem: Problem, weights: Weights, dtype: torch.dtype) -> Problem:
-    """A head's problem once it was converted: the model's dtype is another, not what screens it.
+    """A head's problem after a conversion: the model's dtype changes, the screen's formats do not.
 
-    Raises FlashtuneError for a dtype that is no format.
+    Raises FlashtuneError if the dtype is not a supported format.
     """
     found = format_named(dtype)
     if found is None:
@@ -241,16 +239,16 @@ def posed(problem: Problem, weights: Weights, dtype: torch.dtype) -> Problem:
 
 
 def enough_rows(order: torch.Tensor, n_tokens: int) -> int:
-    """How many rows hold at least so many distinct tokens, whichever these rows are.
+    """How many rows are needed so that any such set holds at least so many distinct tokens.
 
-    Rows that fill up a cluster repeat a token, and count as it does.
+    Rows that pad a cluster repeat a token and add no distinct one.
     """
     counts = torch.bincount(order)
     return int(counts.topk(min(n_tokens, len(counts))).values.sum())
 
 
 def checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int) -> Problem:
-    """The problem that the two matrices pose; FlashtuneError where they don't fit together."""
+    """The problem that the two matrices define; FlashtuneError if their shapes don't match."""
     for name, tensor in (("weight", weight), ("centroids", centroids)):
         if tensor.dim() != 2:
             raise FlashtuneError(f"{name} must have two dimensions, not {list(tensor.shape)}")
@@ -273,7 +271,7 @@ def order_of(
     assignments: torch.Tensor | None,
     vocab_maps: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Token ids in the order of the rows, from the one of the two that is given."""
+    """Token ids in row order, from whichever of the two arguments is given."""
     if (assignments is None) == (vocab_maps is None):
         raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
     name = "vocab_maps" if assignments is None else "cluster_assignments"
@@ -314,7 +312,7 @@ def in_order(
     """The weight's rows in this order, in storage of its own or in the weight's.
 
     in_place: needs a weight that is contiguous and aligned, and an order with each row once;
-    FlashtuneError unless it is so.
+    FlashtuneError otherwise.
     """
     if not in_place:
         return weight[order]
@@ -333,11 +331,10 @@ def in_order(
 
 
 def permute_rows_(matrix: torch.Tensor, order: torch.Tensor) -> None:
-    """Let row i of `matrix` be what its row `order[i]` was, in its own storage.
+    """Permute the rows of `matrix` in its own storage: row i becomes the former row `order[i]`.
 
-    matrix `[rows, columns]`, order int64 `[rows]`, a permutation on the same device. Goes
-    through the matrix by blocks of columns: beside one block's copy (64 MiB, or one column if
-    that is more) nothing is allocated.
+    matrix `[rows, columns]`, order int64 `[rows]`, a permutation on the same device. Works by
+    blocks of columns: it allocates only one block's copy (64 MiB, or one column if that is more).
     """
     rows, columns = matrix.shape
     width = max(1, _CHUNK_BYTES // (rows * matrix.element_size()))

@@ -9,4 +9,4 @@ from flashtune.kernels.backends.cpp.target import CPU
 from flashtune.kernels.backends.nvidia.target import NVIDIA
 from flashtune.kernels.backends.torch import TORCH
 
-MEMBERS = (NVIDIA, CPU, TORCH)  # TORCH takes whatever is left
+MEMBERS = (NVIDIA, CPU, TORCH)  # TORCH takes all other devices

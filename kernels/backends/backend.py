@@ -23,8 +23,8 @@ class Backend(Protocol):
     def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
         """Compile into the compiler's own cache, and say what the kernels need.
 
-        source: the candidate's, where that was rendered elsewhere. Needs no device. Raises
-        DoesNotFitError, or whatever the compiler raises.
+        source: the candidate's, if it was rendered elsewhere. Needs no device. Raises
+        DoesNotFitError; lets the compiler's exceptions through.
         """
 
     def loader(

@@ -15,7 +15,7 @@ from flashtune.kernels.weights import Weights
 
 
 class Cell(Protocol):
-    """Holds what a launch is given for an argument."""
+    """Holds the value of a launch argument."""
 
     value: Any
 
@@ -42,9 +42,9 @@ class Launch:
 class LaunchedStep:
     """A candidate ready to run: `step(weights, hidden, out)` launches it on the current stream.
 
-    hidden `[rows, hidden]`, contiguous and 16-byte aligned, of as many rows as the problem has
-    tokens, or fewer: its last row then stands for those that are missing. out as `new_out` makes
-    it. Calls share one scratch: those that may run at the same time need a step each.
+    hidden `[rows, hidden]`, contiguous and 16-byte aligned, with as many rows as the problem has
+    tokens, or fewer: its last row is then repeated. out: as `new_out` makes it. Calls share one
+    scratch: calls that may run at the same time need separate steps.
     """
 
     launches: Sequence[Launch]
@@ -98,7 +98,7 @@ class LaunchedStep:
         raise NotImplementedError
 
     def _value(self, tensor: torch.Tensor) -> Any:
-        """What a launch is given for a tensor."""
+        """The launch argument for a tensor."""
         raise NotImplementedError
 
     def _stream(self) -> int:

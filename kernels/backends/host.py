@@ -5,8 +5,8 @@ Usage:
     devices_here()             # the GPU first, if there is one
     toolchain(device)
 
-Where torch does not find a GPU that this machine must have, one line in the log `flashtune` says
-so: a CPU would be taken in its place without a word.
+If torch does not find a GPU that this machine must have, one line in the log `flashtune` says so:
+otherwise a CPU would be used silently.
 """
 
 import functools
@@ -29,7 +29,7 @@ def device_of(device: torch.device) -> Device:
 
 
 def devices_here() -> tuple[Device, ...]:
-    """This machine's devices that have kernels, those first that one would rather use."""
+    """This machine's devices that have kernels, the preferred first."""
     _warn_of_unused()
     found = (target.here() for target in all_targets())
     return tuple(each for each in found if each is not None)
@@ -38,7 +38,7 @@ def devices_here() -> tuple[Device, ...]:
 def named_device(name: str) -> Device:
     """The device of that name or alias: `cpu` is this machine's, the others are registered.
 
-    Raises FlashtuneError when there is none.
+    Raises FlashtuneError if there is none.
     """
     wanted = name.strip().lower()
     found = (target.named(wanted) for target in all_targets())
@@ -54,5 +54,5 @@ def _warn_of_unused() -> None:
 
 @functools.cache
 def toolchain(device: Device) -> Toolchain:
-    """What makes kernels for a device in this process. A version is empty without that tool."""
+    """The tools that build kernels for a device in this process; no tool, no version."""
     return target_of(device).toolchain()

@@ -1,4 +1,4 @@
-"""A target: a kind of device, the plans that run on it, and everything that is its own.
+"""A target: a kind of device, the plans that run on it, and everything specific to it.
 
 Usage:
     target = target_of(device)
@@ -28,7 +28,7 @@ from flashtune.tuning_db.probe import Figures
 from flashtune.tuning_db.problem import Problem
 
 Joules = Callable[[], float]
-"""What a device has taken so far; only differences mean anything."""
+"""The device's energy so far; only differences are meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Target:
     machine's device, None if it has none; described: the same, but its bandwidth may be unknown
     where measuring it would take templates. named: this machine's device if that is its name.
     trouble: why nothing can be measured on this machine's, None if it can.
-    unused: why a device that this machine must have is not found, None if nothing speaks for one.
+    unused: why a device that this machine must have is not found, None if there is no sign of one.
     why_missing: why this machine cannot build a plan, None if it can.
     times_alone: whether compilers that run beside the timing would slow it down.
     registered: whether its devices are listed in devices.json; others only their machine knows.
@@ -54,8 +54,7 @@ class Target:
     is published.
     probe: what this machine's device measures of itself, None where its kind has nothing to
     measure. conditions: what its speed depends on beside its kind, as far as it can be read.
-    energy: gives what counts the joules that it takes; raises FlashtuneError where none can be
-    read.
+    energy: gives a counter of the joules that it takes; raises FlashtuneError if none can be read.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Target:
 
 
 def no_energy(where: torch.device) -> NoReturn:
-    """`energy` of a kind of device whose energy nothing tells; raises FlashtuneError."""
+    """`energy` of a kind of device without an energy counter; raises FlashtuneError."""
     raise FlashtuneError(f"the energy that {where} takes can't be read here")
 
 
@@ -106,7 +105,7 @@ def backend_of(candidate: Candidate) -> Backend:
 
 
 def default_config(problem: Problem, device: Device) -> Config:
-    """A config that is valid for every problem, used where nothing better is known.
+    """A config that is valid for every problem, used if no better one is known.
 
     Raises FlashtuneError for a problem that no kernel of the device can solve.
     """
@@ -114,7 +113,7 @@ def default_config(problem: Problem, device: Device) -> Config:
 
 
 def baseline_config(problem: Problem, device: Device) -> Config:
-    """The pipeline every comparison is made with: a library selects the clusters."""
+    """The baseline of every comparison: a library selects the clusters."""
     return target_of(device).baseline(problem, device)
 
 

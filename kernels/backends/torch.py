@@ -1,4 +1,4 @@
-"""Plain torch as a backend: the fallback on every device, and all there is without kernels.
+"""Plain torch as a backend: the fallback on every device, and the only one without kernels.
 
 Usage:
     step = TorchStep(problem)
@@ -42,7 +42,7 @@ class TorchStep:
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Decode `hidden` to `out`, a few tokens at a time to bound the memory.
 
-        In float32, whatever the caller has torch compute in.
+        Computes in float32, whatever the caller's torch settings are.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             self._decode(weights, hidden, out)
@@ -81,7 +81,7 @@ class TorchStep:
     def _every_row(
         self, weights: Weights, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_candidates` where every cluster is probed: no scores, and no rows are gathered."""
+        """As `_candidates` if every cluster is probed: no scores, and no rows are gathered."""
         states, n_rows = hidden.float(), weights.ids.numel()
         logits = [
             states @ weights.rows(self._problem, slice(first, last), torch.float32).T
@@ -104,7 +104,7 @@ class TorchStep:
     def _decided(
         self, weights: Weights, ids: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and logits, those of the best replaced by what the model's own rows give.
+        """Ids and logits, the best ones' logits recomputed with the model's own rows.
 
         For a token only the best can win: the epilogue is given no others. Rows of pinned clusters
         may be there twice: so many more are decided, both copies of each of the best among them.
@@ -127,7 +127,7 @@ class TorchStep:
 def decode(
     weights: Weights, hidden: torch.Tensor, n_probes: int, epilogue: str = "argmax"
 ) -> torch.Tensor:
-    """What a step with so many probes writes for hidden `[n_tokens, hidden]`.
+    """The output of a step with so many probes for hidden `[n_tokens, hidden]`.
 
     Products are accumulated in float32; ties give the smallest id.
     """

@@ -1,7 +1,7 @@
-"""What becomes of the candidates' logits: the epilogues, a file each.
+"""What is done with the candidates' logits: the epilogues, one file each.
 
 To add one: a file here with its `Epilogue`, a row in `MEMBERS`, and a partial in the templates of
-each language. Nothing here imports torch before a tensor is there.
+each language. Nothing here imports torch before there is a tensor.
 """
 
 from flashtune.kernels.epilogues.argmax import ARGMAX

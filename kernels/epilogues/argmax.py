@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-    """The smallest id among the best, a NaN being the best of all, as torch.argmax has it.
+    """The smallest id among the best; NaN counts as the largest, as in torch.argmax.
 
-    Where all are NaN a dense head's logits are, too, and its token is 0.
+    If all are NaN, so are a dense head's logits, and its token is 0.
     """
     import torch
 
@@ -27,8 +27,8 @@ def _why_wrong(
 ) -> str | None:
     """A token must be the best of its own cluster and of those that must be probed.
 
-    Where candidates are decided by the model's own rows, it must have the best of their logits
-    among those that must be decided; deciding more is allowed.
+    If the model's own rows decide among candidates, it must have the best of their logits among
+    those that must be decided; deciding more is allowed.
     """
     token, weights = int(found), judge.weights
     ids, must = weights.ids, clusters.must.clone()

@@ -1,4 +1,4 @@
-"""An epilogue: what becomes of the candidates' logits.
+"""An epilogue: what is done with the candidates' logits.
 
 Usage:
     out = new_out(problem, device)
@@ -20,7 +20,7 @@ FILL = -1e4
 
 
 class FirstLaunch(Protocol):
-    """What an epilogue may know of the launch that fills its output in."""
+    """What an epilogue may know about the launch that fills its output."""
 
     @property
     def programs(self) -> int:
@@ -33,7 +33,7 @@ class FirstLaunch(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Epilogue:
-    """What comes out of a step, for a problem.
+    """The output of a step, for a problem.
 
     shape, dtype: of the output, the dtype as torch names it. poison: what no step may leave there.
     written_bytes: how many bytes of it are written, at least.
@@ -42,7 +42,7 @@ class Epilogue:
     tokens_of: each row's best token `[n_tokens]`, from the output.
     why_wrong: None if one token's output is right, else why not; `judge` and `clusters` are those
     of measure/judge.py.
-    values: what templates are filled in with besides, given the first launch.
+    values: further values for templates, given the first launch.
     """
 
     name: str
@@ -63,7 +63,7 @@ def epilogue_of(name: str) -> Epilogue:
 
 
 def new_out(problem: Problem, device: "torch.device") -> "torch.Tensor":
-    """Room for the output of a step: token ids, or logits."""
+    """An empty tensor for the output of a step: token ids or logits."""
     import torch
 
     epilogue = epilogue_of(problem.epilogue)
@@ -72,5 +72,5 @@ def new_out(problem: Problem, device: "torch.device") -> "torch.Tensor":
 
 
 def poisoned_out(problem: Problem, device: "torch.device") -> "torch.Tensor":
-    """`new_out` full of what no step may leave there."""
+    """`new_out` filled with the poison, which no step may leave there."""
     return new_out(problem, device).fill_(epilogue_of(problem.epilogue).poison)

@@ -17,7 +17,7 @@ _LINE = 64  # elements of 16 bits that a line of 128 bytes holds
 
 
 def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-    """The logits at their ids; where all are NaN a dense head's row is, and so is this one."""
+    """The logits at their ids; if all are NaN, the whole row is, like a dense head's."""
     import torch
 
     fill = torch.where(logits.isnan().all(dim=1, keepdim=True), math.nan, FILL)
@@ -28,7 +28,7 @@ def _combine(ids: "torch.Tensor", logits: "torch.Tensor", out: "torch.Tensor") -
 def _why_wrong(
     judge: Any, found: "torch.Tensor", state: "torch.Tensor", clusters: Any
 ) -> str | None:
-    """Clusters are there whole or not at all, and those that must be probed are there."""
+    """Each cluster is complete or absent, and those that must be probed are present."""
     import torch
 
     weights = judge.weights
@@ -74,7 +74,7 @@ def _written_bytes(problem: Problem) -> int:
 
 
 def _values(problem: Problem, first: FirstLaunch) -> dict[str, int]:
-    """How the output is shared out to be filled in by the first launch, in whole lines."""
+    """How the first launch's programs divide the output to fill it, in whole lines."""
     elements = problem.n_tokens * problem.vocab_size
     share = -(-elements // (_LINE * first.programs)) * _LINE
     block = min(1 << (share - 1).bit_length(), 256 * first.warps)

@@ -1,8 +1,8 @@
 """How weights and centroids are stored: the number formats, a file each.
 
 To add one: a file here with its `Format`, a row in `MEMBERS`, and a partial in the templates of
-each language that is to read it. Nothing here imports torch before a tensor is there: problems
-check their formats' names, and they are read without it.
+each language that is to read it. Nothing here imports torch before there is a tensor: problems
+check their formats' names, and are read without torch.
 """
 
 from flashtune.kernels.formats.bf16 import BF16

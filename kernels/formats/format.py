@@ -6,8 +6,8 @@ Usage:
     stored = format_of(problem.weight_dtype).pack(weight)
     stored.data, stored.scales
 
-A format of plain numbers is stored as it is. A quantised one has scales: the matrix is `data`, of
-small whole numbers, times these.
+A format of plain numbers is stored unchanged. A quantised one has scales: the matrix is `data`, of
+small whole numbers, times the scales.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class Format:
     safetensors does. triton, cpp: what the data's type is called in templates of that language,
     empty where these have no such format. group: how many weights of a row share a scale, 0 for
     all of it; scale_name: the scales' dtype, empty for plain numbers.
-    pack: from float numbers `[rows, width]`; unpack: the numbers that what `pack` gave stands
-    for, for that width, computed in a dtype.
+    pack: from float numbers `[rows, width]`; unpack: dequantises the result of `pack`, for that
+    width, computed in a dtype.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Format:
         return rows * self.row_bytes(width)
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of one row, scales included; of a group that a row does not fill, all."""
+        """Bytes of one row, including scales; a partly filled group counts in full."""
         if not self.quantised:
             return width * self.bits // 8
         groups = -(-width // self.group) if self.group else 1
@@ -100,7 +100,7 @@ def format_named(dtype: "torch.dtype") -> Format | None:
 
 
 def dtype_name(tensor: "torch.Tensor") -> str:
-    """What problems call a tensor's dtype; raises FlashtuneError if there is no such format."""
+    """A tensor's dtype by its name in problems; raises FlashtuneError without such a format."""
     found = format_named(tensor.dtype)
     if found is None:
         raise FlashtuneError(f"there is no format for {tensor.dtype}")

@@ -1,8 +1,8 @@
 """The format `int4`: whole numbers from -8 to 7, times a float16 scale for every 32 of a row.
 
-Two lie in a byte, 8 added to each: of every group of 32 weights, byte k of 16 holds number k in
-its lower half and number k + 16 in its upper one. A row whose width is not a multiple of 32 ends
-in zeros.
+Two are packed in a byte, 8 added to each: of every group of 32 weights, byte k of 16 holds number
+k in its lower half and number k + 16 in its upper one. A row whose width is not a multiple of 32
+ends in zeros.
 """
 
 from typing import TYPE_CHECKING

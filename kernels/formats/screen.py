@@ -1,4 +1,4 @@
-"""A screen: the formats that candidates are found in, and how many are decided again.
+"""A screen: the formats in which candidates are found, and how many are decided again.
 
 Usage:
     Screen.parse("int8")              # int8 centroids, int8 rows, the best 8 decided again
@@ -79,7 +79,7 @@ NO_SCREEN = "none"
 
 
 def screen_of(given: Screen | str | None) -> Screen | None:
-    """The screen that is given as such or as text; None and `none` are none at all.
+    """The screen, given as a Screen or as text; None and `none` mean no screen.
 
     Raises FlashtuneError for anything else.
     """

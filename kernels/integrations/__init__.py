@@ -1,5 +1,5 @@
-"""FlashHead in engines that others wrote: transformers and vLLM.
+"""FlashHead in third-party engines: transformers and vLLM.
 
-Answers: where does a model's output head call FlashHead? The top floor: nothing else imports from
-here.
+Answers: where does a model's output head call FlashHead? This is the top layer: nothing else
+imports from here.
 """

@@ -1,4 +1,4 @@
-"""A linear layer that decodes with FlashHead, and is the dense layer for everything else.
+"""A linear layer that decodes with FlashHead and acts as the dense layer for everything else.
 
 Usage:
     linear = FlashLinear(dense, head)
@@ -25,7 +25,7 @@ from flashtune.kernels.measure.contest import Verdict, contest
 from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
-_ROWS_AT_ONCE = 8192  # that are compared
+_ROWS_AT_ONCE = 8192  # compared at a time
 _SAMPLED = 256  # values
 _LINEARS: "weakref.WeakValueDictionary[int, FlashLinear]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -39,9 +39,9 @@ _NOTHING: Identity = (lambda: None, None)  # the identity of no weight
 
 
 def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None) -> bool:
-    """Whether a FlashHead has the rows of this weight; of so many rows, evenly spaced, or all.
+    """Whether a FlashHead has the rows of this weight; checks so many, evenly spaced, or all.
 
-    A screen has them if no number is further off than packing may have moved it.
+    A screen has them if every number is within its packing error.
     """
     like = head.like
     if [head.vocab_size, like.shape[1]] != list(weight.shape):
@@ -81,7 +81,7 @@ class _Sample:
             return cls(places, torch.take(weight, places), weight.shape)
 
     def is_of(self, weight: torch.Tensor) -> bool:
-        """Whether the weight has these values still."""
+        """Whether the weight still has these values."""
         alike = (weight.shape, weight.dtype, weight.device)
         if alike != (self.shape, self.values.dtype, self.values.device):
             return False
@@ -90,25 +90,24 @@ class _Sample:
 
 
 class FlashLinear(nn.Linear):
-    """A dense head's weight, and a FlashHead that takes its place wherever a model decodes.
+    """A dense head's weight, and a FlashHead that replaces it whenever a model decodes.
 
     hidden `[…, hidden]` to logits `[…, vocab]`, those of FlashHead.logits, if there is one
-    position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All else
-    goes through the weight: scoring and training read logits of every token, at every position.
+    position a sequence, of at most MOST_TOKENS sequences, and no gradient is asked for. All other
+    calls use the weight: scoring and training read logits of every token, at every position.
 
-    So does what is not worth it: the first time that a number of rows decodes, FlashHead is timed
-    against the dense layer (`verdicts`), which answers where it is as fast.
+    So do calls that FlashHead would not speed up: the first time that a number of rows decodes,
+    FlashHead is timed against the dense layer (`verdicts`), which answers if it is as fast.
 
-    FlashHead holds a copy of the weight, a screen made from it, or marks of its rows. Where the
-    weight is another one, or has other values, the dense layer answers, with one warning, until it
-    has the old values again: a copy made from new values would still have the clusters of the old
-    ones.
+    FlashHead holds a copy of the weight, a screen made from it, or marks of its rows. If the
+    weight is replaced or its values change, the dense layer answers, with one warning, until the
+    old values are back: a copy made from new values would still have the clusters of the old ones.
     """
 
     def __init__(self, dense: nn.Linear, head: FlashHead, *, always: bool = False) -> None:
         """Share the weight with `dense`; the state dict stays what it was.
 
-        always: FlashHead answers where it is not faster, too.
+        always: FlashHead answers even if it is not faster.
         """
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         self.weight = dense.weight
@@ -120,7 +119,7 @@ class FlashLinear(nn.Linear):
         self._trust()
 
     def _start(self) -> None:
-        """Everything that neither a copy nor a pickle takes along."""
+        """Set up the state that copies and pickles leave out."""
         self._demands = 0
         self.verdicts: dict[int, Verdict] = {}  # by the rows of a step
         self._same = True
@@ -130,12 +129,12 @@ class FlashLinear(nn.Linear):
         _LINEARS[self._handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """The layer without what belongs to one process."""
+        """The layer without the state that belongs to one process."""
         dropped = ("_demands", "verdicts", "_same", "_compared", "_sample", "_handle")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the layer and compare it again."""
+        """Restore the layer and compare it again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
 
@@ -167,7 +166,7 @@ class FlashLinear(nn.Linear):
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     def answer_compiled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`forward` of rows that decode, where compiled code runs it as one operator."""
+        """`forward` for rows that decode; compiled code runs it as one operator."""
         head = self.head
         whole = (head.like, head.vocab_size, head._handle)
         return self._answer(hidden, lambda rows: torch.ops.flashtune.logits(rows, *whole))
@@ -175,13 +174,13 @@ class FlashLinear(nn.Linear):
     def _answer(
         self, hidden: torch.Tensor, decode: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Logits `[rows, vocab]` by FlashHead, or by the dense layer, which does as well."""
+        """Logits `[rows, vocab]` from FlashHead or from the dense layer."""
         if self._fresh() and self._is_faster(hidden):
             return decode(hidden)
         return self._dense(hidden)
 
     def _is_faster(self, hidden: torch.Tensor) -> bool:
-        """Whether FlashHead is to answer for so many rows, as was found when they first came."""
+        """Whether FlashHead answers for so many rows; decided on the first such call."""
         if self.always or not len(hidden):
             return True
         size = self.head.decoder.step_size(len(hidden))
@@ -229,13 +228,13 @@ class FlashLinear(nn.Linear):
         return hidden.dim() == 2 and hidden.shape[0] <= MOST_TOKENS
 
     def _identity(self) -> Identity:
-        """Changes with the parameter, and with what is written to it by operations of torch."""
+        """Changes with the parameter, and when operations of torch write to it."""
         weight = self.weight
         version = None if weight.is_inference() else weight._version
         return weakref.ref(weight), version
 
     def _trust(self) -> None:
-        """Take the weight as it is for what FlashHead was made of, or was found to differ from."""
+        """Record the current weight as the one FlashHead was made from, or differs from."""
         self._compared, self._sample = self._identity(), _Sample.of(self.weight)
 
     def _is_compared(self) -> bool:
@@ -244,10 +243,10 @@ class FlashLinear(nn.Linear):
         return held() is now() and version == newer
 
     def _fresh(self) -> bool:
-        """Whether FlashHead has the weight's values, as far as can be told in no time.
+        """Whether FlashHead has the weight's values, by a cheap check.
 
-        After an operation on the weight all rows are compared. What went past torch's count of
-        operations (`weight.data`, as when adapters are merged) shows in a sample of values: of
+        After an operation on the weight all rows are compared. Changes that torch's version
+        counter misses (`weight.data`, as when adapters are merged) show in a sample of values: at
         each call on a CPU, and wherever `_notice` is called.
         """
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -260,9 +259,9 @@ class FlashLinear(nn.Linear):
         return self._same
 
     def _notice(self) -> None:
-        """Compare a sample, which waits for a GPU, so that it is for calls that take long."""
+        """Compare a sample. This waits for a GPU, so use it only in calls that take long."""
         if not (self._same and self._is_compared()):
-            return  # known to differ, or to be compared in whole
+            return  # known to differ, or due for a full comparison
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if not self._sample.is_of(self.weight):

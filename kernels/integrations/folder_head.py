@@ -1,4 +1,4 @@
-"""A FlashHead of a model folder's clusters and of a weight that is loaded already.
+"""A FlashHead from a model folder's clusters and a weight that is already loaded.
 
 Usage:
     head = flash_head_of(ModelFolder.open("path/to/model"), model.lm_head.weight)
@@ -23,9 +23,9 @@ def flash_head_of(
 ) -> FlashHead:
     """The folder's FlashHead with this weight `[vocab, hidden]`, on its device, in its dtype.
 
-    n_probes, screen, rows: those of the folder's config unless given; `none` is no screen.
-    tune: as for FlashHead. Raises FlashtuneError where the folder has no clusters, or they were
-    made for another weight.
+    n_probes, screen, rows: default: the folder's config; `none` means no screen. tune: as for
+    FlashHead. Raises FlashtuneError if the folder has no clusters, or they were made for another
+    weight.
     """
     clusters, path = folder.read_clusters(), folder.clustering_file
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]

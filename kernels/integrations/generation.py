@@ -1,12 +1,12 @@
-"""`generate` of a model with a FlashHead: the dense head where every token's logit is asked for.
+"""`generate` of a model with a FlashHead: the dense head if every token's logit is needed.
 
 Usage:
-    model.generate = Generation(model, linear)     # docs/transformers.md says what is asked for
+    model.generate = Generation(model, linear)     # docs/transformers.md lists those settings
 
 Most settings only rank, mask or weight tokens, and FlashHead's candidates are the right ones for
 them. Those that compare logits of two calls, lift tokens by their logit, allow a few alone, or
 return scores would meet the fill of tokens that are no candidates. Settings that this module does
-not know take the dense head, too.
+not know use the dense head, too.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from flashtune.kernels.integrations.flash_linear import FlashLinear
 
 HOTTEST = 50.0  # a temperature; above it, the fill would be too near to the candidates
-# Settings of transformers' GenerationConfig that the fill does no harm: they leave it far below
+# Settings of transformers' GenerationConfig that the fill does not affect: they leave it far below
 # the candidates, or choose among these, or do nothing to logits at all.
 _HARMLESS = """
 max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
@@ -36,14 +36,14 @@ _ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "custom_generate")
 
 
 class Generation:
-    """A model's own `generate`, with the dense head where its settings need that."""
+    """A model's own `generate`, with the dense head if its settings need it."""
 
     def __init__(self, model: Any, linear: FlashLinear) -> None:
         """For the model whose output head is `linear`."""
         self._model, self._linear = model, linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's class does it."""
+        """Generate as the model's class does."""
         model, linear = self._model, self._linear
         generate = type(model).generate
         if model.get_output_embeddings() is not linear:
@@ -74,7 +74,7 @@ def needs_every_token(usual: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     configs = [config for config in (given.get("generation_config"), usual) if config is not None]
     known: dict[str, Any] = (
         vars(type(configs[0])()) if configs else {}
-    )  # what else a config holds does nothing
+    )  # the rest of a config has no effect
     for name in known:
         values = (given.get(name), *(getattr(config, name, None) for config in configs))
         value = next((value for value in values if value is not None), None)

@@ -1,10 +1,10 @@
-"""What a model makes of its output head's logits before it returns them: scales, caps, or nothing.
+"""What a model does to its output head's logits before it returns them: scale, cap or nothing.
 
 Usage:
     logits = ModelLogits(model, model.get_output_embeddings())
     logits(raw)          # [rows, vocab], as the model's forward would return them
 
-Models scale and cap under many names, in their config or in code. So nobody looks for names: the
+Models scale and cap under many names, in their config or in code, so names are not checked: the
 model is run on one token with the head's output replaced, and what it returns is the answer.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from flashtune.kernels.epilogues.epilogue import FILL
 from flashtune.tuning_db.errors import FlashtuneError
 
-MOST_FILL = -100.0  # of the fill as returned: e^-100 of a vocabulary is nothing beside any logit
+MOST_FILL = -100.0  # for the fill as returned: e^-100 over a vocabulary is negligible
 
 
 class ModelLogits:
@@ -27,10 +27,10 @@ class ModelLogits:
         self._model, self._head = model, head
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """The logits `[rows, vocab]` that the model returns where its head gives `raw`.
+        """The logits `[rows, vocab]` that the model returns if its head gives `raw`.
 
-        In the dtype of `raw`, unless the model converts them. Raises whatever the model raises;
-        FlashtuneError where it returns no such logits.
+        In the dtype of `raw`, unless the model converts them. Lets the model's exceptions through;
+        raises FlashtuneError if it returns no such logits.
         """
         model, head = self._model, self._head
         weight = self._weight
@@ -48,7 +48,7 @@ class ModelLogits:
         hook = head.register_forward_hook(replaced)
         devices = [weight.device] if weight.is_cuda else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):  # dropout, while it is trained
+            with torch.no_grad(), torch.random.fork_rng(devices):  # for dropout in training mode
                 out = model(**inputs)
         finally:
             hook.remove()
@@ -64,7 +64,7 @@ class ModelLogits:
         return weight
 
     def why_not_filled(self) -> str | None:
-        """None where the fill of tokens that are no candidates stays far below every logit.
+        """None if the fill of non-candidate tokens stays far below every logit, else why not.
 
         Raises as a call does.
         """

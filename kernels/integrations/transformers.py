@@ -29,7 +29,7 @@ from flashtune.tuning_db.environment import flash_head_always
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import DEFAULT_PROBES, IN_PLACE, MOST_TOKENS
 
-_SAMPLED_ROWS = 64  # of a weight, to tell whose it is
+_SAMPLED_ROWS = 64  # of a weight, to identify it
 
 Clusters = tuple[torch.Tensor, torch.Tensor]
 
@@ -90,7 +90,7 @@ def apply(
     if head is None and assets is None and screened:
         if rows == IN_PLACE:
             raise FlashtuneError("a head without clusters reads its screen: give no rows in_place")
-        # Whose logits no fill is among
+        # Its logits contain no fill
         head = FlashHead.screened(dense.weight, screened, tune=tune or TUNE[0])
     else:
         _check_logits(model, dense)
@@ -113,7 +113,7 @@ def _made(
     rows: str | None,
     tune: str | None,
 ) -> FlashHead:
-    """The FlashHead that is given, or of the clusters that are."""
+    """The given FlashHead, or one made from the given clusters."""
     if (head is None) == (assets is None):
         raise FlashtuneError("give just one of head and assets, or a screen for neither")
     if assets is not None:
@@ -148,7 +148,7 @@ def _made(
 
 
 def _end_tokens(model: Any, vocab_size: int) -> list[int]:
-    """The tokens that end the model's texts, by its config and its generation config."""
+    """The model's end-of-text tokens, from its config and its generation config."""
     config = getattr(model, "config", None)
     places = (
         config,
@@ -185,7 +185,7 @@ def _replace(model: Any, before: nn.Module, after: nn.Module) -> None:
 
 
 def _dense_head(model: Any) -> nn.Linear:
-    """The model's output head; FlashtuneError says why it is none that FlashHead can replace."""
+    """The model's output head; FlashtuneError says why FlashHead cannot replace it."""
     find = getattr(model, "get_output_embeddings", None)
     dense = find() if find else None
     if dense is None:
@@ -212,10 +212,10 @@ def _dense_head(model: Any) -> nn.Linear:
 
 
 def _check_logits(model: Any, dense: nn.Linear) -> None:
-    """Raise FlashtuneError where the model does more to its logits than the fill can bear."""
+    """Raise FlashtuneError if the model changes its logits so that the fill would show."""
     try:
         why = ModelLogits(model, dense).why_not_filled()
-    except Exception as error:  # whatever a model's forward raises
+    except Exception as error:  # a model's forward can raise anything
         LOG.warning(
             "FlashHead: %s could not be run on one token (%s): should it cap its logits, the fill "
             "of tokens that are no candidates comes near to theirs",
@@ -228,7 +228,7 @@ def _check_logits(model: Any, dense: nn.Linear) -> None:
 
 
 def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
-    """Raise FlashtuneError unless the FlashHead was made of this weight, by its looks."""
+    """Raise FlashtuneError unless the FlashHead appears to be made from this weight."""
     shape = [head.vocab_size, head.like.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(

@@ -6,9 +6,9 @@ Usage:
     FLASHHEAD_ENABLED=0 …          # the same model with its dense head
 
 vLLM calls `register` in each of its processes. It names the `FlashHead…` architectures, and
-registers two layers in place of vLLM's own, by vLLM's own means: the logits processor, which asks
-FlashHead first, and the head, which builds FlashHead when the weights are loaded. What a vLLM
-lacks of this costs FlashHead and one warning, never the model. See docs/vllm.md.
+registers two layers instead of vLLM's own, by vLLM's own mechanism: the logits processor, which
+asks FlashHead first, and the head, which builds FlashHead when the weights are loaded. If a vLLM
+lacks any of this, FlashHead is off, with one warning; the model still loads. See docs/vllm.md.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _done: set[str] = set()
 
 
 def register() -> None:
-    """Register all of it, once a process; never raises."""
+    """Register everything, once per process; never raises."""
     for step, loss in (
         (_register_architectures, "FlashHead architectures may not load"),
         (_register_processor, "FlashHead models use their dense head"),
@@ -56,7 +56,7 @@ def _current_head() -> ServedHead | None:
         from vllm.config import get_current_vllm_config
 
         return served_head(get_current_vllm_config())
-    except Exception as error:  # a layer that is built outside of an engine
+    except Exception as error:  # a layer that is built outside an engine
         LOG.warning("FlashHead is off for a layer: %s: %s", type(error).__name__, error)
         return None
 
@@ -71,7 +71,7 @@ def _register_processor() -> None:
             self._given: Any = None
 
         def given_logits(self, logits: Any, lm_head: Any, hidden_states: Any) -> Any:
-            """What becomes of logits that the head might give."""
+            """What the processor does to logits that the head might give."""
             self._given = logits
             try:
                 return self.forward(lm_head, hidden_states)
@@ -87,7 +87,7 @@ def _register_processor() -> None:
                     return logits
             return super()._apply_head(lm_head, hidden_states, *args, **kwargs)
 
-    LogitsProcessor._apply_head  # noqa: B018  # AttributeError where vLLM lacks it
+    LogitsProcessor._apply_head  # noqa: B018  # AttributeError if vLLM lacks it
     LogitsProcessor.register_oot(FlashHeadLogitsProcessor)
 
 

@@ -6,7 +6,8 @@ Usage (the entry point `vllm.logits_processors`, which vLLM's workers load by th
 vLLM tells its logits processors before each forward pass which requests are in the batch, and
 with which sampling parameters. `Gate` is both vLLM's V1 interface (`update_state`) and its V2
 interface (`add_request`), whichever this vLLM has. `gate_of(vllm_config)` finds the gate of an
-engine; without one nobody may leave the dense head, as nobody would know when to go back to it.
+engine. Without a gate the engine stays with the dense head, since nothing would tell when to
+return to it.
 """
 
 import importlib
@@ -23,8 +24,8 @@ def why_dense(params: Any) -> str | None:
     """The sampling parameter that only the dense head gets right, or None.
 
     Logprobs are normalised over the whole vocabulary; a grammar or a list of allowed tokens may
-    rule out every candidate; a bias may lift a token that is none. Whatever only lowers logits
-    (penalties, bans) or ranks them (top-k, top-p, min-p) works on the candidates.
+    rule out every candidate; a bias may lift a token that is not one. Parameters that only lower
+    logits (penalties, bans) or rank them (top-k, top-p, min-p) work on the candidates.
     """
     for name in (*_SCORED, *_CONFINED):
         if getattr(params, name, None) is not None:
@@ -34,7 +35,7 @@ def why_dense(params: Any) -> str | None:
 
 
 def gate_of(vllm_config: Any) -> "RequestGate | None":
-    """The gate of the engine with this config, or None where vLLM made none."""
+    """The gate of the engine with this config, or None if vLLM made none."""
     return _GATES.get(id(vllm_config.compilation_config))
 
 
@@ -45,14 +46,14 @@ class _Mark:
 class RequestGate:
     """The places in the batch that need the dense head.
 
-    V1 tells of every request that enters, leaves or moves. V2 tells only of those that enter: a
-    place is freed in silence, so it counts until the next request takes it, or until the
-    request's sampling parameters are gone, where the scheduler lives in this process and keeps
-    them while the request runs.
+    V1 reports every request that enters, leaves or moves. V2 reports only those that enter: a
+    place is freed without notice, so it counts until the next request takes it. If the scheduler
+    runs in this process, it keeps a request's sampling parameters while the request runs, so the
+    place counts only until they are gone.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
-        """As either vLLM calls it: (config, device, pinned) or (config, request states)."""
+        """Called by V1 with (config, device, pinned), by V2 with (config, request states)."""
         # The text part of a vision model has a config of its own, but shares this one
         self._compilation_config = vllm_config.compilation_config
         parallel = getattr(vllm_config, "parallel_config", None)
@@ -67,14 +68,14 @@ class RequestGate:
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Every request is welcome."""
+        """Accept every request."""
 
     def is_argmax_invariant(self) -> bool:
         """So that V1 does not call `apply` for greedy requests."""
         return True
 
     def apply(self, logits: Any, *_: Any) -> Any:
-        """Give the logits back: what had to be done was done by the head."""
+        """Return the logits unchanged: the head has done the work."""
         return logits
 
     def update_state(self, batch_update: Any) -> None:
@@ -97,7 +98,7 @@ class RequestGate:
             return False
         self._put(req_idx, mark := _Mark())
         if self._sees_ends:
-            witness = _Mark()  # held by the parameters alone: it goes when they go
+            witness = _Mark()  # only the parameters hold it: it is freed with them
             try:
                 sampling_params._flashtune_witness = witness
             except (AttributeError, TypeError):  # the mark stays until the place is taken again
@@ -117,7 +118,7 @@ class RequestGate:
 
 
 def _gate_class() -> type[RequestGate]:
-    """The gate as every interface that this vLLM has: its loaders check the base class."""
+    """The gate with every interface that this vLLM has: its loaders check the base class."""
     bases = []
     for name in _INTERFACES:
         try:
@@ -128,7 +129,7 @@ def _gate_class() -> type[RequestGate]:
 
 
 def __getattr__(name: str) -> Any:
-    """Make `Gate` on first use: vLLM is imported only by who serves with it."""
+    """Make `Gate` on first use, so that vLLM is imported only to serve with it."""
     if name != "Gate":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = gate = _gate_class()

@@ -1,11 +1,11 @@
-"""The head of one model that vLLM serves: FlashHead where it may answer, else None for dense.
+"""The head of one model that vLLM serves: FlashHead if it may answer, else None for dense.
 
 Usage, by the layers in `vllm.py`:
     served = served_head(vllm_config)      # None unless this is a FlashHead model, or screened
     served.build(lm_head)                  # when the weights are loaded
     logits = served.logits(layer, lm_head, hidden)     # None: use the dense head
 
-Whatever is wrong, or not supported, is one warning and the dense head.
+Any error or unsupported feature gives one warning and the dense head.
 """
 
 import logging
@@ -37,7 +37,7 @@ from flashtune.tuning_db.environment import (
 )
 from flashtune.tuning_db.errors import FlashtuneError
 
-LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only what is logged below its own name
+LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only loggers below its own name
 REQUIRE = "require"
 MODES = (*TUNE, REQUIRE)  # of FLASHTUNE_TUNE; the last: only what was measured here is used
 SIZES = tuple(sorted({*ROUNDED[1:]}))
@@ -46,10 +46,10 @@ _SERVED: "WeakValueDictionary[tuple[int, bool], ServedHead]" = WeakValueDictiona
 
 
 def served_head(vllm_config: Any) -> "ServedHead | None":
-    """The one head of an engine, or None where it is off, or nothing asks for one.
+    """The one head of an engine, or None if it is off or nothing asks for it.
 
-    Asked for by a FlashHead model, or for any model by a screen, of FLASHTUNE_SCREEN or the
-    model's config.
+    A FlashHead model asks for it; for any model, a screen in FLASHTUNE_SCREEN or in the model's
+    config does.
     """
     if not flash_head_enabled():
         return None
@@ -65,16 +65,16 @@ def served_head(vllm_config: Any) -> "ServedHead | None":
 
 
 def flash_head_folder(model_config: Any) -> ModelFolder | None:
-    """The folder of vLLM's model if its config says that its head is FlashHead's, else None."""
+    """The folder of vLLM's model if its config declares a FlashHead, else None."""
     try:
         folder = ModelFolder.open(model_config.model, getattr(model_config, "revision", None))
-    except FlashtuneError:  # of no format that has clusters
+    except FlashtuneError:  # not a format with clusters
         return None
     return folder if folder.has_clusters or SCREEN_KEY in folder.config else None
 
 
 def why_unsupported(vllm_config: Any) -> str | None:
-    """What an engine was asked for that FlashHead can't do, or None."""
+    """The requested engine feature that FlashHead doesn't support, or None."""
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size > 1:
         return "tensor parallelism splits the head, and FlashHead needs all of it on one device"
@@ -90,9 +90,9 @@ def why_unsupported(vllm_config: Any) -> str | None:
 
 
 def is_draft(vllm_config: Any) -> bool:
-    """Whether an engine's config is that of the small model that drafts for another one.
+    """Whether an engine's config belongs to the draft model of another model.
 
-    Whatever such a model proposes, its target verifies. Heads that share the target's own
+    Its target verifies everything that a draft model proposes. Heads that share the target's own
     (EAGLE, MTP) are built with the config of the target.
     """
     speculative = vllm_config.speculative_config
@@ -108,9 +108,9 @@ def is_draft(vllm_config: Any) -> bool:
 class ServedHead:
     """Decides call by call between FlashHead and the dense head of one engine.
 
-    Gives up for good, with one warning, on what can't change while the engine runs. For numbers of
-    rows at which the dense head was found to be faster here, it answers. FlashHead's copy of the
-    weight, in the order of clusters, or its screen, comes on top of the dense head's.
+    Gives up for good, with one warning, if the cause can't change while the engine runs. The dense
+    head answers for the numbers of rows at which it was found to be faster here. FlashHead's copy
+    of the weight, in the order of clusters, or its screen, comes on top of the dense head's.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ServedHead:
     ) -> None:
         """For the engine with this config.
 
-        folder: of its model, where that asks for FlashHead. screen: instead of the folder's.
+        folder: the model's folder, if it asks for FlashHead. screen: overrides the folder's.
         """
         self._config, self._folder, self._screen = vllm_config, folder, screen
         self._drafts = is_draft(vllm_config)
@@ -141,17 +141,17 @@ class ServedHead:
             self._lm_head = lm_head
         except FlashtuneError as error:
             self._give_up(str(error))
-        except Exception as error:  # no memory, say: the model must load all the same
+        except Exception as error:  # such as no memory: the model must still load
             self._give_up(f"{type(error).__name__}: {error}")
 
     def logits(
         self, processor: Any, lm_head: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor | None:
-        """What the dense head would give for hidden `[rows, hidden_size]`, or None: ask it.
+        """The dense head's logits for hidden `[rows, hidden_size]`; None: call the dense head.
 
         `[rows, vocabulary with vLLM's padding]`, candidates' logits and `FILL` elsewhere.
-        processor: the LogitsProcessor that asks; args, kwargs: what vLLM gave besides, which is
-        the bias or nothing.
+        processor: the LogitsProcessor that asks; args, kwargs: vLLM's further arguments, the bias
+        or nothing.
         """
         if not self._asked and not self._ready(processor, lm_head, hidden):
             return None
@@ -172,7 +172,7 @@ class ServedHead:
             return None
 
     def _ready(self, processor: Any, lm_head: Any, hidden: torch.Tensor) -> bool:
-        """Whether the first call of few rows finds nothing against FlashHead."""
+        """Whether FlashHead may be used, as checked in the first call with few rows."""
         if self._given_up or hidden.dim() != 2 or not 0 < hidden.shape[0] <= SIZES[-1]:
             return False
         gate = gate_of(self._config)
@@ -182,7 +182,7 @@ class ServedHead:
         if why:
             self._give_up(why)
         elif self._lm_head is None and (self._drafts or _is_open(gate)):
-            self.build(lm_head)  # the input embedding is the head: nobody called build
+            self.build(lm_head)  # the input embedding is the head: build was not called
         self._asked = not self._given_up and self._lm_head is not None
         return self._asked
 
@@ -198,7 +198,7 @@ class ServedHead:
         return functional.pad(logits, (0, missing), value=FILL) if missing else logits
 
     def _built(self, lm_head: Any) -> tuple[FlashHead, frozenset[int]]:
-        """The head, its kernels made, and the numbers of rows at which it is to answer."""
+        """The head with its kernels, and the numbers of rows for which it answers."""
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -233,14 +233,14 @@ class ServedHead:
         return head, frozenset(answers)
 
     def _rows_a_request(self) -> int:
-        """Rows of a step for each request: those that a draft proposed, and one more."""
+        """Rows of a step for each request: the draft's proposals, and one more."""
         speculative = self._config.speculative_config
         if speculative is None or self._drafts:
             return 1
         return 1 + int(getattr(speculative, "num_speculative_tokens", 0) or 0)
 
     def _made(self, weight: torch.Tensor, tune: str) -> FlashHead:
-        """The FlashHead of the folder's clusters, or without clusters where it has none."""
+        """The FlashHead with the folder's clusters, or without clusters if it has none."""
         folder, probes = self._folder, named_probes()
         try:
             screen_of(self._screen)
@@ -277,9 +277,9 @@ def _is_open(gate: RequestGate | None) -> bool:
 
 
 def _why_never(processor: Any, lm_head: Any, hidden: torch.Tensor, fills: bool) -> str | None:
-    """Why this engine's head can never be FlashHead, as its first call shows, or None.
+    """Why this engine's head can never be FlashHead, judged at the first call, or None.
 
-    fills: whether tokens that are no candidates have the fill for their logits.
+    fills: whether non-candidate tokens have the fill as their logits.
     """
     if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
         return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"
@@ -291,7 +291,7 @@ def _why_never(processor: Any, lm_head: Any, hidden: torch.Tensor, fills: bool) 
 
 
 def _is_changed(processor: Any, lm_head: Any, hidden: torch.Tensor) -> bool:
-    """Whether the processor does anything to the logits that it is given: it is tried."""
+    """Whether the processor changes the logits that it is given, found by a trial call."""
     given = hidden.new_full((1, lm_head.weight.shape[0]), FILL)
     given[:, :2] = torch.tensor([3.0, -5.0])  # of either sign, and exact in any dtype
     made = processor.given_logits(given.clone(), lm_head, hidden[:1])
@@ -299,7 +299,7 @@ def _is_changed(processor: Any, lm_head: Any, hidden: torch.Tensor) -> bool:
 
 
 def _is_measured(head: FlashHead, size: int) -> bool:
-    """Whether what runs for so many rows was measured for this problem, on this device."""
+    """Whether the config for so many rows was measured for this problem, on this device."""
     return head.decoder.bound("logits", size).choice.settled
 
 

@@ -1,12 +1,12 @@
-"""Whether a FlashHead is worth its place: timed against the dense layer that it stands for.
+"""Whether a FlashHead is worth using: timed against the dense layer that it replaces.
 
 Usage:
     verdict = contest(head.logits, dense, hidden)
-    verdict.wins               # by more than the margin, what it costs the host included
+    verdict.wins               # by more than the margin, including the host's time
     verdict.describe()         # '24.1 us against 55.3 us'
 
-Both are called as a model calls them, in turns, so that each finds what the other has left in the
-caches: the weight of the dense layer, which is larger than these, as a model's other layers are.
+Both are called as a model calls them, in turns, so that each finds what the other left in the
+caches. The dense layer's weight is larger than the caches, as a model's other layers are.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-MARGIN = 0.97  # of the dense layer's time; less is not told from noise
+MARGIN = 0.97  # of the dense layer's time; a smaller gain may be noise
 SECONDS = 0.5  # after which no further turn is taken
 TURNS, LEAST_TURNS = 20, 3
 _AHEAD = 4  # dense calls that keep a GPU busy while the host issues those that are timed
@@ -40,8 +40,8 @@ class Verdict:
     def wins(self) -> bool:
         """Whether FlashHead should answer.
 
-        What it costs the host more than the dense layer counts in full, as it does where the host
-        is what a step waits for.
+        Extra host time over the dense layer counts in full, as it does if a step waits for the
+        host.
         """
         extra = max(0.0, self.head_host_us - self.dense_host_us)
         return self.head_us + extra < MARGIN * self.dense_us
@@ -57,7 +57,8 @@ class Verdict:
 def contest(head: Layer, dense: Layer, hidden: torch.Tensor) -> Verdict:
     """Time both on hidden `[tokens, hidden_size]`, `SECONDS` long or a few turns.
 
-    Must not be called while the current stream is being captured. Raises what the layers raise.
+    Must not be called while the current stream is being captured. Lets the layers' exceptions
+    through.
     """
     layers = (head, dense)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def _on_gpu(layers: tuple[Layer, Layer], hidden: torch.Tensor) -> tuple[float, f
 
 
 def _host(layers: tuple[Layer, Layer], hidden: torch.Tensor) -> tuple[float, float]:
-    """Of a few calls at a time, which the launch queue takes without waiting for the GPU."""
+    """Time a few calls at a time, which the launch queue takes without waiting for the GPU."""
     samples: tuple[list[float], list[float]] = ([], [])
     for _ in range(TURNS):
         for layer, own in zip(layers, samples, strict=True):

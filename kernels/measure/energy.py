@@ -1,11 +1,11 @@
-"""What energy a call takes, by a counter of the whole device.
+"""The energy that a call takes, from a counter of the whole device.
 
 Usage:
     with target.energy(where) as joules:
         joules_a_call(timer, joules)
 
 Counters are read in steps, of NVML's every 20 to 100 ms: calls are counted from one step to
-another that comes at least half a second later. What the device takes when it is idle is in it.
+another that comes at least half a second later. The device's idle power is included.
 """
 
 import time
@@ -22,7 +22,7 @@ BATCH_SECONDS = 0.005  # of calls between two looks at the counter
 def joules_a_call(
     timer: Timer, joules: Callable[[], float], clock: Callable[[], float] = time.monotonic
 ) -> float:
-    """Joules that a call takes. Raises MachineTroubleError for a counter that stands still."""
+    """Joules that a call takes. Raises MachineTroubleError if the counter does not advance."""
     [call_us] = timer.sample(1)
     replays = max(1, round(1e6 * BATCH_SECONDS / (call_us * timer.calls)))
     start = clock()

@@ -1,4 +1,4 @@
-"""What a failed evaluation is called: the same error has the same outcome wherever it is raised.
+"""The outcome of a failed evaluation: the same error has the same outcome everywhere.
 
 Usage:
     try:
@@ -36,9 +36,9 @@ class WrongResultError(Exception):
 def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
     """The outcome of an evaluation that an error ended.
 
-    stage: what it is called unless the error itself tells: `COMPILE_ERROR` before the step first
-    ran, `CRASH` after that. Compilers and drivers tell what did not fit in their text alone. A
-    step that runs needs no file any more: one that is missing then is the step's own fault.
+    stage: the outcome unless the error itself determines it: `COMPILE_ERROR` before the step first
+    ran, `CRASH` after that. Only the text of compilers' and drivers' errors says what did not fit.
+    A running step needs no file any more: one that is missing then is the fault of the step.
     """
     own = stage is Outcome.CRASH and isinstance(error, FileNotFoundError)
     if is_machine_trouble(error) and not own:
@@ -53,9 +53,10 @@ def outcome_of(error: BaseException, stage: Outcome) -> Outcome:
 
 
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether the machine is to blame, whatever config it was: kernels touch no files themselves.
+    """Whether the machine is at fault, not the config: kernels themselves touch no files.
 
-    Files fail with an error number; tools that can't be run, or say so of a disk, in their text.
+    File errors have an error number; tools that can't run, or report a disk error, say so in their
+    text.
     """
     if isinstance(error, subprocess.CalledProcessError):
         return True

@@ -3,8 +3,8 @@
 Usage:
     Judge(weights, problem).why_wrong(out, hidden, slack=16)     # None, or why it is not right
 
-What is right for an output is the epilogue's to say; the judge knows which clusters must be
-probed, which may be, and how far rounding may reach.
+The epilogue decides whether an output is right; the judge knows which clusters must be probed,
+which may be, and the bounds of rounding.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class _Clusters:
     possible: torch.Tensor
 
     def rank(self, cluster: int) -> int:
-        """A cluster's place among all, the best being 1."""
+        """A cluster's rank among all; the best is 1."""
         return int((self.scores > self.scores[cluster]).sum()) + 1
 
 
@@ -44,7 +44,7 @@ class Judge:
     sums float32 holds exactly, the bound is zero. Logits are rounded once more, to the dtype they
     come in: since rounding keeps the order, they must lie between the bound's ends, rounded.
 
-    Of quantised weights the truth is what their numbers stand for, whole numbers times scales. A
+    For quantised weights the reference is the dequantised numbers, whole numbers times scales. A
     kernel multiplies by a scale after it has added up, and rounds once more for it, which the
     bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of
     a power of two u, so that its products are integers and their sums exact. With 16 bits for the
@@ -67,7 +67,7 @@ class Judge:
         return self.problem.n_probes
 
     def why_wrong(self, out: torch.Tensor, hidden: torch.Tensor, slack: int) -> str | None:
-        """None when each row of `out` is right for its row of `hidden`, else why one is not.
+        """None if each row of `out` is right for its row of `hidden`, else why one is not.
 
         out: what the problem's epilogue has a step write, for as many tokens as there are states.
         """

@@ -1,4 +1,4 @@
-"""How much memory is left on a device, as far as can be told without taking it; what steps take.
+"""How much memory is free on a device, without allocating it, and how much steps take.
 
 Usage:
     free_bytes(weight.device)
@@ -35,11 +35,11 @@ def scratch_bytes(problem: Problem) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had on a CUDA device, torch's own reserve counted in, or on a CPU.
+    """Bytes still available on a CUDA device, including torch's own reserve, or on a CPU.
 
-    Of a CPU's memory, what is left of the machine's and of its container's limit; nothing where
-    the system tells neither. Of a GPU that shares the machine's memory (a Jetson's), what the
-    machine has available: CUDA does not count what the system could free, such as cached files.
+    For a CPU: what is left of the machine's memory and of its container's limit; 0 if the system
+    reports neither. Of a GPU that shares the machine's memory (a Jetson's), what the machine has
+    available: CUDA does not count what the system could free, such as cached files.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -60,7 +60,7 @@ def _available(path: Path) -> int:
 
 
 def _group_rooms(membership: Path, root: Path) -> list[int]:
-    """What each limit on memory of control groups leaves; page cache not in use counts as free."""
+    """Bytes left under each control group's limit; page cache not in use counts as free."""
     rooms = [2**63]
     for line in _text(membership).splitlines():
         _, controllers, group = line.split(":", 2)
@@ -77,7 +77,7 @@ def _group_rooms(membership: Path, root: Path) -> list[int]:
 
 
 def _text(path: Path) -> str:
-    """The file's text; empty where there is none."""
+    """The file's text; empty if there is none."""
     try:
         return path.read_text("utf-8", errors="replace")
     except OSError:

@@ -1,10 +1,10 @@
-"""What a device does in a second of measuring: a few figures, each the slope of a straight line.
+"""A device's figures from a second of measuring, each the slope of a straight line.
 
 Usage:
     figures = probe(gauge)        # tuning_db/probe.py's Figures
 
-A gauge times `count` things that wait for one another. What comes once, such as beginning a graph
-and telling the time, is the same for few and for many, and so drops out of the difference.
+A gauge times `count` operations, each dependent on the one before. Fixed costs, such as starting a
+graph and reading the clock, are the same for few and for many, so they cancel in the difference.
 """
 
 import statistics
@@ -21,7 +21,7 @@ READS = (1, 3)
 
 
 class Gauge(Protocol):
-    """Times things on a device, in microseconds; None where it has no such thing."""
+    """Times operations on a device, in µs; None if it does not have one."""
 
     def read_us(self, count: int) -> float | None:
         """Read `read_bytes` from memory, so many times one after another."""
@@ -56,7 +56,7 @@ def probe(gauge: Gauge) -> Figures:
 
 
 def _slope(time_us: Callable[[int], float | None], counts: tuple[int, int]) -> float | None:
-    """Microseconds of one more; None where there are none, or noise hides them."""
+    """µs per further operation; None if the device has none, or noise hides it."""
     few, many = counts
     medians = []
     for count in (few, many):

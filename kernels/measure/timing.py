@@ -1,4 +1,4 @@
-"""How long a step takes as decode really is: with cold weights, by the median.
+"""How long a step takes under decode conditions: cold weights, median.
 
 Usage:
     timer = GraphTimer(step, workload)      # a CUDA graph; WallTimer for steps on the CPU
@@ -29,7 +29,7 @@ def timer_bytes(problem: Problem) -> int:
 
 
 class Timer(Protocol):
-    """A step made ready to be timed over and over; `calls` of it are a sample."""
+    """A step prepared for repeated timing; a sample is `calls` calls."""
 
     calls: int
 
@@ -40,7 +40,7 @@ class Timer(Protocol):
 class GraphTimer:
     """A graph of steps over rotating weights, and its replays' times.
 
-    Raises what the step raises while it is captured.
+    Lets exceptions of the step during capture through.
     """
 
     def __init__(self, step: Step, workload: Workload) -> None:
@@ -84,7 +84,7 @@ class GraphTimer:
 
 
 class WallTimer:
-    """Steps over rotating weights, one after the other, by the clock on the wall.
+    """Steps over rotating weights, one after the other, by wall-clock time.
 
     For steps that are done when they return.
     """
@@ -115,7 +115,7 @@ class WallTimer:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median and spread (10th to 90th percentile) of samples, in microseconds a call."""
+    """Median and spread (10th to 90th percentile) of samples, in µs per call."""
 
     median_us: float
     spread_us: float

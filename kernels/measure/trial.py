@@ -8,12 +8,12 @@ Usage:
     trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=(default,))
     trial.take_turns(rounds=20)
     trial.finish()                            # a Measurement for each config
-    trial.unload()                            # where none of them is to run again
+    trial.unload()                            # if none of them is to run again
 
 One mechanism for a search, for the race at first load and for `flashtune quality`, so that a
-time means the same and an error has the same outcome in all of them. Entrants are known by any
-key: a config, a name. What goes wrong with one becomes its measurement and ends its part; the
-others go on, unless it took the device along.
+time means the same and an error has the same outcome in all of them. Any key identifies an
+entrant: a config, a name. An entrant's failure becomes its measurement and ends its trial; the
+others go on, unless the device was lost.
 """
 
 import math
@@ -71,10 +71,10 @@ class Trial(Generic[Entrant]):
         return min((min(self._samples[each]) for each in self._timers), default=math.inf)
 
     def load(self, entrant: Entrant, load: Callable[[], Step]) -> None:
-        """Make an entrant's step. Compilers may have their say only now."""
+        """Make an entrant's step. Compiler errors may appear only now."""
         try:
             self._steps[entrant] = load()
-        except Exception as error:  # compilers and drivers raise whatever they like
+        except Exception as error:  # compilers and drivers raise exceptions of any type
             self._ended[entrant] = failure(error, Outcome.COMPILE_ERROR, self._policy)
 
     def admit(self, entrant: Entrant, slack: int) -> None:
@@ -126,7 +126,7 @@ class Trial(Generic[Entrant]):
                     self._fail(entrant, error)
 
     def meter(self, joules: Callable[[], float]) -> None:
-        """Measure what a call takes of energy, of each that is running, one after another."""
+        """Measure the energy of a call for each running entrant, one after another."""
         for entrant in list(self._timers):
             if self.lost:
                 return
@@ -137,7 +137,7 @@ class Trial(Generic[Entrant]):
                 self._fail(entrant, error)
 
     def finish(self) -> dict[Entrant, Measurement]:
-        """What became of each entrant; those are missing of which the trial can't say."""
+        """The measurement of each entrant; entrants without a known outcome are missing."""
         if not self.lost:
             for entrant in self._timers:
                 self._ended[entrant] = self._measured(entrant, Outcome.OK)
@@ -146,7 +146,7 @@ class Trial(Generic[Entrant]):
     def unload(self) -> None:
         """Give up the timers, and unload what was loaded for steps: none of them runs again.
 
-        Of a device that was lost nothing can be unloaded.
+        On a lost device nothing can be unloaded.
         """
         self._timers.clear()
         steps: list[object] = list(self._steps.values())

@@ -1,4 +1,4 @@
-"""The inputs a candidate is verified and timed on: fresh ones, or a head's own weights.
+"""The inputs on which a candidate is verified and timed: random ones, or a head's own weights.
 
 Usage:
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
@@ -28,9 +28,9 @@ _STATE_BYTES = 8  # of a number of a state while it is made: in float32 twice
 class Workload:
     """Weights and hidden states of one problem.
 
-    `sets` are copies of the centroids with the shared weight, together larger than the cache
-    they must not lie in; `states` are one hidden state `[n_tokens, hidden]` a set. `checks` are
-    further states: random ones, one whose best token stands in the last cluster that must be
+    `sets` are copies of the centroids with the shared weight, together larger than the cache, so
+    that they do not stay in it; `states` are one hidden state `[n_tokens, hidden]` a set. `checks`
+    are further states: random ones, one whose best token stands in the last cluster that must be
     probed, and one with a better token in a cluster that must not be. A head's own weights are
     left as they are: their checks are random states, and states near a centroid. most_bytes: what
     it takes beyond the weights to verify and time on these, the copies included, if known.
@@ -87,10 +87,9 @@ class Workload:
     ) -> "Workload":
         """A head's own weights with fresh hidden states.
 
-        Sets have copies of the centroids where these, the judge and what steps and their timers
-        will take (step_bytes) fit in half of `free_bytes`; else all share the head's own, and
-        these lie in the cache while kernels are timed. Raises FlashtuneError where there is no
-        room for even the others.
+        Sets have copies of the centroids if these, the judge and the memory of steps and their
+        timers (step_bytes) fit in half of `free_bytes`; else all share the head's own, which are
+        in the cache while kernels are timed. Raises FlashtuneError if even the rest does not fit.
         """
         where = weights.weight.device
         generator = torch.Generator(where).manual_seed(seed)
@@ -128,11 +127,11 @@ class Workload:
 
     @property
     def is_cold(self) -> bool:
-        """Whether sets have centroids of their own, so that none lies in the cache."""
+        """Whether sets have their own centroids, so that none are in the cache."""
         return self.sets[0].centroids is not self.sets[-1].centroids
 
     def _plant(self, states: torch.Tensor, rank: int) -> None:
-        """Make the best token of each row stand in its cluster of that rank, counted from 0."""
+        """Put the best token of each row in its cluster of that rank, counted from 0."""
         weights, problem = self.sets[0], self.problem
         centroids = weights.centroid_rows(problem, slice(None), torch.float32)
         for state in states.float():
@@ -142,10 +141,10 @@ class Workload:
             weights.put(problem, row, state * scale)
 
     def why_wrong(self, step: Step, slack: int) -> str | None:
-        """None when what the step writes is right for every check, twice each, else why not.
+        """None if the step's output is right for every check, twice each, else why not.
 
-        The output is poisoned before each call. Most configs give the same tokens, and what was
-        right with little slack is right with more: that is not judged again.
+        The output is poisoned before each call. Most configs give the same tokens, and an output
+        that was right with little slack is right with more, so it is not judged again.
         """
         judge = Judge(self.sets[0], self.problem)
         for number, states in enumerate(self.checks):

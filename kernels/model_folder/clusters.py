@@ -6,8 +6,8 @@ Usage:
     write_clusters(path, clusters)
 
 The file holds `centroids`, `[1, 1, hidden, n_clusters]` or `[hidden, n_clusters]`, and
-`cluster_assignments` `[vocab]`. What this project writes says in the file's metadata, under
-`flashtune`, which weight the clusters were made from; files without it are read as well.
+`cluster_assignments` `[vocab]`. Files written by this project name the weight that the clusters
+were made from in their metadata, under `flashtune`; files without it are read as well.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _SAMPLED_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What tells one head's weight from another's.
+    """A fingerprint of a head's weight.
 
     digest: SHA-256 of up to 1024 evenly spaced rows as they are stored, so that it means
     something only between weights of the same dtype.
@@ -82,7 +82,7 @@ def read_shapes(path: Path) -> tuple[int, int, int]:
 
 
 def _shapes(path: Path, tensors: Any) -> tuple[int, int, int]:
-    """Checked: FlashtuneError for a tensor that is not there or has another shape."""
+    """Check the tensors: FlashtuneError if one is missing or has the wrong shape."""
     names = list(tensors.keys())
     for name in (CENTROIDS, ASSIGNMENTS):
         if name not in names:
@@ -103,7 +103,7 @@ def _shapes(path: Path, tensors: Any) -> tuple[int, int, int]:
 def read_clusters(path: Path, device: str = "cpu") -> Clusters:
     """Read and check a file. Raises FlashtuneError naming the file, the tensor and what is wrong.
 
-    Whether the clusters are of equal size shows only when they are laid out.
+    Whether the clusters have equal sizes is checked later, when rows are put in order.
     """
     with open_tensors(path, device) as tensors:
         _, hidden, n_clusters = _shapes(path, tensors)

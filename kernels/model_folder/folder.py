@@ -3,7 +3,7 @@
 Usage:
     folder = ModelFolder.open("path/to/model")     # or a repository in Hugging Face's cache
     folder.problem()                               # from headers alone
-    folder.read_head(device="cuda")                # what FlashHead is made of
+    folder.read_head(device="cuda")                # the tensors for a FlashHead
 
 This module and those that it reads with (`clustering`, `head_weight`) own the format:
 docs/model-folders.md describes it.
@@ -54,7 +54,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadParts:
-    """What a FlashHead is made of: weight and centroids on one device, of one dtype."""
+    """The tensors for a FlashHead: weight and centroids on one device, of one dtype."""
 
     weight: torch.Tensor
     clusters: Clusters
@@ -89,7 +89,7 @@ class ModelFolder:
 
     @property
     def clustering_file(self) -> Path:
-        """Where the clusters are, or ought to be."""
+        """The path of the clusters' file, which may be missing."""
         named = inside(self.path, self.config.get(ASSETS_KEY, ASSETS_FOLDER), CLUSTERING_FILE)
         beside = inside(self.path, CLUSTERING_FILE)
         return beside if os.path.exists(beside) and not os.path.exists(named) else named
@@ -109,7 +109,7 @@ class ModelFolder:
 
     @property
     def dtype(self) -> str:
-        """The model's dtype, as problems name it; the stored one where the config does not say.
+        """The model's dtype, as problems name it; the stored one if the config does not say.
 
         bf16 where there is no weight either.
         """
@@ -130,9 +130,9 @@ class ModelFolder:
         return known[name]
 
     def special_token_ids(self, vocab_size: int) -> list[int]:
-        """Tokens that must be candidates always: as the config lists them, else the end tokens.
+        """Tokens that must always be candidates: as the config lists them, else the end tokens.
 
-        Raises FlashtuneError for a list of what are no tokens of such a vocabulary.
+        Raises FlashtuneError if the list has ids outside the vocabulary.
         """
         ids = self.config.get(SPECIAL_KEY)
         if ids is None:
@@ -153,12 +153,12 @@ class ModelFolder:
 
     @property
     def screen(self) -> Screen | None:
-        """What the config has the head screened in, if it has."""
+        """The screen that the config sets for the head, if any."""
         with _blaming(f"{self.path / CONFIG}: {SCREEN_KEY}"):
             return screen_of(self.config.get(SCREEN_KEY))
 
     def rows(self, screen: Screen | None) -> str | None:
-        """Where the config has a head with that screen read its rows, if it says.
+        """Where a head with that screen reads its rows, if the config says.
 
         A screen has rows of its own.
         """
@@ -170,7 +170,7 @@ class ModelFolder:
         return None if screen else named
 
     def probes(self, n_clusters: int) -> int:
-        """The number of clusters to probe of so many."""
+        """The number of clusters to probe, out of so many."""
         named = self.config.get(PROBES_KEY)
         if named is None:
             return max(1, n_clusters // CLUSTERS_A_PROBE)
@@ -291,14 +291,14 @@ class ModelFolder:
 
 
 def read_model(source: str) -> Problem:
-    """The problem that a model folder poses. Raises FlashtuneError."""
+    """The problem that a model folder defines. Raises FlashtuneError."""
     return ModelFolder.open(source).problem()
 
 
 def end_tokens(named: Iterable[Any], vocab_size: int) -> list[int]:
     """Token ids in ascending order from values of `eos_token_id`: a number, a list, or nothing.
 
-    What is no token of the vocabulary ends no text, and is left out.
+    Ids outside the vocabulary end no text and are left out.
     """
     listed = (value if isinstance(value, list | tuple) else [value] for value in named)
     ids = {token for tokens in listed for token in tokens if type(token) is int}
@@ -307,7 +307,7 @@ def end_tokens(named: Iterable[Any], vocab_size: int) -> list[int]:
 
 @contextmanager
 def _blaming(where: str | Path) -> Iterator[None]:
-    """Say where what is wrong came from."""
+    """Add the source to an error's message."""
     try:
         yield
     except FlashtuneError as error:

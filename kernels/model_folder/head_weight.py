@@ -1,4 +1,4 @@
-"""Where the weight of a model's head lies: in which safetensors file, under which name.
+"""Where the weight of a model's head is: in which safetensors file, under which name.
 
 Usage:
     place = find_head_weight(folder, tied=True)
@@ -6,8 +6,8 @@ Usage:
     weight = place.read()           # [vocab, hidden]
 
 The model's own class says what the weight is called and whether it is tied to the embedding
-(`own_class`). Where that can't be asked, names that models use are looked for: the head's own,
-else the embedding's, also where the text model is nested in a multimodal one.
+(`own_class`). If the class is not available, usual names are tried: the head's own, else the
+embedding's, also for a text model nested in a multimodal one.
 """
 
 import os
@@ -165,7 +165,7 @@ def has_weights(folder: Path) -> bool:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor of a model, of those that transformers would load.
 
-    Raises FlashtuneError where there are none, or one is not in the folder.
+    Raises FlashtuneError if there are none, or one is not in the folder.
     """
     path, index = inside(folder, SINGLE), inside(folder, INDEX)
     if os.path.exists(path):

@@ -2,7 +2,7 @@
 
 Usage:
     path = inside(folder, "flash_head_assets", "clustering_cache.safetensors")
-    all_inside(folder)          # for those who read what they like of it
+    all_inside(folder)          # before other code reads arbitrary files of it
 """
 
 import os
@@ -38,7 +38,7 @@ def inside(folder: Path, *names: Any) -> Path:
 
 
 def all_inside(folder: Path) -> None:
-    """Raises FlashtuneError where any link of a folder leads out of it, as `inside`."""
+    """Raises FlashtuneError if any link of a folder leads out of it, as `inside`."""
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             inside(folder, os.path.relpath(os.path.join(parent, name), folder))

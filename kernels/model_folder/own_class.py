@@ -1,11 +1,11 @@
 """What a model's own class says of its head, asked of an instance without data.
 
 Usage:
-    head = ask_model(folder)     # None where transformers is absent, or does not know the model
+    head = ask_model(folder)     # None if transformers is absent or does not know the model
     head.names                   # ("lm_head.weight", "transformer.wte.weight")
 
-The class is transformers' own, an extra of this package; nobody else's code is run. The instance
-lies on the meta device: it costs no memory, and importing transformers is most of its time.
+The class is transformers' own, an extra of this package; no third-party code is run. The instance
+is on the meta device: it costs no memory, and importing transformers is most of its time.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class OwnHead:
 def ask_model(folder: Path) -> OwnHead | None:
     """The head of the model whose config is in `folder`.
 
-    Raises FlashtuneError where the model's class has no output head.
+    Raises FlashtuneError if the model's class has no output head.
     """
     try:
         with warnings.catch_warnings(), torch.device("meta"):
@@ -83,7 +83,7 @@ def ask_model(folder: Path) -> OwnHead | None:
 
 
 def _instance(folder: Path) -> Any:
-    """The model of the architecture that the config names, else of the task that fits."""
+    """The model of the architecture that the config names, else of a matching task."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -2,7 +2,7 @@
 
 Usage:
     scales = find_scales(stored, "lm_head.weight")    # Scales, or FlashtuneError in one line
-    scales.times(weight, dtype)                       # what the numbers stand for
+    scales.times(weight, dtype)                       # dequantised
 
 A format is plain where the weight is a matrix `[vocab, hidden]` of int8 or fp8 numbers, and one
 tensor beside it has a scale for all of them, for each row, or for each block of rows and columns.
@@ -42,7 +42,7 @@ class Scales:
     def times(
         self, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The numbers that a weight `[vocab, hidden]` stands for, a few rows at a time."""
+        """A weight `[vocab, hidden]`, dequantised a few rows at a time."""
         wide = scales.float().view(-(-weight.shape[0] // self.rows), -1) / self.unit
         hidden = weight.shape[1]
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -60,7 +60,7 @@ def find_scales(
     """The scales of a tensor `[vocab, hidden]`, by the names and shapes of what lies beside it.
 
     kind: how the weight's numbers are called in messages. block: rows and columns that share a
-    scale, as the model's config says. Raises FlashtuneError where it is not plain.
+    scale, as the model's config says. Raises FlashtuneError if the format is not plain.
     """
     stem = weight.removesuffix("weight")
     other = next((stem + name for name in _OTHER if stem + name in shapes), None)

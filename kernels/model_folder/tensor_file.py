@@ -1,4 +1,4 @@
-"""Safetensors files, with one line for whatever is wrong with them.
+"""Safetensors files, with a one-line error for anything wrong with them.
 
 Usage:
     with open_tensors(path) as tensors:
@@ -20,8 +20,8 @@ from flashtune.tuning_db.foreign import check_file
 def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
     """The file, opened; its tensors are read onto `device`.
 
-    Raises FlashtuneError for a file that is absent, unreadable or cut short, also where that
-    shows only as a tensor is read.
+    Raises FlashtuneError if a file is absent, unreadable or truncated, even if that shows only
+    when a tensor is read.
     """
     check_file(path)
     try:

@@ -26,5 +26,5 @@ __all__ = [
     "STREAMED",
 ]
 
-FALLBACK = TORCH  # what runs where nothing else does, on every device
+FALLBACK = TORCH  # runs on every device, if nothing else does
 MEMBERS = (STAGED, PERSISTENT, BATCHED, DENSE, STREAMED, CPP_FUSED, CPP_STAGED, TORCH)

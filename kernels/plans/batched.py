@@ -42,12 +42,12 @@ from flashtune.tuning_db.problem import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchedConfig(Config):
-    """Score, a threshold for each token, then one pass over the clusters that any token wants.
+    """Score, find a threshold for each token, then pass once over the clusters of any token.
 
     A cluster that several tokens probe is read once. With `visit` "all" the gather has a tile for
-    every cluster, of as many whole clusters as fit `gather_rows`, and reads the rows that a token
-    wants; with "listed" the tokens' clusters are listed first, and tiles are full of their rows.
-    Other knobs as in StagedConfig.
+    every cluster, of as many whole clusters as fit `gather_rows`, and reads the rows that any
+    token probes; with "listed" the tokens' clusters are listed first, and tiles are filled with
+    their rows. Other knobs are as in StagedConfig.
     """
 
     plan: ClassVar[str] = "batched"
@@ -94,17 +94,17 @@ _STARTS = (
     BatchedConfig(
         score_warps=1, score_stages=4, select_warps=8, visit="listed", gather_stages=5, pdl=True
     ),
-)  # where searches begin: found on one H200, and those of a list on one H100
+)  # starting points of searches: found on one H200, those of a list on one H100
 
 
 def tile_share(candidate: Candidate) -> int:
-    """Rows that a tile of the gather is for: those of whole clusters."""
+    """Rows of a tile of the gather: those of whole clusters."""
     size = candidate.problem.cluster_size
     return int(candidate.config.gather_rows) // size * size
 
 
 def _most_listed(candidate: Candidate) -> int:
-    """Clusters that the tokens probe, if none probes another's and none tie."""
+    """Clusters that the tokens probe, if they share none and none tie."""
     problem = candidate.problem
     probed = problem.n_probes + int(candidate.config.slack)
     return min(problem.n_clusters, problem.n_tokens * probed + problem.n_pinned)
@@ -118,7 +118,7 @@ def _tiles(candidate: Candidate) -> int:
 
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
-    """A program a tile; of a list, as many as it has if no clusters tie."""
+    """One program per tile; for a list, as many as it needs if no clusters tie."""
     problem, config = candidate.problem, candidate.config
     score_tiles = -(-problem.n_clusters // config.score_rows)
     gather_tiles = _tiles(candidate)
@@ -164,7 +164,7 @@ def _why_not_bounded(candidate: Candidate) -> str | None:
 
 
 def _why_not_multiplied(candidate: Candidate) -> str | None:
-    """Quantised numbers become those of the hidden state's dtype; others must be of it."""
+    """Quantised numbers are converted to the hidden state's dtype; others must have it."""
     problem = candidate.problem
     if format_of(problem.centroid_dtype).quantised:
         return None
@@ -212,10 +212,10 @@ BATCHED = Plan(
 
 
 def default(problem: Problem) -> BatchedConfig:
-    """What is run where no record is known.
+    """The config to run without a record.
 
-    Of 16-bit rows on an H100, reading what is wanted of all tiles takes least; of quantised ones
-    it takes longer to start so many programs than to list the clusters first.
+    For 16-bit rows on an H100, "all" is fastest; for quantised rows, starting so many programs
+    takes longer than listing the clusters first.
     """
     if not format_of(problem.weight_dtype).quantised:
         return BatchedConfig()

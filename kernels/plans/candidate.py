@@ -1,4 +1,4 @@
-"""A plan, what is known of its configs, and a candidate: one config for a problem on a device.
+"""A plan, its rules for configs, and a candidate: one config for a problem on a device.
 
 Usage:
     candidate = Candidate(problem, config, device)
@@ -6,8 +6,8 @@ Usage:
     candidate.source             # the generated source
     candidate.launches           # its kernels, with estimates of what they need
 
-A plan is a fusion strategy: which steps share a launch, and how clusters are selected. Each has a
-file of its own beside this one.
+A plan is a fusion strategy: which steps share a launch, and how clusters are selected. Each plan
+has its own file beside this one.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from flashtune.tuning_db.registry import Registry
 class KernelUse:
     """One launch of a candidate and what its kernel needs: an estimate until it is compiled.
 
-    registers and spilled (bytes) are of a thread, shared_bytes of a program; dynamic_bytes is
-    the part of these that is asked for at the launch. arguments: by name, as backends/gpu.py has
-    them, where the source does not say so itself.
+    registers and spilled (bytes) are per thread, shared_bytes per program; dynamic_bytes is the
+    part of these that the launch requests. arguments: their names, as in backends/gpu.py, if the
+    source does not give them itself.
     """
 
     kernel: str
@@ -60,7 +60,7 @@ class Plan:
     """A plan. `builder` names the backend that builds it, `template` its Jinja template.
 
     launches: its own kernels in the order of their launches. values: what the template is filled
-    in with. slack: how many clusters more than asked a config may probe. starts: configs from
+    in with. slack: how many more clusters than requested a config may probe. starts: configs from
     which searches begin, valid or not, those expected to be fastest first.
     """
 
@@ -75,12 +75,12 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """What records call it."""
+        """Its name in records."""
         return self.config.plan
 
 
 class KindOfDevice(Protocol):
-    """What plans may know of a target (kernels/backends/target.py)."""
+    """What plans may know about a target (kernels/backends/target.py)."""
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class Candidate:
     """One config for one problem on one device: what is rendered, compiled, loaded and timed."""
 
     problem: Problem
-    config: Any  # of one of the plans' own types, which the plan's functions know
+    config: Any  # of the plan's own config type, which its functions know
     device: Device
 
     @property
@@ -119,7 +119,7 @@ class Candidate:
 
     @property
     def slack(self) -> int:
-        """How many clusters more than asked it may probe."""
+        """How many more clusters than requested it may probe."""
         return self.plan.slack(self.config)
 
     @property
@@ -150,7 +150,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """What tells it from any other, as 32 hex digits; the device goes by its name."""
+        """A unique key of 32 hex digits; the device counts by its name."""
         parts = (self.device.name, self.problem.key, config_key(config_data(self.config)))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
@@ -168,7 +168,7 @@ def plans_of(device: Device) -> dict[str, Plan]:
 
 
 def resident_programs(use: KernelUse, device: Device) -> int:
-    """Programs of a kernel that one multiprocessor holds at a time; at least one."""
+    """Programs of a kernel that are resident on one multiprocessor; at least one."""
     limits, threads = device.limits, TARGETS[device.vendor].lanes * use.warps
     registers = max(1, use.registers) * threads
     room = [

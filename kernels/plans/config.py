@@ -1,9 +1,9 @@
-"""Configs as plain data: what records and tables hold, and the only way back from there.
+"""Configs as plain data: the form in records and tables, and the only parser for it.
 
 Usage:
     config = parse_config({"plan": "staged", "selection": "threshold", …})  # from a table
     config_data(config)
-    short_config(record.config)         # in a line for a person
+    short_config(record.config)         # one readable line
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def parse_config(data: Any) -> Config:
 
 
 def slack_of(config: Config) -> int:
-    """How many clusters more than asked a config may probe."""
+    """How many more clusters than requested a config may probe."""
     return PLANS[config.plan].slack(config)
 
 

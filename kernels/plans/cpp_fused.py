@@ -1,4 +1,4 @@
-"""The plan `cpp_fused` for CPUs: every thread scores, selects and gathers in one go."""
+"""The plan `cpp_fused` for CPUs: every thread scores, selects and gathers in one pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,10 +30,9 @@ from flashtune.tuning_db.problem import Problem
 class CppFusedConfig(Config):
     """Every thread scores slabs of centroids, finds the threshold, and gathers slab by slab.
 
-    simd: the instructions used. threads: the caller's counted in. parts: slabs a thread; which
-    thread takes one is settled as they run. `score_` and `gather_` knobs shape the micro-kernels:
-    rows side by side, columns of blocks with sums of their own, blocks unrolled, and how many
-    tiles ahead is prefetched.
+    simd: the instructions used. threads: including the caller's. parts: slabs per thread, assigned
+    dynamically. `score_` and `gather_` knobs shape the micro-kernels: rows side by side, columns
+    of blocks with separate sums, blocks unrolled, and how many tiles ahead to prefetch.
     """
 
     plan: ClassVar[str] = "cpp_fused"

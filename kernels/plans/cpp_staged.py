@@ -1,4 +1,4 @@
-"""The plan `cpp_staged` for CPUs: score, select and gather one after another, each shared out."""
+"""The plan `cpp_staged` for CPUs: score, select and gather in turn, each split over threads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from flashtune.tuning_db.problem import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CppStagedConfig(Config):
-    """Score, select and gather one after another, each shared out; knobs as in CppFusedConfig."""
+    """Score, select and gather in turn, each split over threads; knobs as in CppFusedConfig."""
 
     plan: ClassVar[str] = "cpp_staged"
 
@@ -47,7 +47,7 @@ class CppStagedConfig(Config):
 
 
 def baseline(problem: Problem, device: Device) -> CppStagedConfig:
-    """The pipeline every comparison is made with: three stages, partial sorting between."""
+    """The baseline of every comparison: three stages, with partial sorting to select."""
     return fitted(CppStagedConfig(selection="nth_element"), problem, device)
 
 

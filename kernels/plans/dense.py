@@ -1,4 +1,4 @@
-"""The plan `dense`: the dense head as a kernel, where tokens together want most clusters."""
+"""The plan `dense`: the dense head as a kernel, if tokens together probe most clusters."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +32,8 @@ ALL_CLUSTERS = 2**31 - 1  # the slack of a step that probes every cluster
 class DenseConfig(Config):
     """No retrieval: the logits of all rows and their best, in one launch.
 
-    What is right for a FlashHead, since probing more is always allowed, and faster where the
-    tokens together want most clusters.
+    This is valid for a FlashHead, since probing more is always allowed, and faster if the tokens
+    together probe most clusters.
     """
 
     plan: ClassVar[str] = "dense"
@@ -50,11 +50,11 @@ class DenseConfig(Config):
 _STARTS = (
     DenseConfig(gather_rows=128, gather_block=64, gather_stages=5, pdl=True),
     DenseConfig(),
-)  # where searches begin: found by hand on one H200
+)  # starting points of searches, found by hand on one H200
 
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
-    """A program a tile."""
+    """One program per tile."""
     gather = expected_tensor_pass("gather", candidate, _tiles(candidate))
     return (gather, *single_rows_passes(candidate, gather))
 

@@ -1,8 +1,8 @@
 """Knobs: the fields of a config's dataclass, each with its choices.
 
-A knob's choices stand with the knob, once: the search space, the parser and the docs read them
-from here. `when` names the knob values under which a knob matters; where it does not, it must
-keep its default, so that no two configs mean the same kernel.
+A knob's choices are declared once, with the knob: the search space, the parser and the docs read
+them from here. `when` names the knob values under which a knob matters; otherwise it must keep its
+default, so that no two configs mean the same kernel.
 """
 
 import functools
@@ -15,13 +15,13 @@ from flashtune.tuning_db.record import ConfigData
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A plan with all its knobs set; each plan's own is a subclass, whose fields are its knobs."""
+    """A plan with all its knobs set; each plan has a subclass, whose fields are its knobs."""
 
     plan: ClassVar[str]
 
 
 def config_data(config: Config) -> ConfigData:
-    """A config as plain data, its plan included: what records and tables hold."""
+    """A config as plain data, including its plan: the form in records and tables."""
     return {"plan": config.plan, **asdict(config)}
 
 
@@ -45,7 +45,7 @@ def knob(
 def knobs(plan: Any) -> dict[str, Mapping[str, Any]]:
     """The knobs of a plan, each with `choices`, `when` and `default`, in search order.
 
-    Callers must not change them: a plan's knobs are gathered once.
+    Callers must not change them: a plan's knobs are collected once.
     """
     return _gathered(plan)
 

@@ -66,11 +66,11 @@ _STARTS = (
         pdl=True,
     ),
     PersistentConfig(score_rows=8, gather_block=512),
-)  # where searches begin: found by hand on one H200
+)  # starting points of searches, found by hand on one H200
 
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
-    """One kernel that does both passes, with what the larger one needs."""
+    """One kernel that does both passes, with the resources of the larger one."""
     config = candidate.config
     programs = candidate.device.sm_count * config.programs_per_sm
     both = [
@@ -93,7 +93,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     (decode,) = _launches(candidate)
     parts = decode.programs // problem.n_tokens
     slab = -(-problem.n_clusters // decode.programs)
-    # what is not scored is not filled in either: NaN among the scores is passed on by who fills
+    # programs that do not score must not fill either: those that fill pass on NaN among scores
     scoring = replace(decode, programs=-(-problem.n_clusters // slab))
     return {
         **shape_values(problem),

@@ -1,4 +1,4 @@
-"""The plan `staged`: score, select and gather in launches of their own, one after another."""
+"""The plan `staged`: score, select and gather in separate launches, one after another."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,12 +38,12 @@ from flashtune.tuning_db.problem import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedConfig(Config):
-    """Score, select and gather in launches of their own.
+    """Score, select and gather in separate launches.
 
-    selection: `torch_topk` (the baseline), `threshold` (one program a token, a launch of its
-    own) or `in_gather` (every gather program finds the threshold itself, no launch).
-    prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation
-    of the scores, a cluster's rows are still prefetched to L2; -1 prefetches nothing.
+    selection: `torch_topk` (the baseline), `threshold` (one program per token, in a separate
+    launch) or `in_gather` (every gather program finds the threshold itself, no launch).
+    prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation of
+    the scores, a cluster's rows are still prefetched to L2; -1 prefetches nothing.
     """
 
     plan: ClassVar[str] = "staged"
@@ -69,8 +69,8 @@ class StagedConfig(Config):
     pdl: bool = knob(False, (False, True))
 
 
-# Where searches begin, expected best first: found by hand on one H200, with and without what only
-# sm_90 has.
+# Starting points of searches, expected best first: found by hand on one H200, with and without the
+# features of sm_90.
 _STARTS = (
     StagedConfig(pdl=True),
     StagedConfig(),
@@ -87,7 +87,7 @@ _STARTS = (
     StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
 )
 
-# Of quantised rows: tiles of as many bytes. On an H100 int8 is faster by bits.
+# For quantised rows: tiles of as many bytes. On an H100 int8 is faster with widen "bits".
 _QUANTISED_STARTS = (
     StagedConfig(score_rows=4, gather_rows=8, widen="bits", pdl=True),
     StagedConfig(score_rows=4, gather_rows=8, widen="bits"),
@@ -97,18 +97,18 @@ _QUANTISED_STARTS = (
 
 
 def select_warps(config: StagedConfig) -> int:
-    """Warps of the programs that search for the threshold; 0 where a library selects."""
+    """Warps of the programs that search for the threshold; 0 if a library selects."""
     found = {"threshold": config.select_warps, "in_gather": config.gather_warps}
     return found.get(config.selection, 0)
 
 
 def slack_of(config: StagedConfig) -> int:
-    """How many clusters more than asked are probed at the most; none where a library selects."""
+    """How many more clusters than requested may be probed; none if a library selects."""
     return config.slack if select_warps(config) else 0
 
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
-    """A program a tile, or a fixed number of programs that loop."""
+    """One program per tile, or a fixed number of programs that loop."""
     problem, config = candidate.problem, candidate.config
     tiles = _score_tiles(candidate)
     looping = config.score_programs_per_sm * candidate.device.sm_count
@@ -121,7 +121,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
     )
     last = [gather]
-    if problem.n_rescored:  # the same tiles again, of rows of the model's own
+    if problem.n_rescored:  # the same tiles again, of the model's own rows
         last.append(replace(gather, kernel="decide", shared_bytes=0))
     if config.selection != "threshold":
         return (score, *last)
@@ -129,12 +129,12 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
 
 
 def _score_tiles(candidate: Candidate) -> int:
-    """Tiles of centroids; a program takes one, or loops over some."""
+    """Tiles of centroids; a program takes one or loops over several."""
     return -(-candidate.problem.n_clusters // int(candidate.config.score_rows))
 
 
 def _parts(candidate: Candidate) -> int:
-    """Programs of the gather a token."""
+    """Programs of the gather per token."""
     problem, config = candidate.problem, candidate.config
     if config.selection == "in_gather":
         programs = config.gather_programs_per_sm * candidate.device.sm_count
@@ -166,7 +166,7 @@ def _values(candidate: Candidate) -> dict[str, Value]:
 
 
 def _why_not_selected(candidate: Candidate) -> str | None:
-    """What a way to select leaves out."""
+    """What a selection method does not support."""
     problem, selection = candidate.problem, candidate.config.selection
     if problem.n_rescored and selection == "in_gather":
         return "in_gather writes no list, by which candidates could be decided again"
@@ -207,9 +207,9 @@ STAGED = Plan(
 
 
 def baseline(problem: Problem, device: Device) -> StagedConfig:
-    """The pipeline every comparison is made with: `torch.topk`, one program a probed cluster.
+    """The baseline of every comparison: `torch.topk`, one program per probed cluster.
 
-    Where clusters are pinned, which `torch.topk` can't, the clusters are selected by a threshold.
+    `torch.topk` can't pin clusters; if some are pinned, a threshold selects them.
     """
     rows = min(16, next_power_of_2(problem.cluster_size))
     selection = "threshold" if problem.n_pinned else "torch_topk"

@@ -29,13 +29,13 @@ _PLAIN, _READ = frozenset(["bf16", "fp16"]), frozenset(["bf16", "fp16", "int8"])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamedConfig(Config):
-    """Score and gather in two launches, a block a multiprocessor each, which overlap.
+    """Score and gather in two overlapping launches, each with one block per multiprocessor.
 
     A warp has `stages` rows in flight, copied to shared memory by the bulk copy engine.
     prefetch_margin: how far below the expected threshold, in hundredths of a standard deviation
-    of the scores, a cluster's rows are prefetched to L2; where negative, how far above.
-    early: centroids are asked for before the launch before has ended. Only what that launch
-    writes is waited for, which must not be the centroids.
+    of the scores, a cluster's rows are prefetched to L2; if negative, how far above. early:
+    centroids are requested before the previous launch has ended. The kernel waits only for what
+    that launch writes, which must not be the centroids.
     """
 
     plan: ClassVar[str] = "streamed"
@@ -54,17 +54,17 @@ _STARTS = (
     StreamedConfig(),
     StreamedConfig(gather_warps=8, gather_stages=2),
     StreamedConfig(score_stages=2),  # rows of 6 KB
-    # What fits where rows have 8 and 10 KB: not measured
+    # What fits if rows have 8 and 10 KB: not measured
     StreamedConfig(score_stages=2, gather_warps=8),
     StreamedConfig(score_stages=1, gather_warps=8),
-)  # where searches begin: found by hand on one H200
+)  # starting points of searches, found by hand on one H200
 
 
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     """The launches, in order.
 
     Shared memory is rounded up so that a multiprocessor holds one block of either launch, but not
-    two of one: where a block's neighbour ends early, two would share what one should have.
+    two of the same one: if a neighbouring block ended early, two would share a multiprocessor.
     """
     problem, config, device = candidate.problem, candidate.config, candidate.device
     limits = device.limits
@@ -84,7 +84,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
         warps, stages = (getattr(config, f"{kernel}_{each}") for each in ("warps", "stages"))
         stored = format_of(_dtype(kernel, problem))
         row = _row_bytes(stored.name, problem)
-        # the hidden state, barriers, and what warps tell each other
+        # the hidden state, barriers, and what warps exchange
         fixed = state + 8 * (warps * stages + 1) + 16 * warps + 4 * listed + 256
         if stored.quantised:  # the hidden state in whole numbers, aligned
             fixed += 2 * problem.hidden_size + 4 * most_warps + 256
@@ -112,7 +112,7 @@ def _dtype(kernel: str, problem: Problem) -> str:
 
 
 def _arguments(problem: Problem) -> tuple[str, ...]:
-    """Those of either launch: the scales and the model's own rows only where they are read."""
+    """Arguments of either launch: scales and the model's own rows only if they are read."""
     found = list(_ARGUMENTS)
     if format_of(problem.centroid_dtype).quantised:
         found.append("centroid_scales")

@@ -1,4 +1,4 @@
-"""The plan `torch`: plain torch, for devices without kernels and where all else fails."""
+"""The plan `torch`: plain torch, for devices without kernels and as the last fallback."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""The cost model for one very device: what a probe measured of it in place of published figures.
+"""The cost model for one particular device: its probe's figures instead of published ones.
 
 Usage:
     model, here = corrected(shipped_model(), device, probe.figures)
@@ -34,7 +34,7 @@ REFERENCE_FILE = resources.files("flashtune.tuning_db") / "calibration" / "refer
 
 
 def expected_figures(model: CostModel, device: Device) -> Figures:
-    """What a probe of a device should find by its published figures and the model's constants."""
+    """The expected probe of a device, from its published figures and the model's constants."""
     constants, clock = model.constants, scales(device)["clock"]
     return Figures(
         bandwidth=constants.reach * device.memory_bandwidth or None,
@@ -48,7 +48,7 @@ def expected_figures(model: CostModel, device: Device) -> Figures:
 def corrected(
     model: CostModel, device: Device, measured: Figures, reference: Probe | None = None
 ) -> tuple[CostModel, Device]:
-    """The model and the device as they are by what was measured.
+    """The model and the device, corrected by the measured figures.
 
     reference: a probe of a device whose figures are right, which says by how much a probe of this
     kind misses what constants are named for; without one it is taken not to miss.
@@ -91,11 +91,11 @@ def reference_probe() -> Probe | None:
 
 
 def corrected_records(records: Iterable[Record], device: Device, probe: Probe) -> list[Record]:
-    """What was predicted for a device, as it is by the device's probe.
+    """The predictions for a device, corrected by its probe.
 
     Each time is scaled by what the model says, corrected over published, of the config with
-    estimated needs: what its compiled kernels need is in the time already. Records that are no
-    predictions that worked, or whose configs are none of today, are left out.
+    estimated needs: what its compiled kernels need is in the time already. Records that are not
+    successful predictions, or whose configs no longer exist, are left out.
     """
     model = shipped_model()
     here_model, here = corrected(model, device, probe.figures, reference_probe())

@@ -1,4 +1,4 @@
-"""How long a config should take on a device nobody has here, with an interval.
+"""How long a config should take on a device that is not available here, with an interval.
 
 Usage:
     prediction = predict(candidate, uses)
@@ -40,7 +40,7 @@ Columns = Mapping[str, Array]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constants:
-    """What a count costs: microseconds at the reference clock, where nothing else is said."""
+    """What a count costs: in µs at the reference clock, unless stated otherwise."""
 
     launch: float  # from one kernel of a graph to the next
     overlapped: float  # the same by programmatic dependent launch
@@ -67,7 +67,7 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """Microseconds a call, and the interval that held 80 % of what was measured."""
+    """µs per call, and the interval that held 80 % of the measured times."""
 
     time_us: float
     low_us: float
@@ -83,7 +83,7 @@ def columns_of(stages: Sequence[Stage]) -> Columns:
 
 
 def stage_us(counts: Columns, constants: Constants) -> Array:
-    """Microseconds of each stage."""
+    """µs of each stage."""
     clock, c = counts["clock"], constants
     latency = (1 + clock) / 2  # the way through the chip scales with the clock, memory does not
     fixed = clock * (
@@ -230,7 +230,7 @@ def read_model_file(path: Any) -> dict[str, Any]:
 def interval_us(
     problem: Problem, config: Config, measurement: Measurement
 ) -> tuple[float, float] | None:
-    """The 80 % interval of a recorded prediction; None where the record has none.
+    """The 80 % interval of a recorded prediction; None if the record has none.
 
     A record holds the interval's width, which is divided as the model's interval is.
     """
@@ -245,7 +245,7 @@ def interval_us(
 
 
 def unfitted(problem: Problem, config: ConfigData) -> list[str]:
-    """What of a recorded prediction the model that ships knows no measured time of."""
+    """The part of a recorded prediction for which the shipped model has no measured time."""
     return shipped_model().unfitted(problem, config)
 
 

@@ -1,4 +1,4 @@
-"""From a head's tensors to a step that runs: which config, since which record, raced or not.
+"""From a head's tensors to a running step: which config, from which record, raced or not.
 
 Answers: which one?
 """

@@ -1,13 +1,13 @@
 """From a problem to something that runs: choose, render, compile, load, check; else fall back.
 
 Usage:
-    bound = bind(problem, weights)     # never raises if there is no kernel
+    bound = bind(problem, weights)     # a missing kernel never raises
     step = bound.take_step()           # with scratch of its own: one for each stream
     step(weights, hidden, out)
     bound.troubles                     # what went wrong on the way, one line each
 
-The chain is the chosen config, the default config, plain torch. A choice that nobody has measured
-here, with these tools, is raced for first, if there is time to.
+It tries the chosen config, then the default config, then plain torch. A choice that was not
+measured here with these tools is raced first, if there is time.
 """
 
 import logging
@@ -33,8 +33,8 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
 LOG = logging.getLogger("flashtune")
-N_SPARES = 4  # steps made ahead, for streams that are being captured when they first call
-_SLIP = 1e-4  # of the sum of a logit's terms: far above what rounding in float32 can do
+N_SPARES = 4  # steps made ahead, for streams whose first call is being captured
+_SLIP = 1e-4  # of the sum of a logit's terms: far above float32's rounding error
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,15 +49,15 @@ class Bound:
     race: Race | None = None
 
     def take_step(self) -> Step:
-        """A step that shares no scratch with any other one."""
+        """A step that shares no scratch with any other."""
         return self.spares.pop() if self.spares else self.new_step()
 
 
 def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = None) -> Bound:
     """The best that runs here, compiled, loaded and checked, with spare steps.
 
-    Takes seconds where kernels must be compiled, up to `race_seconds` more where a race is held
-    (with None never), and must not be called while the current stream is being captured.
+    Takes seconds if kernels must be compiled, and up to `race_seconds` more if a race is held
+    (None: no race). It must not be called while the current stream is being captured.
     """
     troubles: list[str] = []
     race = None
@@ -72,7 +72,7 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                 new_step = compile_step(Candidate(problem, choice.config, device), where)
                 steps = [new_step() for _ in range(N_SPARES + 1)]
                 _check(steps[0], problem, weights)
-            except Exception as error:  # Triton and drivers raise whatever they like
+            except Exception as error:  # Triton and drivers raise exceptions of any type
                 if is_of_a_signal(error):
                     raise
                 troubles.append(f"the {choice.level.value} config failed: {one_line(error)}")
@@ -88,7 +88,7 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
                 )
         if FALLBACK not in target_of(device).plans:  # where there should have been a kernel
             note(troubles, choice.why)
-    except Exception as error:  # the driver, or a table of ours that is beyond use
+    except Exception as error:  # the driver, or an unusable table of ours
         if is_of_a_signal(error):
             raise
         troubles.append(one_line(error))
@@ -103,7 +103,7 @@ def bind(problem: Problem, weights: Weights, *, race_seconds: float | None = Non
 
 
 def give_up(bound: Bound, error: Exception) -> None:
-    """Have a bound problem run plain torch: a call of what it ran has failed."""
+    """Make a bound problem run plain torch, because a call of its kernels has failed."""
     trouble = f"a call of the {bound.choice.level.value} config failed: {one_line(error)}"
     note(bound.troubles, trouble)
     bound.choice = fallback_choice(trouble, bound.choice.skipped)
@@ -141,7 +141,7 @@ def _next_choice(problem: Problem, failed: Choice, device: Device, trouble: str)
 def compile_step(candidate: Candidate, torch_device: torch.device) -> Callable[[], Step]:
     """Compile a candidate's kernels; each call of the result loads them with their own scratch.
 
-    Raises whatever the templates, Triton and the driver raise.
+    Lets exceptions of the templates, Triton and the driver through.
     """
     return backend_of(candidate).loader(candidate, torch_device)
 
@@ -149,10 +149,10 @@ def compile_step(candidate: Candidate, torch_device: torch.device) -> Callable[[
 def _check(step: Step, problem: Problem, weights: Weights) -> None:
     """Run a step twice on centroids as hidden states; raise unless its tokens can be right.
 
-    Where every cluster is probed no centroid is read, and rows of the weight are the states.
+    If every cluster is probed, no centroid is read, and rows of the weight serve as the states.
 
     A step may probe more clusters than asked, so its token's logit is at least the reference's.
-    Of logits, the best one's token is what is looked at, and that each was written.
+    For logits, it checks the best logit's token, and that every logit was written.
     """
     rows = torch.arange(problem.n_tokens, device=weights.centroids.device) % problem.n_clusters
     dtype = format_of(problem.state_dtype).torch_dtype
@@ -165,7 +165,7 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
     expected = epilogue.tokens_of(out)
     least, size = _logits(problem, weights, hidden, expected)
     slip = _SLIP * size
-    if problem.epilogue == "logits":  # two that are equal once rounded can be this far apart
+    if problem.epilogue == "logits":  # these can differ so much and round alike
         slip += torch.finfo(dtype).eps * least.abs()
     for _ in range(2):
         out = poisoned_out(problem, hidden.device)

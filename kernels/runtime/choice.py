@@ -1,4 +1,4 @@
-"""Which config to run: from the records at hand, the one that should do best here.
+"""Which config to run: of the available records, the one expected to be fastest here.
 
 Usage:
     choice = choose(problem, device, toolchain, [Source(name=USER, records=…), …])
@@ -33,7 +33,7 @@ from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 
 USER, ADDED, PREBUILT = "user database", "added table", "prebuilt table"
 BUILT_IN = "built in"
-NEAR_WINNERS = 4  # of other shapes or devices, that are raced where this shape has no record
+NEAR_WINNERS = 4  # of other shapes or devices, raced if this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
 SMALL_FIELDS = (
@@ -41,8 +41,8 @@ SMALL_FIELDS = (
     "n_rescored",
     "n_pinned",
     "in_place",
-)  # which change little of what is fast
-SMALL_OCTAVES = 0.1  # distance of another one
+)  # which hardly change which config is fast
+SMALL_OCTAVES = 0.1  # distance of a different value
 PROBLEM_FIELDS = ("vocab_size", *SHAPE_FIELDS, *SMALL_FIELDS)
 
 
@@ -60,7 +60,7 @@ class Level(str, Enum):
 class Source:
     """Records, and where they come from: `USER`, `ADDED` or `PREBUILT`.
 
-    left_out: one line on what was there and could not be read.
+    left_out: one line on what could not be read.
     """
 
     name: str
@@ -80,8 +80,8 @@ class Difference(NamedTuple):
 class Choice:
     """What to run and why. `record` is None at the last two levels.
 
-    `skipped` says of each reason for which better placed records were passed over how many were,
-    `outdated` names the tools that have changed since a record was measured.
+    `skipped` counts the better placed records that were passed over, by reason. `outdated` names
+    the tools that have changed since a record was measured.
     """
 
     config: Config
@@ -101,9 +101,9 @@ class Choice:
 
     @property
     def settled(self) -> bool:
-        """Whether the config was measured for just this problem, here, with these tools.
+        """Whether the config was measured for exactly this problem, here, with these tools.
 
-        Clusters that are pinned make no difference: they are a few of those that are probed.
+        Pinned clusters make no difference: they are a few of the probed ones.
         """
         measured = self.record is not None and self.record.provenance is Provenance.MEASURED
         here = self.level in (Level.EXACT, Level.NEAREST_SHAPE)
@@ -111,13 +111,13 @@ class Choice:
         return here and measured and not self.stale and differing <= {"n_pinned"}
 
     def _less_trusted(self) -> str | None:
-        """Why predictions for the record's device are less trusted, if it is one of those."""
+        """Why predictions for the record's device are less trusted; None if they are not."""
         if self.record is None or self.record.provenance is Provenance.MEASURED:
             return None
         return why_less_trusted(self.record.device) or None
 
     def explain(self) -> dict[str, Any]:
-        """The choice as plain data that `json.dumps` takes."""
+        """The choice as plain data for `json.dumps`."""
         record = self.record
         return {
             "level": self.level.value,
@@ -138,9 +138,9 @@ class Choice:
 
 
 def shape_distance(wanted: Problem, found: Problem) -> float | None:
-    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None where dtypes differ.
+    """The sum of |log2 ratio| over `SHAPE_FIELDS`; None if dtypes differ.
 
-    Other values of `SMALL_FIELDS` are but a little way off.
+    Different values of `SMALL_FIELDS` add only a small distance.
     """
     if any(getattr(wanted, name) != getattr(found, name) for name in _SAME_FIELDS):
         return None
@@ -163,12 +163,12 @@ def _octaves(one: float, other: float) -> float:
 def choose(
     problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
 ) -> Choice:
-    """The config to run for `problem` on `device`; where that has no kernels, plain torch.
+    """The config to run for `problem` on `device`; plain torch if the device has no kernels.
 
     Every record's config is checked for this problem and device before it is chosen. Failed
-    records are never chosen, nor is a config that failed here, on this problem and toolchain. What
-    was only predicted for another number of tokens does not go before the default, which is made
-    for this one: for several tokens another plan is right than for one.
+    records are never chosen, nor is a config that failed here, on this problem and toolchain. A
+    prediction for another number of tokens does not go before the default, which is made for this
+    number: several tokens need another plan than one.
     """
     sources = list(sources)
     skipped = Counter(f"{each.name}: {each.left_out}" for each in sources if each.left_out)
@@ -184,11 +184,11 @@ def choose(
 def contenders(
     problem: Problem, device: Device, toolchain: Toolchain, sources: Iterable[Source]
 ) -> list[Config]:
-    """What to race: the default, then up to 8 configs, those first that should do best.
+    """What to race: the default, then up to 8 configs, the most promising first.
 
-    They are those on record for just this problem and device. Where there are none, the winners
-    of up to 4 other shapes or devices, the nearest first, then what is known to be good at all.
-    Raises FlashtuneError when there is no default.
+    They come from the records for exactly this problem and device. If there are none, they are the
+    winners of up to 4 other shapes or devices, the nearest first, then configs known to be good in
+    general. Raises FlashtuneError when there is no default.
     """
     sources = list(sources)
     default = default_config(problem, device)
@@ -233,7 +233,7 @@ def fallback_choice(why: str, skipped: tuple[str, ...] = ()) -> Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class _Candidate:
-    """A record and its place; the order of candidates is the order in which they are tried."""
+    """A record and its rank; candidates are tried in their sort order."""
 
     place: tuple[float, ...]
     config: str
@@ -291,7 +291,7 @@ def _usable(
     sources: Sequence[Source],
     skipped: Counter[str],
 ) -> Iterator[tuple[_Candidate, Config]]:
-    """Candidates whose configs can be built here and have not failed; of the others, why not."""
+    """Candidates whose configs can be built here and have not failed; for the others, why not."""
     failed = _failures(problem, device, toolchain, sources)
     for candidate in _candidates(problem, device, toolchain, sources):
         data = candidate.record.config
@@ -315,14 +315,14 @@ def _why_not_built(config: Config, problem: Problem, device: Device) -> str | No
 def _registered(name: str) -> Device | None:
     try:
         return find_device(name)
-    except FlashtuneError:  # of a device that only its own machine can describe
+    except FlashtuneError:  # a device that only its own machine can describe
         return None
 
 
 def _failures(
     problem: Problem, device: Device, toolchain: Toolchain, sources: Sequence[Source]
 ) -> dict[str, str]:
-    """Why each config failed that was tried for this problem, here, with these tools."""
+    """The configs that failed for this problem, here, with these tools, and why."""
     return {
         config_key(record.config): f"failed here before ({record.measurement.outcome.value})"
         for source in sources

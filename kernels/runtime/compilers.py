@@ -1,14 +1,14 @@
-"""Compilers that run in threads beside a race, and can be ended: hung ones, too.
+"""Compilers that run in threads beside a race and can be ended, even if they hang.
 
 Usage:
     compilers = Compilers(4)
     futures = [compilers.submit(compile_it, each) for each in …]
     compilers.wait(10.0)
-    compilers.end()        # what has not begun is cancelled, programs that still run are killed
+    compilers.end()        # cancels jobs that have not begun, kills programs that still run
 
-Most of a compiler's work is done by programs that a thread waits for (g++, ptxas), which are
-killed with all that they started. What compiles inside this process (Triton's passes, NVRTC)
-cannot be ended: it is left to a thread that does not keep the process from ending.
+Most of a compiler's work is done by programs that a thread waits for (g++, ptxas); they are killed
+with all their children. Compilation inside this process (Triton's passes, NVRTC) cannot be ended:
+it runs in a daemon thread, which does not keep the process alive.
 """
 
 import os
@@ -29,17 +29,17 @@ _END_SECONDS = 1.0  # for threads to notice that their programs were killed
 
 
 class Compilers:
-    """So many threads, each with one job at a time. To be ended once, by who made it."""
+    """A number of threads, each with one job at a time. The owner must end it, once."""
 
     def __init__(self, count: int) -> None:
-        """Threads are started as there is work for them."""
+        """Threads are started when there is work for them."""
         self._count = count
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more
         self._futures: list[Future[Any]] = []
         self._threads: list[threading.Thread] = []
 
     def submit(self, compile_it: Callable[[], Result]) -> "Future[Result]":
-        """What comes of a job."""
+        """Queue a job and return its future."""
         future: Future[Result] = Future()
         self._futures.append(future)
         self._jobs.put((future, compile_it))
@@ -50,16 +50,16 @@ class Compilers:
         return future
 
     def wait(self, seconds: float) -> None:
-        """Until all is done, or for so long."""
+        """Wait until all jobs are done, or until the time is over."""
         wait(self._futures, timeout=seconds)
 
     def cancel(self) -> None:
-        """What has not begun is not begun."""
+        """Cancel the jobs that have not begun."""
         for future in self._futures:
             future.cancel()
 
     def end(self) -> None:
-        """Cancel, and kill the programs that still run, again while others follow in their place.
+        """Cancel, and kill the programs that still run, repeatedly while threads start new ones.
 
         Returns once all threads have ended, or a second later.
         """
@@ -91,12 +91,12 @@ def _children(task: Path) -> list[int]:
     """The processes that a thread has started and not yet waited for."""
     try:
         return [int(each) for each in (task / "children").read_text().split()]
-    except OSError:  # it has ended, or this system does not tell
+    except OSError:  # it has ended, or this system does not list children
         return []
 
 
 def _kill(pid: int) -> None:
-    """Kill a process, and first all that it started, which may hold its pipes open."""
+    """Kill a process after all its descendants, which may hold its pipes open."""
     for task in Path(f"/proc/{pid}/task").glob("*"):
         for child in _children(task):
             _kill(child)

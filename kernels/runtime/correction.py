@@ -1,4 +1,4 @@
-"""A device corrects what was predicted for it: it is probed, and its records are ranked again.
+"""Correct the predictions for a device: probe it, and rank its records again.
 
 Usage:
     probe = known_probe(device, where, store) or fresh_probe(device, where, store)
@@ -27,14 +27,14 @@ LOG = logging.getLogger("flashtune")
 
 
 def known_probe(device: Device, where: torch.device, store: Store) -> Probe | None:
-    """The device's probe under today's conditions; None while there is none."""
+    """The device's probe under the current conditions; None if it has not been probed."""
     return store.probe(device.name, target_of(device).conditions(where))
 
 
 def fresh_probe(device: Device, where: torch.device, store: Store) -> Probe | None:
-    """Probe a device of this machine, and keep what was found; None where its kind has no probe.
+    """Probe a device of this machine and keep the result; None if its kind has no probe.
 
-    Raises whatever compilers and drivers raise.
+    Lets exceptions of compilers and drivers through.
     """
     target = target_of(device)
     conditions = target.conditions(where)
@@ -57,7 +57,7 @@ def fresh_probe(device: Device, where: torch.device, store: Store) -> Probe | No
 def correct(
     device: Device, where: torch.device, predictions: Iterable[Record], store: Store
 ) -> int:
-    """Correct predictions for this device, probing it if need be; how many were corrected."""
+    """Correct predictions for this device, probing it if necessary; returns how many."""
     ours = [each for each in predictions if each.config["plan"] in PLAN_STAGES]
     probe = None
     if ours:

@@ -5,7 +5,7 @@ Usage:
     decode(hidden, handle)
     logits(hidden, head.like, head.vocab_size, handle)
 
-Operators take tensors and numbers, so that a head is known to them by its handle.
+Operators take only tensors and numbers, so a handle identifies the head.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 
 class Head(Protocol):
-    """What has a decoder, now one and, once it is moved or converted, another."""
+    """An object with a decoder, which is replaced when the object is moved or converted."""
 
     @property
     def decoder(self) -> Decoder:
-        """The one to call now."""
+        """The current decoder."""
 
 
 _HEADS: "WeakValueDictionary[int, Head]" = WeakValueDictionary()
@@ -31,7 +31,7 @@ _HANDLES = itertools.count()
 
 
 def register(head: Head) -> int:
-    """A handle for a head, good as long as the head lives."""
+    """A handle for a head, valid as long as the head lives."""
     handle = next(_HANDLES)
     _HEADS[handle] = head
     return handle

@@ -1,14 +1,14 @@
-"""What a head's calls run: the tensors as they are now, with the steps made for them.
+"""What a head's calls run: the current tensors, with the steps made for them.
 
 Usage:
     decoder = Decoder(weights, like, problem, vocab_size=151936, allowance=allowance)
     token = decoder.decode(hidden, "argmax")     # or "logits"
     decoder.bound("argmax", 1).choice            # what runs for one token
 
-A step is made when an epilogue, a number of tokens and a stream first meet, and kept. A call that
-fails is answered by plain torch. A decoder's tensors never change: a head that is moved or
-converted takes a new decoder, so that a call in another thread finds the old tensors with their
-steps or the new ones with theirs, and never a mixture.
+A step is made on the first call with a combination of epilogue, number of tokens and stream, and
+kept. If a call fails, plain torch answers it. A decoder's tensors never change: a head that is
+moved or converted takes a new decoder, so a call in another thread uses either the old tensors
+with their steps or the new ones with theirs, never a mixture.
 """
 
 import logging
@@ -31,23 +31,23 @@ from flashtune.kernels.weights import ALIGNMENT, Step, Weights, aligned, checked
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
 
-SILENCE = 2.0  # seconds that a call may keep a person waiting without a word
+SILENCE = 2.0  # seconds that a call may take without a message
 StepKey = tuple[str, int, int]  # epilogue, tokens, stream
 StepCall = tuple[Weights, torch.Tensor, torch.Tensor]
 
 
-# The next power of two. A GPU runs the kernels of so many tokens: the last row then stands for the
-# missing ones, which costs it little, and few kernels serve batches of any size. A CPU, which
-# would compute what they add, runs those of just the number.
+# The next power of two. A GPU runs the kernels for that many tokens and repeats the last row as
+# padding, which costs it little; so a few kernels serve batches of any size. On a CPU the padding
+# would cost time, so it runs kernels for the exact number.
 ROUNDED = (0, *(1 << (number - 1).bit_length() for number in range(1, MOST_TOKENS + 1)))
 
 
 @dataclass(slots=True)
 class Allowance:
-    """What is spent once in a head's life, by all of its decoders: seconds of races, a warning.
+    """A budget shared by all decoders of a head: seconds of races, and one warning.
 
-    race_seconds: what is left of them; None where no race may be held. Code that makes a step
-    or spends from this must hold the lock.
+    race_seconds: seconds left; None if no race may be held. Code that makes a step or spends from
+    this must hold the lock.
     """
 
     race_seconds: float | None
@@ -56,11 +56,11 @@ class Allowance:
 
     @classmethod
     def full(cls, may_race: bool) -> "Allowance":
-        """What a new head has."""
+        """The budget of a new head."""
         return cls(race_seconds=MOST_SECONDS if may_race else None)
 
     def warn(self, trouble: str) -> None:
-        """Warn once in a head's life: later trouble shows in `explain`."""
+        """Warn once per head: `explain` shows later trouble."""
         if not self.warned:
             self.warned = True
             LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
@@ -95,8 +95,8 @@ class Decoder:
         """Nothing is chosen or compiled yet.
 
         like: an empty tensor `[0, hidden]`, in the dtype of hidden states and logits. problem: of
-        one token; it raises FlashtuneError, as every call then does, where there is none in that
-        dtype. vocab_size: without what pads clusters.
+        one token; it raises FlashtuneError, as every call then does, if that dtype is not
+        supported. vocab_size: without the padding of clusters.
         """
         self.weights, self.like, self._posed = weights, like, problem
         self._vocab_size, self._allowance = vocab_size, allowance
@@ -108,10 +108,10 @@ class Decoder:
         _DECODERS.add(self)
 
     def forget_steps(self) -> None:
-        """Have steps made again, in a process that was forked.
+        """Make steps again in a forked process.
 
-        Another thread, which is not here, may have been in a call, with locks held and scratch
-        half written.
+        Another thread, which the fork did not copy, may have been in a call, with locks held and
+        scratch half written.
         """
         self._steps = {}
         self._allowance.lock = threading.RLock()
@@ -165,14 +165,14 @@ class Decoder:
         step = self._steps.get(key) or self._step(*key)
         try:
             step(self.weights, hidden, out)
-        except Exception as error:  # whatever a driver raises at a launch
+        except Exception as error:  # drivers raise various types at a launch
             self._rescue(step, key, (self.weights, hidden, out), error)
 
     def decode_compiled(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """`decode` for compiled code, whose CUDA graphs have a pool of memory of their own.
 
-        What is made on first use lasts, and must not lie there: it is made in another thread,
-        whose tensors do not.
+        Tensors made on first use outlive the call and must not be in that pool, so another thread
+        makes them.
         """
         sizes = self.step_sizes(hidden.shape[0]) if hidden.shape[0] else []
         new = any((epilogue, size) not in self._bounds for size in sizes)
@@ -183,14 +183,14 @@ class Decoder:
         return self.decode(hidden, epilogue)
 
     def prepare(self, n_tokens: int, epilogue: str) -> None:
-        """Make what a call with so many tokens runs."""
+        """Prepare the steps of a call with so many tokens."""
         for size in self.step_sizes(n_tokens):
             self.bound(epilogue, size)
 
     def step_sizes(self, n_tokens: int) -> list[int]:
-        """The tokens of the steps that a call with so many tokens takes, each number once.
+        """The distinct step sizes, in tokens, that a call with so many tokens needs.
 
-        Raises FlashtuneError for what is no number of tokens.
+        Raises FlashtuneError if the number of tokens is not valid.
         """
         if not isinstance(n_tokens, int) or n_tokens < 1:
             raise FlashtuneError(f"n_tokens must be a whole number, 1 or more, not {n_tokens!r}")
@@ -199,7 +199,7 @@ class Decoder:
         return [*sizes, self.step_size(rest)] if rest else sizes
 
     def step_size(self, n_tokens: int) -> int:
-        """The tokens of the step that a call with so many, of a step at most, takes."""
+        """The size of the step for so many tokens, which fit in one step."""
         return ROUNDED[n_tokens] if self._rounds else n_tokens
 
     def bound(self, epilogue: str, n_tokens: int) -> Bound:
@@ -249,10 +249,9 @@ class Decoder:
 
     @contextmanager
     def _telling(self, epilogue: str, n_tokens: int) -> Iterator[None]:
-        """Log what a call waits for, once it has waited for a while.
+        """Log what a call is waiting for, after it has waited for a while.
 
-        Nothing is wrong, but whoever waits is to read it: where no information is shown, it is
-        a warning.
+        Nothing is wrong, but the user should see it: it is a warning if INFO is not shown.
         """
         seconds = self._allowance.race_seconds
         race = f", after racing several for up to {seconds:.0f} s" if seconds else ""
@@ -271,10 +270,10 @@ class Decoder:
             timer.cancel()
 
     def _rescue(self, step: Step, key: StepKey, call: StepCall, error: Exception) -> None:
-        """Answer a call that failed by plain torch, and if that can, all calls from now on.
+        """Answer a failed call in plain torch and, if that works, all later calls too.
 
-        Where torch fails as well, it is not the kernel's fault: the first error is raised, as that
-        of a signal's handler is.
+        If torch fails too, the kernel is not at fault, and the first error is raised. An error
+        raised by a signal handler is raised as well.
         """
         epilogue, n_tokens, _ = key
         if isinstance(step, TorchStep) or is_of_a_signal(error):

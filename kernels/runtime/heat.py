@@ -5,10 +5,10 @@ Usage:
     for entry in comparison.entries:
         entry.config, entry.measurement, entry.why
 
-All are compiled first, some at a time, and loaded: none is begun after half of the time, and those
-begun are ended when a fifth of it is left. Then each is verified against float64 before it is
-timed, and those that are not far behind take turns (measure/trial.py), in two seconds. How much
-memory that takes at most is said before it is taken; what was loaded is unloaded in the end.
+All are compiled first, some at a time, and loaded: no compilation starts after half of the time,
+and those running are ended when a fifth of it is left. Then each is verified against float64
+before it is timed, and those that are not far behind take turns (measure/trial.py), in two
+seconds. The peak memory is computed before it is allocated; the modules are unloaded at the end.
 """
 
 import logging
@@ -36,18 +36,18 @@ from flashtune.tuning_db.record import Measurement
 from flashtune.tuning_db.store import RACE_POLICY
 
 LOG = logging.getLogger("flashtune")
-BEGIN_SHARE, COMPILE_SHARE = 0.5, 0.8  # of the time: when to begin, and to wait, no more
-RUN_SECONDS = 2.0  # of verifying and timing, of them at most half before turns are taken
+BEGIN_SHARE, COMPILE_SHARE = 0.5, 0.8  # of the time: when to stop starting, and to stop waiting
+RUN_SECONDS = 2.0  # of verifying and timing, at most half of it before turns are taken
 COMPILERS = 4  # threads; the greater part of a compiler's work is done by other processes
 ROUNDS, LEAST_ROUNDS = 20, 3
-LEAST_RUNNERS = 3  # that run even where that takes longer
+LEAST_RUNNERS = 3  # that run even if that takes longer
 
 Load = Callable[[], Step]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What became of one config. Where its turn did not come, `why` says so, and nothing else."""
+    """The outcome of one config. If its turn did not come, only `why` is set, and says so."""
 
     config: Config
     measurement: Measurement | None = None
@@ -56,10 +56,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What became of each config, in the order given, on cold centroids or not.
+    """The outcome of each config, in the order given, on cold centroids or not.
 
-    most_bytes: of the device's memory that were taken at most. device_lost: the device answers no
-    more; nothing can run on it in this process.
+    most_bytes: peak bytes of the device's memory. device_lost: the device no longer answers;
+    nothing can run on it in this process.
     """
 
     entries: tuple[Entry, ...]
@@ -81,8 +81,8 @@ def compare(
 ) -> Comparison:
     """Compare configs within `seconds`. The first takes turns however slow it is.
 
-    note: told of each config before it first runs, and None when all is over. Raises
-    FlashtuneError where there is no room to verify anything.
+    note: called with each config before it first runs, and with None at the end. Raises
+    FlashtuneError if there is not enough memory to verify anything.
     """
     start = time.monotonic()
     where = weights.weight.device
@@ -143,7 +143,7 @@ def _compile(
     where: torch.device,
     seconds: float,
 ) -> "dict[Config, Future[Load]]":
-    """Compile, so that nothing is left to compile while others are timed; those that were."""
+    """Compile everything before anything is timed; returns what was compiled."""
     start = time.monotonic()
     compilers = Compilers(min(COMPILERS, len(os.sched_getaffinity(0))))
     futures = {}
@@ -170,7 +170,7 @@ def _load(
     compiled: "dict[Config, Future[Load]]",
     until: float,
 ) -> dict[Config, str]:
-    """Load what was compiled, a few even later than `until`; why the others were not."""
+    """Load what was compiled, a few even after `until`; returns why the others were not."""
     missed = {}
     for config in configs:
         late = len(trial.loaded) >= LEAST_RUNNERS and time.monotonic() > until
@@ -187,7 +187,7 @@ def _loaded(compiled: "Future[Load]") -> Step:
 
 
 def _why_not(trial: Trial[Config], until: float) -> str:
-    """Why no other config may run, if so. A few may, however late it is."""
+    """Why no other config may run, or None. A few may run however late it is."""
     if trial.lost:
         return "the device was lost before its turn came"
     if len(trial.running) >= LEAST_RUNNERS and time.monotonic() > until:

@@ -1,16 +1,15 @@
-"""The race at first load: what is only predicted, or measured with other tools, is timed here.
+"""The race at first load: times configs that are only predicted, or measured with other tools.
 
 Usage:
-    choice, race = hold(start, choice)      # the choice to run, and how it came about
+    choice, race = hold(start, choice)      # the choice to run, and how it was made
     race.explain()                          # plain data
 
-What was predicted for this problem and device is corrected first, by a probe of the device
-(`correction`). The contenders (`choice.contenders`) are compared with the default in this
-process, on the head's own weights, and the winner is kept in the user's database: the next load
-finds it there.
-One that does not beat the default by more than the noise is dropped, and the default is kept as
-the winner. Of several processes that load the same problem on the same kind of device one races
-and the others wait for its winner. Nothing here raises if there is no race.
+Predictions for this problem and device are first corrected by a probe of the device
+(`correction`). The contenders (`choice.contenders`) are compared with the default in this process,
+on the head's own weights, and the winner is kept in the user's database: the next load finds it
+there. A contender that does not beat the default by more than the noise is dropped, and the
+default is kept as the winner. If several processes load the same problem on the same kind of
+device, one races and the others wait for its winner. Nothing here raises if there is no race.
 """
 
 import hashlib
@@ -50,9 +49,9 @@ from flashtune.tuning_db.store import Store, default_path
 
 LOG = logging.getLogger("flashtune")
 MOST_SECONDS = 20.0  # of all races of a head, with compilation
-WAIT_SECONDS = 30.0  # for another process's race, which may take those and then some
-LEAST_SECONDS = RUN_SECONDS + 1.0  # that must be left for a race to be begun
-_KEPT_FAILURES = (Outcome.WRONG_RESULT, Outcome.CRASH)  # those that would come again
+WAIT_SECONDS = 30.0  # for another process's race, which may take longer than those
+LEAST_SECONDS = RUN_SECONDS + 1.0  # that must be left for a race to start
+_KEPT_FAILURES = (Outcome.WRONG_RESULT, Outcome.CRASH)  # those that would recur
 UNKEPT = "this process"  # the source of a winner that could not be written down
 
 
@@ -60,7 +59,7 @@ UNKEPT = "this process"  # the source of a winner that could not be written down
 class Start:
     """What a race is about.
 
-    `seconds` is all the time that may be taken. What a person should know goes to `troubles`.
+    `seconds` is the time limit. What a user should know goes to `troubles`.
     """
 
     problem: Problem
@@ -75,7 +74,7 @@ class Start:
 class Race:
     """How a race went, or why none was held (`why_not`). `dropped` says why a config lost.
 
-    `seconds` are those that it took, waiting for other processes not counted.
+    `seconds` is its duration without waiting for other processes.
     """
 
     seconds: float = 0.0
@@ -116,7 +115,7 @@ class Race:
 
 
 def hold(start: Start, choice: Choice) -> tuple[Choice, Race]:
-    """Race for a choice that is not settled; without a race, what is to run instead of it."""
+    """Race for a choice that is not settled; returns what to run, even without a race."""
     why_not = _why_not(start)
     if why_not:
         return choice, Race(why_not=why_not)
@@ -140,7 +139,7 @@ def _why_not(start: Start) -> str:
 
 
 def _writable(troubles: list[str]) -> Path | None:
-    """The database's path, the database made if need be; None where it can't be written."""
+    """The database's path, created if necessary; None if it can't be written."""
     try:
         path = default_path()
         Store(path).close()
@@ -152,9 +151,9 @@ def _writable(troubles: list[str]) -> Path | None:
 
 @contextmanager
 def _alone(start: Start, database: Path | None) -> Iterator[Lock | None]:
-    """The lock of this device and problem, or None where another process kept it too long.
+    """The lock of this device and problem, or None if another process kept it too long.
 
-    Where winners can't be kept nobody could read another's, so that nobody waits either.
+    If winners can't be kept, no process could read another's winner, so none waits.
     """
     if database is None:
         with NamedTemporaryFile() as file, hold_lock(Path(file.name), 0.0) as lock:
@@ -169,7 +168,7 @@ def _alone(start: Start, database: Path | None) -> Iterator[Lock | None]:
 def _take_turn(
     start: Start, choice: Choice, lock: Lock | None, database: Path | None
 ) -> tuple[Choice, Race]:
-    """Race, unless another process has raced meanwhile, or still does."""
+    """Race, unless another process has raced in the meantime or is still racing."""
     if lock is None:
         if choice.record is None or choice.record.provenance is not Provenance.MEASURED:
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
@@ -198,7 +197,7 @@ def _take_turn(
 
 
 def _corrected(start: Start, sources: Sequence[Source], database: Path) -> bool:
-    """Whether what is predicted for just this problem here was corrected by a probe."""
+    """Whether the predictions for exactly this problem here were corrected by a probe."""
     predictions = [
         record
         for source in sources
@@ -219,7 +218,7 @@ def _corrected(start: Start, sources: Sequence[Source], database: Path) -> bool:
 
 
 def _compare(start: Start, configs: Sequence[Config], lock: Lock) -> Comparison:
-    """Compare all but the one with which a process died that raced before."""
+    """Compare all configs except one that killed the process in an earlier race."""
     died = [config for config in configs[1:] if _key(config) == lock.left]
 
     def note(config: Config | None) -> None:
@@ -243,7 +242,7 @@ def _compare(start: Start, configs: Sequence[Config], lock: Lock) -> Comparison:
 def _winner(comparison: Comparison) -> Entry | None:
     """The fastest, if it beats the default by more than the noise, else the default.
 
-    None where the default had no turn, or nothing but the default had one.
+    None if the default had no turn, or only the default had one.
     """
     default, *others = comparison.entries
     right = [each for each in comparison.entries if _outcome(each) is Outcome.OK]
@@ -257,7 +256,7 @@ def _winner(comparison: Comparison) -> Entry | None:
 
 
 def _dropped(comparison: Comparison, winner: Entry | None) -> tuple[str, ...]:
-    """Why each entry did not win; empty for the one that did."""
+    """Why each entry did not win; empty for the winner."""
     reasons = []
     for entry in comparison.entries:
         measurement = entry.measurement
@@ -295,7 +294,7 @@ def _won(start: Start, winner: Entry, comparison: Comparison, kept: bool) -> Cho
 
 
 def _keep(start: Start, database: Path | None, entries: Sequence[Entry]) -> bool:
-    """Write entries to the database; what goes wrong there is no reason not to use a winner."""
+    """Write entries to the database; a failed write does not stop a winner from being used."""
     if database is None:
         return False
     try:

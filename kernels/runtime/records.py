@@ -1,8 +1,8 @@
-"""The records there are for a head: the user's database, then tables, those added first.
+"""The records for a head: the user's database, then tables, the added ones first.
 
 Usage:
     choice = best_choice(problem, device, toolchain(device), troubles)
-    choice, sources = look(problem, device, toolchain(device), troubles)   # with what it is from
+    choice, sources = look(problem, device, toolchain(device), troubles)   # and its sources
 
 Nothing here raises because of a record, a database or a table: what cannot be read is left out,
 and `troubles` says so.
@@ -20,7 +20,7 @@ from flashtune.tuning_db.table_folder import added_tables
 
 
 def best_choice(problem: Problem, device: Device, tools: Toolchain, troubles: list[str]) -> Choice:
-    """The choice for a problem, from all records there are."""
+    """The choice for a problem, from all records."""
     return look(problem, device, tools, troubles)[0]
 
 
@@ -31,9 +31,9 @@ def look(
     troubles: list[str],
     database: Path | None = None,
 ) -> tuple[Choice, list[Source]]:
-    """The choice, and the records that it was made from. database: else the user's.
+    """The choice, and the records that it was made from. database: default: the user's.
 
-    Looks for this problem first; reads all there is only where that finds nothing.
+    Looks for this problem first; reads all records only if that finds nothing.
     """
     sources = read_sources(device, problem, troubles, database)
     choice = choose(problem, device, tools, sources)

@@ -16,15 +16,15 @@ def note(troubles: list[str], trouble: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The error's first line, printable, with its kind where it isn't one of ours."""
+    """The error's first line, printable, with its type if it isn't one of ours."""
     first = spelled(next(iter(str(error).splitlines()), ""))
     return first if isinstance(error, FlashtuneError) else f"{type(error).__name__}: {first}"
 
 
 def is_of_a_signal(error: BaseException) -> bool:
-    """Whether a handler of a signal raised it, wherever that came: no kernel's trouble.
+    """Whether a signal handler raised it, at whatever point: the kernel did not fail.
 
-    Who sets an alarm around a call wants its exception, and the next call as ever.
+    A caller that sets an alarm around a call expects its exception, and a normal next call.
     """
     handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     trace = error.__traceback__
@@ -36,7 +36,7 @@ def is_of_a_signal(error: BaseException) -> bool:
 
 
 def _code_of(handler: Any) -> CodeType | None:
-    """What a handler runs, a function, a method, a partial one or an object that is called."""
+    """The code of a handler: a function, a method, a partial or a callable object."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     handler = getattr(handler, "__func__", handler)

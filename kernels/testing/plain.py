@@ -113,7 +113,7 @@ class PlainHeads(Contract):
     def test_logits_are_rounded_to_nearest(
         self, runner: Runner, config: Config, dtype: str
     ) -> None:
-        """Of whole numbers beyond what the dtype holds exactly: many lie just between two."""
+        """For whole numbers beyond the dtype's exact range: many lie midway between two values."""
         problem = replace(
             runner.problems["twelve"], epilogue="logits", weight_dtype=dtype, centroid_dtype=dtype
         )

@@ -43,7 +43,7 @@ class Runner:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where tensors lie."""
+        """The device of tensors."""
         return torch.device(target_of(self.device).torch_device)
 
     def make(self, problem: Problem, config: Config) -> Step:
@@ -137,7 +137,7 @@ def random_states(problem: Problem, runner: Runner, seed: int) -> torch.Tensor:
 
 
 def run(step: Step, problem: Problem, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
-    """What a step writes into an output that held nonsense."""
+    """The output of a step that was given a poisoned output tensor."""
     out = poisoned_out(problem, hidden.device)
     step(weights, hidden, out)
     return out

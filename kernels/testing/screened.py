@@ -135,7 +135,7 @@ class ScreenedHeads(Contract):
     def test_rows_in_place_tie_and_fill_up_clusters(
         self, runner: Runner, config: Config, epilogue: str
     ) -> None:
-        """The model has fewer rows than the clusters have places: some tokens are there twice."""
+        """The model has fewer rows than the clusters have slots: some tokens are repeated."""
         problem = replace(runner.problems["twelve"], epilogue=epilogue, in_place=True)
         step = self.step_or_skip(runner, problem, config)
         for seed in range(2):
@@ -154,7 +154,7 @@ class ScreenedHeads(Contract):
     def test_any_of_the_best_screened_can_win(
         self, runner: Runner, config: Config, epilogue: str
     ) -> None:
-        """The model's rows have nothing to do with the screened ones: any may win."""
+        """The model's rows are unrelated to the screened ones: any may win."""
         problem = quantised(replace(runner.problems["sixteen"], epilogue=epilogue), "int8-decided")
         problem = replace(problem, n_rescored=6, n_tokens=4)
         step = self.step_or_skip(runner, problem, config)

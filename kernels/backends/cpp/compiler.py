@@ -58,8 +58,8 @@ SIMD_FLAGS = {
 def load_library(source: str, arch: str, simd: str) -> ctypes.CDLL:
     """Build the library unless the cache has it, and load it.
 
-    Raises FlashtuneError where the compiler refuses the source, and MachineTroubleError where
-    there is no compiler that works, the cache can't be used, or the library does not load.
+    Raises FlashtuneError if the compiler refuses the source, and MachineTroubleError if no
+    compiler works, the cache can't be used, or the library does not load.
     """
     path = build_library(source, arch, simd)
     try:
@@ -91,7 +91,7 @@ def build_library(source: str, arch: str, simd: str) -> Path:
 
 
 def _compile(command: list[str], source: str, scratch: Path) -> bytes:
-    """The library. scratch: a folder for what is made on the way.
+    """The library. scratch: a folder for intermediate files.
 
     A source that is refused is not the machine's fault if the same command compiles an empty one.
     """
@@ -175,7 +175,7 @@ def _compiler(named: str) -> list[str]:
 
 
 def compiler_version() -> str:
-    """The compiler's name for itself and its version, one line; empty where there is none."""
+    """The compiler's name for itself and its version, one line; empty if there is none."""
     try:
         said = _version(_compiler(named_compiler())[0])
     except FlashtuneError:
@@ -185,7 +185,7 @@ def compiler_version() -> str:
 
 @functools.cache
 def _version(compiler: str) -> str:
-    """What the compiler says of itself; empty where it says nothing."""
+    """What the compiler reports about itself; empty if it reports nothing."""
     try:
         done = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=20

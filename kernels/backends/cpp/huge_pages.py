@@ -16,10 +16,9 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # of Linux; the second since 6.1
 
 
 def advise(tensor: torch.Tensor) -> None:
-    """Ask for the tensor's memory, as far as it fills huge pages, to lie in such.
+    """Ask the kernel to back the tensor's memory with huge pages, as far as it fills them.
 
-    Takes about as long as a copy the first time. Where the system can't or won't, nothing
-    happens.
+    Takes about as long as a copy the first time. If the system can't or won't, nothing happens.
     """
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // _PAGE * _PAGE

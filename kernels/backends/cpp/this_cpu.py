@@ -1,7 +1,7 @@
 """This machine's CPU as a device: its name, instruction sets, usable cores, cache and bandwidth.
 
 Usage:
-    this_cpu()          # the same Device all through a process
+    this_cpu()          # the same Device throughout a process
     usable_cores()      # what affinity and the container's quota leave
 """
 
@@ -101,7 +101,7 @@ def last_cache_bytes(folder: Path) -> int:
 
 
 def _read(path: Path) -> str:
-    """The file's text; empty where there is none."""
+    """The file's text; empty if there is none."""
     try:
         return path.read_text("utf-8", errors="replace")
     except OSError:
@@ -140,7 +140,7 @@ def cpu_quota(membership: str, root: Path) -> float | None:
 
 
 def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
-    """Bytes/s from the cache folder, else measured now and kept there; 0 where that fails.
+    """Bytes/s from the cache folder, else measured now and kept there; 0 if that fails.
 
     sources: as `measure_bandwidth` has them.
     """
@@ -150,7 +150,7 @@ def known_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
 
 
 def fresh_bandwidth(device: Device, sources: Sequence[str] = ()) -> float:
-    """Bytes/s measured now, and kept in the cache folder; 0 where that fails."""
+    """Bytes/s measured now, and kept in the cache folder; 0 if that fails."""
     try:
         bandwidth = measure_bandwidth(device, sources)
     except (FlashtuneError, RuntimeError, MemoryError):

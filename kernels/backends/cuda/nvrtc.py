@@ -21,10 +21,10 @@ OPTIONS = ("--std=c++17",)
 
 @functools.cache
 def why_missing() -> str | None:
-    """None where the compiler can be had, else what a plan then needs, with how to get it."""
+    """None if the compiler is available, else what a plan needs and how to get it."""
     try:
         _version()
-    except Exception as error:  # its loader raises whatever it likes
+    except Exception as error:  # its loader can raise any type
         return f"NVIDIA's run-time compiler ({_first_line(error)}): pip install 'flashtune[cuda]'"
     return None
 
@@ -32,7 +32,7 @@ def why_missing() -> str | None:
 def compile_cuda(source: str, arch: str) -> bytes:
     """The source's machine code for an architecture such as `sm_90`, from the cache if it has it.
 
-    Raises FlashtuneError where there is no compiler, or it refuses the source.
+    Raises FlashtuneError if there is no compiler, or it refuses the source.
     """
     missing = why_missing()
     if missing:

@@ -77,8 +77,8 @@ class Shape:
 class Binary:
     """A binary's kernels, loaded into a device's primary context, which is the one of torch.
 
-    Raises FlashtuneError where the driver refuses. It stays loaded until it is unloaded, even if
-    nobody has it any more: graphs that captured its kernels may outlive it.
+    Raises FlashtuneError if the driver refuses. It stays loaded until it is unloaded, even if
+    nothing refers to it any more: graphs that captured its kernels may outlive it.
     """
 
     def __init__(self, binary: bytes, index: int) -> None:
@@ -204,7 +204,7 @@ def _config(shape: Shape) -> _Config:
 
 @functools.cache
 def library() -> Any:
-    """The driver's library; raises FlashtuneError where there is none."""
+    """The driver's library; raises FlashtuneError if there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:

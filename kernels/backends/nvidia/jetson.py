@@ -1,6 +1,6 @@
 """What is a Jetson's own: a torch that finds no GPU there, its power modes, its power sensors.
 
-Where torch finds no GPU everything would run on the CPU without a word.
+If torch finds no GPU, everything would run on the CPU silently.
 """
 
 import re
@@ -83,7 +83,7 @@ def conditions() -> dict[str, str]:
 
 
 def power_mode() -> str:
-    """The mode as `nvpmodel -q` names it; empty where that can't be asked."""
+    """The mode as `nvpmodel -q` names it; empty if it can't be queried."""
     try:
         answer = subprocess.run(
             ["nvpmodel", "-q"], capture_output=True, text=True, timeout=_NVPMODEL_SECONDS
@@ -150,7 +150,7 @@ class _Meter:
 
 
 def _number(path: Path) -> float | None:
-    """The number that a file holds; None where there is none."""
+    """The number that a file holds; None if there is none."""
     try:
         return float(_text(path))
     except ValueError:

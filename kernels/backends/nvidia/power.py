@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU's speed depends on beside its kind, and what energy it takes.
+"""What an NVIDIA GPU's speed depends on besides its kind, and the energy that it takes.
 
 Usage:
     conditions(0)                # {"power mode": "MAXN_SUPER", …}; empty where nothing can be read
@@ -30,7 +30,7 @@ def conditions(index: int) -> dict[str, str]:
 
 @contextmanager
 def energy_counter(index: int) -> Iterator[Joules]:
-    """A function that gives the joules taken so far; raises FlashtuneError where none does."""
+    """A function that gives the joules taken so far; raises FlashtuneError if there is none."""
     if jetson.jetson():
         with jetson.energy_counter() as joules:
             yield joules

@@ -1,8 +1,8 @@
-"""Candidates that are screened by quantised rows, and the best of them decided by the model's own.
+"""Quantised rows screen candidates, and the model's own rows decide among the best of them.
 
-Programs that screen leave the best logit of their share. What n_rescored of these maxima reach,
-so many candidates reach at least; those that reach it are decided. Any more may be: the search
-for such a bound ends early, with up to twice as many maxima above it.
+Each program that screens stores the best logit of its share. If n_rescored of these maxima reach a
+bound, at least as many candidates do; all that reach it are decided. More may be decided: the
+search for the bound ends early, with up to twice as many maxima above it.
 """
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
@@ -12,13 +12,13 @@ from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, MOST_MEMBERS
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
-MOST_BOUNDED = 4096  # maxima that every program of a launch may search: one warp still holds them
+MOST_BOUNDED = 4096  # maxima that every program of a launch may search: one warp can hold them
 DECIDE_WARPS = 8  # of programs that decide one row after another
-_ROW_PER_THREAD = 32  # elements of a model's row that a thread holds, where rows are read singly
+_ROW_PER_THREAD = 32  # elements of a model's row per thread, if rows are read one by one
 
 
 def bound_values(problem: Problem, maxima: int, counted: int, warps: int) -> dict[str, Value]:
-    """How so many warps search a token's maxima, of which `counted` are finite, or about."""
+    """How so many warps search a token's maxima, of which about `counted` are finite."""
     if not problem.n_rescored:
         return {}
     width, counted = lanes(maxima, warps), min(maxima, max(1, counted))
@@ -79,7 +79,7 @@ def why_not_bounded(problem: Problem, maxima: int, warps: int) -> str | None:
 
 
 def why_not_rescored(candidate: Candidate) -> str | None:
-    """For what has no launch after the gather: nothing could know the best of all candidates."""
+    """For plans with no launch after the gather, where the best candidates are unknown."""
     if candidate.problem.n_rescored:
         return f"plan {candidate.config.plan} has no launch that decides candidates again"
     return None

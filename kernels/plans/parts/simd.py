@@ -1,4 +1,4 @@
-"""What the plans in C++ share: instruction sets, micro-kernels, how parts are shared out.
+"""What the C++ plans share: instruction sets, micro-kernels, how parts are distributed.
 
 An arch here is a machine and its best SIMD level, `x86_64-avx512_bf16`; it has the levels below
 that one as well.
@@ -59,12 +59,12 @@ def useful_levels(problem: Problem, device: Device) -> tuple[str, ...]:
 
 
 def slack_of(config: Any) -> int:
-    """How many clusters more than asked may be probed; none where partial sorting selects."""
+    """How many more clusters than requested may be probed; none if partial sorting selects."""
     return int(config.slack) if config.selection in SLACKING["selection"] else 0
 
 
 def cpp_values(candidate: Candidate) -> dict[str, Value]:
-    """What the template is filled in with, but for how parts are shared out."""
+    """The template's values, except for how parts are distributed."""
     problem, config = candidate.problem, candidate.config
     weight, centroid = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
     slack = slack_of(config)
@@ -100,7 +100,7 @@ def _why_not_run(candidate: Candidate) -> str | None:
 
 
 def _why_useless(simd: str, problem: Problem) -> str | None:
-    """Why a level gives this problem nothing that the levels below do not; None if it does."""
+    """Why a level adds nothing for this problem to the levels below; None if it does."""
     if simd in BF16_LEVELS and not _multiplies_bf16(problem):
         return f"{simd} needs hidden states and weights in bf16"
     if simd == VNNI_LEVELS[0] and "int8" not in (problem.weight_dtype, problem.centroid_dtype):
@@ -109,7 +109,7 @@ def _why_useless(simd: str, problem: Problem) -> str | None:
 
 
 def _multiplies_bf16(problem: Problem) -> bool:
-    """Whether states in bf16 meet rows or centroids in bf16, the one thing such levels add."""
+    """Whether states and rows or centroids are in bf16, the only case that such levels add."""
     stored = (problem.weight_dtype, problem.centroid_dtype)
     return problem.state_dtype == "bf16" and "bf16" in stored
 
@@ -173,8 +173,8 @@ CPP_RULES = (
 def fitted(config: AnyConfig, problem: Problem, device: Device) -> AnyConfig:
     """The config with the device's best instructions, all its cores, and tiles that fit.
 
-    Quantised rows are asked for ahead, and read by more sums: fewer bytes leave less time to wait.
-    So are rows in place, of which no processor can guess the next.
+    Quantised rows are prefetched, and read into more sums: fewer bytes leave less time to wait.
+    Rows in place are prefetched too, since a processor cannot predict the next.
     """
     best = useful_levels(problem, device)[-1]
     changes: dict[str, Any] = {

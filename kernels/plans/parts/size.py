@@ -1,4 +1,4 @@
-"""The sizes that every template is filled in with."""
+"""The sizes that every template takes."""
 
 from flashtune.kernels.epilogues.epilogue import FILL, epilogue_of
 from flashtune.kernels.formats.format import format_of
@@ -40,7 +40,7 @@ def read_by(language: str) -> Rule:
 
 
 def stored_values(problem: Problem) -> dict[str, Value]:
-    """How matrices are stored, where rows lie, what is decided again, and what is pinned."""
+    """How matrices are stored, where rows are, what is rescored, and what is pinned."""
     return {
         "weight_format": problem.weight_dtype,
         "centroid_format": problem.centroid_dtype,
@@ -52,5 +52,5 @@ def stored_values(problem: Problem) -> dict[str, Value]:
 
 
 def epilogue_values(problem: Problem, first: KernelUse) -> dict[str, Value]:
-    """What the epilogue asks of the first launch."""
+    """What the epilogue requires of the first launch."""
     return {**epilogue_of(problem.epilogue).values(problem, first)}

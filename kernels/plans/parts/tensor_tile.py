@@ -12,7 +12,7 @@ TENSOR_TILE = ("rows", "block", "warps", "stages")
 
 
 def padded_tokens(problem: Problem) -> int:
-    """Tokens as wide as a product on tensor cores is."""
+    """The number of tokens, rounded up to a product on tensor cores."""
     return max(LEAST_TILE, next_power_of_2(problem.n_tokens))
 
 
@@ -40,13 +40,13 @@ def why_not_tensor_tiled(stage: str, candidate: Candidate) -> str | None:
 
 
 def _staged_bytes(stage: str, rows: int, tokens: int, block: int, problem: Problem) -> int:
-    """Bytes of a step of the loop over the hidden size: a tile of rows, and of hidden states."""
+    """Bytes per step of the loop over the hidden size: a tile of rows, and of hidden states."""
     states = FORMATS[problem.state_dtype].bytes_of(tokens, block)
     return tile_bytes(stage, rows * block, problem) + states
 
 
 def expected_tensor_pass(stage: str, candidate: Candidate, programs: int) -> KernelUse:
-    """A pass's kernel: registers for its sums, and for its rows where no stage holds these."""
+    """A pass's kernel: registers for its sums, and for its rows if no stage holds them."""
     problem, config = candidate.problem, candidate.config
     rows, block, warps, stages = (getattr(config, f"{stage}_{each}") for each in TENSOR_TILE)
     tokens = padded_tokens(problem)

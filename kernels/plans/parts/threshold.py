@@ -10,8 +10,9 @@ from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
-# Programs that share the prefetch of a cluster: the likely ones lie unevenly, and a program that
-# had several to itself would ask for them one after another. Measured against 1 and 16 on an H200.
+# Programs that share the prefetch of a cluster: the likely ones are unevenly spread, and a program
+# with several of its own would request them one after another. Measured against 1 and 16 on an
+# H200.
 SPREAD = 4
 
 
@@ -24,12 +25,12 @@ def threshold_values(problem: Problem, slack: int) -> dict[str, Value]:
 
 
 def threshold_quantile(problem: Problem, slack: int) -> float:
-    """How many deviations above the mean the expected threshold lies, for normal scores."""
+    """The expected threshold, in standard deviations above the mean, for normal scores."""
     return _quantile(_share(problem.n_probes, slack, problem.n_clusters))
 
 
 def search_values(least: int, slack: int, number: int) -> dict[str, Value]:
-    """Where a search starts that is for `least` of so many scores, or up to `slack` more."""
+    """Where a search for `least` of so many scores, or up to `slack` more, starts."""
     share = _share(least, slack, number)
     quantile = _quantile(share)
     return {
@@ -57,12 +58,12 @@ def prefetch_spread(problem: Problem, parts: int) -> int:
 
 
 def lanes(number: int, warps: int) -> int:
-    """Scores side by side in the search of a Triton plan: four a thread of 32, a 16-byte load."""
+    """Scores side by side in a Triton plan's search: four per thread of 32, a 16-byte load."""
     return min(128 * warps, max(64, next_power_of_2(number)))
 
 
 def lane_values(problem: Problem, slack: int, warps: int) -> dict[str, Value]:
-    """The search in a Triton plan: where it starts, how scores lie in lanes."""
+    """The search in a Triton plan: where it starts, how scores map to lanes."""
     width = lanes(problem.n_clusters, warps)
     return {
         **threshold_values(problem, slack),
@@ -73,7 +74,7 @@ def lane_values(problem: Problem, slack: int, warps: int) -> dict[str, Value]:
 
 
 def prefetch_values(problem: Problem, slack: int, margin: int) -> dict[str, Value]:
-    """Which clusters' rows are asked for before it is known whether they are selected."""
+    """Which clusters' rows are prefetched before it is known whether they are selected."""
     least = threshold_quantile(problem, slack) - margin / 100
     return {"prefetch": margin >= 0, "prefetch_quantile": round(least, 6)}
 

@@ -12,7 +12,7 @@ from flashtune.tuning_db.problem import FORMATS, Problem
 MAX_TILE_PER_THREAD = 128  # float32 accumulators a thread can hold without spilling
 PREFETCH_MARGINS = (-1, 0, 5, 10, 20)
 SLACKS = (0, 8, 16, 32, 64)
-MOST_MEMBERS = 32  # scores a lane of a search
+MOST_MEMBERS = 32  # scores per lane of a search
 BASE_REGISTERS = 24  # of a thread, for addresses and loops
 TILE = ("rows", "block", "warps", "stages", "unroll")
 
@@ -51,7 +51,7 @@ def expected_pass(
 ) -> KernelUse:
     """A pass's kernel: about two registers for each element of a thread's tile, and its scores.
 
-    searches: whether its programs look for the threshold themselves.
+    searches: whether its programs search for the threshold themselves.
     """
     problem, config, threads = candidate.problem, candidate.config, candidate.lanes * warps
     rows, block, stages = (
@@ -71,7 +71,7 @@ def expected_pass(
 
 
 def expected_search(candidate: Candidate, warps: int) -> KernelUse:
-    """The kernel that looks for the threshold, one program a token."""
+    """The kernel that searches for the threshold, one program per token."""
     problem = candidate.problem
     return KernelUse(
         kernel="select",
@@ -83,14 +83,14 @@ def expected_search(candidate: Candidate, warps: int) -> KernelUse:
 
 
 def why_not_overlapped(candidate: Candidate) -> str | None:
-    """Programmatic dependent launch is of sm_90 and later."""
+    """Programmatic dependent launch needs sm_90 or later."""
     if candidate.config.pdl and candidate.device.capability < 90:
         return "programmatic dependent launch needs sm_90 or later"
     return None
 
 
 def why_not_selected(problem: Problem, warps: int) -> str | None:
-    """Why these warps cannot hold all scores; with 0 warps a library selects."""
+    """Why these warps cannot hold all scores; 0 warps mean that a library selects."""
     if warps and -(-problem.n_clusters // lanes(problem.n_clusters, warps)) > MOST_MEMBERS:
         return f"{problem.n_clusters} scores do not fit the registers of {warps} warps"
     return None

@@ -1,8 +1,8 @@
-"""How the Triton plans turn numbers of int8 into those of the dtype that they multiply in.
+"""How the Triton plans convert int8 numbers to the dtype that they multiply in.
 
-`cast` is the conversion instruction, of which a multiprocessor does 16 a cycle: where rows are
-int8 it can take longer than the memory. `bits` takes two to three of the instructions of which it
-does 64 (templates/triton/_widen.py.j2). Both are exact.
+`cast` is the conversion instruction, of which a multiprocessor does 16 per cycle: for int8 rows it
+can take longer than the memory. `bits` takes two to three instructions of a kind of which it does
+64 per cycle (templates/triton/_widen.py.j2). Both are exact.
 """
 
 from flashtune.kernels.plans.candidate import Candidate, Rule

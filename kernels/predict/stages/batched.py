@@ -17,7 +17,7 @@ from flashtune.kernels.predict.stages.stage import (
 def batched_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
     """Every tile of the gather asks whether a token wants any of its clusters; few go on.
 
-    Of a list all tiles go on that it has, and those who select must write it first.
+    With a list, all of its tiles go on, and the programs that select must write it first.
     """
     problem, config, device = candidate.problem, candidate.config, candidate.device
     gather = needs["gather"]

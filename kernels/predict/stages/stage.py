@@ -1,6 +1,6 @@
-"""What a stage of a step asks of a device, in counts: what the cost model turns into time.
+"""What a stage of a step requires of a device, in counts, which the cost model turns into time.
 
-No constant of the model is in them. What stages of several plans have in common is here, too.
+They contain no constant of the model. Code shared by the stages of several plans is here, too.
 """
 
 import math
@@ -198,7 +198,7 @@ def tensor_pass(
 
 
 def _shared_out(use: KernelUse, candidate: Candidate, elements: float) -> dict[str, float]:
-    """How a launch's programs come in waves, and what their arithmetic adds up to."""
+    """How a launch's programs divide into waves, and their total arithmetic."""
     device, threads = candidate.device, candidate.lanes * use.warps
     waves = use.programs / min(use.programs, resident_programs(use, device) * device.sm_count)
     lanes = _SLOW_LANES.get(device.capability, _LANES_PER_CYCLE)
