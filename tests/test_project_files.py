@@ -71,6 +71,13 @@ def test_the_citation_names_the_licence_and_no_version() -> None:
     assert "version" not in data  # which would be a second place
 
 
+@in_a_checkout
+def test_the_paper_has_one_address() -> None:
+    [paper] = read(ROOT / "CITATION.cff")["references"]
+    for name in ("pyproject.toml", "README.md"):
+        assert paper["url"] in (ROOT / name).read_text("utf-8")
+
+
 def test_the_version_is_in_one_place() -> None:
     run = subprocess.run(
         ["git", "grep", "-lF", flashtune.__version__, "--", "*.py", "*.toml", "*.cff", "Makefile"],

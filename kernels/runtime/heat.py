@@ -8,7 +8,7 @@ Usage:
 All are compiled first, some at a time, and loaded: no compilation starts after half of the time,
 and those running are ended when a fifth of it is left. Then each is verified against float64
 before it is timed, and those that are not far behind take turns (measure/trial.py), in two
-seconds. The peak memory is computed before it is allocated; the modules are unloaded at the end.
+seconds. The peak memory is logged before it is allocated; the modules are unloaded at the end.
 """
 
 import logging
