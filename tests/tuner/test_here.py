@@ -1,5 +1,6 @@
 """This machine's devices by name, and the bandwidth that times are judged by."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -71,12 +72,17 @@ def test_a_cpus_bandwidth_is_measured_in_the_run_that_it_judges(
     assert here.as_it_is_now(H200) == H200
 
 
+def session_without_searches(self: session.Session, display: object) -> Iterator[float]:
+    self._device = here.as_it_is_now(self.request.device)
+    yield from ()
+
+
 def test_the_faster_of_both_measurements_counts(
     store: Store, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = iter([2e10, 3e10])
     monkeypatch.setattr(here, "fresh_bandwidth", lambda device: next(rates))
-    monkeypatch.setattr(session.Session, "_searches", lambda self, display: [])
+    monkeypatch.setattr(session.Session, "steps", session_without_searches)
     request = session.SearchRequest(device=describe_cpu(), problems=[problem], trials=1)
     outcome = session.Session(request, store).run(None)  # type: ignore[arg-type]
     assert result_data(outcome)["memory_bandwidth"] == 3e10

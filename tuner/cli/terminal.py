@@ -87,10 +87,12 @@ def print_rows(
     from rich.measure import Measurement
 
     console = output()
-    table = _table(title, headings, rows)
+    if title:  # not the table's own, which is wrapped at the table's width
+        console.print(spelled(title), style="table.title", soft_wrap=True)
+    table = _table(headings, rows)
     unlimited = console.options.update(max_width=_UNLIMITED)
     if Measurement.get(console, unlimited, table).maximum > console.width:
-        console.print(_table(title, headings[:-1], [row[:-1] for row in rows]))
+        console.print(_table(headings[:-1], [row[:-1] for row in rows]))
         for row in rows:
             if row[-1]:
                 console.print(spelled(f"{row[0]}: {row[-1]}"), soft_wrap=True)
@@ -100,13 +102,11 @@ def print_rows(
         console.print(spelled(note), soft_wrap=True)
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title=title and Text(spelled(title)),
-        title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,

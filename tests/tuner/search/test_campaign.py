@@ -39,6 +39,7 @@ import test_campaign as campaign
 
 campaign.search_and_say(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
 """
+AT_ONCE = "at once"  # an argument: wait for a line before the search
 
 
 lying = loaded(SCRIPT)
@@ -127,12 +128,15 @@ def search_and_say(path: Path, number: int, trials: int) -> None:
     with Store(path) as store, WorkerPool(here(1, transport)) as measurer:
         add = store.add
 
-        def said(record: object) -> None:
-            add(record)
-            print(record.key, flush=True)
+        def said(*records: object) -> None:
+            add(*records)
+            for record in records:
+                print(record.key, flush=True)
 
         store.add = said
         print("begun", flush=True)
+        if AT_ONCE in sys.argv:
+            sys.stdin.readline()
         search(
             Space(problem, device), MeasuringEvaluator(problem, device, None, measurer, seed=0),
             store, Budget(trials=trials), toolchain=Toolchain(triton="3.6.0"),
@@ -140,10 +144,11 @@ def search_and_say(path: Path, number: int, trials: int) -> None:
         )  # fmt: skip
 
 
-def start(path: Path, number: int, trials: int) -> "subprocess.Popen[str]":
+def start(path: Path, number: int, trials: int, *words: str) -> "subprocess.Popen[str]":
     folder = str(Path(__file__).parent)
     return subprocess.Popen(
-        [sys.executable, "-c", SEARCH, folder, str(path), str(number), str(trials)],
+        [sys.executable, "-c", SEARCH, folder, str(path), str(number), str(trials), *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -188,11 +193,17 @@ def test_a_search_that_is_killed_again_and_again_loses_nothing(tmp_path: Path, m
 
 def test_searches_at_once_on_one_database_lose_nothing(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "tuning.db"
-    processes = [start(path, number, 15) for number in (5, 5, 6)]
+    processes = [start(path, number, 15, AT_ONCE) for number in (5, 5, 6)]
     said = []
+    for process in processes:  # all are there: none takes over what another has written
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     for process in processes:
         out, errors = process.communicate(timeout=2 * PATIENCE)
         assert (process.returncode, errors) == (0, "")
-        said += out.split()[1:]
+        said += out.split()
     assert len(said) >= 3 * 15
     holds(path, said)
