@@ -103,6 +103,8 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
     "staged-int4-pinned-logits": (INT4, default_config(INT4, ORIN), ORIN),
     "batched-int8": (replace(INT8, n_tokens=8), BatchedConfig(pdl=True), H200),
     "batched-listed-int8": (replace(INT8, n_tokens=8), LISTED, H200),
+    "staged-int8-bits": (INT8, StagedConfig(widen="bits"), ORIN),
+    "batched-int8-bits": (replace(INT8, n_tokens=8), BatchedConfig(widen="bits"), H200),
     "batched-listed-odd": (ODD, replace(LISTED, score_block=32, gather_block=32), ORIN),
     "staged-in_place": (IN_PLACE, default_config(IN_PLACE, ORIN), ORIN),
     "cpp_fused-in_place": (IN_PLACE, default_config(IN_PLACE, X86), X86),

@@ -43,26 +43,32 @@ META = torch.device("meta")
 class Scratch:
     """What a step writes on its way. Not to be shared by steps that run at the same time.
 
-    listed int32 `[2 * n_clusters + 1]`: the clusters that any token probes, for each cluster
-    whether it is among them, and how many are. Where candidates are decided again: screened
-    float32 `[n_tokens, vocab_size]`, the logits of those that were screened; maxima float32, the
-    best of each program that screens, for each token.
+    Where clusters are listed: listed int32 `[2 * n_clusters + 1]`, the clusters that any token
+    probes, for each cluster whether it is among them, and how many are. Where candidates are
+    decided again: screened float32 `[n_tokens, vocab_size]`, the logits of those that were
+    screened; maxima float32, the best of each program that screens, for each token.
     """
 
     scores: torch.Tensor
     selected: torch.Tensor
     state: torch.Tensor
-    listed: torch.Tensor
+    listed: torch.Tensor | None = None
     screened: torch.Tensor | None = None
     maxima: torch.Tensor | None = None
 
     @classmethod
     def create(
-        cls, problem: Problem, library_topk: bool, device: torch.device, maxima: int = 0
+        cls,
+        problem: Problem,
+        library_topk: bool,
+        device: torch.device,
+        maxima: int = 0,
+        lists: bool = False,
     ) -> "Scratch":
         """Scratch in the state that a step leaves behind: no best logit yet, counters zero.
 
         maxima: how many there are of all tokens together, 0 where nothing is decided again.
+        lists: whether the clusters that any token probes are listed.
         """
         tokens, clusters = problem.n_tokens, problem.n_clusters
         width, dtype = (clusters, torch.int32)
@@ -78,7 +84,7 @@ class Scratch:
             scores=floats(tokens, clusters),
             selected=torch.empty(tokens, width, dtype=dtype, device=device),
             state=state,
-            listed=torch.empty(2 * clusters + 1, dtype=torch.int32, device=device),
+            listed=torch.empty(2 * clusters + 1, dtype=dtype, device=device) if lists else None,
             screened=floats(tokens, problem.vocab_size) if maxima else None,
             maxima=floats(maxima) if maxima else None,
         )
@@ -91,6 +97,7 @@ def scratch_of(problem: Problem, module: ModuleType, device: torch.device) -> Sc
         library_topk=_uses_topk(module),
         device=device,
         maxima=getattr(module, "MAXIMA_OF_ALL", 0),
+        lists=hasattr(module, "LISTED"),
     )
 
 

@@ -77,8 +77,13 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
         (BatchedConfig(), {"weight_dtype": "int8", "n_tokens": 8, "centroid_dtype": "int8"}),
         (BatchedConfig(), {"weight_dtype": "int4", "n_tokens": 8, "epilogue": "logits"}),
         (DenseConfig(), {"weight_dtype": "int8", "n_tokens": 8}),
+        (StagedConfig(score_block=256, gather_block=512, widen="bits"), {"weight_dtype": "int8"}),
+        (BatchedConfig(widen="bits", visit="listed"), {"weight_dtype": "int8", "n_tokens": 8}),
     ],
-    ids=["staged-int8", "staged-int4", "batched-int8", "batched-int4", "dense-int8"],
+    ids=[
+        *["staged-int8", "staged-int4", "batched-int8", "batched-int4", "dense-int8"],
+        *["staged-int8-bits", "batched-int8-bits-listed"],
+    ],
 )
 def test_quantised_rows_compile_without_spills(
     config: Config, changes: dict[str, Any], device: Device
