@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from told import Told
 
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.fleet import remote
@@ -58,17 +59,6 @@ def boards(servers, far, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, obj
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setattr(remote, "FAR_DEVICE", "quick_device")
     return found, far.python()
-
-
-class Told:
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self.notes, self.on_event = list[str](), on_event
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def start(self, problem: Problem, trials: int, floor_us: object) -> Callable[[Event], None]:
-        return self.on_event
 
 
 def test_boards_share_a_search_and_lose_nothing_with_their_connections(

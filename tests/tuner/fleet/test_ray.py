@@ -10,12 +10,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from told import Told
 
 import flashtune
 from flashtune.tuner.cli.main import cli
@@ -100,17 +101,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return RayTransport(**options) if "module" in options else quick(**options)
 
     monkeypatch.setattr(ray_cluster, "RayTransport", transport)
-
-
-class Told:
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self.notes, self.on_event = list[str](), on_event
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def start(self, problem: Problem, trials: int, floor_us: object) -> Callable[[Event], None]:
-        return self.on_event
 
 
 class TestACluster:

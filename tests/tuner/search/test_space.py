@@ -1,12 +1,12 @@
 """The space of configs: what is suggested, listed, near and fixed is valid and agrees."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, product
 
 import optuna
 import pytest
+from told import Told
 
 from flashtune.kernels.backends.target import default_config, target_of
 from flashtune.kernels.plans.candidate import PLANS, Candidate
@@ -15,7 +15,6 @@ from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.predict.stages.registry import PLAN_STAGES
 from flashtune.tuner.search.proposal import Proposals
-from flashtune.tuner.search.search import Event
 from flashtune.tuner.search.session import SearchRequest, Session
 from flashtune.tuner.search.space import Space, parse_fixed
 from flashtune.tuning_db.device import Device, all_devices, find_device
@@ -283,19 +282,6 @@ def test_a_session_begins_at_once_where_little_is_left(
     wide = Problem(vocab_size=151936, hidden_size=8192, n_clusters=9496, n_probes=256)
     Session(SearchRequest(device=H200, problems=[wide], trials=1, fixed=fixed), store)
     assert next(Space(wide, H200, fixed).configs()) is not None
-
-
-class Told:
-    """A display that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def start(self, problem: Problem, trials: int, floor_us: object) -> Callable[[Event], None]:
-        return lambda event: None
 
 
 def test_a_session_says_which_plan_it_cannot_search(
