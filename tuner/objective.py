@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 
+from flashtune.tuning_db.policy import is_final
 from flashtune.tuning_db.record import Measurement, Outcome, Record
-from flashtune.tuning_db.store import FINAL_POLICY
 from flashtune.tuning_db.table import rank
 
 MICRO = 1e6
@@ -80,9 +80,9 @@ def front(records: Iterable[Record]) -> list[Record]:
     return found
 
 
-def _energy_first(record: Record) -> tuple[bool, float, tuple[int, bool, float, str]]:
+def _energy_first(record: Record) -> tuple[bool, float, tuple[int, bool, bool, float, str]]:
     measurement = record.measurement
-    return measurement.policy != FINAL_POLICY, measurement.joules or 0.0, rank(record)
+    return not is_final(measurement.policy), measurement.joules or 0.0, rank(record)
 
 
 def _time_and_energy(record: Record) -> tuple[float, float]:

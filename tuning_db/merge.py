@@ -20,6 +20,7 @@ from typing import Any
 
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.policy import taken_behind
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome, Provenance, Record, when_made
 from flashtune.tuning_db.shortlist import shortlist
@@ -107,6 +108,9 @@ def _settle(one: _Side, other: _Side) -> tuple[_Side, str]:
         return newer, f"{_tools(newer)} is newer than {_tools(older)}"
     if one.provenance is not Provenance.MEASURED:
         return _settle_predictions(one, other)
+    behind = [taken_behind(side.best.measurement.policy) for side in (one, other)]
+    if behind[0] != behind[1]:
+        return one if behind[0] else other, "timed behind another kernel, as decode runs a step"
     times = [side.best.measurement.median_us or 0.0 for side in (one, other)]
     noise = max(side.best.measurement.noise_us for side in (one, other))
     if abs(times[0] - times[1]) <= noise:

@@ -33,6 +33,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import parse_json
 from flashtune.tuning_db.lock import knows_locks
 from flashtune.tuning_db.one_line import one_line, quoted
+from flashtune.tuning_db.policy import BEHIND, FINAL, is_final, taken_behind
 from flashtune.tuning_db.probe import (
     Figures,
     Probe,
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("flashtune")
 Read = TypeVar("Read")  # the type that a row is read as
 BUSY_SECONDS = 10.0
-FINAL_POLICY = "final"  # for a search's finalists, timed side by side
-RACE_POLICY = "race"  # for the winner of a race at a model's first load
 
 _BESIDE = ("-wal", "-shm", "-journal")  # suffixes that SQLite adds to a database's name
 
@@ -213,8 +212,8 @@ class Store:
     ) -> Record | None:
         """The record to run, or None; accept: whether a config may be run.
 
-        The most trusted provenance comes first, then `final` before other policies, then the
-        fastest.
+        The most trusted provenance comes first, then what was timed behind another kernel, then a
+        search's finalists, then the fastest.
         """
         wanted = {
             "device": device,
@@ -222,7 +221,10 @@ class Store:
             "toolchain": toolchain.key if toolchain else None,
             "outcome": Outcome.OK.value,
         }
-        order = f"{_TRUST}, policy = '{FINAL_POLICY}' DESC, median_us, config, toolchain"
+        order = (
+            f"{_TRUST}, policy LIKE '%{BEHIND}' DESC, policy LIKE '{FINAL}%' DESC, "
+            "median_us, config, toolchain"
+        )
         records = self._those_that_are(self._matching(wanted, order), _record)
         return next((record for record in records if accept(record.config)), None)
 
@@ -428,10 +430,11 @@ def _warn(text: str) -> None:
     LOG.warning("%s", text)
 
 
-def _standing(record: Record) -> tuple[int, bool, str]:
+def _standing(record: Record) -> tuple[int, bool, bool, str]:
     """The rank of a record's measurement: the higher replaces the lower."""
-    final = record.measurement.policy == FINAL_POLICY
-    return -record.provenance.rank, final, when_made(record.created)
+    policy = record.measurement.policy
+    made = when_made(record.created)
+    return -record.provenance.rank, taken_behind(policy), is_final(policy), made
 
 
 def _connect(path: Path, read_only: bool) -> tuple[sqlite3.Connection, int]:

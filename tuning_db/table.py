@@ -24,6 +24,7 @@ from flashtune.tuning_db.device import Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.foreign import parse_json, read_text
 from flashtune.tuning_db.one_line import quoted
+from flashtune.tuning_db.policy import is_final, taken_behind
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import (
     YOUNGER,
@@ -35,7 +36,7 @@ from flashtune.tuning_db.record import (
     when_made,
 )
 from flashtune.tuning_db.shortlist import MOST, shortlist
-from flashtune.tuning_db.store import FINAL_POLICY, Store
+from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.whole_file import write_whole
 
 TABLE_VERSION = 1
@@ -172,12 +173,13 @@ def toolchain_age(record: Record) -> tuple[list[list[int]], str]:
     return versions, when_made(record.created)
 
 
-def rank(record: Record) -> tuple[int, bool, float, str]:
+def rank(record: Record) -> tuple[int, bool, bool, float, str]:
     """Orders OK records, the best first."""
     measurement = record.measurement
     return (
         record.provenance.rank,
-        measurement.policy != FINAL_POLICY,
+        not taken_behind(measurement.policy),
+        not is_final(measurement.policy),
         measurement.median_us if measurement.median_us is not None else math.inf,
         config_key(record.config),
     )

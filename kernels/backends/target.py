@@ -24,8 +24,10 @@ from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.policy import policy_of, taken_behind
 from flashtune.tuning_db.probe import Figures
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance, Record
 
 Joules = Callable[[], float]
 """The device's energy so far; only differences are meaningful."""
@@ -40,7 +42,8 @@ class Target:
     starts: the plans in the order in which their starting points are tried.
     default: a config that is valid for every problem; baseline: the pipeline that every comparison
     is made with, in which a library selects the clusters.
-    timer: a step over cold weights, as decode runs it.
+    timer: a step over cold weights, as decode runs it. times_behind: whether it is timed behind
+    another kernel, which the policies of its times say.
     describe: the device under a torch device, None if that is not of this kind. here: this
     machine's device, None if it has none; described: the same, but its bandwidth may be unknown
     where measuring it would take templates. named: this machine's device if that is its name.
@@ -66,6 +69,7 @@ class Target:
     default: Callable[[Problem, Device], Config]
     baseline: Callable[[Problem, Device], Config]
     timer: Callable[[Step, Workload], Timer]
+    times_behind: bool
     describe: Callable[[torch.device], Device | None]
     here: Callable[[], Device | None]
     described: Callable[[], Device | None]
@@ -81,6 +85,18 @@ class Target:
     probe: Callable[[Device, torch.device], Figures | None]
     conditions: Callable[[torch.device], Mapping[str, str]]
     energy: Callable[[torch.device], AbstractContextManager[Joules]]
+
+
+def policy_for(purpose: str, device: Device) -> str:
+    """The policy of times that are taken of a device for this purpose; see tuning_db/policy.py."""
+    return policy_of(purpose, behind=target_of(device).times_behind)
+
+
+def timed_otherwise(record: Record, device: Device) -> bool:
+    """Whether a measured time of this device was not taken as times are now."""
+    measured = record.provenance is Provenance.MEASURED
+    behind = taken_behind(record.measurement.policy)
+    return measured and target_of(device).times_behind and not behind
 
 
 def no_energy(where: torch.device) -> NoReturn:

@@ -190,6 +190,7 @@ TORCH = Target(
     default=lambda problem, device: FALLBACK.config(),
     baseline=lambda problem, device: FALLBACK.config(),
     timer=_timer,
+    times_behind=False,
     describe=_describe,
     here=lambda: None,
     described=lambda: None,

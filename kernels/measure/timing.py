@@ -1,14 +1,14 @@
-"""How long a step takes under decode conditions: cold weights, median.
+"""How long a step takes under decode conditions: cold weights, behind another kernel, median.
 
 Usage:
-    timer = GraphTimer(step, workload)      # a CUDA graph; WallTimer for steps on the CPU
+    timer = BehindTimer(step, workload)     # CUDA graphs; WallTimer for steps on the CPU
     timer.sample(20)          # microseconds a call, one value a replay
 """
 
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,33 +37,29 @@ class Timer(Protocol):
         """That many samples, each in microseconds a call."""
 
 
-class GraphTimer:
-    """A graph of steps over rotating weights, and its replays' times.
+class _Graph:
+    """A CUDA graph of so many calls, and its replays' times.
 
-    Lets exceptions of the step during capture through.
+    Lets exceptions of a call during capture through.
     """
 
-    def __init__(self, step: Step, workload: Workload) -> None:
-        """Run the step once, then capture it over every set of weights."""
-        n_sets = len(workload.sets)
-        self.calls = -(-CALLS_PER_REPLAY // n_sets) * n_sets
-        where = torch.device("cuda")
-        self.out = [new_out(workload.problem, where) for _ in range(self.calls)]
-        step(workload.sets[0], workload.states[0], self.out[0])
+    def __init__(self, run: Callable[[int], None], calls: int) -> None:
+        """Run the first call once, then capture all of them, given their number."""
+        self._calls = calls
+        run(0)
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # a collection in a capture can unload modules
         try:
             # What other threads do meanwhile must not fail: a race is held beside a live model.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                for call in range(self.calls):
-                    index = call % n_sets
-                    step(workload.sets[index], workload.states[index], self.out[call])
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                for call in range(calls):
+                    run(call)
         finally:
             if collecting:
                 gc.enable()
-        self.graph.replay()
+        self._graph.replay()
         torch.cuda.synchronize()
 
     def sample(self, replays: int) -> list[float]:
@@ -74,13 +70,78 @@ class GraphTimer:
         ]
         for start, end in zip(events[::2], events[1::2], strict=True):
             start.record()
-            self.graph.replay()
+            self._graph.replay()
             end.record()
         torch.cuda.synchronize()
         return [
-            start.elapsed_time(end) * 1e3 / self.calls
+            start.elapsed_time(end) * 1e3 / self._calls
             for start, end in zip(events[::2], events[1::2], strict=True)
         ]
+
+
+class GraphTimer:
+    """Steps over rotating weights that follow one another in a graph.
+
+    A step may begin before the one before it has ended, which no decode lets it do: for parts of a
+    step, and for comparisons with a BehindTimer. Lets exceptions of the step through.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once, then capture it over every set of weights."""
+        sets, states = workload.sets, workload.states
+        self.calls = calls = _calls_of(workload)
+        self.out = out = _outs(workload, calls)
+
+        def run(call: int) -> None:
+            index = call % len(sets)
+            step(sets[index], states[index], out[call])
+
+        self._graph = _Graph(run, calls)
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a replay."""
+        return self._graph.sample(replays)
+
+
+class BehindTimer:
+    """Steps over rotating weights, each behind a kernel that writes its hidden state.
+
+    This is how decode runs a step: behind the model's last norm, which lets nothing begin before
+    it has ended. The kernel's own time is taken off: a sample is that of a graph with steps less
+    the median of a graph without, replayed in turn with it. Lets exceptions of the step through.
+    """
+
+    def __init__(self, step: Step, workload: Workload) -> None:
+        """Run the step once, then capture it over every set of weights."""
+        sets, states = workload.sets, workload.states
+        self.calls = calls = _calls_of(workload)
+        self.out = out = _outs(workload, calls)
+        self._hidden = hidden = torch.empty_like(states[0])  # a graph does not keep it alive
+
+        def lead(call: int) -> None:
+            torch.mul(states[call % len(sets)], 1.0, out=hidden)
+
+        def run(call: int) -> None:
+            lead(call)
+            step(sets[call % len(sets)], hidden, out[call])
+
+        self._whole, self._lead = _Graph(run, calls), _Graph(lead, calls)
+
+    def sample(self, replays: int) -> list[float]:
+        """Microseconds a call, one value a replay."""
+        lead = statistics.median(self._lead.sample(replays))
+        return [sample - lead for sample in self._whole.sample(replays)]
+
+
+def _outs(workload: Workload, calls: int) -> list[torch.Tensor]:
+    """An output for each call of a graph, which does not keep them alive."""
+    return [new_out(workload.problem, torch.device("cuda")) for _ in range(calls)]
+
+
+def _calls_of(workload: Workload) -> int:
+    """How many calls a graph has: as many on each set of weights."""
+    n_sets = len(workload.sets)
+    return -(-CALLS_PER_REPLAY // n_sets) * n_sets
 
 
 class WallTimer:

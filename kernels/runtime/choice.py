@@ -9,7 +9,8 @@ Levels, best first: the same problem on the same device; the nearest shape on th
 the nearest device (its architecture first, then `device_distance`) with the nearest shape; the
 default config; plain torch. Inside a level a measured record goes before a corrected one, and
 that before a predicted one, then the nearer one, then the source given first, then one made with
-this toolchain, then one of a search's final timing, then the fastest.
+this toolchain, then one timed behind another kernel, then one of a search's final timing, then the
+fastest.
 """
 
 import math
@@ -19,20 +20,26 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
-from flashtune.kernels.backends.target import default_config, known_good, target_of
+from flashtune.kernels.backends.target import (
+    default_config,
+    known_good,
+    target_of,
+    timed_otherwise,
+)
 from flashtune.kernels.plans import FALLBACK
 from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuning_db.device import Device, Toolchain, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.evidence import why_less_trusted
+from flashtune.tuning_db.policy import is_final, is_of_a_race, taken_behind
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome, Provenance, Record, config_key
 from flashtune.tuning_db.shortlist import MOST
-from flashtune.tuning_db.store import FINAL_POLICY, RACE_POLICY
 
 USER, ADDED, PREBUILT = "user database", "added table", "prebuilt table"
 BUILT_IN = "built in"
+TIMING = "the way of timing"
 NEAR_WINNERS = 4  # of other shapes or devices, raced if this shape has no record
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
@@ -81,7 +88,7 @@ class Choice:
     """What to run and why. `record` is None at the last two levels.
 
     `skipped` counts the better placed records that were passed over, by reason. `outdated` names
-    the tools that have changed since a record was measured.
+    the tools that have changed since a record was measured, and `TIMING` where that has.
     """
 
     config: Config
@@ -96,7 +103,7 @@ class Choice:
 
     @property
     def stale(self) -> bool:
-        """Whether the record's time was measured with tools that have changed since."""
+        """Whether the record's time was measured with tools, or in a way, that changed since."""
         return bool(self.outdated)
 
     @property
@@ -129,7 +136,7 @@ class Choice:
             "record": record.key if record else None,
             "record_device": record.device if record else None,
             "median_us": record.measurement.median_us if record else None,
-            "raced": record is not None and record.measurement.policy == RACE_POLICY,
+            "raced": record is not None and is_of_a_race(record.measurement.policy),
             "stale": self.stale,
             "toolchain_matches": self.toolchain_matches,
             "differences": [difference._asdict() for difference in self.differences],
@@ -269,7 +276,8 @@ def _candidates(
                 *nearness,
                 rank,
                 record.toolchain != toolchain,
-                record.measurement.policy != FINAL_POLICY,
+                not taken_behind(record.measurement.policy),
+                not is_final(record.measurement.policy),
                 record.measurement.median_us or 0.0,
             )
             candidates.append(
@@ -359,10 +367,12 @@ def _chosen(
     ]
     differing = tuple(one for one in differences if one.wanted != one.found)
     why = f"{record.provenance.value} on {record.device} for {record.problem.describe()}"
-    if record.measurement.policy == RACE_POLICY:
+    if is_of_a_race(record.measurement.policy):
         why += " in a race"
     measured = record.provenance is Provenance.MEASURED
     outdated = record.toolchain.outdated(toolchain) if measured else ()
+    if candidate.level is not Level.NEAREST_DEVICE and timed_otherwise(record, device):
+        outdated += (TIMING,)
     if differing:
         why += "; differs in " + ", ".join(
             f"{one.field} (wanted {one.wanted}, found {one.found})" for one in differing

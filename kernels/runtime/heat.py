@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from flashtune.kernels.backends.target import backend_of, target_of
+from flashtune.kernels.backends.target import backend_of, policy_for, target_of
 from flashtune.kernels.measure.memory import free_bytes, scratch_bytes
 from flashtune.kernels.measure.timing import timer_bytes
 from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
@@ -31,9 +31,9 @@ from flashtune.kernels.plans.config import Config, slack_of
 from flashtune.kernels.runtime.compilers import Compilers
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
+from flashtune.tuning_db.policy import RACE
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement
-from flashtune.tuning_db.store import RACE_POLICY
 
 LOG = logging.getLogger("flashtune")
 BEGIN_SHARE, COMPILE_SHARE = 0.5, 0.8  # of the time: when to stop starting, and to stop waiting
@@ -101,7 +101,7 @@ def compare(
         room / 2**20,
         where,
     )
-    trial: Trial[Config] = Trial(workload, target_of(device).timer, RACE_POLICY)
+    trial: Trial[Config] = Trial(workload, target_of(device).timer, policy_for(RACE, device))
     compiled = _compile(problem, configs, device, where, seconds)
     missed = _load(trial, configs, compiled, until=start + COMPILE_SHARE * seconds)
     begun = time.monotonic()

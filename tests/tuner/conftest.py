@@ -83,6 +83,7 @@ def recorded(problem: Problem, device: Device) -> Recorded:
             outcome=Outcome.CRASH if time_us is None else Outcome.OK,
             median_us=time_us,
             error="illegal access" if time_us is None else "",
+            policy="search-behind",
         )
         values = {
             "device": device,

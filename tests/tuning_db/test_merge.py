@@ -60,6 +60,16 @@ def test_the_faster_by_more_than_the_noise_beats_the_slower(make_record: MakeRec
     assert merged(slow, fast) == ([fast], ["b"])
 
 
+def test_a_time_taken_behind_a_kernel_beats_a_shorter_one_that_was_not(
+    make_record: MakeRecord,
+) -> None:
+    behind = make_record(12.0, policy="final-behind", config={"plan": "a"})
+    alone = make_record(10.0, policy="final", config={"plan": "b"})
+    assert merged(alone, behind) == ([behind], ["b"])
+    [conflict] = merge([("a", table(alone)), ("b", table(behind))]).conflicts
+    assert conflict.why == "timed behind another kernel, as decode runs a step"
+
+
 def test_within_the_noise_the_first_table_keeps_its_record(make_record: MakeRecord) -> None:
     one = make_record(10.0, config={"plan": "a"})
     two = make_record(9.8, config={"plan": "b"})

@@ -64,6 +64,9 @@ def test_what_is_stored_is_there_for_the_next_reader(
         (("measured", "final", EARLY), ("measured", "search", LATE), 1),
         (("measured", "final", EARLY), ("measured", "race", LATE), 1),
         (("measured", "final", EARLY), ("measured", "final", LATE), 2),
+        (("measured", "final", LATE), ("measured", "search-behind", EARLY), 2),
+        (("measured", "search-behind", EARLY), ("measured", "final", LATE), 1),
+        (("measured", "final-behind", EARLY), ("measured", "search-behind", LATE), 1),
         (("measured", "search", EARLY), ("predicted", "v1", LATE), 1),
         (("predicted", "v1", LATE), ("measured", "search", EARLY), 2),
         (("predicted", "v1", EARLY), ("predicted", "v2", LATE), 2),
@@ -139,10 +142,12 @@ def test_records_are_filtered(store: Store, make_record: MakeRecord, problem: Pr
     assert store.problems("gb10") == []
 
 
-def test_the_best_is_measured_then_final_then_fast(
+def test_the_best_is_measured_then_behind_a_kernel_then_final_then_fast(
     store: Store, make_record: MakeRecord, problem: Problem
 ) -> None:
     ranked = [
+        make_record(9.0, policy="final-behind", config={"plan": "g"}),
+        make_record(8.0, policy="search-behind", config={"plan": "h"}),
         make_record(6.0, policy="final", config={"plan": "a"}),
         make_record(7.0, policy="final", config={"plan": "b"}),
         make_record(4.0, policy="search", config={"plan": "c"}),

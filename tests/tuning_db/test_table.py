@@ -252,6 +252,16 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, table: TuningTable
         read_table(tmp_path / "latin.json")
 
 
+def test_a_time_taken_behind_a_kernel_is_exported_before_a_shorter_one_that_was_not(
+    tmp_path: Path, make_record: MakeRecord
+) -> None:
+    behind = make_record(5.0, policy="search-behind", config={"plan": "a"})
+    with Store(tmp_path / "a.db") as store:
+        store.add(make_record(4.0, policy="final", config={"plan": "b"}))
+        store.add(behind)
+        assert table_from_store(store, "nvidia-h200").records == (behind,)
+
+
 def test_a_store_s_best_become_a_table(
     tmp_path: Path, make_record: MakeRecord, problem: Problem
 ) -> None:

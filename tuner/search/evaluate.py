@@ -18,16 +18,17 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from flashtune.kernels.backends.target import target_of
+from flashtune.kernels.backends.target import policy_for, target_of
 from flashtune.kernels.measure.trial import FAR_BEHIND
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config
 from flashtune.kernels.predict.cost_model import VERSION, predict
-from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply
+from flashtune.tuner.workers.answers.reply import Reply
 from flashtune.tuner.workers.pool import WorkerPool, rest
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.policy import SEARCH
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 
@@ -278,7 +279,7 @@ class MeasuringEvaluator:
                 self._ask("compare", config, COMPARE_SECONDS)
                 return []
             self._best_us = min(self._best_us or math.inf, measurement.median_us)
-        return [self._ended(config, replace(measurement, policy=SEARCH_POLICY))]
+        return [self._ended(config, replace(measurement, policy=policy_for(SEARCH, task.device)))]
 
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Time several configs in turns, so that a drifting clock favours none.

@@ -137,7 +137,7 @@ def _best(known: Iterable[KnownRecord]) -> KnownRecord | None:
     return min(known, key=_place, default=None)
 
 
-def _place(known: KnownRecord) -> tuple[int, int, tuple[int, bool, float, str]]:
+def _place(known: KnownRecord) -> tuple[int, int, tuple[int, bool, bool, float, str]]:
     trust = known.record.provenance.rank
     return trust, _SOURCES.index(known.source), rank(known.record)
 

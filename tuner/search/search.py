@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from flashtune.kernels.backends.target import baseline_config, default_config
+from flashtune.kernels.backends.target import baseline_config, default_config, timed_otherwise
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.tuner.objective import Objective, front
 from flashtune.tuner.search.evaluate import REST_SECONDS, Evaluation, Evaluator, Steps
@@ -27,9 +27,10 @@ from flashtune.tuner.search.proposal import Proposals, references
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.policy import is_final
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
-from flashtune.tuning_db.store import FINAL_POLICY, Store
+from flashtune.tuning_db.store import Store
 
 FINALISTS = 6
 MOST_COMPARISONS = 10  # comparisons without failures in which the lead changes
@@ -148,11 +149,17 @@ class Search:
         self.ended = True
 
     def _recall(self, retry_failed: bool) -> None:
-        """Learn from the results of earlier runs in the store; failures may be proposed again."""
+        """Learn from the results of earlier runs in the store; failures may be proposed again.
+
+        Times that were not taken as they are now can't be compared: those configs are timed again.
+        """
         for record in self.store.records(
             device=self.space.device.name, toolchain=self.toolchain, problem=self.space.problem
         ):
+            timed = record.measurement.median_us is not None
             if record.provenance is not self.evaluator.provenance:
+                continue
+            if timed and timed_otherwise(record, self.space.device):
                 continue
             try:
                 config = parse_config(record.config)
@@ -207,7 +214,7 @@ class Search:
         """
         self.finals = yield from self._finals()
         compared = {
-            config for config, each in self.proposals.known.items() if each.policy == FINAL_POLICY
+            config for config, each in self.proposals.known.items() if is_final(each.policy)
         }
         for config in self.finals:
             if not self._default_kept() or config in {self.default, *compared}:

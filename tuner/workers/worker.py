@@ -20,7 +20,7 @@ from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.weights import Step
 from flashtune.tuner.workers.answers.message import from_line, to_line
-from flashtune.tuner.workers.answers.reply import SEARCH_POLICY, Reply, policy_of
+from flashtune.tuner.workers.answers.reply import Reply, policy_of
 from flashtune.tuner.workers.keeper import REPLIES
 from flashtune.tuner.workers.task import Task
 from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
@@ -53,9 +53,8 @@ class Worker:
             source = task.sources[0] if task.sources else None
             uses = backend_of(candidate).compile(candidate, source)
         except Exception as error:
-            return Reply(
-                measurements=(failure(error, Outcome.COMPILE_ERROR, policy=SEARCH_POLICY),)
-            )
+            failed = failure(error, Outcome.COMPILE_ERROR, policy_of(task))
+            return Reply(measurements=(failed,))
         return Reply(uses=tuple(uses))
 
     def _measure(self, task: Task) -> Reply:

@@ -48,6 +48,7 @@ CPU = Target(
     default=cpp_fused.default,
     baseline=cpp_staged.baseline,
     timer=WallTimer,
+    times_behind=False,
     describe=_describe,
     here=this_cpu,
     described=describe_cpu,

@@ -16,7 +16,7 @@ from flashtune.kernels.backends.nvidia.power import conditions, energy_counter
 from flashtune.kernels.backends.nvidia.step import index_of
 from flashtune.kernels.backends.target import Target
 from flashtune.kernels.measure.probe import probe
-from flashtune.kernels.measure.timing import GraphTimer
+from flashtune.kernels.measure.timing import BehindTimer
 from flashtune.kernels.plans import BATCHED, DENSE, PERSISTENT, STAGED, STREAMED, batched, staged
 from flashtune.kernels.plans.candidate import Candidate, Plan, why_broken
 from flashtune.kernels.plans.knob import Config
@@ -88,7 +88,8 @@ NVIDIA = Target(
     torch_device="cuda",
     default=_default,
     baseline=staged.baseline,
-    timer=GraphTimer,
+    timer=BehindTimer,
+    times_behind=True,
     describe=describe,
     here=_here,
     described=_here,

@@ -55,7 +55,7 @@ def record(
         "measurement": Measurement(
             outcome=outcome,
             median_us=median_us if outcome in (Outcome.OK, Outcome.PRUNED) else None,
-            policy=changes.pop("policy", "search"),
+            policy=changes.pop("policy", "search-behind"),
         ),
         "created": "2026-01-31T12:00:00Z",
     }
@@ -83,7 +83,7 @@ def test_the_exact_record_is_chosen_and_nothing_differs() -> None:
 def test_of_exact_records_the_fastest_is_chosen_and_final_ones_go_first() -> None:
     slow, fast = record(staged(1), 20.0), record(staged(4), 10.0)
     assert pick([slow, fast]).config == staged(4)
-    assert pick([record(staged(1), 20.0, policy="final"), fast]).config == staged(1)
+    assert pick([record(staged(1), 20.0, policy="final-behind"), fast]).config == staged(1)
 
 
 def test_measured_goes_before_predicted_and_user_before_prebuilt() -> None:
@@ -343,6 +343,18 @@ def test_what_failed_here_is_not_raced_again() -> None:
     assert good in raced(guess, failed)
     assert staged(4) not in raced(guess, failed)
     assert good not in raced(record(good, outcome=Outcome.CRASH))
+
+
+def test_a_time_taken_back_to_back_is_stale_on_a_gpu_and_goes_last() -> None:
+    old = record(staged(4), 9.0, policy="final")
+    choice = pick([old])
+    assert (choice.stale, choice.settled, choice.outdated) == (True, False, ("the way of timing",))
+    assert choice.why.endswith("; stale, for the way of timing changed since")
+    assert pick([old, record(staged(1), 12.0)]).config == staged(1)
+    guess = pick([record(staged(4), provenance=Provenance.PREDICTED, policy="stages-1")])
+    assert not guess.stale
+    elsewhere = pick([replace(old, device=ORIN.name)])  # no time of this device at all
+    assert (elsewhere.level, elsewhere.stale) == (Level.NEAREST_DEVICE, False)
 
 
 def test_a_measured_record_of_other_tools_is_stale_and_a_prediction_is_not() -> None:

@@ -34,8 +34,9 @@ from flashtune.kernels.runtime.compilers import Compilers
 from flashtune.tuning_db.device import Toolchain
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.lock import hold
+from flashtune.tuning_db.policy import RACE
 from flashtune.tuning_db.record import Outcome, Provenance, Record
-from flashtune.tuning_db.store import RACE_POLICY, Store
+from flashtune.tuning_db.store import Store
 
 SCRIPT = Path(__file__).with_name("pretended.py")
 MEASURED = Provenance.MEASURED
@@ -77,7 +78,7 @@ def add(database: Path, *records: Record) -> None:
             store.add(each)
 
 
-def kept(database: Path, policy: str = RACE_POLICY) -> list[Record]:
+def kept(database: Path, policy: str = RACE) -> list[Record]:
     with Store(database, read_only=True) as store:
         return [each for each in store.records() if each.measurement.policy == policy]
 

@@ -25,7 +25,7 @@ from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
-from flashtune.tuning_db.store import FINAL_POLICY, Store
+from flashtune.tuning_db.store import Store
 
 EVIL = "</script><script>alert(1)</script> & <b>"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -60,7 +60,7 @@ def database(
             elif number == 7:
                 record = recorded(config, 20.0, measurement=slow)
             store.add(record)
-        final = Measurement(outcome=Outcome.OK, median_us=18.0, policy=FINAL_POLICY)
+        final = Measurement(outcome=Outcome.OK, median_us=18.0, policy="final-behind")
         store.add(recorded(default, 18.0, measurement=final))
         store.add(recorded(default, 700.0, device="cpu-of-another-machine"))
     return path

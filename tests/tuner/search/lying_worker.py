@@ -52,11 +52,11 @@ def measured(config: dict[str, Any], number: int, final: bool) -> dict[str, Any]
     if fault == "flaky" and final:
         return {
             "outcome": "wrong_result", "median_us": None, "spread_us": None, "samples": 0,
-            "error": "flaky", "policy": "final", "joules": None,
+            "error": "flaky", "policy": "final-behind", "joules": None,
         }  # fmt: skip
     found = {
         "outcome": "ok", "median_us": time_us, "spread_us": 0.1, "samples": 10, "error": "",
-        "policy": "final" if final else "search", "joules": None,
+        "policy": "final-behind" if final else "search-behind", "joules": None,
     }  # fmt: skip
     return {**found, **BROKEN.get(fault, {})}
 

@@ -231,7 +231,7 @@ def measured_in_turn(
             return Reply(measurements=(Measurement(outcome=outcome, median_us=time_us),))
         time = again.get(number, time_us)
         found = CRASH if time is None else ok(time)
-        return Reply(measurements=(replace(found, policy="final"),))
+        return Reply(measurements=(replace(found, policy="final-behind"),))
 
     measurer = InstantPool(1, reply)
     evaluator = MeasuringEvaluator(
@@ -244,7 +244,7 @@ def measured_in_turn(
             for each in evaluator.collect():
                 assert each.config not in answers
                 answers[each.config] = each.measurement
-    assert {each.policy for each in answers.values()} == {"search"}
+    assert {each.policy for each in answers.values()} == {"search-behind"}
     found = [(answers[each].outcome, answers[each].median_us) for each in configs]
     return found, measurer.asked
 

@@ -51,9 +51,9 @@ class Replay(ReplayEvaluator):
         assert self.final_us is not None
         time_us = self.final_us.get(config, 99.0)
         if time_us is None:
-            return Measurement(outcome=Outcome.WRONG_RESULT, error="flaky", policy="final")
+            return Measurement(outcome=Outcome.WRONG_RESULT, error="flaky", policy="final-behind")
         return Measurement(
-            outcome=Outcome.OK, median_us=time_us, spread_us=0.0, samples=40, policy="final"
+            outcome=Outcome.OK, median_us=time_us, spread_us=0.0, samples=40, policy="final-behind"
         )
 
 
@@ -248,6 +248,20 @@ def test_an_interrupted_search_goes_on_where_it_was(
     assert third.asked == 0
 
 
+def test_configs_that_were_timed_in_another_way_are_timed_again_and_failures_are_not(
+    run, replay, store: Store, space: Space, recorded
+) -> None:
+    timed, failed = list(space.configs())[:2]
+    for config, time_us in ((timed, 1.0), (failed, None)):
+        record = recorded(config, time_us)
+        old = replace(record, measurement=replace(record.measurement, policy="final"))
+        store.add(old)
+    evaluator = replay()
+    result = run(evaluator, 10_000, sampler="exhaustive")
+    assert timed in evaluator.submitted and failed not in evaluator.submitted
+    assert result.winner is not None and result.winner.measurement.median_us != 1.0
+
+
 def test_other_provenances_toolchains_and_spaces_are_not_resumed(
     run, replay, store: Store, space: Space, recorded
 ) -> None:
@@ -338,7 +352,7 @@ def test_a_lead_within_the_noise_is_none(
     expected = default if kept else best
     assert result.winner is not None
     assert result.winner.config == config_data(expected)
-    assert result.winner.measurement.policy == "final"
+    assert result.winner.measurement.policy == "final-behind"
     assert store.best(space.device.name, space.problem) == result.winner
 
 
@@ -367,7 +381,7 @@ def test_a_spread_of_the_default_is_noise_too(run, replay, space: Space) -> None
                 outcome=Outcome.OK,
                 median_us=9.0 if config == best else 10.0,
                 spread_us=3.0 if config == default else 0.0,
-                policy="final",
+                policy="final-behind",
             )
 
     evaluator = Spread([])
@@ -390,7 +404,7 @@ def test_finalists_are_the_best_and_the_default(run, replay, store: Store, space
     result = run(evaluator, 10_000, sampler="exhaustive")
     times = sorted(map(landscape, evaluator.compared))
     assert times == sorted([*map(landscape, by_time[:FINALISTS]), landscape(default)])
-    finals = [each for each in store.records() if each.measurement.policy == "final"]
+    finals = [each for each in store.records() if each.measurement.policy == "final-behind"]
     assert len(finals) == FINALISTS + 1
     assert result.winner is not None
     assert result.winner.measurement.median_us == 8.0

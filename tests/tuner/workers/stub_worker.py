@@ -72,7 +72,7 @@ def main() -> None:
             time_us = subprocess.Popen(["sleep", "600"]).pid
         measurement = {
             "outcome": "ok", "median_us": 0 if seed == NO_TIME else time_us, "spread_us": 0.5,
-            "samples": 2, "error": "", "policy": "search", "joules": None,
+            "samples": 2, "error": "", "policy": "search-behind", "joules": None,
         }  # fmt: skip
         if seed == TROUBLE:
             measurement |= {

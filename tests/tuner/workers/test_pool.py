@@ -467,7 +467,7 @@ def test_each_failure_is_a_record_and_the_search_goes_on(
         for outcome, _ in (EXPECTED[each] for each in [*faulty.FAULTS.values(), "wrong"])
     )
 
-    timed_again = [each for each in store.records() if each.measurement.policy == "final"]
+    timed_again = [each for each in store.records() if each.measurement.policy == "final-behind"]
     finals = [each for each in timed_again if each.measurement.outcome is Outcome.OK]
     assert len(finals) == 7  # six, and the default
     assert all(record.measurement.samples == 40 for record in finals)

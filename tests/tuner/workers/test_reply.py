@@ -21,7 +21,10 @@ from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape
 from flashtune.tuning_db.record import Measurement, Outcome, Provenance
 from flashtune.tuning_db.table import prebuilt_table
 
-OK = Measurement(outcome=Outcome.OK, median_us=20.0, spread_us=0.5, samples=10, policy="search")
+OK = Measurement(
+    outcome=Outcome.OK, median_us=20.0, spread_us=0.5, samples=10, policy="search-behind"
+)
+FINAL = replace(OK, policy="final-behind")
 USE = KernelUse(
     kernel="score", programs=8, warps=4, registers=32, shared_bytes=0, arguments=("out",)
 )
@@ -47,8 +50,7 @@ def read(data: Any, task: Task) -> Reply:
 
 def test_what_a_worker_says_is_taken(task) -> None:
     pruned = replace(OK, outcome=Outcome.PRUNED, samples=2)
-    failed = Measurement(outcome=Outcome.CRASH, error="no", policy="search")
-    final = replace(OK, policy="final")
+    failed = Measurement(outcome=Outcome.CRASH, error="no", policy="search-behind")
     for asked, reply in [
         (task("measure"), Reply(measurements=(OK,))),
         (task("measure", best_us=9.0), Reply(measurements=(pruned,))),
@@ -56,7 +58,7 @@ def test_what_a_worker_says_is_taken(task) -> None:
         (task("compile"), Reply(uses=(USE, USE))),
         (task("compile"), Reply()),  # of a CPU's kernels nothing is known
         (task("compile"), Reply(measurements=(failed,))),
-        (task("compare", 3), Reply(measurements=(final, None, final))),
+        (task("compare", 3), Reply(measurements=(FINAL, None, FINAL))),
     ]:
         assert read(reply.data(), asked) == reply
 
@@ -67,7 +69,7 @@ def test_what_a_worker_says_is_taken(task) -> None:
         ("measure", Reply(), "measurements of 0 configs, not 1"),
         ("measure", Reply(measurements=(OK, OK)), "measurements is not a list of at most 1"),
         ("measure", Reply(measurements=(None,)), "does not say what became of the config"),
-        ("measure", Reply(measurements=(replace(OK, policy="final"),)), "policy is not that"),
+        ("measure", Reply(measurements=(FINAL,)), "policy is not that"),
         ("compare", Reply(measurements=(OK,)), "policy is not that of the task"),
         ("measure", Reply(measurements=(replace(OK, samples=0),)), "samples is not a whole"),
         ("measure", Reply(measurements=(replace(OK, spread_us=None),)), "spread_us is not a num"),
@@ -156,9 +158,7 @@ def test_whatever_is_changed_is_refused_or_in_range(task) -> None:
     generator = random.Random(5)
     asked = {
         "measure": (task("measure", best_us=9.0), Reply(measurements=(OK,))),
-        "compare": (
-            task("compare", 2), Reply(measurements=(replace(OK, policy="final"), None))
-        ),
+        "compare": (task("compare", 2), Reply(measurements=(FINAL, None))),
         "compile": (task("compile"), Reply(uses=(USE, USE))),
         "fail": (
             task("compile"),
@@ -178,7 +178,7 @@ def test_whatever_is_changed_is_refused_or_in_range(task) -> None:
             assert each.median_us is None or 0.05 <= each.median_us <= 1e9
             assert each.error.isprintable() and len(each.error) <= 500
             each.error.encode()
-            assert each.policy == ("final" if about.kind == "compare" else "search")
+            assert each.policy == ("final-behind" if about.kind == "compare" else "search-behind")
         for use in found.uses:
             assert use.kernel.isprintable() and use.programs >= 1
             assert all(0 <= value < 2**31 for value in asdict(use).values() if type(value) is int)

@@ -63,7 +63,8 @@ def test_tasks_and_replies_survive_their_lines(task: MakeTask, backend) -> None:
     for kind in ("compile", "measure"):
         reply = Worker().answer(task(kind, FINE))
         assert read(reply, task(kind, FINE)) == reply
-    crashed = Reply(measurements=(Measurement(outcome=Outcome.CRASH, error="a\nb"),), fatal=True)
+    crash = Measurement(outcome=Outcome.CRASH, error="a\nb", policy="search-behind")
+    crashed = Reply(measurements=(crash,), fatal=True)
     assert "\n" not in to_line("a name", crashed.data())
     [measurement] = read(crashed, task("measure", FINE)).measurements
     assert measurement.error == "a b"
@@ -87,7 +88,7 @@ def test_a_config_is_pruned_only_when_far_behind_the_best(task: MakeTask, backen
 
 def test_a_comparison_gives_a_measurement_for_each_config(task: MakeTask, backend) -> None:
     reply = Worker().answer(task("compare", SLOW, FINE))
-    assert [each.policy for each in reply.measurements] == ["final", "final"]
+    assert [each.policy for each in reply.measurements] == ["final-behind", "final-behind"]
     slow, fine = (each.median_us for each in reply.measurements)
     assert slow == pytest.approx(1000.0)
     assert fine == pytest.approx(50.0)

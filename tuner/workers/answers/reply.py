@@ -12,6 +12,7 @@ send raises ReplyError.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from flashtune.kernels.backends.target import policy_for
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.tuner.workers.answers.least_time import least_us
 from flashtune.tuner.workers.answers.message import (
@@ -24,10 +25,9 @@ from flashtune.tuner.workers.answers.message import (
     whole_number,
 )
 from flashtune.tuner.workers.task import Task
+from flashtune.tuning_db.policy import FINAL, SEARCH
 from flashtune.tuning_db.record import Measurement, Outcome
-from flashtune.tuning_db.store import FINAL_POLICY
 
-SEARCH_POLICY = "search"
 MOST_US = 1e9  # of a step: more than any deadline allows
 _MOST_SAMPLES = 10**6
 _MOST_USES = 64
@@ -61,7 +61,7 @@ class Reply:
 
 def policy_of(task: Task) -> str:
     """The policy of the measurements that a task asks for."""
-    return FINAL_POLICY if task.kind == "compare" else SEARCH_POLICY
+    return policy_for(FINAL if task.kind == "compare" else SEARCH, task.device)
 
 
 def read_reply(data: Any, task: Task) -> Reply:
