@@ -28,7 +28,7 @@ def main() -> None:
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {task['kind']} {len(task['configs'])}\n")
         time.sleep(0.05)
-        policy = "final" if task["kind"] == "compare" else "search"
+        policy = "final-behind" if task["kind"] == "compare" else "search-behind"
         found = [
             {
                 "outcome": "ok", "median_us": factor * time_of(config), "spread_us": 0.1,

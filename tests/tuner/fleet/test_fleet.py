@@ -123,7 +123,7 @@ class TestASearch:
         assert len(finals) == 2
         for result in found.results:
             assert result.winner is not None
-            assert result.winner.measurement.policy == "final"
+            assert result.winner.measurement.policy == "final-behind"
 
     def test_a_worker_whose_times_would_mislead_is_set_aside(
         self, fleet, problems: list[Problem], store: Store, tmp_path: Path

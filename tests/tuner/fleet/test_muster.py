@@ -50,9 +50,9 @@ def measured(answer: float | str | None) -> Measurement | None:
     if answer is None:
         return None
     if isinstance(answer, str):
-        return Measurement(outcome=Outcome.CRASH, error=answer, policy="final")
+        return Measurement(outcome=Outcome.CRASH, error=answer, policy="final-behind")
     return Measurement(
-        outcome=Outcome.OK, median_us=answer, spread_us=0.0, samples=40, policy="final"
+        outcome=Outcome.OK, median_us=answer, spread_us=0.0, samples=40, policy="final-behind"
     )
 
 

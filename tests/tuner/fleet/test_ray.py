@@ -149,7 +149,7 @@ class TestACluster:
         assert (found.results[0].evaluated, found.results[0].failed) == (60, 0)
         assert {each.measurement.outcome for each in store.records()} == {Outcome.OK}
         assert found.results[0].winner is not None
-        assert found.results[0].winner.measurement.policy == "final"
+        assert found.results[0].winner.measurement.policy == "final-behind"
         assert max(most) == 2
 
     def test_what_goes_to_the_nodes_needs_nothing_of_ours_there(self, nodes: Nodes) -> None:
