@@ -42,7 +42,7 @@ SHAPES = (
     "llama-3.1-8b",
     "qwen3.5-2b",
 )
-OF_ALL, OF_EACH_PLAN = 10, 5
+OF_ALL, OF_EACH_PLAN = 6, 4
 ROUNDS = 8
 
 
@@ -157,16 +157,17 @@ def main(shapes: Sequence[str], database: Path, with_shortlist: bool, output: Pa
     """Time each shape's best configs in both ways."""
     device = device_of(torch.device("cuda", 0))
     print(f"{device.title}, {toolchain(device)}\n")
-    rows = []
+    rows: list[Row] = []
     with Store(database, read_only=True) as store:
         for shape in shapes:
             row = compare(parse_shape(shape), device, store, with_shortlist)
             rows += [row] if row else []
             torch.cuda.empty_cache()
+            click.echo(f"{shape} is done", err=True)
+            if output:
+                data = {"device": device.name, "rows": [asdict(row) for row in rows]}
+                output.write_text(json.dumps(data, indent=1) + "\n")
     print_table(rows)
-    if output:
-        data = {"device": device.name, "rows": [asdict(row) for row in rows]}
-        output.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":
