@@ -40,12 +40,13 @@ class Timer(Protocol):
 class _Graph:
     """A CUDA graph of so many calls, and its replays' times.
 
-    Lets exceptions of a call during capture through.
+    Keeps `run` alive, and so must that the tensors which the graph reads and writes: a graph does
+    not. Lets exceptions of a call during capture through.
     """
 
     def __init__(self, run: Callable[[int], None], calls: int) -> None:
         """Run the first call once, then capture all of them, given their number."""
-        self._calls = calls
+        self._calls, self._run = calls, run
         run(0)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
@@ -116,7 +117,7 @@ class BehindTimer:
         sets, states = workload.sets, workload.states
         self.calls = calls = _calls_of(workload)
         self.out = out = _outs(workload, calls)
-        self._hidden = hidden = torch.empty_like(states[0])  # a graph does not keep it alive
+        hidden = torch.empty_like(states[0])
 
         def lead(call: int) -> None:
             torch.mul(states[call % len(sets)], 1.0, out=hidden)
@@ -134,7 +135,7 @@ class BehindTimer:
 
 
 def _outs(workload: Workload, calls: int) -> list[torch.Tensor]:
-    """An output for each call of a graph, which does not keep them alive."""
+    """An output for each call of a graph."""
     return [new_out(workload.problem, torch.device("cuda")) for _ in range(calls)]
 
 

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -34,6 +37,27 @@ def test_each_call_of_a_graph_has_its_own_weights_states_and_output(make, worklo
         states = workload.states[call % n_sets]
         wanted = (1000 * states.double().sum(dim=1) / 2).long()
         assert out.tolist() == wanted.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [GraphTimer, BehindTimer])
+def test_a_timer_keeps_what_its_graph_runs_on(make, workload) -> None:
+    class Step:
+        def __init__(self) -> None:
+            self.scratch = torch.zeros(4, device="cuda")
+
+        def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+            self.scratch.add_(1)
+
+    step = Step()
+    scratch = weakref.ref(step.scratch)
+    timer = make(step, workload)
+    del step
+    gc.collect()
+    assert scratch() is not None
+    del timer
+    gc.collect()
+    assert scratch() is None
 
 
 @pytest.mark.gpu
