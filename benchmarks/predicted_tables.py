@@ -23,9 +23,9 @@ from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.formats.screen import Screen
 from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.predict.cost_model import VERSION, shipped_model
-from flashtune.tuner.cli.options import DEVICE
+from flashtune.tuner.cli.options import DEVICE, SHAPE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.search.evaluate import PredictingEvaluator
+from flashtune.tuner.search.evaluate import REST_SECONDS, PredictingEvaluator
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
@@ -92,7 +92,8 @@ def predict_problem(
         evaluator.submit(config)
     working = 0
     while evaluator.pending:
-        for evaluation in evaluator.wait(1.0):
+        evaluator.rest(REST_SECONDS)
+        for evaluation in evaluator.collect():
             working += evaluation.measurement.outcome is Outcome.OK
             store.add(
                 Record(
@@ -113,6 +114,9 @@ def predict_problem(
 @click.option(
     "--device", "devices", type=DEVICE, multiple=True, help="Else all but measured ones."
 )
+@click.option(
+    "--shape", "shapes", type=SHAPE, multiple=True, help="Only these, instead of the presets."
+)
 @click.option("--db", "database", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--most", default=12, help="Configs to compile for each 16-bit problem.")
 @click.option("--most-screened", default=5, help="Configs to compile for each with a screen.")
@@ -120,6 +124,7 @@ def predict_problem(
 def main(
     folder: Path,
     devices: Sequence[Device],
+    shapes: Sequence[Problem],
     database: Path,
     most: int,
     most_screened: int,
@@ -127,8 +132,9 @@ def main(
 ) -> None:
     """Predict and write the tables of devices that are not here."""
     others = [each for each in all_devices() if not is_measured(each)]
-    wanted = {problem: most for problem in plain_problems()}
-    wanted |= {problem: most_screened for problem in screened_problems()}
+    wanted = {problem: most for problem in shapes or plain_problems()}
+    if not shapes:
+        wanted |= {problem: most_screened for problem in screened_problems()}
     near = {problem: measured_near(problem) for problem in wanted}
     start = time.monotonic()
     with Store(database) as store, WorkerPool(here(jobs)) as compilers:

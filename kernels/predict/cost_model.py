@@ -29,7 +29,7 @@ from flashtune.tuning_db.one_line import quoted
 from flashtune.tuning_db.problem import FORMATS, Problem
 from flashtune.tuning_db.record import MOST_NAME, ConfigData, Measurement, family
 
-VERSION = "stages-1"
+VERSION = "stages-2"
 _LEAST, _MOST = 1e-6, 1e6  # of constants and of factors, far beyond what any fit gives
 CYCLES_US = 1e9 / REFERENCE_HZ  # microseconds of a thousand cycles of the reference clock
 MODEL_FILE = resources.files("flashtune.tuning_db") / "calibration" / "cost-model.json"
@@ -60,6 +60,7 @@ class Constants:
     element: float  # of the matrix, for a thread
     work: float  # thousand cycles of a multiprocessor's arithmetic
     reach: float  # share of the published bandwidth that is reached
+    apart: float  # the same, of sectors in which single numbers are stored
     prefetched: float  # share of the wait for bytes that prefetching them saves
     tail: float  # share of a wave that its missing programs cost
     sharpness: float  # of the maximum of waiting, moving and working: 1 adds them up
@@ -108,7 +109,8 @@ def stage_us(counts: Columns, constants: Constants) -> Array:
         + c.element * counts["elements"]
     )
     waiting = waiting * (counts["waves"] + c.tail * counts["tail"])
-    moving = 1e6 * counts["moved"] / (c.reach * counts["bandwidth"])
+    moved = counts["moved"] / c.reach + counts["scattered"] / c.apart
+    moving = 1e6 * moved / counts["bandwidth"]
     working = clock * c.work * counts["work"]
     widening = clock * CYCLES_US * counts["widening"]
     parts = (waiting, moving, working, widening)
@@ -122,11 +124,13 @@ def stage_us(counts: Columns, constants: Constants) -> Array:
 class CostModel:
     """Fitted constants, and each family's interval as factors of the predicted time.
 
-    device: whose records they were fitted to. A family without records has the widest interval,
-    and so has every config for a problem in quantised formats, of which there were none.
+    device: whose records they were fitted to. formats: of the weights and centroids of these. A
+    family without records has the widest interval, and so has every config for a problem in a
+    quantised format without records.
     """
 
     device: str
+    formats: tuple[str, ...]
     constants: Constants
     intervals: Mapping[str, tuple[float, float]]
 
@@ -149,7 +153,7 @@ class CostModel:
     def unfitted(self, problem: Problem, config: ConfigData) -> list[str]:
         """The formats, or else the family, of which no record was fitted."""
         names = dict.fromkeys((problem.weight_dtype, problem.centroid_dtype))
-        formats = [name for name in names if FORMATS[name].quantised]
+        formats = [name for name in names if FORMATS[name].quantised and name not in self.formats]
         return formats or [name for name in (family(config),) if name not in self.intervals]
 
     def _predict(self, interval: tuple[float, float], stages: Sequence[Stage]) -> Prediction:
@@ -166,6 +170,7 @@ class CostModel:
         """The model as plain data."""
         return {
             "device": self.device,
+            "formats": list(self.formats),
             "constants": asdict(self.constants),
             "intervals": {name: list(each) for name, each in self.intervals.items()},
         }
@@ -179,6 +184,9 @@ class CostModel:
             raise FlashtuneError("intervals must be an object of at least one family's")
         return cls(
             device=text(data["device"], "device", MOST_NAME),
+            formats=tuple(
+                text(each, "a format", MOST_NAME) for each in items(data["formats"], "formats")
+            ),
             constants=constants_of(data["constants"]),
             intervals={name: _interval(name, each) for name, each in found.items()},
         )

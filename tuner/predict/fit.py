@@ -61,6 +61,7 @@ _BOUNDS: dict[str, tuple[float, float, float]] = {
     "element": (0.0001, 0.003, 0.1),
     "work": (0.01, 1.0, 20.0),
     "reach": (0.5, 0.9, 0.96),  # the most that benchmarks/bandwidth.py reached on an H200
+    "apart": (0.05, 0.5, 4.0),
     "prefetched": (0.01, 0.1, 0.9),
     "tail": (0.01, 0.3, 1.0),
     "sharpness": (1.0, 2.0, 8.0),
@@ -193,8 +194,11 @@ def fit_model(
         held_out[held] = rounded(fit_constants(samples.without(held, device), everything))
     on_fit(len(wanted) + 1, len(wanted) + 1)
     singles = {shapes[0]: each for shapes, each in held_out.items() if len(shapes) == 1}
+    problems = [sample.problem for sample in calibration.samples]
+    formats = {name for each in problems for name in (each.weight_dtype, each.centroid_dtype)}
     model = CostModel(
         device=device.name,
+        formats=tuple(sorted(formats)),
         constants=everything,
         intervals=intervals(samples, held_out_misses(samples, singles)),
     )

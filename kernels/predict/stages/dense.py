@@ -7,6 +7,7 @@ from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
     scales,
+    scattered,
     starts,
     tensor_pass,
 )
@@ -21,6 +22,7 @@ def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[S
             **starts(candidate, len(needs)),
             **tensor_pass("gather", candidate, use, 1.0),
             moved=problem.n_clusters * problem.cluster_bytes + problem.written_bytes,
+            scattered=scattered(problem, problem.n_tokens * problem.vocab_size),
             ends=1.0,
             arrivals=use.programs / 1000,
         ),

@@ -18,6 +18,7 @@ from flashtune.tuning_db.problem import FORMATS, Problem
 REFERENCE_HZ = 1.98e9  # clock that on-chip costs are stated at: the H200's
 _LANES_PER_CYCLE = 128  # float32 operations that a multiprocessor starts in a cycle
 _SLOW_LANES = {80: 64}  # of the architectures with fewer
+_SECTOR = 32  # bytes that are written where a number is stored apart from others
 _WARPS = 16  # crossings and rounds are counted in programs of that many warps
 
 # What a stored number takes of the instructions that a multiprocessor can issue before it is a
@@ -51,6 +52,7 @@ class Stage:
     sorts: float = 0.0  # calls of torch.topk
     scores: float = 0.0  # ten thousands of scores that it reads
     moved: float = 0.0  # bytes from memory
+    scattered: float = 0.0  # bytes of the sectors in which single numbers are stored
     prefetched: float = 0.0  # 1 where a stage before has asked for these bytes
     work: float = 0.0  # thousands of cycles of arithmetic on each multiprocessor
     widening: float = 0.0  # thousands of its cycles in which quantised numbers become floats
@@ -84,6 +86,11 @@ def score_moved(problem: Problem) -> int:
     return problem.centroid_bytes + problem.written_bytes
 
 
+def scattered(problem: Problem, logits: float) -> float:
+    """Bytes of the sectors in which so many logits are stored, each at its token's id."""
+    return _SECTOR * logits if problem.epilogue == "logits" else 0.0
+
+
 def sharing(use: KernelUse, device: Device) -> int:
     """Programs that share a multiprocessor."""
     return max(1, min(resident_programs(use, device), math.ceil(use.programs / device.sm_count)))
@@ -114,6 +121,7 @@ def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
         **scales(device),
         **values,
         moved=problem.n_tokens * probed * problem.cluster_bytes,
+        scattered=scattered(problem, problem.n_tokens * probed * problem.cluster_size),
         prefetched=float(getattr(config, "prefetch_margin", -1) >= 0),
         ends=1.0,
         arrivals=use.programs / 1000,

@@ -1,4 +1,4 @@
-"""The stages of the plan `streamed`. No constant was fitted to it."""
+"""The stages of the plan `streamed`."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,7 @@ from flashtune.kernels.predict.stages.stage import (
     one_decides,
     row_stream,
     scales,
+    scattered,
     score_moved,
     search,
 )
@@ -32,6 +33,7 @@ def streamed_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> lis
             **scales(device),
             **rows,
             moved=probed * problem.cluster_bytes,
+            scattered=scattered(problem, probed * problem.cluster_size),
             prefetched=float(config.prefetch),
             ends=1.0,
             arrivals=gather.programs / 1000,
