@@ -351,7 +351,7 @@ def test_a_time_taken_back_to_back_is_stale_on_a_gpu_and_goes_last() -> None:
     assert (choice.stale, choice.settled, choice.outdated) == (True, False, ("the way of timing",))
     assert choice.why.endswith("; stale, for the way of timing changed since")
     assert pick([old, record(staged(1), 12.0)]).config == staged(1)
-    guess = pick([record(staged(4), provenance=Provenance.PREDICTED, policy="stages-1")])
+    guess = pick([record(staged(4), provenance=Provenance.PREDICTED, policy="stages-2")])
     assert not guess.stale
     elsewhere = pick([replace(old, device=ORIN.name)])  # no time of this device at all
     assert (elsewhere.level, elsewhere.stale) == (Level.NEAREST_DEVICE, False)

@@ -50,7 +50,7 @@ def test_the_document_has_the_checks_tables(report: Report) -> None:
         for split in report.splits
     ]
     rows += [
-        f"| {each.shape}, {each.problem.n_probes} probes | {each.samples} "
+        f"| {each.problem.describe()} | {each.samples} "
         f"| {each.rank_correlation:.2f} | +{each.loss:.1%} | {each.inside:.0%} |"
         for each in report.headline.results
     ]

@@ -10,7 +10,7 @@ import pytest
 from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.plans.config import Config
-from flashtune.kernels.predict.cost_model import predict
+from flashtune.kernels.predict.cost_model import VERSION, predict
 from flashtune.tuner.search.evaluate import (
     Evaluation,
     Evaluator,
@@ -177,7 +177,7 @@ def test_predictions_name_the_cost_model(evaluators: dict[str, Evaluator], space
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.collect()
     measurement = evaluation.measurement
-    assert measurement.policy == "stages-1"
+    assert measurement.policy == VERSION
     assert measurement.samples == 0
     found = predict(Candidate(space.problem, evaluation.config, space.device), FITS)
     assert measurement.median_us == found.time_us
