@@ -7,9 +7,9 @@ Contenders of each problem: the dense head in 16 bits, dense heads in int8 and i
 screen. Each runs the runtime's own choice from the user's database and the shipped tables: search
 first, for example `flashtune search --shape qwen3-vl-2b,weight=int8,centroids=int8,rescored=8`.
 
-Prints a Markdown table. `behind` is a CUDA graph of a norm and the head less a graph of the norm
-alone, as in a decode: no part of the head begins before the norm has ended. All graphs of a
-problem are timed in turns in one process, on cold weights; times are medians. The floor of each
+Prints a Markdown table. `behind` is the time of a step behind a kernel that writes its hidden
+state, as in a decode; `alone`, of steps that follow one another. All graphs of a problem are timed
+in turns in one process, on cold weights; times are medians. The floor of each
 format is its fewest bytes over the read bandwidth measured here. Every kernel is verified before
 it is timed.
 """
@@ -22,18 +22,17 @@ from pathlib import Path
 import click
 import torch
 from bandwidth import read_bandwidth
-from decode import dense_timer
+from decode import dense
 
 from flashtune.kernels.backends.host import device_of, toolchain
-from flashtune.kernels.backends.target import backend_of, target_of
+from flashtune.kernels.backends.target import backend_of
 from flashtune.kernels.formats.screen import Screen
-from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
+from flashtune.kernels.measure.timing import BehindTimer, GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data, short_config
 from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.runtime.records import best_choice
-from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -53,30 +52,6 @@ class Row:
     level: str = ""
     config: str = ""
     trouble: str = ""
-
-
-class Norm:
-    """The operation before the head in a decode step: the model's last norm."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """A gain of ones."""
-        self.gain = torch.ones(hidden_size, dtype=dtype, device="cuda")
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states, each divided by its root mean square."""
-        return torch.nn.functional.rms_norm(hidden, self.gain.shape, self.gain)
-
-    def before(self, step: Step) -> Step:
-        """A step that reads the norm's output."""
-
-        def run(weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-            step(weights, self(hidden), out)
-
-        return run
-
-    def alone(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """The norm without a step."""
-        self(hidden)
 
 
 def contenders(plain: Problem, screens: Sequence[Screen]) -> dict[str, Problem]:
@@ -105,11 +80,10 @@ def compare(
     where, kept = torch.device("cuda"), []
     for name, problem in contenders(plain, screens).items():
         workload = Workload.create(problem, where, cold_bytes=device.l2_bytes, seed=seed)
-        norm = Norm(problem.hidden_size, workload.states[0].dtype)
-        kept.append((workload, norm))
+        kept.append(workload)
         if name == "16-bit":
-            timers["dense 16-bit", "alone"] = dense_timer(workload)
-            timers["norm", "alone"] = GraphTimer(norm.alone, workload)
+            timers["dense 16-bit", "alone"] = GraphTimer(dense, workload)
+            timers["dense 16-bit", "behind"] = BehindTimer(dense, workload)
             rows["dense 16-bit"] = Row(problem=plain.describe(), contender="dense 16-bit")
         floor_us = 1e6 * problem.minimum_bytes / bandwidth
         if name.startswith("dense "):
@@ -124,19 +98,18 @@ def compare(
             reason = workload.why_wrong(step, candidate.slack)
             if reason:
                 raise FlashtuneError(reason)
-            timers[name, "alone"] = target_of(device).timer(step, workload)
-            timers[name, "behind"] = GraphTimer(norm.before(step), workload)
+            timers[name, "alone"] = GraphTimer(step, workload)
+            timers[name, "behind"] = BehindTimer(step, workload)
         except (FlashtuneError, RuntimeError) as error:
             row = replace(row, trouble=str(error).splitlines()[0])
         rows[name] = row
     samples = interleaved(list(timers.values()), ROUNDS)
     medians = {key: Timing.of(own).median_us for key, own in zip(timers, samples, strict=True)}
-    norm_us = medians["norm", "alone"]
     return [
         replace(
             row,
             alone_us=medians.get((name, "alone")),
-            behind_us=medians[name, "behind"] - norm_us if (name, "behind") in medians else None,
+            behind_us=medians.get((name, "behind")),
         )
         for name, row in rows.items()
     ]
