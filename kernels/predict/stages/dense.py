@@ -6,6 +6,7 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
+    made_digits,
     scales,
     starts,
     tensor_pass,
@@ -16,6 +17,7 @@ def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[S
     """One pass over all rows."""
     problem, use = candidate.problem, needs["gather"]
     return [
+        *made_digits(candidate, needs),
         Stage(
             **scales(candidate.device),
             **starts(candidate, len(needs)),
