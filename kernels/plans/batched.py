@@ -1,7 +1,7 @@
 """The plan `batched`: several tokens at a time on tensor cores, each probed cluster read once."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from flashtune.kernels.formats.format import format_of
@@ -69,6 +69,9 @@ class BatchedConfig(Config):
     pdl: bool = knob(False, (False, True))
 
 
+_DIGITS = BatchedConfig(
+    widen="digits", visit="listed", score_rows=64, score_warps=4, gather_rows=32, gather_warps=2
+)  # as the cost model has it: none was measured
 _STARTS = (
     BatchedConfig(),
     BatchedConfig(
@@ -95,6 +98,8 @@ _STARTS = (
     BatchedConfig(
         score_warps=1, score_stages=4, select_warps=8, visit="listed", gather_stages=5, pdl=True
     ),
+    replace(_DIGITS, pdl=True),
+    _DIGITS,
 )  # starting points of searches: found on one H200, those of a list on one H100
 
 

@@ -96,8 +96,8 @@ _STARTS = (
     StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
 )
 
-# For quantised rows: tiles of as many bytes. On an H100 int8 is faster with widen "bits". By digits
-# they are those that the cost model expects to be fastest for Qwen3-VL-2B: none was measured.
+# For quantised rows: tiles of as many bytes. On an H100 int8 is faster with widen "bits". That by
+# digits is what the cost model has for Qwen3-VL-2B on an Orin Nano: it was not measured.
 _DIGITS = StagedConfig(
     widen="digits",
     score_rows=64,

@@ -70,6 +70,26 @@ ON_SM_90: dict[str, Config] = {
     "threshold_bits": replace(CONFIGS["threshold"], widen="bits"),
     "batched_bits": BatchedConfig(widen="bits", gather_rows=32, gather_warps=2),
     "dense_bits": DenseConfig(widen="bits", gather_rows=32, gather_warps=2),
+    "threshold_digits_pdl": StagedConfig(
+        score_rows=16,
+        score_warps=1,
+        score_stages=3,
+        gather_rows=16,
+        gather_warps=1,
+        gather_stages=4,
+        widen="digits",
+        pdl=True,
+    ),
+    "batched_digits_pdl": BatchedConfig(
+        visit="listed",
+        score_rows=64,
+        score_warps=4,
+        gather_rows=64,
+        gather_warps=4,
+        widen="digits",
+        pdl=True,
+        slack=8,
+    ),
     "batched_listed_pdl": BatchedConfig(
         pdl=True, slack=8, visit="listed", score_rows=64, gather_rows=64, gather_warps=4
     ),
