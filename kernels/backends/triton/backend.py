@@ -45,7 +45,7 @@ class Scratch:
 
     Where clusters are listed: listed int32 `[2 * n_clusters + 1]`, the clusters that any token
     probes, for each cluster whether it is among them, and how many are. Where rows are multiplied
-    by digits: digits int8, three for each number of the hidden states, and units float32
+    by digits: digits int8, four for each number of the hidden states, and units float32
     `[n_tokens]`, what the states are multiples of. Where candidates are decided again: screened
     float32 `[n_tokens, vocab_size]`, the logits of those that were screened; maxima float32, the
     best of each program that screens, for each token.

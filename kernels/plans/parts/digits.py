@@ -1,6 +1,6 @@
 """Quantised rows that are multiplied as they are, by hidden states in digits of 8 bits.
 
-A state is taken as whole multiples of a power of two, in three digits, and tensor cores of
+A state is taken as whole multiples of a power of two, in four digits, and tensor cores of
 integers multiply these by rows of int8 or by the numbers of int4 (templates/triton/_digits.py.j2,
 _dot_digits.py.j2). A launch of its own makes the digits. Sums of int8 are exact.
 """
@@ -11,7 +11,7 @@ from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, tile_bytes
 from flashtune.templates.render import Value
 from flashtune.tuning_db.problem import Problem
 
-COLUMNS = 4  # that a token has in a product: three digits, and one that makes a power of two
+COLUMNS = 4  # that a token has in a product, one for each of its digits
 LEAST_ROWS = 16  # that a warp multiplies at once
 LEAST_BLOCK = {"int8": 64, "int4": 64}  # numbers of a row: 64 bytes, or two groups of 32
 DIGIT_WARPS = 8  # of the programs that make the digits
