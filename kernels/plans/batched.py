@@ -1,12 +1,13 @@
 """The plan `batched`: several tokens at a time on tensor cores, each probed cluster read once."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.digits import digit_launches, digit_values
 from flashtune.kernels.plans.parts.screen import (
     DECIDE_WARPS,
     single_rows_passes,
@@ -34,7 +35,7 @@ from flashtune.kernels.plans.parts.tile import (
     why_not_overlapped,
     why_not_selected,
 )
-from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
+from flashtune.kernels.plans.parts.widen import BY_BITS, BY_DIGITS, MULTIPLIED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -52,6 +53,7 @@ class BatchedConfig(Config):
 
     plan: ClassVar[str] = "batched"
 
+    widen: str = knob("cast", MULTIPLIED)
     score_rows: int = knob(32, (16, 32, 64, 128))
     score_block: int = knob(128, (32, 64, 128, 256))
     score_warps: int = knob(2, (1, 2, 4, 8))
@@ -64,10 +66,12 @@ class BatchedConfig(Config):
     gather_warps: int = knob(1, (1, 2, 4, 8))
     gather_stages: int = knob(3, (1, 2, 3, 4, 5))
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
-    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
 
+_DIGITS = BatchedConfig(
+    widen="digits", visit="listed", score_rows=64, score_warps=4, gather_rows=32, gather_warps=2
+)  # as the cost model has it: none was measured
 _STARTS = (
     BatchedConfig(),
     BatchedConfig(
@@ -94,6 +98,8 @@ _STARTS = (
     BatchedConfig(
         score_warps=1, score_stages=4, select_warps=8, visit="listed", gather_stages=5, pdl=True
     ),
+    replace(_DIGITS, pdl=True),
+    _DIGITS,
 )  # starting points of searches: found on one H200, those of a list on one H100
 
 
@@ -124,6 +130,7 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     gather_tiles = _tiles(candidate)
     gather = expected_tensor_pass("gather", candidate, gather_tiles)
     return (
+        *digit_launches(candidate),
         expected_tensor_pass("score", candidate, score_tiles),
         expected_search(candidate, config.select_warps),
         gather,
@@ -133,13 +140,15 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
 
 def _values(candidate: Candidate) -> dict[str, Value]:
     problem, config = candidate.problem, candidate.config
-    score, _, gather, *_ = _launches(candidate)
+    uses = {use.kernel: use for use in _launches(candidate)}
+    score, gather = uses["score"], uses["gather"]
     probed = problem.n_probes + config.slack // 2 + problem.n_pinned
     return {
         **shape_values(problem),
         **stored_values(problem),
         **asdict(config),
-        "tokens_padded": padded_tokens(problem),
+        **digit_values(candidate),
+        "tokens_padded": padded_tokens(candidate),
         "gather_programs": gather.programs,
         "share": tile_share(candidate),
         "listed_at_once": next_power_of_2(problem.n_probes + config.slack + problem.n_pinned),
@@ -188,17 +197,18 @@ BATCHED = Plan(
         read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
         BY_BITS,
+        BY_DIGITS,
         Rule(
             lambda each: why_not_selected(each.problem, each.config.select_warps),
             frozenset(["select_warps"]),
         ),
         Rule(
             lambda each: why_not_tensor_tiled("score", each),
-            frozenset(f"score_{each}" for each in TENSOR_TILE),
+            frozenset(["widen", *(f"score_{each}" for each in TENSOR_TILE)]),
         ),
         Rule(
             lambda each: why_not_tensor_tiled("gather", each),
-            frozenset(f"gather_{each}" for each in TENSOR_TILE),
+            frozenset(["widen", *(f"gather_{each}" for each in TENSOR_TILE)]),
         ),
         Rule(_why_not_whole, frozenset(["gather_rows", "visit"])),
         Rule(_why_not_bounded, frozenset(["gather_rows", "visit", "slack"])),

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule
 from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.digits import digit_launches, digit_values
 from flashtune.kernels.plans.parts.screen import (
     DECIDE_WARPS,
     single_rows_passes,
@@ -20,7 +21,7 @@ from flashtune.kernels.plans.parts.tensor_tile import (
     why_not_tensor_tiled,
 )
 from flashtune.kernels.plans.parts.tile import narrowed, why_not_overlapped
-from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
+from flashtune.kernels.plans.parts.widen import BY_BITS, BY_DIGITS, MULTIPLIED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
@@ -38,12 +39,12 @@ class DenseConfig(Config):
 
     plan: ClassVar[str] = "dense"
 
+    widen: str = knob("cast", MULTIPLIED)
     gather_rows: int = knob(64, (16, 32, 64, 128, 256))
     gather_block: int = knob(128, (32, 64, 128, 256))
     gather_warps: int = knob(4, (1, 2, 4, 8))
     gather_stages: int = knob(3, (1, 2, 3, 4, 5))
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
-    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
 
@@ -56,7 +57,7 @@ _STARTS = (
 def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     """One program per tile."""
     gather = expected_tensor_pass("gather", candidate, _tiles(candidate))
-    return (gather, *single_rows_passes(candidate, gather))
+    return (*digit_launches(candidate), gather, *single_rows_passes(candidate, gather))
 
 
 def _tiles(candidate: Candidate) -> int:
@@ -64,14 +65,15 @@ def _tiles(candidate: Candidate) -> int:
 
 
 def _values(candidate: Candidate) -> dict[str, Value]:
-    problem, gather = candidate.problem, _launches(candidate)[0]
+    problem, programs = candidate.problem, _tiles(candidate)
     return {
         **shape_values(problem),
         **stored_values(problem),
         **asdict(candidate.config),
-        "tokens_padded": padded_tokens(problem),
-        "gather_programs": gather.programs,
-        **single_rows_values(problem, gather.programs, gather.programs),
+        **digit_values(candidate),
+        "tokens_padded": padded_tokens(candidate),
+        "gather_programs": programs,
+        **single_rows_values(problem, programs, programs),
     }
 
 
@@ -87,9 +89,10 @@ DENSE = Plan(
         read_by("triton"),
         Rule(why_not_overlapped, frozenset(["pdl"])),
         BY_BITS,
+        BY_DIGITS,
         Rule(
             lambda each: why_not_tensor_tiled("gather", each),
-            frozenset(f"gather_{each}" for each in TENSOR_TILE),
+            frozenset(["widen", *(f"gather_{each}" for each in TENSOR_TILE)]),
         ),
         Rule(
             lambda each: why_not_bounded(each.problem, _tiles(each), DECIDE_WARPS),

@@ -7,6 +7,13 @@ from typing import Any, ClassVar
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, Plan, Rule, why_broken
 from flashtune.kernels.plans.knob import Config, knob
+from flashtune.kernels.plans.parts.digits import (
+    digit_launches,
+    digit_values,
+    expected_digit_pass,
+    multiplies,
+    why_not_digit_tiled,
+)
 from flashtune.kernels.plans.parts.screen import MOST_BOUNDED, bound_values
 from flashtune.kernels.plans.parts.size import (
     epilogue_values,
@@ -29,7 +36,7 @@ from flashtune.kernels.plans.parts.tile import (
     why_not_selected,
     why_not_tiled,
 )
-from flashtune.kernels.plans.parts.widen import BY_BITS, WIDENED
+from flashtune.kernels.plans.parts.widen import BY_BITS, BY_DIGITS, MULTIPLIED
 from flashtune.templates.render import Value
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
@@ -49,7 +56,8 @@ class StagedConfig(Config):
     plan: ClassVar[str] = "staged"
 
     selection: str = knob("threshold", ("torch_topk", "threshold", "in_gather"))
-    score_rows: int = knob(2, (1, 2, 4, 8, 16))
+    widen: str = knob("cast", MULTIPLIED)
+    score_rows: int = knob(2, (1, 2, 4, 8, 16, 32, 64))
     score_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
     score_warps: int = knob(4, (1, 2, 4, 8))
     score_stages: int = knob(1, (1, 2, 3, 4))
@@ -57,7 +65,7 @@ class StagedConfig(Config):
     score_programs_per_sm: int = knob(0, (0, 2, 4, 8, 16))
     select_warps: int = knob(16, (4, 8, 16, 32), {"selection": ("threshold",)})
     slack: int = knob(16, SLACKS, {"selection": ("threshold", "in_gather")})
-    gather_rows: int = knob(4, (1, 2, 4, 8, 16, 32))
+    gather_rows: int = knob(4, (1, 2, 4, 8, 16, 32, 64))
     gather_block: int = knob(1024, (64, 128, 256, 512, 1024, 2048, 4096))
     gather_warps: int = knob(4, (1, 2, 4, 8, 16, 32))
     gather_stages: int = knob(1, (1, 2, 3, 4))
@@ -65,9 +73,10 @@ class StagedConfig(Config):
     gather_programs_per_sm: int = knob(1, (1, 2, 4), {"selection": ("in_gather",)})
     prefetch_margin: int = knob(-1, PREFETCH_MARGINS, {"selection": ("in_gather",)})
     evict: str = knob("evict_first", ("evict_first", "no_hint"))
-    widen: str = knob("cast", WIDENED)
     pdl: bool = knob(False, (False, True))
 
+
+_DECIDED_PER_THREAD = 64  # elements of the model's rows, after a gather by digits
 
 # Starting points of searches, expected best first: found by hand on one H200, with and without the
 # features of sm_90.
@@ -87,10 +96,24 @@ _STARTS = (
     StagedConfig(selection="in_gather", gather_rows=32, gather_block=512, gather_warps=8),
 )
 
-# For quantised rows: tiles of as many bytes. On an H100 int8 is faster with widen "bits".
+# For quantised rows: tiles of as many bytes. On an H100 int8 is faster with widen "bits". That by
+# digits is what the cost model has for Qwen3-VL-2B on an Orin Nano: it was not measured.
+_DIGITS = StagedConfig(
+    widen="digits",
+    score_rows=64,
+    score_block=256,
+    score_stages=4,
+    slack=8,
+    gather_rows=32,
+    gather_block=256,
+    gather_warps=2,
+    gather_stages=4,
+)
 _QUANTISED_STARTS = (
     StagedConfig(score_rows=4, gather_rows=8, widen="bits", pdl=True),
     StagedConfig(score_rows=4, gather_rows=8, widen="bits"),
+    replace(_DIGITS, pdl=True),
+    _DIGITS,
     StagedConfig(score_rows=4, gather_rows=8, pdl=True),
     StagedConfig(score_rows=4, gather_rows=8),
 )
@@ -114,18 +137,26 @@ def _launches(candidate: Candidate) -> Sequence[KernelUse]:
     looping = config.score_programs_per_sm * candidate.device.sm_count
     parts = _parts(candidate)
     gathers = config.selection == "in_gather"
-    score = expected_pass(
-        "score", candidate, config.score_warps, min(looping, tiles) if looping else tiles, False
-    )
-    gather = expected_pass(
-        "gather", candidate, config.gather_warps, parts * problem.n_tokens, gathers
-    )
-    last = [gather]
+    score = _expected_pass("score", candidate, min(looping, tiles) if looping else tiles, False)
+    gather = _expected_pass("gather", candidate, parts * problem.n_tokens, gathers)
+    first, last = [*digit_launches(candidate), score], [gather]
     if problem.n_rescored:  # the same tiles again, of the model's own rows
         last.append(replace(gather, kernel="decide", shared_bytes=0))
     if config.selection != "threshold":
-        return (score, *last)
-    return (score, expected_search(candidate, config.select_warps), *last)
+        return (*first, *last)
+    return (*first, expected_search(candidate, config.select_warps), *last)
+
+
+def _expected_pass(stage: str, candidate: Candidate, programs: int, searches: bool) -> KernelUse:
+    warps = int(getattr(candidate.config, f"{stage}_warps"))
+    if not multiplies(stage, candidate):
+        return expected_pass(stage, candidate, warps, programs, searches)
+    return expected_digit_pass(stage, candidate, warps, programs, _slots(stage, candidate))
+
+
+def _slots(stage: str, candidate: Candidate) -> int:
+    """Slots for the tokens that a tile is multiplied by: all of them, or in the gather one."""
+    return next_power_of_2(candidate.problem.n_tokens) if stage == "score" else 1
 
 
 def _score_tiles(candidate: Candidate) -> int:
@@ -147,16 +178,19 @@ def _parts(candidate: Candidate) -> int:
 
 def _values(candidate: Candidate) -> dict[str, Value]:
     problem, config = candidate.problem, candidate.config
-    score, parts, warps = _launches(candidate)[0], _parts(candidate), select_warps(config)
+    (score,) = (use for use in _launches(candidate) if use.kernel == "score")
+    parts, warps = _parts(candidate), select_warps(config)
     values: dict[str, Value] = {
         **shape_values(problem),
         **stored_values(problem),
         **asdict(config),
+        **digit_values(candidate),
         "score_tiles": _score_tiles(candidate),
         "score_programs": score.programs,
         "parts": parts,
         **epilogue_values(problem, score),
         **bound_values(problem, parts, parts, config.gather_warps),
+        "decide_block": _decide_block(candidate),
     }
     if warps:
         values |= lane_values(problem, config.slack, warps)
@@ -165,11 +199,32 @@ def _values(candidate: Candidate) -> dict[str, Value]:
     return values
 
 
+def _decide_block(candidate: Candidate) -> int:
+    """Columns of a tile of the model's rows: what the gather multiplies by digits is wider."""
+    config = candidate.config
+    if not multiplies("gather", candidate):
+        return int(config.gather_block)
+    held = _DECIDED_PER_THREAD * config.gather_warps * candidate.lanes
+    return int(min(config.gather_block, held // config.gather_rows))
+
+
+def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
+    config = candidate.config
+    warps, rows = getattr(config, f"{stage}_warps"), getattr(config, f"{stage}_rows")
+    if multiplies(stage, candidate):
+        return why_not_digit_tiled(stage, warps, _slots(stage, candidate), candidate)
+    if rows > (most := {"score": 16, "gather": 32}[stage]):
+        return f"tiles of more than {most} rows are for digits"
+    return why_not_tiled(stage, warps, candidate)
+
+
 def _why_not_selected(candidate: Candidate) -> str | None:
     """What a selection method does not support."""
     problem, selection = candidate.problem, candidate.config.selection
     if problem.n_rescored and selection == "in_gather":
         return "in_gather writes no list, by which candidates could be decided again"
+    if selection == "in_gather" and multiplies("gather", candidate):
+        return "in_gather searches with all of its warps, digits need a list of clusters"
     if problem.n_pinned and selection == "torch_topk":
         return "torch.topk pins no clusters"
     return why_not_selected(problem, select_warps(candidate.config))
@@ -186,17 +241,18 @@ STAGED = Plan(
     template="triton/staged.py.j2",
     rules=(
         read_by("triton"),
+        BY_BITS,
+        BY_DIGITS,
         Rule(
-            lambda each: why_not_tiled("score", each.config.score_warps, each),
-            frozenset(f"score_{each}" for each in TILE),
+            lambda each: _why_not_tiled("score", each),
+            frozenset(["widen", *(f"score_{each}" for each in TILE)]),
         ),
         Rule(
-            lambda each: why_not_tiled("gather", each.config.gather_warps, each),
-            frozenset(f"gather_{each}" for each in TILE),
+            lambda each: _why_not_tiled("gather", each),
+            frozenset(["widen", *(f"gather_{each}" for each in TILE)]),
         ),
         Rule(why_not_overlapped, frozenset(["pdl"])),
-        BY_BITS,
-        Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps"])),
+        Rule(_why_not_selected, frozenset(["selection", "select_warps", "gather_warps", "widen"])),
         Rule(why_not_prefetched, frozenset(["prefetch_margin"])),
     ),
     launches=_launches,

@@ -51,6 +51,14 @@ CONFIGS: dict[str, Config] = {
     "batched": BatchedConfig(slack=0, score_stages=2),
     "batched_listed": BatchedConfig(slack=0, score_stages=2, visit="listed"),
     "dense": DenseConfig(gather_rows=32, gather_stages=2),
+    "threshold_digits": StagedConfig(
+        score_rows=16, score_warps=1, gather_rows=32, gather_warps=2, widen="digits", slack=0
+    ),
+    "batched_digits": BatchedConfig(score_warps=1, score_stages=2, widen="digits", slack=0),
+    "batched_listed_digits": BatchedConfig(
+        visit="listed", gather_rows=32, gather_warps=2, widen="digits", slack=0
+    ),
+    "dense_digits": DenseConfig(gather_rows=32, gather_warps=2, widen="digits"),
 }
 ON_SM_90: dict[str, Config] = {
     "torch_topk_pdl": replace(CONFIGS["torch_topk"], pdl=True),
@@ -62,6 +70,26 @@ ON_SM_90: dict[str, Config] = {
     "threshold_bits": replace(CONFIGS["threshold"], widen="bits"),
     "batched_bits": BatchedConfig(widen="bits", gather_rows=32, gather_warps=2),
     "dense_bits": DenseConfig(widen="bits", gather_rows=32, gather_warps=2),
+    "threshold_digits_pdl": StagedConfig(
+        score_rows=16,
+        score_warps=1,
+        score_stages=3,
+        gather_rows=16,
+        gather_warps=1,
+        gather_stages=4,
+        widen="digits",
+        pdl=True,
+    ),
+    "batched_digits_pdl": BatchedConfig(
+        visit="listed",
+        score_rows=64,
+        score_warps=4,
+        gather_rows=64,
+        gather_warps=4,
+        widen="digits",
+        pdl=True,
+        slack=8,
+    ),
     "batched_listed_pdl": BatchedConfig(
         pdl=True, slack=8, visit="listed", score_rows=64, gather_rows=64, gather_warps=4
     ),
@@ -99,6 +127,7 @@ ON_ABACUS: dict[str, Config] = {
     "everything": EverythingConfig(rows=16),
     "plain_torch": FALLBACK.config(),
 }
+WIDENED = {"bits": {"int8"}, "digits": {"int8", "int4"}}  # what a way to multiply is for
 CANNOT_LOOP = triton.__version__.startswith("3.6.")  # with numpy 2.4
 
 
@@ -133,11 +162,13 @@ class TritonRunner(Runner):
     def fitted(self, problem: Problem, config: Config) -> Config:
         """The config with tiles of this runner's width."""
         block = self.block // 2 if isinstance(config, BatchedConfig | DenseConfig) else self.block
+        if getattr(config, "widen", "") == "digits":  # two groups of int4 at least
+            block = max(block, 64)
         blocks = {f"{stage}_block": block for stage in ("score", "gather")}
-        if getattr(config, "widen", "cast") == "bits" and "int8" not in (
-            problem.weight_dtype,
-            problem.centroid_dtype,
-        ):
+        if block >= problem.hidden_size:
+            blocks |= {f"{stage}_stages": 1 for stage in ("score", "gather")}
+        dtypes = {problem.weight_dtype, problem.centroid_dtype}
+        if not dtypes & WIDENED.get(getattr(config, "widen", ""), dtypes):
             pytest.skip("nothing is widened")
         prefetches = getattr(config, "prefetch_margin", -1) >= 0
         if (config.pdl or prefetches) and self.device.capability < 90:
@@ -461,8 +492,9 @@ def test_any_valid_config_gives_right_tokens(
                 config, programs_per_sm=1
             )  # or the interpreter never leaves a barrier
         loops = getattr(config, "score_programs_per_sm", 0) > 0
+        assembled = getattr(config, "widen", "") == "bits"  # which the interpreter does not run
         if Candidate(problem, config, device).why_invalid() is None and not (
-            loops and CANNOT_LOOP
+            (loops and CANNOT_LOOP) or assembled
         ):
             break
     step = _interpreted_step(problem, config, device)

@@ -9,6 +9,19 @@ from flashtune.kernels.backends.gpu import LaunchedStep, Run
 from flashtune.kernels.backends.triton.backend import launches_of, load_source, scratch_of
 from flashtune.kernels.plans.candidate import Candidate
 
+# What kernels do in inline assembly, which the interpreter has not, for rows of int4.
+HALVES = """
+
+@triton.jit
+def lower_halves(pairs):
+    return ((pairs << 4) ^ 0x80).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def upper_halves(pairs):
+    return ((pairs & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
+"""
+
 
 class TensorCell:
     """Holds a tensor or a number."""
@@ -21,7 +34,7 @@ class InterpretedStep(LaunchedStep):
 
     def __init__(self, candidate: Candidate) -> None:
         super().__init__()
-        module, cpu = load_source(candidate.source), torch.device("cpu")
+        module, cpu = load_source(candidate.source + HALVES), torch.device("cpu")
         self.scratch = scratch_of(candidate.problem, module, cpu)
 
         def prepare(launch: dict[str, Any]) -> Any:

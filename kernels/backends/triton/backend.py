@@ -44,14 +44,18 @@ class Scratch:
     """What a step writes on its way. Not to be shared by steps that run at the same time.
 
     Where clusters are listed: listed int32 `[2 * n_clusters + 1]`, the clusters that any token
-    probes, for each cluster whether it is among them, and how many are. Where candidates are
-    decided again: screened float32 `[n_tokens, vocab_size]`, the logits of those that were
-    screened; maxima float32, the best of each program that screens, for each token.
+    probes, for each cluster whether it is among them, and how many are. Where rows are multiplied
+    by digits: digits int8, four for each number of the hidden states, and units float32
+    `[n_tokens]`, what the states are multiples of. Where candidates are decided again: screened
+    float32 `[n_tokens, vocab_size]`, the logits of those that were screened; maxima float32, the
+    best of each program that screens, for each token.
     """
 
     scores: torch.Tensor
     selected: torch.Tensor
     state: torch.Tensor
+    digits: torch.Tensor | None = None
+    units: torch.Tensor | None = None
     listed: torch.Tensor | None = None
     screened: torch.Tensor | None = None
     maxima: torch.Tensor | None = None
@@ -64,11 +68,13 @@ class Scratch:
         device: torch.device,
         maxima: int = 0,
         lists: bool = False,
+        digits: int = 0,
     ) -> "Scratch":
         """Scratch in the state that a step leaves behind: no best logit yet, counters zero.
 
         maxima: how many there are of all tokens together, 0 where nothing is decided again.
-        lists: whether the clusters that any token probes are listed.
+        lists: whether the clusters that any token probes are listed. digits: of a token's hidden
+        state, how many there are in all.
         """
         tokens, clusters = problem.n_tokens, problem.n_clusters
         width, dtype = (clusters, torch.int32)
@@ -77,14 +83,19 @@ class Scratch:
         state = torch.zeros(3 * tokens + 1, dtype=torch.int64, device=device)
         state[:tokens] = EMPTY_BEST
 
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
         def floats(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
+            return empty(*shape, dtype=torch.float32)
 
         return cls(
             scores=floats(tokens, clusters),
-            selected=torch.empty(tokens, width, dtype=dtype, device=device),
+            selected=empty(tokens, width, dtype=dtype),
             state=state,
-            listed=torch.empty(2 * clusters + 1, dtype=dtype, device=device) if lists else None,
+            digits=empty(tokens, digits, dtype=torch.int8) if digits else None,
+            units=floats(tokens) if digits else None,
+            listed=empty(2 * clusters + 1, dtype=torch.int32) if lists else None,
             screened=floats(tokens, problem.vocab_size) if maxima else None,
             maxima=floats(maxima) if maxima else None,
         )
@@ -98,6 +109,7 @@ def scratch_of(problem: Problem, module: ModuleType, device: torch.device) -> Sc
         device=device,
         maxima=getattr(module, "MAXIMA_OF_ALL", 0),
         lists=hasattr(module, "LISTED"),
+        digits=module.DIGITS.value if hasattr(module, "DIGITS") else 0,
     )
 
 
@@ -131,6 +143,8 @@ def _signature(module: ModuleType, name: str, problem: Problem) -> dict[str, str
         "scores_ptr": "*fp32",
         "selected_ptr": "*i64" if _uses_topk(module) else "*i32",
         "state_ptr": "*i64",
+        "digits_ptr": "*i8",
+        "units_ptr": "*fp32",
         "listed_ptr": "*i32",
         "screened_ptr": "*fp32",
         "maxima_ptr": "*fp32",

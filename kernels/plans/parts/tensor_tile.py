@@ -1,6 +1,11 @@
 """Tiles of the Triton plans that multiply on tensor cores, for several tokens at a time."""
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse
+from flashtune.kernels.plans.parts.digits import (
+    expected_digit_pass,
+    multiplies,
+    why_not_digit_tiled,
+)
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.tile import BASE_REGISTERS, tile_bytes
 from flashtune.tuning_db.problem import FORMATS, Problem
@@ -11,9 +16,13 @@ MOST_PER_THREAD = 128  # elements of a tile that no stage in shared memory takes
 TENSOR_TILE = ("rows", "block", "warps", "stages")
 
 
-def padded_tokens(problem: Problem) -> int:
-    """The number of tokens, rounded up to a product on tensor cores."""
-    return max(LEAST_TILE, next_power_of_2(problem.n_tokens))
+def padded_tokens(candidate: Candidate) -> int:
+    """The number of tokens, rounded up to a product on tensor cores.
+
+    By digits a token has columns enough of its own.
+    """
+    slots = next_power_of_2(candidate.problem.n_tokens)
+    return slots if candidate.config.widen == "digits" else max(LEAST_TILE, slots)
 
 
 def why_not_tensor_tiled(stage: str, candidate: Candidate) -> str | None:
@@ -22,7 +31,9 @@ def why_not_tensor_tiled(stage: str, candidate: Candidate) -> str | None:
     rows, block = getattr(config, f"{stage}_rows"), getattr(config, f"{stage}_block")
     warps, stages = getattr(config, f"{stage}_warps"), getattr(config, f"{stage}_stages")
     widest = max(LEAST_TILE, next_power_of_2(problem.hidden_size))
-    tokens, threads = padded_tokens(problem), warps * candidate.lanes
+    tokens, threads = padded_tokens(candidate), warps * candidate.lanes
+    if multiplies(stage, candidate):
+        return why_not_digit_tiled(stage, warps, tokens, candidate)
     if block > widest:
         return f"{stage}_block {block} is wider than the hidden size {problem.hidden_size}"
     if rows * tokens > MOST_SUMS_PER_THREAD * threads:
@@ -49,7 +60,9 @@ def expected_tensor_pass(stage: str, candidate: Candidate, programs: int) -> Ker
     """A pass's kernel: registers for its sums, and for its rows if no stage holds them."""
     problem, config = candidate.problem, candidate.config
     rows, block, warps, stages = (getattr(config, f"{stage}_{each}") for each in TENSOR_TILE)
-    tokens = padded_tokens(problem)
+    tokens = padded_tokens(candidate)
+    if multiplies(stage, candidate):
+        return expected_digit_pass(stage, candidate, warps, programs, tokens)
     elements = rows * tokens + (0 if stages > 1 else rows * block)
     staged = _staged_bytes(stage, rows, tokens, block, problem)
     return KernelUse(

@@ -6,6 +6,7 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
+    made_digits,
     scales,
     scattered,
     score_moved,
@@ -35,6 +36,7 @@ def batched_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list
     tiles = tensor_pass("gather", candidate, gather, going_on)
     tiles["loads"] += 2 + 2 * (config.visit == "listed")  # thresholds and scores; a list before
     return [
+        *made_digits(candidate, needs),
         Stage(
             **scales(device),
             **starts(candidate, len(needs)),

@@ -6,6 +6,7 @@ from flashtune.kernels.plans.candidate import Candidate, KernelUse
 from flashtune.kernels.predict.stages.stage import (
     Stage,
     decided_singly,
+    made_digits,
     scales,
     scattered,
     starts,
@@ -17,6 +18,7 @@ def dense_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[S
     """One pass over all rows."""
     problem, use = candidate.problem, needs["gather"]
     return [
+        *made_digits(candidate, needs),
         Stage(
             **scales(candidate.device),
             **starts(candidate, len(needs)),

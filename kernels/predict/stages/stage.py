@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashtune.kernels.plans.candidate import Candidate, KernelUse, resident_programs
+from flashtune.kernels.plans.parts.digits import DIGIT_WARPS, digit_columns, multiplies
 from flashtune.kernels.plans.parts.size import next_power_of_2
 from flashtune.kernels.plans.parts.tensor_tile import padded_tokens
 from flashtune.kernels.predict.rounds import mean_rounds
@@ -31,6 +32,10 @@ _WIDENED_ON_SM_90 = {"int8": 4.5, "int4": 8.0}  # of sm_90 and later, for tensor
 # Where a config widens int8 by bits: of permutes and logical operations 64 issue in a cycle
 _ROWS_BY_BITS = {"int8": 3.5}
 _TENSORS_BY_BITS = {"int8": 4.0}
+# Where it multiplies by digits: int8 as it is; int4's masks, and for each token its groups' sums
+_BY_DIGITS = {"int8": (0.0, 0.0), "int4": (0.75, 0.5)}
+_DIGITS_AT_ONCE = 4  # numbers or digits that one instruction of the 16-bit passes would be for
+_DIGITS_MADE = 8.0  # elements of a 16-bit pass for whose instructions one number's digits are made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +136,10 @@ def gather(candidate: Candidate, use: KernelUse, lists: bool) -> Stage:
 def row_pass(stage: str, candidate: Candidate, use: KernelUse, tiles: int) -> dict[str, float]:
     """The counts of a pass over rows of a matrix, `tiles` of them a program."""
     problem, config = candidate.problem, candidate.config
+    if multiplies(stage, candidate):
+        slots = next_power_of_2(problem.n_tokens) if stage == "score" else 1
+        turns = float(tiles - 1) if stage == "score" else 0.0
+        return {**digit_pass(stage, candidate, use, tiles, slots), "turns": turns}
     knob: Callable[[str], Any] = lambda name: getattr(config, f"{stage}_{name}")  # noqa: E731
     rows, block, stages = knob("rows"), knob("block"), knob("stages")
     block = min(block, next_power_of_2(problem.hidden_size))
@@ -181,13 +190,15 @@ def tensor_pass(
     A thread only brings elements to the tensor cores: rows, and hidden states of all tokens.
     """
     problem, config = candidate.problem, candidate.config
+    if multiplies(stage, candidate):
+        return digit_pass(stage, candidate, use, share, padded_tokens(candidate))
     rows, block, stages = (
         getattr(config, f"{stage}_{name}") for name in ("rows", "block", "stages")
     )
     block = min(block, max(16, next_power_of_2(problem.hidden_size)))
     trips = -(-problem.hidden_size // block)
     threads = candidate.lanes * use.warps
-    elements = share * trips * block * (rows + padded_tokens(problem)) / threads
+    elements = share * trips * block * (rows + padded_tokens(candidate)) / threads
     widened = _WIDENED_ON_SM_90 if candidate.device.capability >= 90 else _WIDENED_FOR_TENSORS
     return {
         **_shared_out(use, candidate, elements * (1 + use.spilled / 64)),
@@ -203,6 +214,49 @@ def tensor_pass(
         "ragged": float(problem.hidden_size % block != 0 and trips > 1),
         "crossings": share * use.warps / _WARPS,
     }
+
+
+def digit_pass(
+    stage: str, candidate: Candidate, use: KernelUse, tiles: float, slots: int
+) -> dict[str, float]:
+    """The counts of a pass that multiplies by digits, `tiles` of them a program, on tensor cores.
+
+    slots: of tokens, that a tile is multiplied by. Rows and digits are four to an instruction.
+    Without stages a step's loads begin when the step before has left shared memory.
+    """
+    problem, config = candidate.problem, candidate.config
+    dtype = problem.centroid_dtype if stage == "score" else problem.weight_dtype
+    rows, block, stages = (
+        getattr(config, f"{stage}_{name}") for name in ("rows", "block", "stages")
+    )
+    trips, threads = -(-problem.hidden_size // block), candidate.lanes * use.warps
+    numbers = tiles * trips * block * rows
+    states = tiles * trips * block * digit_columns(stage, candidate, slots)
+    elements = (numbers + states) / _DIGITS_AT_ONCE / threads * (1 + use.spilled / 64)
+    masked, summed = _BY_DIGITS[dtype]
+    issued = {dtype: masked + slots * summed}
+    return {
+        **_shared_out(use, candidate, elements),
+        "widening": _widening(issued, stage, candidate, use.programs * numbers),
+        "loads": tiles * (1 + (trips - 1) / max(1, stages - 1)),
+        "crossings": tiles * use.warps / _WARPS,
+    }
+
+
+def made_digits(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[Stage]:
+    """The launch that makes the hidden states' digits, if rows are multiplied by these."""
+    if "digits" not in needs:
+        return []
+    use = needs["digits"]
+    numbers = candidate.problem.hidden_size / (candidate.lanes * use.warps)
+    return [
+        Stage(
+            **scales(candidate.device),
+            **_shared_out(use, candidate, _DIGITS_MADE * numbers),
+            loads=1.0,
+            crossings=DIGIT_WARPS / _WARPS,
+        )
+    ]
 
 
 def _shared_out(use: KernelUse, candidate: Candidate, elements: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from flashtune.kernels.predict.stages.stage import (
     Stage,
     decision,
     gather,
+    made_digits,
     row_pass,
     scales,
     score_moved,
@@ -26,12 +27,13 @@ def staged_stages(candidate: Candidate, needs: Mapping[str, KernelUse]) -> list[
     tiles = -(-problem.n_clusters // config.score_rows) / score.programs
     own, in_gather = scales(device), config.selection == "in_gather"
     stages = [
+        *made_digits(candidate, needs),
         Stage(
             **own,
             **starts(candidate, len(needs)),
             **row_pass("score", candidate, score, math.ceil(tiles)),
             moved=score_moved(problem),
-        )
+        ),
     ]
     if config.selection == "torch_topk":
         stages.append(Stage(**own, launches=1.0, **sorting(problem)))

@@ -68,6 +68,18 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
         assert use.spilled == 0
 
 
+DIGITS = StagedConfig(
+    widen="digits",
+    score_rows=64,
+    score_block=256,
+    score_stages=3,
+    gather_rows=32,
+    gather_block=256,
+    gather_warps=2,
+    gather_stages=3,
+)
+
+
 @pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
 @pytest.mark.parametrize(
     ("config", "changes"),
@@ -79,10 +91,22 @@ def test_each_plan_compiles_without_a_gpu(name: str, device: Device, epilogue: s
         (DenseConfig(), {"weight_dtype": "int8", "n_tokens": 8}),
         (StagedConfig(score_block=256, gather_block=512, widen="bits"), {"weight_dtype": "int8"}),
         (BatchedConfig(widen="bits", visit="listed"), {"weight_dtype": "int8", "n_tokens": 8}),
+        (DIGITS, {"weight_dtype": "int8", "centroid_dtype": "int8"}),
+        (DIGITS, {"weight_dtype": "int4", "centroid_dtype": "int4"}),
+        (
+            BatchedConfig(widen="digits", visit="listed", gather_rows=32, gather_warps=2),
+            {"weight_dtype": "int8", "centroid_dtype": "int8", "n_tokens": 8},
+        ),
+        (
+            DenseConfig(widen="digits", gather_rows=32, gather_block=64, gather_warps=2),
+            {"weight_dtype": "int4", "centroid_dtype": "int4", "n_tokens": 4},
+        ),
     ],
     ids=[
         *["staged-int8", "staged-int4", "batched-int8", "batched-int4", "dense-int8"],
         *["staged-int8-bits", "batched-int8-bits-listed"],
+        *["staged-int8-digits", "staged-int4-digits"],
+        *["batched-int8-digits", "dense-int4-digits"],
     ],
 )
 def test_quantised_rows_compile_without_spills(
@@ -94,6 +118,19 @@ def test_quantised_rows_compile_without_spills(
     assert [use.kernel for use in uses] == [launch.kernel for launch in candidate.launches]
     assert [use.programs for use in uses] == [launch.programs for launch in candidate.launches]
     assert all(use.spilled == 0 for use in uses)
+
+
+@pytest.mark.parametrize("device", [ORIN, H200, RTX_5090], ids=lambda device: device.arch)
+def test_digits_are_multiplied_by_rows_as_they_are(device: Device) -> None:
+    """On tensor cores of integers, by rows that copies bring to shared memory."""
+    problem = replace(PROBLEM, weight_dtype="int8", centroid_dtype="int8", model_dtype="bf16")
+    candidate = Candidate(problem, DIGITS, device)
+    kernels = compile_module(load_source(candidate.source), candidate)
+    for name in ("score", "gather"):
+        ptx = kernels[name].asm["ptx"]
+        assert "mma.sync.aligned.m16n8k32.row.col" in ptx
+        assert "cp.async.cg.shared.global" in ptx
+        assert "cvt.rn.f32.s8" not in ptx and "cvt.rn.f32.s16" not in ptx
 
 
 def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

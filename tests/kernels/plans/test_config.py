@@ -12,6 +12,7 @@ from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.batched import BatchedConfig
 from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.config import Config, config_data, enabled, knobs, parse_config
+from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.tuning_db.device import Device, all_devices, find_device
@@ -85,6 +86,89 @@ def test_int8_is_widened_by_bits_only_where_there_is_some() -> None:
     assert Candidate(quantised, by_bits, H200).why_invalid() is None
     reason = Candidate(replace(QWEN, n_tokens=8), by_bits, H200).why_invalid()
     assert reason == "widen is about rows in int8, of which there are none"
+
+
+INT8 = {"weight_dtype": "int8", "centroid_dtype": "int8", "model_dtype": "bf16"}
+INT4 = {"weight_dtype": "int4", "centroid_dtype": "int4", "model_dtype": "bf16"}
+DIGITS = StagedConfig(
+    widen="digits",
+    score_rows=64,
+    score_block=256,
+    score_stages=3,
+    gather_rows=32,
+    gather_block=256,
+    gather_warps=2,
+    gather_stages=3,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (DIGITS, {}, "digits multiply rows in int8 or int4, of which there are none"),
+        (DIGITS, {**INT8, "hidden_size": 2**17 + 64}, "of a digit may not fit 32 bits"),
+        (replace(DIGITS, score_rows=32), INT8, "less than 16 rows for each of 4 warps"),
+        (replace(DIGITS, gather_rows=16), INT8, "less than 16 rows for each of 2 warps"),
+        (replace(DIGITS, score_block=4096), INT8, "wider than the hidden size 2048"),
+        (
+            DenseConfig(widen="digits", gather_block=32),
+            INT8,
+            "digits multiply 64 numbers of int8 at a time",
+        ),
+        (
+            replace(DIGITS, score_warps=1),
+            {**INT8, "n_tokens": 16},
+            "sums of the score tile do not fit the registers of 1 warps",
+        ),
+        (
+            replace(DIGITS, gather_block=2048, gather_stages=1),
+            INT4,
+            "sums of the gather tile do not fit the registers of 2 warps",
+        ),
+        (
+            replace(DIGITS, score_block=1024, score_stages=1),
+            INT8,
+            "the score tile 64x1024 does not fit the registers of 4 warps",
+        ),
+        (replace(DIGITS, score_block=2048), INT8, "score_stages needs a loop"),
+        (
+            replace(DIGITS, gather_block=128, gather_stages=1, gather_unroll=2),
+            INT8,
+            "gather_unroll is for rows that are widened",
+        ),
+        (
+            replace(DIGITS, score_block=1024, score_stages=4),
+            INT8,
+            "the score stages do not fit in shared memory",
+        ),
+        (
+            replace(DIGITS, selection="in_gather"),
+            INT8,
+            "in_gather searches with all of its warps, digits need a list",
+        ),
+        (StagedConfig(score_rows=32, score_block=64), INT8, "more than 16 rows are for digits"),
+        (StagedConfig(gather_rows=64, gather_block=64), {}, "more than 32 rows are for digits"),
+    ],
+)
+def test_a_rule_says_what_digits_cannot_multiply(
+    config: Config, changes: dict[str, Any], message: str
+) -> None:
+    candidate = Candidate(replace(QWEN, **changes), config, ORIN)
+    assert message in (candidate.why_invalid() or "valid")
+
+
+def test_digits_multiply_what_is_quantised_and_leave_the_rest() -> None:
+    """Rows in 16 bits keep their tiles beside centroids whose tiles are for tensor cores."""
+    for changes in (INT8, INT4, {**INT8, "centroid_dtype": "int4"}):
+        for rescored in (0, 8):
+            problem = replace(QWEN, **changes, n_rescored=rescored)
+            assert Candidate(problem, DIGITS, ORIN).why_invalid() is None
+    mixed = replace(QWEN, centroid_dtype="int8")
+    beside = replace(DIGITS, gather_rows=4, gather_block=1024, gather_warps=4, gather_stages=1)
+    candidate = Candidate(mixed, beside, ORIN)
+    assert candidate.why_invalid() is None
+    assert candidate.source.count("tl.dot(") == 1
+    assert [use.kernel for use in candidate.launches] == ["digits", "score", "select", "gather"]
 
 
 def test_a_list_has_tiles_for_the_clusters_that_can_be_on_it() -> None:

@@ -212,6 +212,43 @@ def test_narrow_numbers_wait_to_become_floats_where_the_memory_is_fast() -> None
         assert estimated(config, narrowed, fast).time_us > estimated(config, QWEN, fast).time_us
 
 
+DIGITS = StagedConfig(
+    widen="digits",
+    score_rows=64,
+    score_block=256,
+    score_stages=3,
+    gather_rows=32,
+    gather_block=256,
+    gather_warps=2,
+    gather_stages=3,
+)
+
+
+@pytest.mark.parametrize("narrow", [INT8, INT4], ids=["int8", "int4"])
+def test_digits_wait_less_where_memory_is_not_all(narrow: dict[str, str]) -> None:
+    orin = find_device("orin")
+    problem = replace(QWEN, **narrow)
+    digits, cast = (
+        estimated(each, problem, orin).time_us
+        for each in (DIGITS, StagedConfig(score_rows=4, gather_rows=8))
+    )
+    assert digits < 0.8 * cast
+    floor = floor_us(problem, orin)
+    assert floor is not None
+    assert floor < digits
+
+
+def test_more_tokens_have_more_digits() -> None:
+    one, eight = (
+        estimated(
+            DenseConfig(widen="digits", gather_block=64), replace(QWEN, **INT8, n_tokens=tokens),
+            find_device("orin"),
+        ).time_us
+        for tokens in (1, 8)
+    )  # fmt: skip
+    assert one < eight < 2 * one
+
+
 @pytest.mark.parametrize(
     ("arch", "less"),
     [("sm_89", False), ("sm_90", True)],
