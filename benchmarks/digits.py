@@ -6,7 +6,7 @@ For each problem: the runtime's own choice from the user's database and the ship
 known starting points that widen, and a few configs that multiply by digits. `--db` adds the best
 three configs by digits of a database, which `flashtune search --fix widen=digits` has measured.
 Each is compiled, verified against float64 and timed, all of a problem in turns, on cold weights:
-alone, behind another kernel (screens.py), and each of its launches in a graph of its own.
+alone, and behind another kernel.
 
 Prints a Markdown table, fastest first. The floor is the fewest bytes over the read bandwidth
 measured here.
@@ -14,21 +14,18 @@ measured here.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from bandwidth import read_bandwidth
-from screens import Norm
-from stages import part_of
 
-from flashtune.kernels.backends.gpu import LaunchedStep
 from flashtune.kernels.backends.host import device_of, toolchain
 from flashtune.kernels.backends.target import backend_of, known_good
 from flashtune.kernels.formats.screen import Screen
-from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, interleaved
+from flashtune.kernels.measure.timing import BehindTimer, GraphTimer, Timer, Timing, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.batched import BatchedConfig
 from flashtune.kernels.plans.candidate import Candidate
@@ -37,7 +34,6 @@ from flashtune.kernels.plans.dense import DenseConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.predict.cost_model import predict
 from flashtune.kernels.runtime.records import best_choice
-from flashtune.kernels.weights import Step
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem, parse_shape
@@ -57,7 +53,6 @@ class Row:
     alone_us: float | None = None
     behind_us: float | None = None
     floor_us: float
-    launches_us: dict[str, float] = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -146,10 +141,7 @@ def compare(
     """The rows of one problem."""
     where = torch.device("cuda")
     workload = Workload.create(problem, where, cold_bytes=device.l2_bytes, seed=seed)
-    norm = Norm(problem.hidden_size, workload.states[0].dtype)
-    timers: dict[tuple[Config | None, str], Timer] = {
-        (None, "norm"): GraphTimer(norm.alone, workload)
-    }
+    timers: dict[tuple[Config, str], Timer] = {}
     rows: dict[Config, Row] = {}
     for config, way in contenders(problem, device, database).items():
         candidate = Candidate(problem, config, device)
@@ -166,42 +158,33 @@ def compare(
             reason = workload.why_wrong(step, candidate.slack)
             if reason:
                 raise FlashtuneError(f"wrong: {reason}")
-            timers |= {(config, name): GraphTimer(part, workload) for name, part in parts(step)}
-            timers[config, "behind"] = GraphTimer(norm.before(step), workload)
+            timers[config, "alone"] = GraphTimer(step, workload)
+            timers[config, "behind"] = BehindTimer(step, workload)
         except (FlashtuneError, RuntimeError) as error:
             row = replace(row, trouble=str(error).splitlines()[0])
         rows[config] = row
     samples = interleaved(list(timers.values()), ROUNDS)
     medians = {key: Timing.of(own).median_us for key, own in zip(timers, samples, strict=True)}
-    norm_us = medians.pop((None, "norm"))
-    for config, row in rows.items():
-        times = {name: each for (own, name), each in medians.items() if own == config}
-        if times:
-            alone, behind = times.pop("alone"), times.pop("behind") - norm_us
-            rows[config] = replace(row, alone_us=alone, behind_us=behind, launches_us=times)
-    return list(rows.values())
-
-
-def parts(step: Step) -> list[tuple[str, Step]]:
-    """The step, and each of its launches by itself if it can be launched so."""
-    found = [("alone", step)]
-    if isinstance(step, LaunchedStep) and len(step.launches) > 1:
-        names = [launch.kernel for launch in step.launches]
-        found += [(name, part_of(step, [name])) for name in names if name != "torch_topk"]
-    return found
+    return [
+        replace(
+            row,
+            alone_us=medians.get((config, "alone")),
+            behind_us=medians.get((config, "behind")),
+        )
+        for config, row in rows.items()
+    ]
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """The rows as Markdown, fastest first; those that failed below."""
-    headings = ("problem", "way", "alone", "behind", "floor", "predicted", "launches", "config")
+    headings = ("problem", "way", "alone", "behind", "floor", "predicted", "config")
     print("| " + " | ".join(headings) + " |")
     print("|---" * len(headings) + "|")
-    ran = [(row.alone_us, row) for row in rows if row.alone_us is not None]
-    for alone_us, row in sorted(ran, key=lambda each: each[0]):
-        times = (alone_us, row.behind_us, row.floor_us, row.predicted_us)
+    ran = [(row.behind_us, row) for row in rows if row.behind_us is not None]
+    for behind_us, row in sorted(ran, key=lambda each: each[0]):
+        times = (row.alone_us, behind_us, row.floor_us, row.predicted_us)
         cells = [
             *(f"{each:.1f}" if each is not None else "" for each in times),
-            " ".join(f"{name} {each:.1f}" for name, each in row.launches_us.items()),
             short_config(row.config),
         ]
         print("| " + " | ".join([row.problem, row.way, *cells]) + " |")
