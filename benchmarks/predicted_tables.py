@@ -1,6 +1,6 @@
 """Predicted tables for absent devices: shortlists for the presets.
 
-    python benchmarks/predicted_tables.py FOLDER [--device NAME]… --db FILE
+    python benchmarks/predicted_tables.py FOLDER [--device NAME]… [--preset NAME]… --db FILE
 
 For each registered GPU without measured records, each preset and 256 and 512 probes, the cost
 model ranks the space with estimated resources; the most promising configs are cross-compiled and
@@ -42,16 +42,16 @@ SCREENED_PROBES = {"gemma-3-1b": 512, "gemma-3-270m": 512}  # for the others, th
 NEAR = 40  # measured configs of the same problem, from the calibration
 
 
-def plain_problems() -> list[Problem]:
+def plain_problems(presets: Sequence[str]) -> list[Problem]:
     """The 16-bit heads."""
-    return [parse_shape(f"{preset},probes={probes}") for preset in PRESETS for probes in PROBES]
+    return [parse_shape(f"{preset},probes={probes}") for preset in presets for probes in PROBES]
 
 
-def screened_problems() -> list[Problem]:
+def screened_problems(presets: Sequence[str]) -> list[Problem]:
     """The heads with a screen."""
     plain = [
         parse_shape(f"{preset},probes={SCREENED_PROBES.get(preset, PROBES[0])}")
-        for preset in PRESETS
+        for preset in presets
     ]
     return [Screen.parse(screen).problem(problem) for problem in plain for screen in SCREENS]
 
@@ -114,9 +114,8 @@ def predict_problem(
 @click.option(
     "--device", "devices", type=DEVICE, multiple=True, help="Else all but measured ones."
 )
-@click.option(
-    "--shape", "shapes", type=SHAPE, multiple=True, help="Only these, instead of the presets."
-)
+@click.option("--preset", "presets", type=click.Choice(list(PRESETS)), multiple=True)
+@click.option("--shape", "shapes", type=SHAPE, multiple=True, help="Instead of presets.")
 @click.option("--db", "database", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--most", default=12, help="Configs to compile for each 16-bit problem.")
 @click.option("--most-screened", default=5, help="Configs to compile for each with a screen.")
@@ -124,6 +123,7 @@ def predict_problem(
 def main(
     folder: Path,
     devices: Sequence[Device],
+    presets: Sequence[str],
     shapes: Sequence[Problem],
     database: Path,
     most: int,
@@ -132,9 +132,10 @@ def main(
 ) -> None:
     """Predict and write the tables of devices that are not here."""
     others = [each for each in all_devices() if not is_measured(each)]
-    wanted = {problem: most for problem in shapes or plain_problems()}
+    presets = presets or list(PRESETS)
+    wanted = {problem: most for problem in shapes or plain_problems(presets)}
     if not shapes:
-        wanted |= {problem: most_screened for problem in screened_problems()}
+        wanted |= {problem: most_screened for problem in screened_problems(presets)}
     near = {problem: measured_near(problem) for problem in wanted}
     start = time.monotonic()
     with Store(database) as store, WorkerPool(here(jobs)) as compilers:
