@@ -79,7 +79,7 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
 def _split(groups: list[_Group], met: Mapping[str, BaseDistribution]) -> list[_Group]:
     """The groups, split into parameters that a trial has and those that it lacks."""
     new = dict(sorted((name, each) for name, each in met.items() if not each.single()))
-    found = []
+    found: list[_Group] = []
     for group in groups:
         found.append({name: each for name, each in group.items() if name in new})
         found.append({name: each for name, each in group.items() if name not in new})
