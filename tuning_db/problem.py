@@ -9,7 +9,7 @@ Usage:
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from flashtune.tuning_db.errors import FlashtuneError
@@ -207,8 +207,8 @@ class Problem:
 
         A newer field is left out at its default, so that older records keep their keys.
         """
-        data = asdict(self)
-        return {name: each for name, each in data.items() if data[name] or name not in _YOUNGER}
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: each for name, each in data.items() if each or name not in _YOUNGER}
 
     @classmethod
     def from_json(cls, data: Any) -> "Problem":

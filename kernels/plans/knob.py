@@ -7,7 +7,7 @@ default, so that no two configs mean the same kernel.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from flashtune.tuning_db.record import ConfigData
@@ -22,7 +22,7 @@ class Config:
 
 def config_data(config: Config) -> ConfigData:
     """A config as plain data, including its plan: the form in records and tables."""
-    return {"plan": config.plan, **asdict(config)}
+    return {"plan": config.plan, **{name: getattr(config, name) for name in knobs(type(config))}}
 
 
 def changed_data(config: Config) -> ConfigData:

@@ -19,9 +19,9 @@ def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=8
-            )
+            from flashtune.tuner.search.plan_first import PlanFirstSampler
+
+            return PlanFirstSampler(seed)
         if name == "gp":
             try:
                 import scipy  # noqa: F401 (Optuna imports it only after some trials)
