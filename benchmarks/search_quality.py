@@ -17,7 +17,7 @@ import click
 
 from flashtune.tuner.cli.options import DEVICE, FIX, SHAPE
 from flashtune.tuner.search.replay import ReplayEvaluator
-from flashtune.tuner.search.sampler import SAMPLERS
+from flashtune.tuner.search.samplers.sampler import SAMPLERS
 from flashtune.tuner.search.search import Budget, search
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.device import Device

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from flashtune.tuner.search.sampler import MOST_SEED
+from flashtune.tuner.search.samplers.sampler import MOST_SEED
 from flashtune.tuning_db.device import all_devices
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import PRESETS, Problem, parse_shape

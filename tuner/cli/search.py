@@ -9,7 +9,7 @@ import click
 from flashtune.tuner.cli import options
 from flashtune.tuner.cli.terminal import INTERRUPTED, say, say_json
 from flashtune.tuner.objective import Objective
-from flashtune.tuner.search.sampler import SAMPLERS
+from flashtune.tuner.search.samplers.sampler import SAMPLERS
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance

@@ -19,7 +19,7 @@ import optuna
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
-from flashtune.tuner.search.sampler import make_sampler
+from flashtune.tuner.search.samplers.sampler import make_sampler
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.record import Measurement, Outcome, Record
 

@@ -34,7 +34,7 @@ from flashtune.tuner.search.evaluate import (
     PredictingEvaluator,
     Steps,
 )
-from flashtune.tuner.search.sampler import MOST_SEED, SAMPLERS
+from flashtune.tuner.search.samplers.sampler import MOST_SEED, SAMPLERS
 from flashtune.tuner.search.search import Budget, Event, Result, Search
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool, rest

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from flashtune.tuner.search.plan_first import STARTUP, PlanFirstSampler
+from flashtune.tuner.search.samplers.plan_first import STARTUP, PlanFirstSampler
 
 CHOICES = CategoricalDistribution([1, 2, 4, 8])
 PLANS = CategoricalDistribution(["staged", "batched"])

@@ -19,7 +19,7 @@ def make_sampler(name: str, seed: int) -> "optuna.samplers.BaseSampler":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
-            from flashtune.tuner.search.plan_first import PlanFirstSampler
+            from flashtune.tuner.search.samplers.plan_first import PlanFirstSampler
 
             return PlanFirstSampler(seed)
         if name == "gp":
