@@ -7,9 +7,10 @@ ways in one process, in turns: back to back (a step may begin while the one befo
 and behind a kernel that writes the hidden state, as decode runs them. Prints the winner of each
 way, and how much slower the first is, behind, than the second. Every config is verified first.
 
-With --shortlist, the predicted records that the database has for the problem take part, and the
-last columns say how much slower the best of the shortlist that would be raced is than the best
-of all, and so its first choice.
+With --shortlist, what a first load would race takes part, if the device had only the predicted
+records of the database, beside the shipped tables of other devices. The last columns say how much
+slower the best of these is than the best of all, and the first choice, the one with the shortest
+predicted time.
 """
 
 import json
@@ -26,11 +27,13 @@ from flashtune.kernels.measure.timing import BehindTimer, GraphTimer, Timer, Tim
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import Config, config_data, parse_config, short_config
+from flashtune.kernels.runtime.choice import PREBUILT, USER, Source, contenders
 from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem, parse_shape
 from flashtune.tuning_db.record import Provenance, Record
 from flashtune.tuning_db.shortlist import MOST, shortlist
 from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 SHAPES = (
     "qwen3-vl-2b",
@@ -42,7 +45,7 @@ SHAPES = (
     "llama-3.1-8b",
     "qwen3.5-2b",
 )
-OF_ALL, OF_EACH_PLAN = 6, 4
+OF_ALL, OF_EACH_PLAN = 4, 2
 ROUNDS = 8
 
 
@@ -82,17 +85,21 @@ def measured(records: Sequence[Record]) -> list[Config]:
     return list(dict.fromkeys(parse_config(record.config) for record in chosen))
 
 
-def predicted(records: Sequence[Record]) -> list[Config]:
-    """The shortlist of the predicted ones, the one with the shortest time first."""
+def raced(problem: Problem, device: Device, records: Sequence[Record]) -> list[Config]:
+    """What a first load would race, the first choice first; the default is not among them."""
     guesses = [each for each in records if each.provenance is Provenance.PREDICTED]
-    listed = sorted(shortlist(guesses, MOST), key=lambda each: each.measurement.median_us or 0.0)
-    return [parse_config(record.config) for record in listed]
+    sources = [Source(name=USER, records=shortlist(guesses, MOST))]
+    for name in prebuilt_devices():
+        table = prebuilt_table(name)
+        if table and name != device.name:
+            sources.append(Source(name=PREBUILT, records=table.records))
+    return contenders(problem, device, toolchain(device), sources)[1:]
 
 
 def compare(problem: Problem, device: Device, store: Store, with_shortlist: bool) -> Row | None:
     """One row; None if nothing is on record."""
     records = store.records(device=device.name, problem=problem, ok_only=True)
-    guesses = predicted(records) if with_shortlist else []
+    guesses = raced(problem, device, records) if with_shortlist else []
     configs = list(dict.fromkeys([*measured(records), *guesses]))
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=device.l2_bytes, seed=1)
     timers: dict[tuple[Config, str], Timer] = {}
@@ -135,7 +142,7 @@ def print_table(rows: Sequence[Row]) -> None:
     """The rows as Markdown."""
     headings = (
         "problem", "configs", "winner back to back", "alone", "behind", "winner behind", "behind",
-        "loss", "best of the shortlist", "its first choice",
+        "loss", "best of a race", "first choice",
     )  # fmt: skip
     print("| " + " | ".join(headings) + " |")
     print("|---" * len(headings) + "|")
@@ -151,7 +158,7 @@ def print_table(rows: Sequence[Row]) -> None:
 @click.command()
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, help="A shape, as for search.")
 @click.option("--db", "database", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--shortlist", "with_shortlist", is_flag=True, help="With predicted records.")
+@click.option("--shortlist", "with_shortlist", is_flag=True, help="With what a race would time.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write the rows there.")
 def main(shapes: Sequence[str], database: Path, with_shortlist: bool, output: Path | None) -> None:
     """Time each shape's best configs in both ways."""

@@ -41,6 +41,7 @@ USER, ADDED, PREBUILT = "user database", "added table", "prebuilt table"
 BUILT_IN = "built in"
 TIMING = "the way of timing"
 NEAR_WINNERS = 4  # of other shapes or devices, raced if this shape has no record
+BESIDE = 2  # of near winners, raced beside what was only predicted for this shape
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
 SMALL_FIELDS = (
@@ -193,19 +194,32 @@ def contenders(
 ) -> list[Config]:
     """What to race: the default, then up to 8 configs, the most promising first.
 
-    They come from the records for exactly this problem and device. If there are none, they are the
-    winners of up to 4 other shapes or devices, the nearest first, then configs known to be good in
-    general. Raises FlashtuneError when there is no default.
+    They come from the records for exactly this problem and device, and if none of these was
+    measured, the last are up to 2 winners that were measured for near shapes, or on a near device
+    of this architecture: a prediction can be wrong about what a measurement knows. If there are no
+    such records, they are the winners of up to 4 other shapes or devices, the nearest first, then
+    configs known to be good in general. Raises FlashtuneError when there is no default.
     """
     sources = list(sources)
     default = default_config(problem, device)
     found: dict[Config, None] = {}
     near: dict[tuple[str, Problem], Config] = {}
+    beside: dict[tuple[str, Problem], Config] = {}
+    measured = False
     for candidate, config in _usable(problem, device, toolchain, sources, Counter()):
+        record = candidate.record
+        was_measured = record.provenance is Provenance.MEASURED
         if candidate.level is Level.EXACT:
             found[config] = None
-        else:
-            near.setdefault((candidate.record.device, candidate.record.problem), config)
+            measured |= was_measured
+            continue
+        near.setdefault((record.device, record.problem), config)
+        if was_measured and _arch_of(record.device) in (None, device.arch):
+            beside.setdefault((record.device, record.problem), config)
+    if found and not measured:
+        found.pop(default, None)
+        added = list(beside.values())[:BESIDE]
+        found = dict.fromkeys([*list(found)[: MOST - len(added)], *added])
     if not found:
         failed = _failures(problem, device, toolchain, sources)
         good = (
@@ -318,6 +332,12 @@ def _why_not_built(config: Config, problem: Problem, device: Device) -> str | No
     """Why a config is not valid here, or this machine cannot build it; None if it can."""
     invalid = Candidate(problem, config, device).why_invalid()
     return invalid or target_of(device).why_missing(PLANS[config.plan])
+
+
+def _arch_of(name: str) -> str | None:
+    """A registered device's architecture; None for one that only its own machine can describe."""
+    device = _registered(name)
+    return device.arch if device else None
 
 
 def _registered(name: str) -> Device | None:

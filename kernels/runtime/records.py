@@ -14,6 +14,7 @@ from flashtune.kernels.runtime.choice import ADDED, PREBUILT, USER, Choice, Leve
 from flashtune.kernels.runtime.trouble import note, one_line
 from flashtune.tuning_db.device import Device, Toolchain
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.record import Provenance
 from flashtune.tuning_db.store import default_path, open_existing
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 from flashtune.tuning_db.table_folder import added_tables
@@ -33,11 +34,12 @@ def look(
 ) -> tuple[Choice, list[Source]]:
     """The choice, and the records that it was made from. database: default: the user's.
 
-    Looks for this problem first; reads all records only if that finds nothing.
+    Looks for this problem first; reads all records only if that finds nothing measured.
     """
     sources = read_sources(device, problem, troubles, database)
     choice = choose(problem, device, tools, sources)
-    if choice.level is not Level.EXACT:
+    record = choice.record if choice.level is Level.EXACT else None
+    if record is None or record.provenance is not Provenance.MEASURED:
         sources = read_sources(device, None, troubles, database)
         choice = choose(problem, device, tools, sources)
     return choice, sources

@@ -314,6 +314,30 @@ def test_what_is_on_record_for_just_this_is_raced_with_the_default_first() -> No
     assert found == [default_config(PROBLEM, H200), staged(4), staged(1), staged(8), staged(16)]
 
 
+def test_measured_winners_of_near_shapes_and_devices_run_beside_predictions() -> None:
+    guesses = [
+        record(staged(4, slack=slack), slack + 1.0, provenance=Provenance.PREDICTED)
+        for slack in (0, 8, 32)
+    ]
+    here = record(staged(1), problem=SMALLER)
+    sibling = record(staged(16), device="nvidia-h100")
+    assert raced(*guesses, sibling, here)[1:] == [
+        *(staged(4, slack=slack) for slack in (0, 8, 32)), staged(1), staged(16)
+    ]  # fmt: skip
+    of_another_arch = record(staged(16), device="nvidia-a100")
+    guess = record(staged(1), problem=SMALLER, provenance=Provenance.PREDICTED)
+    assert len(raced(*guesses, of_another_arch, guess)) == 4
+    stale = record(staged(8), toolchain=replace(TOOLS, driver="570.1"))
+    assert staged(1) not in raced(*guesses, here, stale), "something was measured for just this"
+    many = [
+        record(staged(4, slack=slack, gather_rows=rows), provenance=Provenance.PREDICTED)
+        for slack in (0, 8, 32)
+        for rows in (1, 4, 8)
+    ]
+    found = raced(*many, sibling, here)
+    assert len(found) == 9 and found[-2:] == [staged(1), staged(16)]
+
+
 def test_no_more_than_eight_are_raced_with_the_default_and_none_twice() -> None:
     knobs = [{"slack": slack, "pdl": pdl} for slack in (0, 8, 32) for pdl in (False, True)]
     many = [record(staged(rows, **each)) for rows in (1, 4) for each in knobs]

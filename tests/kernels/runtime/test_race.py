@@ -259,7 +259,9 @@ def test_logits_are_raced_for_by_themselves(database: Path, backend: Any) -> Non
     assert list(timed(data)) == [DEFAULT, 1]
     assert (data["config"]["parts"], data["raced"]) == (1, True)
     assert found.logits(torch.ones(2, 64)).shape == (2, 512)
-    assert found.explain()["config"]["parts"] == DEFAULT
+    tokens = found.explain()
+    assert timed(tokens)[2]["outcome"] == "wrong_result", "its own record"
+    assert tokens["config"]["parts"] == 1, "the winner for logits ran beside it"
 
 
 @pytest.mark.parametrize("tune", ["always", "", None])
