@@ -152,8 +152,9 @@ def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Merge a device's tables into one, and list where they disagree.
 
     For each shape the records of one table are taken: measured before corrected before predicted,
-    then the newer toolchain, then the faster one if its lead exceeds the noise, else the table
-    named first. Predictions of the same cost model form a new shortlist.
+    then the newer toolchain, then times taken behind another kernel, then the faster one if its
+    lead exceeds the noise, else the table named first. Predictions of the same cost model form a
+    new shortlist.
 
     \b
     Example:
