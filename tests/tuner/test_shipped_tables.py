@@ -58,8 +58,11 @@ def test_a_screened_head_of_a_preset_has_configs_to_race(
     assert table is not None
     sources = [Source(name=PREBUILT, records=table.records)]
     choice = choose(problem, device, tools, sources)
-    assert choice.level is Level.EXACT and not choice.settled
-    assert choice.record is not None and choice.record.provenance is Provenance.PREDICTED
+    assert choice.level is Level.EXACT and choice.record is not None
+    if (name, screen) == ("nvidia-h100", "int8"):
+        assert choice.record.provenance is Provenance.MEASURED
+        return
+    assert not choice.settled and choice.record.provenance is Provenance.PREDICTED
     assert len(contenders(problem, device, tools, sources)) >= 4
 
 
