@@ -13,14 +13,16 @@ from flashtune.tuning_db import environment
 from flashtune.tuning_db.errors import FlashtuneError
 
 SHAPE = "qwen3-vl-2b"
-COMMANDS: tuple[tuple[str, ...], ...] = (
-    ("show",),
-    ("best", "--device", "h200", "--shape", SHAPE),
-    ("best", "--device", "cpu", "--shape", SHAPE),
-    ("forget", "--device", "h200", "--yes"),
-    ("report", "--out", "page.html"),
-    ("tables", "show"),
-)
+COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "FLASHTUNE_DB": (
+        ("show",),
+        ("best", "--device", "h200", "--shape", SHAPE),
+        ("forget", "--device", "h200", "--yes"),
+        ("report", "--out", "page.html"),
+    ),
+    "FLASHTUNE_TABLES": (("best", "--device", "h200", "--shape", SHAPE),),
+    "FLASHTUNE_CACHE": (("devices",),),
+}
 INSIDE = (
     "pipe", "pipe/x", "loop", "loop/x", "dangling", "folder", "empty", "empty/x", "garbage",
     "socket",
@@ -68,14 +70,13 @@ def run(*words: str) -> None:
     assert all(line.isprintable() for line in found.output.splitlines()), words
 
 
-@pytest.mark.parametrize("variable", ["FLASHTUNE_DB", "FLASHTUNE_TABLES", "FLASHTUNE_CACHE"])
+@pytest.mark.parametrize("variable", COMMANDS)
 def test_places_that_are_none(
     variable: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, value in enumerate((*(str(folder / name) for name in INSIDE), *ODD)):
         monkeypatch.setenv(variable, value)
-        run(*COMMANDS[number % len(COMMANDS)])
-        run(*COMMANDS[(number + 1) % len(COMMANDS)])
+        run(*COMMANDS[variable][number % len(COMMANDS[variable])])
 
 
 @pytest.mark.parametrize(
