@@ -130,7 +130,7 @@ class Landscape:
 class Simulated:
     """A connection to a worker that answers when its time has come."""
 
-    connected, unsent, floods, is_quiet = True, 0, False, True
+    connected, unsent, has_more, is_quiet = True, 0, False, True
 
     def __init__(self, world: "World") -> None:
         """The worker is idle."""
@@ -154,6 +154,9 @@ class Simulated:
         """Take a request."""
         with self._world.clock.stopped():
             request, data = from_line(line)
+            if data is None:  # the question whether it has started
+                self._answer, self.due = line.encode(), self._world.clock()
+                return
             reply, seconds = self._world.answer(Task.from_data(data))
             self._answer = to_line(request, reply.data()).encode()
             self.due = self._world.clock() + seconds

@@ -46,14 +46,24 @@ def tables_folder() -> Path | None:
 def cache_dir() -> Path:
     """FLASHTUNE_CACHE, else the user's cache folder. Creates nothing.
 
-    Raises MachineTroubleError for a user without a home folder.
+    The path is absolute: one that begins with `-` would be an option of the compiler. Raises
+    MachineTroubleError for a user without a home folder.
     """
     named = os.environ.get("FLASHTUNE_CACHE")
     if named:
-        return _placed(lambda: named, _CACHE)
+        return _absolute(_placed(lambda: named, _CACHE))
     import platformdirs  # here: a machine tuned over ssh gets the path and has no platformdirs
 
-    return _placed(lambda: platformdirs.user_cache_dir("flashtune"), _CACHE)
+    return _absolute(_placed(lambda: platformdirs.user_cache_dir("flashtune"), _CACHE))
+
+
+def _absolute(folder: Path) -> Path:
+    try:
+        return folder.absolute()
+    except FileNotFoundError as error:
+        raise MachineTroubleError(
+            f"{folder} is relative to a folder that is gone: set {_CACHE}"
+        ) from error
 
 
 def _placed(find: Callable[[], str], cure: str) -> Path:

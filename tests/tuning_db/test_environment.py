@@ -5,7 +5,7 @@ import platformdirs
 import pytest
 
 from flashtune.tuning_db import environment
-from flashtune.tuning_db.errors import FlashtuneError
+from flashtune.tuning_db.errors import FlashtuneError, MachineTroubleError
 from flashtune.tuning_db.store import Store, default_path
 
 
@@ -16,6 +16,19 @@ def test_the_variables_name_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHTUNE_TABLES", "~/tables")
     assert environment.cache_dir() == Path.home() / "cache"
     assert environment.tables_folder() == Path.home() / "tables"
+
+
+def test_a_cache_is_where_it_was_named_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setenv("FLASHTUNE_CACHE", "-cache")
+    assert environment.cache_dir() == gone / "-cache"
+    gone.rmdir()
+    with pytest.raises(MachineTroubleError, match="-cache is relative to a folder that is gone"):
+        environment.cache_dir()
 
 
 @pytest.mark.parametrize("value", [None, ""])

@@ -46,7 +46,7 @@ class RayTransport:
 class RayConnection:
     """An actor that keeps a worker, and the lines to and from that."""
 
-    floods = False
+    has_more = False  # each answer is told by its own byte
     unsent = 0  # Ray takes everything
 
     def __init__(self, transport: RayTransport) -> None:

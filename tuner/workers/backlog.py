@@ -57,8 +57,8 @@ class Post:
     """A place, the worker there, and what it works on.
 
     admitted: whether it may be given any task, and not only those for it alone. aside: why it is
-    given none, if so. fresh: whether its worker has not answered yet. problem: of which it was
-    asked last.
+    given none, if so. fresh: whether its worker has not said yet that it has started.
+    problem: of which it was asked last.
     """
 
     place: Place

@@ -32,8 +32,8 @@ class Connection(Protocol):
         """Bytes that it has not taken yet."""
 
     @property
-    def floods(self) -> bool:
-        """Whether it sent more than is kept, so that `read` has something to report."""
+    def has_more(self) -> bool:
+        """Whether `read` has something to report, readable or not: a line, or too much output."""
 
     @property
     def is_quiet(self) -> bool:

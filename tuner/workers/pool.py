@@ -6,7 +6,8 @@ Usage:
         for task, reply in pool.wait(1.0):
             …
 
-A worker that answers anything but what it was asked is ended as well, and its task has failed.
+A fresh worker is asked first whether it has started, so that a task's own time begins then. One
+that answers anything but what it was asked is ended as well, and its task has failed.
 Where workers are far and the way to one is lost, its task is given to another one, or begun again
 when there is a connection. Several users share a pool, each as an `owner` of its tasks:
 
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
+from typing import Any
 
 from flashtune.tuner.workers.answers.message import MOST_CHARACTERS, ReplyError, answer_to, to_line
 from flashtune.tuner.workers.answers.reply import Reply, policy_of, read_reply
@@ -31,7 +33,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import Measurement, Outcome
 
 GREET_SECONDS = 240.0  # to connect, and for a small machine to unpack what it is sent
-START_SECONDS = 180.0  # a fresh process may import torch on a busy machine
+START_SECONDS = 180.0  # for a fresh process to import torch on a busy machine
 LAST_SECONDS = 5.0  # for a process that has closed its output to be gone
 CONNECT_SECONDS = 300.0  # for which lost connections are tried again, when no worker is left
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -134,7 +136,7 @@ class WorkerPool:
         site: str = "",
         steady: bool = False,
     ) -> None:
-        """Queue a task; a worker that takes longer than `seconds` for it is killed.
+        """Queue a task; a worker that has started and takes longer than `seconds` is killed.
 
         at: the only place where it may be done; if that is lost, the answer says nothing. site:
         where it should be done. steady: by the worker that does all such tasks of the problem.
@@ -271,16 +273,27 @@ class WorkerPool:
         return [post for post, _ in wanted if post.connected]
 
     def _give(self, post: Post, request: Request) -> None:
-        """Hand a worker a request; one that is gone, or says what nobody asked, is ended."""
+        """Hand a worker a request, or ask a fresh one first whether it has started.
+
+        One that is gone, or says what nobody asked, is ended.
+        """
         assert post.connection is not None
         if not post.connection.is_quiet:
             self._backlog.put_back(request)
             self._part_with(post)
             return
-        allowance = START_SECONDS if post.fresh else 0.0
         post.request, post.problem = request, request.task.problem
-        post.deadline = self._clock() + request.seconds + allowance
-        post.connection.write(to_line(request.name, request.task.data()))
+        if post.fresh:
+            self._ask(post, None, START_SECONDS)
+        else:
+            self._ask(post, request.task.data(), request.seconds)
+
+    def _ask(self, post: Post, content: Any, seconds: float) -> None:
+        """Send a line under the name of the worker's request, to be answered in that time."""
+        assert post.connection is not None
+        assert post.request is not None
+        post.deadline = self._clock() + seconds
+        post.connection.write(to_line(post.request.name, content))
 
     def _part_with(self, post: Post) -> None:
         """End an idle worker that is gone, or says what nobody asked."""
@@ -301,8 +314,7 @@ class WorkerPool:
             if post.connection.connected and not post.connected:
                 self._greet(post)
             if line is not None and post.request is not None:
-                data = answer_to(post.request.name, line)
-                self._take(post, post.request, read_reply(data, post.request.task))
+                self._read(post, post.request, answer_to(post.request.name, line))
             elif self._clock() > post.deadline:
                 self._replace(post, Outcome.TIMEOUT)
         except EOFError:
@@ -316,8 +328,18 @@ class WorkerPool:
             post.outage = None
             self._note(post, "connected again")
 
+    def _read(self, post: Post, request: Request, content: Any) -> None:
+        """Take a worker's reply, or give it its first task once it has started."""
+        if not post.fresh:
+            self._take(post, request, read_reply(content, request.task))
+        elif content is None:
+            post.fresh = False
+            self._ask(post, request.task.data(), request.seconds)
+        else:
+            raise ReplyError("it was only asked whether it has started")
+
     def _take(self, post: Post, request: Request, reply: Reply) -> None:
-        post.fresh, post.request = False, None
+        post.request = None
         trouble = [each for each in reply.measurements if each and each.outcome is _TROUBLE]
         if trouble and self._has_others(post):
             self._note(post, f"it is set aside for the machine's trouble: {trouble[0].error}")
@@ -351,7 +373,7 @@ class WorkerPool:
         unsent = outcome is Outcome.TIMEOUT and post.connection.unsent > 0
         ending = post.connection.end(LAST_SECONDS if outcome is Outcome.CRASH else 0.0)
         post.connection, post.connected, post.request = None, False, None
-        why = _why_ended(request, outcome, ending)
+        why = _why_ended(post, request, outcome, ending)
         if outcome is Outcome.CRASH and ending.why_lost is not None:
             self._lost(post, request, connected, ending.why_lost)
         elif unsent:
@@ -424,8 +446,10 @@ def rest(pools: Sequence[WorkerPool], seconds: float) -> None:
         pool.turn(speaking)
 
 
-def _why_ended(request: Request | None, outcome: Outcome, ending: Ending) -> str:
-    if outcome is Outcome.TIMEOUT:
+def _why_ended(post: Post, request: Request | None, outcome: Outcome, ending: Ending) -> str:
+    if outcome is Outcome.TIMEOUT and request is not None and post.fresh:
+        why = f"the worker has not started in {START_SECONDS:.0f} s"
+    elif outcome is Outcome.TIMEOUT:
         why = f"no answer in {request.seconds if request else GREET_SECONDS:.0f} s"
     elif ending.code < 0:
         why = f"the worker died by signal {-ending.code}"

@@ -98,8 +98,12 @@ class WorkerProcess:
         return not self._arrived and not wait_for_any([self], 0.0)
 
     @property
-    def floods(self) -> bool:
-        """Whether more came on standard error than is kept."""
+    def has_more(self) -> bool:
+        """Whether another line came with the last one, or more on standard error than is kept."""
+        return b"\n" in self._arrived or self._floods
+
+    @property
+    def _floods(self) -> bool:
         return os.fstat(self._errors.fileno()).st_size > MOST_ON_DISK
 
     def write(self, line: str) -> None:
@@ -126,7 +130,7 @@ class WorkerProcess:
         Output before the greeting is not the worker's: a login shell may print things. Raises
         ReplyError if more comes than any of our workers sends.
         """
-        if self.floods:
+        if self._floods:
             raise ReplyError(f"more than {MOST_ON_DISK} bytes on standard error")
         try:
             piece = os.read(self.stdout.fileno(), PIECE_BYTES)
@@ -211,4 +215,4 @@ def wait_for_any(connections: Sequence[Some], seconds: float) -> list[Some]:
         if event & selectors.EVENT_WRITE:
             key.data.push()
     readable = {id(key.data) for key, event in ready if event & selectors.EVENT_READ}
-    return [each for each in connections if id(each) in readable or each.floods]
+    return [each for each in connections if id(each) in readable or each.has_more]

@@ -3,6 +3,7 @@
 Usage:
     python -m flashtune.tuner.workers.worker < tasks 3> replies     # lines of message.py
 
+If a request's content is null, the answer is null, too: it says that the worker has started.
 Other output, of a library or a candidate, is not a reply. Nothing here knows of the search or the
 database.
 """
@@ -129,10 +130,10 @@ def main(worker: Worker) -> None:
     with os.fdopen(REPLIES, "w", encoding="utf-8") as replies:
         for line in sys.stdin:
             request, task = from_line(line)
-            reply = worker.answer(Task.from_data(task))
-            replies.write(to_line(request, reply.data()) + "\n")
+            reply = None if task is None else worker.answer(Task.from_data(task))
+            replies.write(to_line(request, reply and reply.data()) + "\n")
             replies.flush()
-            if reply.fatal:
+            if reply is not None and reply.fatal:
                 return
 
 

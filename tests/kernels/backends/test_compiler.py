@@ -49,6 +49,15 @@ def test_a_library_is_built_once_and_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(load_library(SOURCE, ARCH, "scalar"), ctypes.CDLL)
 
 
+def test_a_cache_whose_name_looks_like_an_option_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHTUNE_CACHE", "-cache")
+    assert load_library(SOURCE, ARCH, "scalar").answer() == 42
+    assert list((tmp_path / "-cache" / "cpp").glob("*.so"))
+
+
 def test_many_at_once_build_one(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     compile_once = compiler._compile

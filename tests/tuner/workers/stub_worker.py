@@ -49,6 +49,10 @@ def main() -> None:
     replies = os.fdopen(3, "w")
     for line in sys.stdin:
         data = json.loads(line)
+        if data["content"] is None:  # the question whether it has started
+            replies.write(line)
+            replies.flush()
+            continue
         seed, time_us = data["content"]["seed"], os.getpid()
         if seed in (EXIT, SEGFAULT):
             print("first words\nlast words", file=sys.stderr, flush=True)

@@ -149,12 +149,101 @@ def test_a_worker_that_hangs_is_killed_at_its_deadline(workers: WorkerPool, task
     assert answer(workers, task(stub.ANSWER)).outcome is Outcome.OK
 
 
-def test_a_fresh_worker_has_time_to_start(task, monkeypatch: pytest.MonkeyPatch) -> None:
-    with WorkerPool(here(1, LocalTransport(COMMAND))) as workers:
-        assert answer(workers, task(stub.IN_PIECES), seconds=0.0).outcome is Outcome.OK
-        workers.close()
-        monkeypatch.setattr(pool, "START_SECONDS", 0.0)
-        assert answer(workers, task(stub.HANG), seconds=0.0).outcome is Outcome.TIMEOUT
+class TestAFreshWorker:
+    """It is asked first whether it has started; the clock goes on only where a test says so."""
+
+    @pytest.fixture
+    def now(self) -> list[float]:
+        return [0.0]
+
+    @pytest.fixture
+    def started_by(self, now: list[float]) -> Iterator[Callable[[str], WorkerPool]]:
+        """A pool with one worker, which does this before it is the stub."""
+        with contextlib.ExitStack() as pools:
+
+            def make(before: str) -> WorkerPool:
+                program = (
+                    "import json, os, runpy, sys, time\n"
+                    f"{before}\n"
+                    f"runpy.run_path({str(STUB)!r}, run_name='__main__')"
+                )
+                transport = LocalTransport((sys.executable, "-S", "-c", program))
+                return pools.enter_context(WorkerPool(here(1, transport), clock=lambda: now[0]))
+
+            yield make
+
+    @staticmethod
+    def outcome(workers: WorkerPool) -> Measurement | None:
+        """The measurement of the only task, if it comes."""
+        workers.rest(0.05)
+        found = workers.collect()
+        return found[0][1].measurements[0] if found else None
+
+    def comes(self, workers: WorkerPool) -> Measurement:
+        end = time.monotonic() + PATIENCE
+        while (found := self.outcome(workers)) is None:
+            assert time.monotonic() < end
+        return found
+
+    def test_has_time_to_start_however_short_its_task_is(
+        self, started_by, now, task, tmp_path: Path
+    ) -> None:
+        go = tmp_path / "go"
+        workers = started_by(f"while not os.path.exists({str(go)!r}): time.sleep(0.01)")
+        workers.submit(task(stub.ANSWER), 1.0)
+        now[0] = 179.0
+        assert self.outcome(workers) is None
+        go.touch()
+        assert self.comes(workers).outcome is Outcome.OK
+
+    def test_that_hangs_is_noticed_at_its_tasks_deadline(self, started_by, now, task) -> None:
+        workers = started_by("")
+        workers.submit(task(stub.HANG), 10.0)
+        assert comes_true(lambda: self.outcome(workers) is None and not workers._posts[0].fresh)
+        now[0] = 9.0
+        assert self.outcome(workers) is None
+        now[0] = 11.0
+        hung = self.comes(workers)
+        assert (hung.outcome, hung.error) == (Outcome.TIMEOUT, "no answer in 10 s")
+
+    def test_that_never_starts_is_given_up(self, started_by, now, task) -> None:
+        workers = started_by("time.sleep(600)")
+        workers.submit(task(stub.ANSWER), 10.0)
+        now[0] = 179.0
+        assert self.outcome(workers) is None
+        now[0] = 181.0
+        never = self.comes(workers)
+        assert never.outcome is Outcome.TIMEOUT
+        assert never.error == "the worker has not started in 180 s"
+
+    @pytest.mark.parametrize(
+        ("content", "error"),
+        [
+            ("true", "it was only asked whether it has started"),
+            ('{"measurements": [], "uses": [], "fatal": false}', "it was only asked whether"),
+            ('null}\n{"request": "NAME", "content": null', "not an object of measurements"),
+            ('null, "request": "another"', "not JSON: a name comes twice"),
+            ('null, "more": 1', "not an object of request, content"),
+        ],
+    )
+    def test_that_says_anything_else_is_believed_no_more(
+        self, started_by, task, content: str, error: str
+    ) -> None:
+        line = f'{{"request": "NAME", "content": {content}}}\n'
+        workers = started_by(
+            "name = json.loads(sys.stdin.readline())['request']\n"
+            f"os.write(3, {line!r}.replace('NAME', name).encode())"
+        )
+        workers.submit(task(stub.HANG), PATIENCE)
+        wrong = self.comes(workers)
+        assert wrong.outcome is Outcome.CRASH
+        assert wrong.error.startswith(f"the worker gave no valid reply: {error}")
+        assert workers._posts[0].connection is None
+
+    def test_cannot_know_what_it_will_be_asked(self, started_by, task) -> None:
+        workers = started_by("""os.write(3, b'{"request": "", "content": null}\\n')""")
+        workers.submit(task(stub.ANSWER), PATIENCE)
+        assert self.comes(workers).error.endswith("it does not answer what was asked")
 
 
 @pytest.mark.parametrize(
@@ -220,18 +309,18 @@ def test_of_a_flood_the_end_is_kept(workers: WorkerPool, task) -> None:
     assert peak_bytes() - largest < 16 * 2**20
 
 
-def test_a_worker_that_takes_nothing_is_not_waited_for(
-    task, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though it greets: what it is sent fits in no pipe."""
-    monkeypatch.setattr(pool, "START_SECONDS", 0.0)
+def test_a_worker_that_takes_nothing_is_not_waited_for(task) -> None:
+    """Though it greets, and says that it has started: what it is sent fits in no pipe."""
     notes: list[str] = []
 
     class Deaf(LocalTransport):
         greeting = "there"
 
     long = replace(task(stub.ANSWER), sources=("x" * 2**20,))
-    program = "import os, time; os.write(3, b'there\\n'); time.sleep(600)"
+    program = (
+        "import os, time; os.write(3, b'there\\n'); os.write(3, os.read(0, 2**16)); "
+        "time.sleep(600)"
+    )
     with WorkerPool(here(1, Deaf((sys.executable, "-S", "-c", program))), notes.append) as workers:
         began = time.monotonic()
         failed = answer(workers, long, seconds=0.3)
