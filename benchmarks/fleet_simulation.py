@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from flashtune.tuning_db.record import Measurement, Outcome
 from flashtune.tuning_db.store import Store
 
 WORKERS = (1, 8, 64, 512)
+PROBES = (256, 512)
 COMPILERS = 4  # for each worker that measures
 MEASURE_SECONDS = 0.2  # 30 s for 150 evaluations, compilers keeping ahead: docs/performance.md
 COMPARE_SECONDS = 1.0  # for finalists: about the replays of 40 measured configs
@@ -107,8 +109,14 @@ class Landscape:
 
     @property
     def problems(self) -> list[Problem]:
-        """The recorded problems."""
-        return sorted({problem for problem, _ in self._measured})
+        """The recorded problems of one token in 16 bits, at 256 and 512 probes."""
+        recorded = {problem for problem, _ in self._measured}
+        usual = {
+            replace(problem, n_tokens=1, epilogue="argmax")
+            for problem in recorded
+            if not problem.n_rescored and problem.n_probes in PROBES
+        }
+        return sorted(recorded & usual)
 
     def configs(self, problem: Problem) -> list[Config]:
         """The recorded configs of a problem."""
