@@ -618,7 +618,7 @@ class TestOptions:
     def test_search_help_lists_presets_and_knobs(self) -> None:
         text = " ".join(done("search", "--help").split())
         assert "Presets: qwen3-vl-2b, qwen3-0.6b" in text
-        assert "Knobs of plan=staged: selection, score_rows" in text
+        assert "Knobs of plan=staged: selection, widen, score_rows" in text
         assert "Knobs of plan=cpp_fused: " in text
 
     def test_gp_without_scipy_is_said_before_the_first_trial(
