@@ -27,7 +27,7 @@ NEAR_WINNERS = 4
 BEST = 3  # configs of a family whose neighbours are tried
 FAIR = 25  # configs that a family may spend before it is judged by its best
 FAR = 1.5  # a family whose best is this many times slower than the best of all is then dropped
-_STALE = 200  # known or invalid proposals in a row before the source counts as dry
+_STALE = 2000  # known or invalid proposals in a row before the source counts as dry
 
 
 _Timed = tuple[float, int, Config]  # a time, a number that tells equal times apart, the config
