@@ -31,8 +31,16 @@ def model() -> None:
 @options.device("The device whose records to take.", required=True)
 @options.out("The file to write.")
 @options.databases
+@click.option(
+    "--add-to",
+    "known",
+    type=options.FILE,
+    help="A calibration of this device: its configs are kept, and not compiled again.",
+)
 @options.jobs
-def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int) -> None:
+def calibrate_(
+    device: Device, out: Path, databases: tuple[Path, ...], known: Path | None, jobs: int
+) -> None:
     """Compile measured configs, and keep their times with what their kernels need.
 
     Compiled kernels stay in Triton's cache, so after Ctrl-C the same command quickly gets back to
@@ -42,19 +50,25 @@ def calibrate_(device: Device, out: Path, databases: tuple[Path, ...], jobs: int
     Example:
       flashtune model calibrate --device h200 --db tuning.db --out nvidia-h200.json.gz
     """
-    from flashtune.tuner.predict.calibration import calibrate, write_calibration
+    from flashtune.tuner.predict.calibration import (
+        calibrate,
+        read_calibration,
+        write_calibration,
+    )
     from flashtune.tuner.progress import StepProgress
     from flashtune.tuner.workers.pool import WorkerPool
     from flashtune.tuner.workers.transport import here
 
+    added = read_calibration(known) if known else None
     records = []
     for database in databases:
         with Store(database, read_only=True) as store:
             records += store.records(device=device.name)
     with WorkerPool(here(jobs)) as pool, StepProgress("compiling", len(records)) as progress:
-        calibration = calibrate(records, device, pool, progress.show_of)
+        calibration = calibrate(records, device, pool, progress.show_of, added)
     write_calibration(out, calibration)
-    say(f"{out}: {len(calibration.samples)} of {len(records)} records of {device.name}")
+    source = f"{len(records)} records" + (f" and {known}" if known else "")
+    say(f"{out}: {len(calibration.samples)} configs of {device.name}, from {source}")
 
 
 @model.command()

@@ -42,6 +42,7 @@ from flashtune.tuning_db.whole_file import write_whole
 VERSION = 1
 CALIBRATIONS = resources.files("flashtune.tuning_db") / "calibration"
 SHIPPED = CALIBRATIONS / "nvidia-h200.json.gz"
+CARDS = (SHIPPED, CALIBRATIONS / "nvidia-h100.json.gz")
 FORMATS_TIMED = CALIBRATIONS / "nvidia-h100-formats.json.gz"  # not used for fitting
 COMPILE_SECONDS = 120.0
 _USE = ("kernel", "programs", "warps", "registers", "shared_bytes", "spilled")
@@ -99,10 +100,13 @@ def calibrate(
     device: Device,
     pool: WorkerPool,
     on_compiled: Callable[[int, int], None] = lambda done, total: None,
+    known: Calibration | None = None,
 ) -> Calibration:
     """Compile the records' configs for `device` and keep their kernels' resources.
 
-    Raises FlashtuneError if no record is usable, or they were made with different tools.
+    `known` is a calibration of the same device: its samples are part of the result, and their
+    configs are not compiled again. Raises FlashtuneError if no record is usable, or they were made
+    with different tools.
     """
     wanted = usable(records, device)
     toolchains = {record.toolchain for record in wanted.values()}
@@ -113,10 +117,20 @@ def calibrate(
             f"the records of {device.name} were made with {len(toolchains)} sets of tools: "
             "their times do not compare, give databases of one"
         )
+    toolchain, samples = toolchains.pop(), []
+    if known is not None:
+        if (known.device, known.toolchain) != (device.name, toolchain):
+            raise FlashtuneError(
+                f"the calibration to add to is of {known.device} with {known.toolchain}, and the "
+                f"records are of {device.name} with {toolchain}: their times do not compare"
+            )
+        samples = list(known.samples)
+        for sample in samples:
+            wanted.pop((sample.problem, sample.config), None)
     for problem, config in wanted:
         candidate = Candidate(problem, config, device)
         pool.submit(Task(kind="compile", candidates=(candidate,)), COMPILE_SECONDS)
-    samples, done = [], 0
+    done = 0
     while pool.pending():
         for task, reply in pool.wait(1.0):
             done += 1
@@ -130,7 +144,7 @@ def calibrate(
                 )
             on_compiled(done, len(wanted))
     samples.sort(key=_place)
-    return Calibration(device=device.name, toolchain=toolchains.pop(), samples=tuple(samples))
+    return Calibration(device=device.name, toolchain=toolchain, samples=tuple(samples))
 
 
 def _place(sample: Sample) -> tuple[str, str]:

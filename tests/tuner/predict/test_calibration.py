@@ -145,6 +145,29 @@ class TestCalibrate:
         assert [use.kernel for use in sample.uses] == ["score", "select", "gather"]
         assert all(use.registers > 0 for use in sample.uses)
 
+    def test_a_known_calibrations_configs_are_kept_and_not_compiled(
+        self, recorded, problem: Problem, device: Device
+    ) -> None:
+        good = StagedConfig(score_block=64, gather_block=64)
+        new = replace(good, slack=32)
+        old = Sample(
+            problem=problem, config=good, uses=(), measurement=recorded(good, 9.0).measurement
+        )
+        toolchain = recorded(good, 12.0).toolchain
+        known = Calibration(device=device.name, toolchain=toolchain, samples=(old,))
+        told: list[tuple[int, int]] = []
+        with WorkerPool(here(1)) as pool:
+            records = [recorded(good, 12.0), recorded(new, 13.0)]
+            found = calibrate(records, device, pool, lambda *at: told.append(at), known)
+            assert told == [(1, 1)]
+            assert {sample.config: sample.time_us for sample in found.samples} == {
+                good: 9.0, new: 13.0
+            }  # fmt: skip
+            other = replace(known, toolchain=Toolchain(triton="3.5.0"))
+            with pytest.raises(FlashtuneError, match="to add to is of orin-nano-super with"):
+                calibrate(records, device, pool, known=other)
+        assert pool.pending() == 0
+
     @pytest.mark.parametrize(
         ("tools", "message"),
         [
@@ -180,7 +203,7 @@ def test_the_commands_say_what_they_wrote_and_what_is_wrong(recorded, tmp_path: 
 
     made = run("calibrate", "--device", "orin", "--db", database, "--output", file)
     assert made.exit_code == 0, made.output
-    assert made.stdout == f"{file}: 1 of 2 records of orin-nano-super\n"
+    assert made.stdout == f"{file}: 1 configs of orin-nano-super, from 2 records\n"
     assert [sample.config for sample in read_calibration(file).samples] == [good]
     fitted = run("fit", "--calibration", file, "--output", model)
     assert (fitted.exit_code, model.exists()) == (2, False)
