@@ -19,13 +19,14 @@ from pathlib import Path
 import click
 
 from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.predict.correction import STANDS_FOR, corrected, expected_figures
 from flashtune.kernels.predict.cost_model import CostModel, shipped_model
 from flashtune.tuner.predict.calibration import SHIPPED, Calibration, Sample, read_calibration
-from flashtune.tuner.predict.check import SHORTLIST
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.probe import Figures, Probe
 from flashtune.tuning_db.problem import Problem
+from flashtune.tuning_db.shortlist import MOST, shortlisted
 
 NOISE = 0.05  # of a simulated probe's figures, up or down
 MISSES = 1.2  # factor by which every probe exceeds the constants, the reference's too
@@ -53,9 +54,9 @@ def judged(problems: dict[Problem, list[Sample]], model: CostModel, device: Devi
             for each in samples
         ]
         times = [each.time_us for each in samples]
-        order = sorted(range(len(times)), key=guesses.__getitem__)
-        first.append(times[order[0]] / min(times) - 1)
-        best.append(min(times[at] for at in order[:SHORTLIST]) / min(times) - 1)
+        chosen = shortlisted(guesses, [config_data(each.config) for each in samples])
+        first.append(times[chosen[0]] / min(times) - 1)
+        best.append(min(times[at] for at in chosen) / min(times) - 1)
         errors += [abs(guess / time - 1) for guess, time in zip(guesses, times, strict=True)]
     return max(first), max(best), statistics.median(errors)
 
@@ -119,7 +120,7 @@ def main(calibration: Path | None, off: float) -> None:
     """Print a table in Markdown."""
     found = read_calibration(calibration or SHIPPED)
     click.echo(f"{found.device}: {len(found.samples)} measured configs; a simulated probe\n")
-    click.echo(f"| figures | first choice | best of {SHORTLIST} | median error of times |")
+    click.echo(f"| figures | first choice | best of {MOST} | median error of times |")
     click.echo("|---|---|---|---|")
     for name, (first, best, error) in results(found, off):
         click.echo(f"| {name} | +{first:.1%} | +{best:.1%} | {error:.0%} |")

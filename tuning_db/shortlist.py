@@ -5,45 +5,59 @@ Usage:
 
 A cost model's error depends on the kind of config, so its favourites, which are all alike, would
 be wrong together. The rule: first the fastest of each family (a plan, and its way to select
-clusters), the faster families first; then, one by one, the config with the least `time x (1 + 0.1
-/ d)`, where d is the number of knobs in which it differs from the nearest chosen one. A config
-that differs in a single knob counts as 10 % slower than it is, one that differs in five as 2 %.
+clusters), the faster families first, unless it is predicted more than 1.2 times as slow as the
+fastest of all; then, one by one, the config with the least `time x (1 + 0.3 / d)`, where d is the
+number of knobs in which it differs from the nearest chosen one. A config that differs in a single
+knob counts as 30 % slower than it is, one that differs in five as 6 %.
+
+Both numbers were chosen on an H200's records; docs/cost-model.md has what they give on an H100's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from flashtune.tuning_db.record import ConfigData, Outcome, Record, config_key, family
 
 MOST = 8
-LIKENESS = 0.1  # penalty for differing from a chosen config in only one knob
+NEAR = 1.2  # times the fastest prediction: a slower family has no place of its own
+LIKENESS = 0.3  # penalty for differing from a chosen config in only one knob
 
 
 def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
     """Up to `most` of the records that worked, chosen by the rule above, fastest first."""
-    left = sorted(
-        (record for record in records if record.measurement.outcome is Outcome.OK), key=_time
-    )
-    families: dict[str, Record] = {}
-    for record in left:
-        families.setdefault(family(record.config), record)
+    worked = [record for record in records if record.measurement.outcome is Outcome.OK]
+    times = [record.measurement.median_us or 0.0 for record in worked]
+    return [worked[at] for at in shortlisted(times, [each.config for each in worked], most)]
+
+
+def shortlisted(
+    times_us: Sequence[float],
+    configs: Sequence[ConfigData],
+    most: int = MOST,
+    *,
+    near: float = NEAR,
+    likeness: float = LIKENESS,
+) -> list[int]:
+    """The places of the shortlisted configs, given their predicted times; fastest first."""
+    keys = [config_key(config) for config in configs]
+    left = sorted(range(len(configs)), key=lambda at: (times_us[at], keys[at]))
+    places = {at: place for place, at in enumerate(left)}
+    families: dict[str, int] = {}
+    for at in left:
+        if times_us[at] <= near * times_us[left[0]]:
+            families.setdefault(family(configs[at]), at)
     chosen = list(families.values())[:most]
-    left = [record for record in left if record not in chosen]
+    left = [at for at in left if at not in chosen]
+
+    def cost(at: int) -> tuple[float, str]:
+        apart = min(knobs_apart(configs[at], configs[other]) for other in chosen)
+        return times_us[at] * (1 + likeness / max(1, apart)), keys[at]
+
     while left and len(chosen) < most:
-        chosen.append(min(left, key=lambda record: _cost(record, chosen)))
+        chosen.append(min(left, key=cost))
         left.remove(chosen[-1])
-    return sorted(chosen, key=_time)
+    return sorted(chosen, key=places.__getitem__)
 
 
 def knobs_apart(one: ConfigData, other: ConfigData) -> int:
     """The number of knobs in which two configs differ, counting those that only one has."""
     return sum(one.get(name) != other.get(name) for name in {*one, *other})
-
-
-def _time(record: Record) -> tuple[float, str]:
-    return record.measurement.median_us or 0.0, config_key(record.config)
-
-
-def _cost(record: Record, chosen: Iterable[Record]) -> tuple[float, str]:
-    apart = min(knobs_apart(record.config, other.config) for other in chosen)
-    time_us, key = _time(record)
-    return time_us * (1 + LIKENESS / max(1, apart)), key

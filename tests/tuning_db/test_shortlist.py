@@ -23,12 +23,12 @@ def staged(make_record: MakeRecord) -> Staged:
     return make
 
 
-def test_each_familys_fastest_is_there_however_slow(staged: Staged) -> None:
+def test_each_near_familys_fastest_is_there(staged: Staged) -> None:
     favourites = [staged(10.0 + n / 100, a=n) for n in range(20)]
     others = [
-        staged(50.0, selection="torch_topk"),
-        staged(40.0, plan="persistent"),
-        staged(41.0, plan="persistent", a=1),
+        staged(11.9, selection="torch_topk"),
+        staged(11.5, plan="persistent"),
+        staged(11.6, plan="persistent", a=1),
     ]
     chosen = shortlist([*others, *favourites])
     assert len(chosen) == MOST
@@ -37,16 +37,23 @@ def test_each_familys_fastest_is_there_however_slow(staged: Staged) -> None:
     assert chosen == sorted(chosen, key=lambda record: record.measurement.median_us or 0.0)
 
 
+def test_a_family_that_is_far_slower_takes_no_place_from_faster_ones(staged: Staged) -> None:
+    favourites = [staged(10.0 + n / 100, a=n) for n in range(MOST)]
+    far = staged(12.1, plan="persistent", b=7, c=7)  # more than 1.2 times as slow
+    assert shortlist([far, *favourites]) == favourites
+    assert shortlist([far, *favourites[1:]])[-1] == far, "where places are left"
+
+
 def test_of_more_families_than_places_the_fastest_are_kept(staged: Staged) -> None:
-    records = [staged(float(n), plan=f"plan{n}") for n in range(1, 12)]
+    records = [staged(10.0 + n / 10, plan=f"plan{n}") for n in range(12)]
     assert shortlist(records) == records[:MOST]
 
 
 def test_a_config_unlike_the_chosen_goes_before_a_slightly_faster_twin(staged: Staged) -> None:
     best = staged(10.0)
-    twin, unlike = staged(10.1, a=1), staged(10.5, a=1, b=1, c=1)  # count as 11.11 and 10.85
+    twin, unlike = staged(10.1, a=1), staged(10.5, a=1, b=1, c=1)  # count as 13.13 and 11.55
     assert shortlist([best, twin, unlike], 2) == [best, unlike]
-    far_slower = staged(10.9, a=1, b=1, c=1)  # counts as 11.26
+    far_slower = staged(12.0, a=1, b=1, c=1)  # counts as 13.2
     assert shortlist([best, twin, far_slower], 2) == [best, twin]
 
 

@@ -39,8 +39,9 @@ def tables() -> None:
 def export(device: Device, out: Path, keep: int, shortlist: int, database: Path | None) -> None:
     """Write a device's best records to a table.
 
-    For shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel,
-    then fast configs that differ from those. The runtime races them on the device.
+    For shapes that were only predicted it keeps a shortlist: the fastest of each kind of kernel
+    that is about as fast as the best, then fast configs that differ from those. The runtime races
+    them on the device.
 
     \b
     Example:
