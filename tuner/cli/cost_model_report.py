@@ -9,9 +9,11 @@ from flashtune.tuner.predict.check import (
     LEAST_CORRELATION,
     MOST_ERROR,
     MOST_LOSS,
-    SHORTLIST,
+    CardResult,
     Report,
+    Results,
 )
+from flashtune.tuning_db.shortlist import MOST
 
 
 def print_report(report: Report) -> None:
@@ -21,6 +23,7 @@ def print_report(report: Report) -> None:
         problems_table(report),
         figures_table(report),
         rates_table(report),
+        *(card_table(card) for card in report.cards),
         formats_table(report),
     ):
         print_table(table)
@@ -43,7 +46,7 @@ def splits_table(report: Report) -> Table:
         f"{report.device}: {report.samples} measured configs, shapes held out of the fit",
         "held out",
         "rank correlation",
-        f"best of {SHORTLIST}",
+        f"best of {MOST}",
         "in the 80 % interval",
     )
     for split in report.splits:
@@ -58,21 +61,34 @@ def splits_table(report: Report) -> Table:
 
 def problems_table(report: Report) -> Table:
     """A line for each problem of the split that was fixed beforehand."""
+    return _results_table("* fixed beforehand", report.headline)
+
+
+def card_table(card: CardResult) -> Table:
+    """A line for each problem that was measured on another device."""
+    return _results_table(f"{card.device}, of which the fit has seen no time", card)
+
+
+def _results_table(title: str, results: Results) -> Table:
     table = _table(
-        "* fixed beforehand",
+        title,
         "problem",
         "configs",
         "rank correlation",
-        f"best of {SHORTLIST}",
+        "first choice",
+        f"best of {MOST}",
         "in the interval",
+        "median error",
     )
-    for each in report.headline.results:
+    for each in results.results:
         table.add_row(
             each.problem.describe(),
             str(each.samples),
             f"{each.rank_correlation:.2f}",
+            f"+{each.first:.1%}",
             f"+{each.loss:.1%}",
             f"{each.inside:.0%}",
+            f"{each.error:+.0%}",
         )
     return table
 
@@ -152,14 +168,26 @@ def formats_table(report: Report) -> Table:
     return table
 
 
+def _within(card: CardResult) -> int:
+    return sum(each.loss <= MOST_LOSS for each in card.results)
+
+
 def verdicts(report: Report) -> list[tuple[str, bool]]:
     """The requirements of the model, and whether they hold."""
     passed: dict[str, Any] = report.data()["passed"]
     return [
         (f"rank correlation of at least {LEAST_CORRELATION}", passed["rank_correlation"]),
-        (f"best of {SHORTLIST} within {MOST_LOSS:.0%}", passed["loss"]),
+        (f"best of {MOST} within {MOST_LOSS:.0%}", passed["loss"]),
         *(
             (f"published times within {MOST_ERROR:.0%} at {probes} probes", holds)
             for probes, holds in passed["error"].items()
+        ),
+        *(
+            (
+                f"best of {MOST} within {MOST_LOSS:.0%} on {card.device}: {_within(card)} of "
+                f"{len(card.results)} problems",
+                passed["cards"][card.device],
+            )
+            for card in report.cards
         ),
     ]

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.predict.cost_model import MODEL_FILE, VERSION, CostModel, read_model_file
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.predict.check import MOST_ERROR, Report, check_model
+from flashtune.tuner.predict.check import MOST_ERROR, MOST_LOSS, Report, check_model
 from flashtune.tuner.predict.fit import (
     Samples,
     fit_constants,
@@ -30,6 +32,7 @@ from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.evidence import published_evidence, why_less_trusted
 from flashtune.tuning_db.record import Provenance
+from flashtune.tuning_db.shortlist import shortlisted
 from flashtune.tuning_db.table import prebuilt_devices, prebuilt_table
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "cost-model.md"
@@ -50,9 +53,10 @@ def test_the_document_has_the_checks_tables(report: Report) -> None:
         for split in report.splits
     ]
     rows += [
-        f"| {each.problem.describe()} | {each.samples} "
-        f"| {each.rank_correlation:.2f} | +{each.loss:.1%} | {each.inside:.0%} |"
-        for each in report.headline.results
+        f"| {each.problem.describe()} | {each.samples} | {each.rank_correlation:.2f} "
+        f"| +{each.first:.1%} | +{each.loss:.1%} | {each.inside:.0%} | {each.error:+.0%} |"
+        for results in (report.headline, *report.cards)
+        for each in results.results
     ]
     rows += [
         f"| {each.device} | {'fused gather' if each.fused else 'framework'} | {each.n_probes} "
@@ -80,6 +84,31 @@ def test_formats_and_streamed_are_checked_on_what_was_measured(report: Report) -
     assert {each.device for each in report.formats} == {"nvidia-h100"}
     for each in report.formats:
         assert each.error == pytest.approx(each.predicted_us / each.measured_us - 1)
+
+
+def test_another_devices_configs_are_ranked_by_a_fit_that_never_saw_it(report: Report) -> None:
+    [card] = report.cards
+    assert (report.device, card.device) == ("nvidia-h200", "nvidia-h100")
+    shapes = {each.shape for each in card.results}
+    assert shapes - {shape for split in report.splits for shape in split.held_out} == {
+        "llama-3.1-8b", "qwen3.5-2b"
+    }, "shapes that no fit has seen on any device"  # fmt: skip
+    calibration = read_calibration(CALIBRATIONS / "nvidia-h100.json.gz")
+    fit, device = read_fit(read_model_file(MODEL_FILE)), find_device("h100")
+    result = next(each for each in card.results if each.problem.describe().endswith("p256"))
+    own = [each for each in calibration.samples if each.problem == result.problem]
+    found = [
+        fit.model.predict(Candidate(each.problem, each.config, device), each.uses)
+        for each in own
+    ]  # fmt: skip
+    times = [each.time_us for each in own]
+    at = shortlisted([each.time_us for each in found], [config_data(each.config) for each in own])
+    assert result.loss == pytest.approx(min(times[one] for one in at) / min(times) - 1)
+    assert result.first == pytest.approx(times[at[0]] / min(times) - 1)
+    inside = [each.low_us <= time <= each.high_us for each, time in zip(found, times, strict=True)]
+    assert result.inside == pytest.approx(sum(inside) / len(inside))
+    assert result.samples == len(own) and result.loss <= result.first
+    assert report.data()["passed"]["cards"] == {"nvidia-h100": card.loss <= MOST_LOSS}
 
 
 def test_the_document_has_the_constants() -> None:
@@ -151,6 +180,7 @@ def test_people_are_told_what_passed(report: Report) -> None:
         line for line in result.stdout.splitlines() if line.startswith(("passed: ", "FAIL"))
     ]
     asked = [passed["rank_correlation"], passed["loss"], *passed["error"].values()]
+    asked += passed["cards"].values()
     assert [line.startswith("passed") for line in verdicts] == asked
     assert not all(asked)
 
@@ -159,7 +189,7 @@ def test_where_every_check_passes_the_exit_code_is_0(
     report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passing = SimpleNamespace(
-        data=lambda: {"passed": {"rank_correlation": True, "loss": True, "error": {}}}
+        data=lambda: {"passed": {"rank_correlation": True, "loss": True, "error": {}}}, cards=()
     )
     monkeypatch.setattr("flashtune.tuner.predict.check.check_model", lambda *_: passing)
     assert CliRunner().invoke(cli, ["model", "check", "--json"]).exit_code == 0
