@@ -100,6 +100,7 @@ class Decoder:
         """
         self.weights, self.like, self._posed = weights, like, problem
         self._vocab_size, self._allowance = vocab_size, allowance
+        self._width, self._dtype, self._device = like.shape[1], like.dtype, like.device
         self._index = weights.weight.device.index if weights.weight.is_cuda else None
         self._rounds = weights.weight.is_cuda
         self._n_rows = weights.ids.shape[0]
@@ -118,19 +119,20 @@ class Decoder:
 
     def decode(self, hidden: torch.Tensor, epilogue: str) -> torch.Tensor:
         """Tokens or logits for each row of hidden `[tokens, hidden_size]`; see FlashHead."""
-        like, index = self.like, self._index
+        index = self._index
         hidden = checked_dense("hidden", hidden)
-        if hidden.dim() != 2 or hidden.shape[1] != like.shape[1]:
+        shape = hidden.shape
+        if len(shape) != 2 or shape[1] != self._width:
             raise FlashtuneError(
-                f"hidden must be [tokens, {like.shape[1]}], not {list(hidden.shape)}: "
+                f"hidden must be [tokens, {self._width}], not {list(shape)}: "
                 "give hidden[None] for a single token, or flatten the leading dimensions"
             )
-        if hidden.device != like.device:
-            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {like.device}")
-        if hidden.requires_grad or hidden.dtype is not like.dtype:
+        if hidden.device != self._device:
+            raise FlashtuneError(f"hidden is on {hidden.device}, the head on {self._device}")
+        if hidden.dtype is not self._dtype or hidden.requires_grad:
             if not hidden.is_floating_point():
                 raise FlashtuneError(f"hidden must be floating-point, not {hidden.dtype}")
-            hidden = hidden.detach().to(like.dtype)
+            hidden = hidden.detach().to(self._dtype)
         if not hidden.is_contiguous() or hidden.data_ptr() % ALIGNMENT:
             hidden = aligned(hidden)
         stream = 0
@@ -139,13 +141,13 @@ class Decoder:
                 with torch.cuda.device(index):
                     return self.decode(hidden, epilogue)
             stream = torch._C._cuda_getCurrentRawStream(index)
-        n_tokens = hidden.shape[0]
+        n_tokens = shape[0]
         whole, rest = divmod(n_tokens, MOST_TOKENS)
         rows = whole * MOST_TOKENS + self.step_size(rest)  # that steps write
         if epilogue == "argmax":
-            out = torch.empty(rows, dtype=torch.int64, device=like.device)
+            out = self.like.new_empty(rows, dtype=torch.int64)  # cheaper than torch.empty
         else:
-            out = torch.empty((rows, self._n_rows), dtype=like.dtype, device=like.device)
+            out = self.like.new_empty((rows, self._n_rows))
         if 0 < rows <= MOST_TOKENS:
             self._run(hidden, out, (epilogue, rows, stream))
         elif rows:
