@@ -84,7 +84,7 @@ def load_once(problem: Problem, table: TuningTable | None) -> dict[str, Any]:
 
 
 def loads_of(shape: str, count: int, table: Path | None) -> list[dict[str, Any]]:
-    """The reports of `count` fresh processes, one after another."""
+    """The reports of `count` fresh processes, one after another; after Ctrl-C, of fewer."""
     own = ["--table", str(table)] if table else []
     answers = []
     with tempfile.TemporaryDirectory() as name:
@@ -96,13 +96,16 @@ def loads_of(shape: str, count: int, table: Path | None) -> list[dict[str, Any]]
                 "FLASHTUNE_CACHE": str(folder / "cache"),
                 "TRITON_CACHE_DIR": str(folder / "triton"),
             }
-            done = subprocess.run(
-                [sys.executable, __file__, "--once", "--shape", shape, *own],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                env=env,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--once", "--shape", shape, *own],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                    env=env,
+                )
+            except KeyboardInterrupt:
+                break
             answers.append(json.loads(done.stdout))
             print(f"load {number + 1} of {count}: {answers[-1]['seconds']:.1f} s", file=sys.stderr)
     return answers
@@ -136,6 +139,8 @@ def main(shape: str, count: int, table: Path | None, output: Path | None, once: 
         return
     device = device_of(WHERE)
     loads = loads_of(shape, count, table)
+    if not loads:
+        raise click.ClickException("interrupted before the first load was done")
     won = Counter(json.dumps(each["config"], sort_keys=True) for each in loads)
     configs = [parse_config(json.loads(each)) for each in won]
     times = times_of(problem, configs)
@@ -155,7 +160,9 @@ def main(shape: str, count: int, table: Path | None, output: Path | None, once: 
         ],
         "spread": spread,
         "asked": ASKED,
+        "asked_loads": count,
         "passed": spread <= ASKED
+        and len(loads) == count
         and len(times) in (0, len(configs))
         and all(each["raced"] for each in loads),
     }
