@@ -63,7 +63,7 @@ class Allowance:
         """Warn once per head: `explain` shows later trouble."""
         if not self.warned:
             self.warned = True
-            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+            LOG.warning("FlashHead: %s. See head.explain() for details", trouble)
 
 
 class LockedStep:
@@ -193,7 +193,7 @@ class Decoder:
         Raises FlashtuneError if the number of tokens is not valid.
         """
         if not isinstance(n_tokens, int) or n_tokens < 1:
-            raise FlashtuneError(f"n_tokens must be a whole number, 1 or more, not {n_tokens!r}")
+            raise FlashtuneError(f"n_tokens must be a positive whole number, not {n_tokens!r}")
         whole, rest = divmod(n_tokens, MOST_TOKENS)
         sizes = [MOST_TOKENS] if whole else []
         return [*sizes, self.step_size(rest)] if rest else sizes

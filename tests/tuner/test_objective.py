@@ -125,8 +125,8 @@ def test_what_was_only_timed_is_evaluated_again(
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("orin", "energy is measured, never predicted: search on orin-nano-super itself"),
-        ("cpu", "the energy that cpu takes can't be read here"),
+        ("orin", "energy can only be measured, not predicted: search on orin-nano-super itself"),
+        ("cpu", "the energy of cpu cannot be measured here"),
     ],
 )
 def test_what_has_no_energy_is_refused_in_one_line(

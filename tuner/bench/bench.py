@@ -196,8 +196,8 @@ def _prepared(
     free = free_bytes(weight.device)
     if needed > free:
         raise FlashtuneError(
-            f"the heads take {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} are "
-            "free: give fewer --probes or --screen"
+            f"the heads need {needed / 1e9:.1f} GB in addition to the model, but only "
+            f"{free / 1e9:.1f} GB are free: give fewer --probes or --screen"
         )
     turns = []
     with StepProgress("preparing heads", len(entries)) as progress:

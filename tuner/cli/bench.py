@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 )
 @options.screens(
     "A screen to compare, such as int4/int8:8, with each number of probes and without clusters; "
-    "may be repeated; none: no screen. Default: the model's own, and int8 without clusters."
+    "'none' stands for no screen; may be repeated. Default: the model's own, and int8 without "
+    "clusters."
 )
 @options.prompts
 @click.option(
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=20,
     show_default=True,
-    help="Batches of prompts that every head continues.",
+    help="Rounds to run: in each, every head continues the same batch of prompts.",
 )
 @click.option(
     "--plot",
@@ -72,7 +73,7 @@ def bench(
 
     Runs the model in transformers with its dense head and with each FlashHead in turns, and
     recommends one. A model without clusters is compared with heads that only screen; `flashtune
-    cluster` makes the clusters. Ctrl-C ends it early and shows what was measured until then.
+    cluster` makes the clusters. Ctrl-C ends it early and shows the results so far.
 
     \b
     Examples:
@@ -110,7 +111,7 @@ def bench(
     try:
         report = bench_model(folder, lineup(folder, n_probes, screens), request)
     except KeyboardInterrupt:
-        say("interrupted: there is nothing to compare yet", err=True)
+        say("interrupted before there was anything to compare", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if picture is not None:
         plot(report, picture)
@@ -119,5 +120,5 @@ def bench(
     else:
         print_rows(title(report), HEADINGS, table_rows(report), notes=list(notes(report)))
     if report.interrupted:
-        say("interrupted: this is what was measured until then", err=True)
+        say("interrupted: these are the results so far", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

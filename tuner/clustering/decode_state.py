@@ -60,7 +60,7 @@ def read_prompts(path: Path | None) -> list[str]:
     lines = read_text(path or Path(str(_PROMPTS))).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise FlashtuneError(f"{path}: holds no prompts: give one a line")
+        raise FlashtuneError(f"{path}: contains no prompts: write one per line")
     return prompts
 
 
@@ -162,8 +162,8 @@ class RunningModel:
                 except Exception as error:  # whatever a model's own code raises
                     longest = max(part, key=len)
                     what = (
-                        f"the model cannot continue the prompts from {start + 1} on, the longest "
-                        f"of {len(longest)} characters"
+                        "the model cannot continue the batch of prompts that begins with number "
+                        f"{start + 1} (the longest has {len(longest)} characters)"
                     )
                     raise model_error(what, error) from error
                 start += len(part)
@@ -225,15 +225,16 @@ def _check_own(folder: ModelFolder) -> None:
     tensor_files(folder.path)
     if os.path.lexists(folder.path / _ADAPTER):
         raise FlashtuneError(
-            f"{folder.path / _ADAPTER}: an adapter of a model elsewhere: merge it into that model"
+            f"{folder.path / _ADAPTER}: this is an adapter, not a model: merge it into its model "
+            "(merge_and_unload) and give that"
         )
     for config in (folder.config, folder.text):
         named = [config.get(name) for name in _ATTENTION]
         elsewhere = next((each for each in named if "/" in str(each)), None)
         if elsewhere is not None:
             raise FlashtuneError(
-                f"{folder.path / CONFIG}: asks for the kernels {quoted(elsewhere)}, which are "
-                "somebody's code and not run: name an attention of transformers' own"
+                f"{folder.path / CONFIG}: asks for the kernels {quoted(elsewhere)}, third-party "
+                "code that is not run: name an attention implementation of transformers instead"
             )
 
 
