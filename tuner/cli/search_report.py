@@ -188,6 +188,6 @@ def _notes_of(result: Result, device: Device) -> Iterator[str]:
     shipped = better_shipped(result, device)
     if shipped is not None:
         yield (
-            f"{name}: a shipped record is faster ({shipped.provenance.value}): "
+            f"{name}: a shipped table has a better record ({shipped.provenance.value}): "
             f"{time_of(shipped)}, {short_config(shipped.config)}"
         )

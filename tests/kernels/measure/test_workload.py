@@ -219,7 +219,7 @@ def test_without_room_for_copies_all_sets_share_the_centroids() -> None:
 
 
 def test_without_room_for_the_judge_there_is_no_workload() -> None:
-    with pytest.raises(FlashtuneError, match=r"12 MiB are free on cpu, and .* takes 6"):
+    with pytest.raises(FlashtuneError, match=r"12 MiB are free on cpu, but .* takes 6"):
         around(2 * JUDGED - 1)
 
 

@@ -338,11 +338,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("clusters", "said"),
         [
-            ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "found ['centroids']"),
+            ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "but has ['centroids']"),
             (assets(centroids=torch.zeros(2, 1, WIDTH, CLUSTERS)), "shape [2, 1, 8, 12]"),
             (assets(centroids=torch.zeros(WIDTH, 0)), "centroids has shape [8, 0]"),
             (assets(cluster_assignments=torch.zeros(0).long()), "assignments has shape [0]"),
-            (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids are 12 wide"),
+            (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids have 12 columns"),
             (
                 assets(centroids=torch.zeros(WIDTH, CLUSTERS).int()),
                 "centroids is torch.int32, not bf16, fp16, fp32",

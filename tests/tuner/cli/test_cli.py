@@ -134,7 +134,7 @@ class TestWhatIsRefused:
             ((*SEARCH, "--fix", "nonsense=1"), ["'--fix'", "nonsense", "selection"]),
             ((*SEARCH, "--fix", "slack=7"), ["'--fix'", "slack must be one of 0, 8"]),
             ((*SEARCH, "--fix", "slack"), ["'--fix'", "slack"]),
-            ((*SEARCH, "--fix", "pdl=true"), ["no valid config", "pdl", "fix less"]),
+            ((*SEARCH, "--fix", "pdl=true"), ["no valid config", "pdl", "fix fewer"]),
             ((*SEARCH, "--no-such-option"), ["--no-such-option"]),
             (("show", "--limit", "0"), ["'--limit'"]),
             (("show", "--device", "gtx"), ["'--device'", "gtx"]),
@@ -331,7 +331,7 @@ class TestTables:
     ) -> None:
         record = recorded(default_config(problem, device), None)
         write_table(table, TuningTable(device=device.name, records=(record,)))
-        assert "outcome is crash" in refused("tables", "check", table)
+        assert "has the outcome crash" in refused("tables", "check", table)
 
     def test_tables_are_merged_and_compared(
         self, table: Path, tmp_path: Path, recorded, problem: Problem, device: Device

@@ -304,7 +304,7 @@ class TestCluster:
             (["--clusters", "4", "--probes", "5"], "5 probes are more than the 4 clusters"),
             (["--probes", "5", "--recall", "0.9"], "give either --probes or --recall"),
             (["--recall", "1.5"], "--recall"),
-            (["--screen", "int9"], "must be of int8, int4, not 'int9'"),
+            (["--screen", "int9"], "must be among int8, int4, not 'int9'"),
             (
                 ["--screen", "int8", "--screen", "int4"],
                 "give just one --screen, or --recall to choose",
@@ -674,7 +674,7 @@ class TestDecodeStates:
         model = RunningModel.load(folder, "cpu")
         monkeypatch.setattr(model.model, "forward", short)
         with pytest.raises(
-            FlashtuneError, match=r"the longest has 5 characters\):  IndexError"
+            FlashtuneError, match=r"the longest has 5 characters\): IndexError"
         ) as caught:
             model.answers(["a b c", "d"], 3)
         assert "\n" not in str(caught.value)

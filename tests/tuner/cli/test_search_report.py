@@ -110,7 +110,7 @@ def test_an_unfinished_table_says_so(said, result, changes: Any, expected: str) 
 def test_the_most_frequent_failure_is_said(said, result) -> None:
     failure = Failure(reason="crash: illegal access", count=2, remedy="install another")
     text = said(result(failed=3, failure=failure))
-    assert "3 of 5 failed, 2 of them so: crash: illegal access" in text
+    assert "3 of 5 configs failed, 2 of them with: crash: illegal access" in text
     text = said(result(winner=None, searched_us=None, failed=5, failure=failure))
     assert "no config worked: crash: illegal access; install another" in text
 
@@ -152,7 +152,7 @@ def test_what_ships_is_shown_where_it_is_better_than_a_prediction(said, result, 
     shipped = better_shipped(quick, H200)
     assert shipped is not None and shipped.provenance is Provenance.MEASURED
     text = said(quick, device=H200, provenance=Provenance.PREDICTED)
-    assert f"shipped and measured: {shipped.measurement.median_us:.1f}, staged" in text
+    assert f"has a better record (measured): {shipped.measurement.median_us:.1f}, staged" in text
     data = result_data(
         SessionResult(device=H200, provenance=Provenance.PREDICTED, problems=[QWEN],
                       results=[quick], cancelled=False)

@@ -221,7 +221,7 @@ class TestAFreshWorker:
         [
             ("true", "it answers a greeting with something else"),
             ('{"measurements": [], "uses": [], "fatal": false}', "it answers a greeting"),
-            ('null}\n{"request": "NAME", "content": null', "not an object of measurements"),
+            ('null}\n{"request": "NAME", "content": null', "not an object with just measurements"),
             ('null, "request": "another"', "not JSON: a name occurs twice"),
             ('null, "more": 1', "not an object with just request, content"),
         ],

@@ -246,7 +246,9 @@ class TestWhatIsThere:
     def test_an_old_torch_is_told(self, far) -> None:
         python = far.python()
         Path(far.folder, "torch.py").write_text("__version__ = '2.1.0a0+git'\n")
-        with pytest.raises(FlashtuneError, match=r"torch there is 2\.1\.0a0\+git: install torch"):
+        with pytest.raises(
+            FlashtuneError, match=r"torch is version 2\.1\.0a0\+git: install torch"
+        ):
             find_machine("here", None, python)
 
     def test_no_gpu_is_told(self, far) -> None:
