@@ -223,10 +223,7 @@ class HeadTensors(nn.Module):
         with torch.no_grad():  # what is there already, as its model was converted, stays itself
             referred = tuple(fn(weight) for weight in self._referred)
         if any(new is not old for new, old in zip(referred, self._referred, strict=True)):
-            self._copied = (
-                "the head was moved or converted separately from its model: move or convert the "
-                "model instead"
-            )
+            self._copied = "the head was moved or converted separately from its model"
         self._referred = referred
         self._mark_again()
         self._renew()

@@ -57,5 +57,5 @@ def test_maps_and_assignments_give_one_order() -> None:
 
 @pytest.mark.parametrize("maps", [[[0, 1], [1, 2]], [[0, 1], [2, 4]], [[0, 1], [2, -1]]])
 def test_maps_must_hold_each_token_once(maps: list[list[int]]) -> None:
-    with pytest.raises(FlashtuneError, match="just once"):
+    with pytest.raises(FlashtuneError, match="exactly once"):
         order_from_maps(torch.tensor(maps))
