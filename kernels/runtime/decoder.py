@@ -257,7 +257,7 @@ class Decoder:
         race = f", after racing several for up to {seconds:.0f} s" if seconds else ""
         how = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
         text = (
-            f"FlashHead: the first call with {n_tokens} tokens chooses and compiles its kernel"
+            f"FlashHead: the first call with {n_tokens=} chooses and compiles its kernel"
             f"{race}; head.prepare({how}) does so ahead of time"
         )
         level = logging.INFO if LOG.isEnabledFor(logging.INFO) else logging.WARNING

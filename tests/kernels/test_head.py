@@ -524,7 +524,7 @@ def test_a_call_that_keeps_waiting_says_for_what(
     for _ in range(2):
         head.logits(torch.zeros(3, WIDTH))
     [line] = caplog.records
-    assert line.levelname == "WARNING" and "first call with 3 tokens" in line.getMessage()
+    assert line.levelname == "WARNING" and "first call with n_tokens=3" in line.getMessage()
     assert "compiles its kernel, after racing several for up to 20 s; " in line.getMessage()
     assert "head.prepare(3, epilogue='logits') does so ahead of time" in line.getMessage()
     FlashHead(**_with(), tune="never")(torch.zeros(1, WIDTH))
@@ -536,7 +536,7 @@ def test_a_call_that_keeps_waiting_says_for_what(
     caplog.set_level(logging.INFO, logger="flashtune")
     FlashHead(**_with())(torch.zeros(1, WIDTH))
     assert {each.levelname for each in caplog.records[2:]} == {"INFO"}
-    assert any("first call with 1 tokens" in each.getMessage() for each in caplog.records[2:])
+    assert any("first call with n_tokens=1" in each.getMessage() for each in caplog.records[2:])
 
 
 def test_threads_may_share_a_head() -> None:

@@ -23,8 +23,8 @@ HEADINGS = (
 def title(report: BenchReport) -> str:
     """What was measured, and under which conditions."""
     return (
-        f"{report.n_tokens} tokens per prompt, {report.batch} prompts per batch, {report.rounds} "
-        f"rounds with the heads taking turns, on this machine's {report.device}"
+        f"tokens per prompt: {report.n_tokens}, batch size: {report.batch}, rounds: "
+        f"{report.rounds}, on this machine's {report.device}; the heads take turns"
     )
 
 
@@ -52,7 +52,15 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
 def notes(report: BenchReport) -> Iterator[str]:
     """The notes below the table: what its columns mean, and what is recommended."""
     if report.interrupted:
-        yield f"INTERRUPTED: {report.rounds} rounds only; the last one may be incomplete"
+        yield (
+            f"INTERRUPTED: {report.rounds} of {report.planned} rounds, the last one possibly "
+            "incomplete"
+        )
+    elif report.rounds < report.planned:
+        yield (
+            f"OUT OF TIME: {report.rounds} of {report.planned} rounds; give a longer --timeout "
+            "for the others"
+        )
     yield "tok/s: from the median step; spread: 10th to 90th percentile over the rounds"
     yield "ratio: tok/s over the dense head's in the same round; share: the head's part of a step"
     yield "MB: memory added; answers, tokens: the same as the dense head's in greedy decoding,"
@@ -63,7 +71,7 @@ def notes(report: BenchReport) -> Iterator[str]:
         if row.level == "torch" and not row.entry.dense:
             yield f"{row.entry.name}: runs in plain torch, since no kernel for it works here"
         if row.model_weight and row.model_weight.startswith("a copy"):
-            yield f"{row.entry.name}: MB includes the model's weight: {row.model_weight}"
+            yield f"{row.entry.name}: MB includes the model's weight, {row.model_weight}"
     noise = report.noise
     if noise is None:
         yield "only one round: the noise is unknown, so give more --rounds"
@@ -90,6 +98,7 @@ def bench_data(report: BenchReport) -> dict[str, Any]:
         "tokens": report.n_tokens,
         "batch": report.batch,
         "rounds": report.rounds,
+        "planned_rounds": report.planned,
         "clusters": report.has_clusters,
         "rows": [_row_data(row) for row in report.rows],
         "recommended": {**_head_data(picked), "why": report.verdict.describe()},

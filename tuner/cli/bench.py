@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     help="Rounds to run: in each, every head continues the same batch of prompts.",
 )
 @click.option(
+    "--timeout",
+    "seconds",
+    type=options.SECONDS,
+    default="300",
+    show_default=True,
+    help="Seconds of answering after which no more rounds begin; there is at least one.",
+)
+@click.option(
     "--plot",
     "picture",
     type=options.FILE,
@@ -65,6 +73,7 @@ def bench(
     n_tokens: int,
     batch: int,
     rounds: int,
+    seconds: float,
     picture: Path | None,
     device: str | None,
     as_json: bool,
@@ -107,6 +116,7 @@ def bench(
         batch=batch,
         rounds=rounds,
         device=device or torch_device_named(None),
+        seconds=seconds,
     )
     try:
         report = bench_model(folder, lineup(folder, n_probes, screens), request)

@@ -205,7 +205,7 @@ class TestBench:
         monkeypatch.setenv("COLUMNS", "80")
         text = bench(flash, "--rounds", 2).stdout
         lines = text.splitlines()
-        assert lines[0].startswith("12 tokens per prompt, 1 prompts per batch, 2 rounds with")
+        assert lines[0].startswith("tokens per prompt: 12, batch size: 1, rounds: 2, on ")
         table = lines[1:6]
         assert all(len(line.rstrip()) <= 80 for line in table)
         assert [line.split()[0] for line in table] == ["head", "dense", "fp32", "fp32", "no"]
@@ -242,6 +242,17 @@ class TestBench:
         assert "NOISY" not in bench(flash, *words).stdout
         steps += [1000, 1000, 1400, 800, 1200]
         assert bench(flash, *words).stdout.count("NOISY: step times are only known to ") == 1
+
+    def test_no_more_rounds_begin_after_the_timeout(
+        self, flash: Path, bench: Callable[..., Result]
+    ) -> None:
+        words = ("--screen", "none", "--probes", 1, "--rounds", 6, "--timeout", 0.001)
+        result = bench(flash, *words)
+        assert result.exit_code == 0
+        assert "OUT OF TIME: 1 of 6 rounds" in result.stdout
+        data = json.loads(bench(flash, *words, "--json").stdout)
+        assert (data["rounds"], data["planned_rounds"], data["interrupted"]) == (1, 6, False)
+        assert "OUT OF TIME" not in bench(flash, *words[:4], "--rounds", 1).stdout
 
     def test_ctrl_c_keeps_what_was_measured(
         self, flash: Path, bench: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
