@@ -84,10 +84,10 @@ def cluster(
     """Make a FlashHead model from any causal language model.
 
     Clusters the rows of its head and writes a folder with the model and its clusters. Run the
-    same command again to continue after an interruption. The number of probes is found by running
-    the model for a few minutes at most: as many as keep its answers, if they take little of a
-    step. With --recall, each screen gets the fewest probes that reach it, and the fastest of
-    these pairs is taken.
+    same command again to continue after an interruption. Unless --probes or --recall is given,
+    the number of probes is chosen by running the model for a few minutes at most: enough to keep
+    its answers, as far as that makes a step less than 5 % slower. With --recall, each screen gets
+    the fewest probes that reach it, and the fastest of these pairs is taken.
 
     \b
     Examples:

@@ -211,7 +211,7 @@ models: Decorator[Any] = click.option(
     ),
 )
 shapes: Decorator[Any] = click.option(
-    "--shape", "shapes", type=SHAPE, multiple=True, help=SHAPE_HELP
+    "--shape", "shapes", type=SHAPE, multiple=True, help=f"{SHAPE_HELP} May be repeated."
 )
 run_device: Decorator[Any] = click.option(
     "--device",
