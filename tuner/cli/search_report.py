@@ -167,6 +167,12 @@ def _notes_of(result: Result, device: Device) -> Iterator[str]:
     name, winner = result.problem.describe(), result.winner
     if winner is None:
         return
+    floor, time_us = floor_us(result.problem, device), winner.measurement.median_us
+    if winner.provenance is Provenance.MEASURED and time_us and floor and time_us < floor:
+        yield (
+            f"{name}: faster than the floor, so the memory was busy while its bandwidth was "
+            "measured: search again on an idle machine"
+        )
     if result.failed:
         assert result.failure is not None
         count = "all" if result.failure.count == result.failed else str(result.failure.count)

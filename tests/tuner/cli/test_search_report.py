@@ -87,6 +87,12 @@ def test_floor_and_ratio_are_named_once(said, result, device: Device) -> None:
     assert "floor:" not in said(result(), device=replace(device, memory_bandwidth=0.0))
 
 
+def test_a_time_below_the_floor_is_explained(said, result, device: Device) -> None:
+    assert "faster than the floor" not in said(result())
+    slow = replace(device, memory_bandwidth=device.memory_bandwidth / 1000)
+    assert "512x64 c32 p4: faster than the floor" in said(result(), device=slow)
+
+
 def test_the_best_of_the_search_and_the_winner_are_told_apart(said, result) -> None:
     assert "best in the search" not in said(result())
     text = said(result(searched_us=11.2))
