@@ -12,8 +12,9 @@ The model is run by Hugging Face's transformers, an extra of this package: `flas
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,12 @@ class RunningModel:
         states: list[torch.Tensor] = []
         begun, start = time.monotonic(), 0
         size = _BATCH if seconds == math.inf else _FIRST
-        with StepProgress("decoding prompts", len(prompts)) as progress:
+        with StepProgress("decoding tokens", len(prompts) * n_tokens) as progress:
             while start < len(prompts) and size:
                 part = prompts[start : start + size]
+                show = partial(_show_steps, progress, start * n_tokens, len(part))
                 try:
-                    states += self._continue(part, n_tokens, begun + seconds)
+                    states += self._continue(part, n_tokens, begun + seconds, show)
                 except KeyboardInterrupt:
                     if not (keep_interrupted and states):
                         raise
@@ -167,7 +169,7 @@ class RunningModel:
                     )
                     raise model_error(what, error) from error
                 start += len(part)
-                progress.show(start)
+                progress.show(start * n_tokens)
                 taken = time.monotonic() - begun
                 if taken:  # as many as time allows at the pace so far
                     size = int(min(_BATCH, (seconds - taken) * start / taken))
@@ -198,13 +200,23 @@ class RunningModel:
         counts: list[int] = ((~ended).sum(dim=1) + ended.any(dim=1)).tolist()
         return counts
 
-    def _continue(self, prompts: Sequence[str], n_tokens: int, until: float) -> list[torch.Tensor]:
-        """The states of each prompt's steps, `[steps, hidden]`, up to its end token."""
-        seen = []
+    def _continue(
+        self,
+        prompts: Sequence[str],
+        n_tokens: int,
+        until: float,
+        on_step: Callable[[int], None],
+    ) -> list[torch.Tensor]:
+        """The states of each prompt's steps, `[steps, hidden]`, up to its end token.
+
+        on_step: is called before each step with the number of steps done.
+        """
+        seen: list[torch.Tensor] = []
 
         def note(_: Any, arguments: Any) -> None:
             if time.monotonic() > until:
                 raise _OutOfTime
+            on_step(len(seen))
             seen.append(arguments[0][:, -1].detach().clone())
 
         inputs = self.tokenized(prompts)
@@ -217,6 +229,11 @@ class RunningModel:
         counts = self.counted(out[:, inputs["input_ids"].shape[1] :])
         found = torch.stack(seen, dim=1)
         return [found[row, :own] for row, own in enumerate(counts)]
+
+
+def _show_steps(progress: StepProgress, before: int, each: int, steps: int) -> None:
+    """Show the tokens decoded so far: those before this batch, and `each` for every step of it."""
+    progress.show(before + steps * each)
 
 
 def _check_own(folder: ModelFolder) -> None:

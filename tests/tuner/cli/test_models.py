@@ -704,6 +704,19 @@ class TestDecodeStates:
         with pytest.raises(KeyboardInterrupt):
             model.answers(["a b c", "d"], 3)
 
+    def test_progress_is_shown_at_each_step(
+        self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch of long answers can take minutes."""
+        monkeypatch.setattr("flashtune.tuner.clustering.decode_state._BATCH", 1)
+        shown: list[int] = []
+        monkeypatch.setattr(
+            "flashtune.tuner.progress.StepProgress.show", lambda _, done: shown.append(done)
+        )
+        answers = RunningModel.load(folder, "cpu").answers(["a b c", "d"], 6)
+        first, second = ([*range(steps), 6] for steps in answers.lengths)
+        assert shown == [*first, *(6 + done for done in second)]
+
     def test_out_of_time_it_gives_whole_answers(
         self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
