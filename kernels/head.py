@@ -125,7 +125,7 @@ class FlashHead(HeadTensors):
             FlashtuneError: If the weight has another shape, or the screen is `none`.
         """
         if screen_of(screen) is None:
-            raise FlashtuneError("a head without clusters needs a screen: int4, int8 or the like")
+            raise FlashtuneError("a head without clusters needs a screen, such as int4 or int8")
         weight = checked_dense("weight", weight)
         if weight.dim() != 2 or not weight.numel():
             raise FlashtuneError(f"weight must be [vocab, hidden], not {list(weight.shape)}")

@@ -68,8 +68,8 @@ class HeadTensors(nn.Module):
         self.screen = screen
         if self.screen and release_weight:
             raise FlashtuneError(
-                "release_weight permutes the weight, and a screen leaves it to the model: "
-                "give one of them"
+                "release_weight permutes the weight, which a screen leaves to the model: give "
+                "only one of them"
             )
         _check_rows(rows, screen, release_weight)
         model = checked_dense("weight", weight)
@@ -223,7 +223,7 @@ class HeadTensors(nn.Module):
         with torch.no_grad():  # what is there already, as its model was converted, stays itself
             referred = tuple(fn(weight) for weight in self._referred)
         if any(new is not old for new, old in zip(referred, self._referred, strict=True)):
-            self._copied = "the head was moved or converted apart from its model"
+            self._copied = "the head was moved or converted separately from its model"
         self._referred = referred
         self._mark_again()
         self._renew()
@@ -243,7 +243,9 @@ def _check_rows(rows: str | None, screen: Screen | None, release_weight: bool) -
         raise FlashtuneError(f"rows must be one of {', '.join(ROWS)}, not {rows!r}")
     if rows == IN_PLACE and (screen or release_weight):
         other = "a screen has rows of its own" if screen else "release_weight moves the rows"
-        raise FlashtuneError(f"rows in_place are the model's, and {other}: give one of them")
+        raise FlashtuneError(
+            f"rows in_place are the model's own, but {other}: give only one of them"
+        )
 
 
 def _read_in_place(rows: str | None, copied: int | None, device: torch.device) -> bool:
@@ -258,8 +260,8 @@ def _read_in_place(rows: str | None, copied: int | None, device: torch.device) -
     if not free or 2 * copied <= free:
         return False
     LOG.info(
-        "rows are read in place: a copy in the order of clusters takes %.0f MiB, of %.0f that are "
-        "free (rows=%r makes one all the same)",
+        "rows are read in place: a copy in the order of clusters takes %.0f MiB, and only %.0f "
+        "MiB are free (rows=%r makes one nevertheless)",
         copied / 2**20,
         free / 2**20,
         IN_ORDER,

@@ -179,9 +179,9 @@ def token_order(cluster_assignments: torch.Tensor, n_clusters: int) -> torch.Ten
     cluster_size = -(-assignments.numel() // n_clusters)
     if sizes.min() == 0 or sizes.max() > cluster_size:
         raise FlashtuneError(
-            f"clusters must be of equal size, {cluster_size}, or have a little less, but they "
-            f"have {int(sizes.min())} to {int(sizes.max())} tokens: cluster the vocabulary "
-            "again with equal sizes, as `flashtune cluster` does"
+            f"clusters must have equal sizes ({cluster_size} tokens, or a little less), but they "
+            f"have {int(sizes.min())} to {int(sizes.max())} tokens: cluster the vocabulary again "
+            "with equal sizes, as `flashtune cluster` does"
         )
     order = torch.argsort(assignments, stable=True)
     if order.numel() == n_clusters * cluster_size:
@@ -199,7 +199,9 @@ def order_from_maps(vocab_maps: torch.Tensor) -> torch.Tensor:
     order = vocab_maps.to(torch.int64).sort(dim=-1).values.reshape(-1)
     within = order.min() >= 0 and order.max() < order.numel()
     if not within or torch.bincount(order, minlength=order.numel()).min() != 1:
-        raise FlashtuneError("vocab_maps must hold every token id from 0 to vocab - 1 just once")
+        raise FlashtuneError(
+            "vocab_maps must contain every token id from 0 to vocab - 1 exactly once"
+        )
     return order
 
 
@@ -256,11 +258,12 @@ def checked_problem(weight: torch.Tensor, centroids: torch.Tensor, n_probes: int
             raise FlashtuneError(f"{name} must have rows and columns, not {list(tensor.shape)}")
     if weight.shape[1] != centroids.shape[1]:
         raise FlashtuneError(
-            f"weight has rows of {weight.shape[1]} elements, centroids of {centroids.shape[1]}"
+            f"weight has rows of {weight.shape[1]} elements, but centroids of "
+            f"{centroids.shape[1]}: they are of different models"
         )
     if weight.device != centroids.device:
         raise FlashtuneError(
-            f"weight is on {weight.device}, centroids on {centroids.device}: move one"
+            f"weight is on {weight.device}, but centroids on {centroids.device}: move one of them"
         )
     return problem_of(weight, centroids, n_probes, n_tokens=1)
 
@@ -273,7 +276,7 @@ def order_of(
 ) -> torch.Tensor:
     """Token ids in row order, from whichever of the two arguments is given."""
     if (assignments is None) == (vocab_maps is None):
-        raise FlashtuneError("give just one of cluster_assignments and vocab_maps")
+        raise FlashtuneError("give either cluster_assignments or vocab_maps")
     name = "vocab_maps" if assignments is None else "cluster_assignments"
     given = checked_dense(name, vocab_maps if assignments is None else assignments)
     shape = [vocab_size]
@@ -296,7 +299,7 @@ def order_of(
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise FlashtuneError if the tensor has a NaN or an infinity."""
     if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
-        raise FlashtuneError(f"{name} has a NaN or an infinity: check how it was loaded")
+        raise FlashtuneError(f"{name} contains NaN or infinity: check how it was loaded")
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,9 @@ def search(
     fleets = fleets_for(asked, wanted, n_jobs, told.note)
     if len(fleets) > 1:
         kinds = ", ".join(fleet.device.name for fleet in fleets)
-        raise FlashtuneError(f"there are devices of several kinds ({kinds}): name one as device")
+        raise FlashtuneError(
+            f"there are devices of several kinds ({kinds}): choose one with device=…"
+        )
     fleet = fleets[0] if fleets else None
     request = SearchRequest(
         device=fleet.device if fleet else wanted or this_device(),

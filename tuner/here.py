@@ -53,7 +53,9 @@ def device_named(name: str) -> Device:
         return named_device(name)
     gpu = this_gpu()
     if gpu is None:
-        raise FlashtuneError("torch finds no GPU here: name a device of `flashtune devices`")
+        raise FlashtuneError(
+            "torch finds no GPU here: name a device that `flashtune devices` lists"
+        )
     return gpu
 
 

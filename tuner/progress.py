@@ -155,13 +155,13 @@ class StepProgress(ProgressBar):
         self._left = TimeLeft()
         self._last_line = time.monotonic()
 
-    def show(self, done: int, note: str = "") -> None:
-        """Show that `done` steps of the total are done."""
+    def show(self, done: int, note: str = "", stops: float = math.inf) -> None:
+        """Show that `done` steps of the total are done; stops: as in `TimeLeft.ends`."""
         self._left.step(done)
-        self._show(self._task, done, self._total, note, self._left.ends(self._total))
+        self._show(self._task, done, self._total, note, self._left.ends(self._total, stops))
         if self._line_due():
             told = f", {note}" if note else ""
-            left = self._left.describe(self._total)
+            left = self._left.describe(self._total, stops)
             print(f"{self._title}: {done}/{self._total}{told}, {left}", file=sys.stderr)
 
     def show_of(self, done: int, total: int) -> None:

@@ -40,12 +40,12 @@ def check_form(path: Path, table: TuningTable) -> None:
     for record in table.records:
         if record.measurement.outcome is not Outcome.OK:
             raise FlashtuneError(
-                f"{path}: {record.problem.describe()}: a record whose outcome is "
-                f"{record.measurement.outcome.value}: failures stay in databases, remove it"
+                f"{path}: {record.problem.describe()}: a record has the outcome "
+                f"{record.measurement.outcome.value}: tables hold no failures, so remove it"
             )
     if path.read_text("utf-8") != dumps_table(table):
         raise FlashtuneError(
-            f"{path} is not written as `tables export` writes: import it and export it again"
+            f"{path} is not formatted as `tables export` formats it: import it and export it again"
         )
 
 

@@ -165,7 +165,7 @@ class Toolchain:
         """Build from a decoded JSON object; raises FlashtuneError for any other key or type."""
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
-            raise FlashtuneError(f"a toolchain must have just the keys {sorted(names)}")
+            raise FlashtuneError(f"a toolchain must have exactly the keys {sorted(names)}")
         if not all(isinstance(value, str) for value in data.values()):
             raise FlashtuneError("a toolchain's versions must be text")
         return cls(**data)

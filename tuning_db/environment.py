@@ -62,7 +62,7 @@ def _absolute(folder: Path) -> Path:
         return folder.absolute()
     except FileNotFoundError as error:
         raise MachineTroubleError(
-            f"{folder} is relative to a folder that is gone: set {_CACHE}"
+            f"{folder} is relative to the current folder, which no longer exists: set {_CACHE}"
         ) from error
 
 

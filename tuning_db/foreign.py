@@ -39,7 +39,9 @@ def read_file(path: Path) -> bytes:
             if not stat.S_ISREG(found.st_mode):
                 raise FlashtuneError(f"{path}: is not a file")
             if found.st_size > MOST_BYTES:
-                raise FlashtuneError(f"{path}: is larger than {MOST_BYTES} bytes: another file?")
+                raise FlashtuneError(
+                    f"{path}: is larger than {MOST_BYTES} bytes: check that it is the right file"
+                )
             return file.read(MOST_BYTES)
     except OSError as error:
         raise FlashtuneError(f"{path}: {error.strerror}") from error
@@ -102,7 +104,7 @@ def members(data: Any, what: str, names: Iterable[str]) -> dict[str, Any]:
     """An object that has exactly these members; raises FlashtuneError, which names it `what`."""
     names = list(names)
     if not isinstance(data, dict) or set(data) != set(names):
-        raise FlashtuneError(f"{what} must be an object of just {', '.join(names)}")
+        raise FlashtuneError(f"{what} must be an object with exactly the keys {', '.join(names)}")
     return data
 
 
@@ -165,14 +167,14 @@ def _exact_float(digits: str) -> float:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise FlashtuneError(f"{name} is not a number that can be held")
+    raise FlashtuneError(f"{name} is not a finite number")
 
 
 def _exact_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         names = sorted(key for key, _ in pairs)
-        raise FlashtuneError(f"an object has a key twice: {quoted(names)}")
+        raise FlashtuneError(f"an object has a duplicate key: {quoted(names)}")
     return data
 
 

@@ -191,7 +191,9 @@ def _change(
 def _same_device(tables: Sequence[tuple[str, TuningTable]]) -> str:
     devices = list(dict.fromkeys(table.device for _, table in tables))
     if len(devices) != 1:
-        raise FlashtuneError(f"tables of {' and '.join(devices)} have nothing in common")
+        raise FlashtuneError(
+            f"tables of {' and '.join(devices)} cannot be merged: give tables of one device"
+        )
     return devices[0]
 
 

@@ -14,8 +14,8 @@ def why_unusable(package: str) -> str | None:
     try:
         module = importlib.import_module(package)
     except (ImportError, OSError) as error:
-        return f"{package} does not load there ({' '.join(str(error).split())}): {cure}"
+        return f"{package} cannot be imported ({' '.join(str(error).split())}): {cure}"
     found = re.match(r"(\d+)\.(\d+)", module.__version__)
     if found is None or (int(found[1]), int(found[2])) < LEAST[package]:
-        return f"{package} there is {module.__version__}: {cure}"
+        return f"{package} is version {module.__version__}: {cure}"
     return None

@@ -92,7 +92,7 @@ def _check_mode(found: os.stat_result, name: str, *, last: bool) -> None:
     """Allow a shared folder on the way if nobody there can replace the files of others."""
     sticky = bool(found.st_mode & stat.S_ISVTX) and not last
     if _others_may_write(found) and not sticky:
-        raise _refused("others can write to it (chmod go-w)", name)
+        raise _refused("other users can write to it (chmod go-w)", name)
 
 
 def _refused(why: str, name: str) -> PermissionError:

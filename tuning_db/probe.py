@@ -70,7 +70,7 @@ class Figures:
         """Build from a decoded JSON object; raises FlashtuneError for any other or missing key."""
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
-            raise FlashtuneError(f"a probe's figures must have just the keys {sorted(names)}")
+            raise FlashtuneError(f"a probe's figures must have exactly the keys {sorted(names)}")
         return cls(**data)
 
 
@@ -117,5 +117,7 @@ def checked_conditions(data: Any) -> dict[str, str]:
         )
     )
     if not good:
-        raise FlashtuneError(f"a probe's conditions must be a few texts by name: {quoted(data)}")
+        raise FlashtuneError(
+            f"a probe's conditions must be an object of a few short texts, not {quoted(data)}"
+        )
     return dict(data)

@@ -129,8 +129,8 @@ class Problem:
             self.in_place and FORMATS[self.weight_dtype].quantised
         ):
             raise FlashtuneError(
-                "in_place, of the model's own rows, must be true or false, and false where the "
-                f"weight is quantised: not {self.in_place!r} with {self.weight_dtype}"
+                "in_place must be true or false, and false if the weight is quantised, not "
+                f"{self.in_place!r} with {self.weight_dtype}"
             )
         if self.epilogue not in EPILOGUES:
             raise FlashtuneError(
@@ -142,13 +142,13 @@ class Problem:
         if FORMATS[self.weight_dtype].quantised:
             if self.model_dtype not in plain:
                 raise FlashtuneError(
-                    f"model_dtype must be one of {', '.join(plain)} where the weight is "
+                    f"model_dtype must be one of {', '.join(plain)} if the weight is "
                     f"{self.weight_dtype}, not {quoted(self.model_dtype)}"
                 )
         elif self.model_dtype != "" or self.n_rescored:
             raise FlashtuneError(
-                f"model_dtype and n_rescored are for quantised weights: with {self.weight_dtype} "
-                "leave them out"
+                "model_dtype and n_rescored are only for quantised weights: leave them out with "
+                f"{self.weight_dtype}"
             )
 
     @property
@@ -217,7 +217,8 @@ class Problem:
         if not isinstance(data, dict) or not names - _YOUNGER <= set(data) <= names:
             needed = sorted(names - _YOUNGER)
             raise FlashtuneError(
-                f"a problem must have the keys {needed}, may have {sorted(_YOUNGER)}, and no other"
+                f"a problem must have the keys {needed}, may have {sorted(_YOUNGER)}, and must "
+                "have no others"
             )
         return cls(**data)
 

@@ -102,7 +102,8 @@ class Measurement:
         timed = self.outcome in (Outcome.OK, Outcome.PRUNED)
         if (self.median_us is not None) != timed:
             raise ValueError(
-                f"a measurement with outcome {self.outcome.value} and median {self.median_us}"
+                f"a measurement with outcome {self.outcome.value} cannot have the median "
+                f"{self.median_us}"
             )
         if type(self.samples) is not int or not 0 <= self.samples <= _MOST_SAMPLES:
             raise ValueError(f"samples must be a count, not {quoted(self.samples)}")
@@ -149,12 +150,15 @@ class Record:
     def __post_init__(self) -> None:
         """Check the fields; a fault of the machine must not be recorded for a config."""
         if self.measurement.outcome is Outcome.ENVIRONMENT:
-            raise ValueError(f"a record of the machine's trouble: {self.measurement.error}")
+            raise ValueError(
+                "a problem of the machine must not be recorded for a config: "
+                f"{self.measurement.error}"
+            )
         _check_text("device", self.device, MOST_NAME)
         _check_tools(self.toolchain)
         _check_config(self.config)
         if not isinstance(self.provenance, Provenance):
-            raise ValueError(f"provenance must be one, not {quoted(self.provenance)}")
+            raise ValueError(f"provenance must be a Provenance, not {quoted(self.provenance)}")
         check_created(self.created)
 
     @property

@@ -64,7 +64,7 @@ class Registry(Mapping[str, Member]):
     def added(self, member: Member) -> Iterator[Member]:
         """Add a member within a `with`; raises ValueError if the name is taken."""
         if member.name in self:
-            raise ValueError(f"there is a {self._kind} {member.name} already")
+            raise ValueError(f"a {self._kind} named {member.name} already exists")
         self._added[member.name] = member
         try:
             yield member

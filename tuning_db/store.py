@@ -93,7 +93,7 @@ def existing(path: Path) -> Path:
     Other faults are reported when it is opened.
     """
     if not os.path.exists(path):
-        raise FlashtuneError(f"there is no database {path}: run a search first")
+        raise FlashtuneError(f"there is no database {path}: run `flashtune search` first")
     return path
 
 
@@ -120,7 +120,9 @@ class Store:
                 if not read_only:
                     self._prepare(version)
                 elif version == 0:
-                    raise _EmptyDatabaseError(f"{path} holds no records yet: run a search first")
+                    raise _EmptyDatabaseError(
+                        f"{path} contains no records yet: run `flashtune search` first"
+                    )
             except BaseException:
                 self._connection.close()
                 raise
@@ -153,7 +155,9 @@ class Store:
         if not self._odd_rows:
             return ""
         first, count = next(iter(self._odd_rows.values())), len(self._odd_rows)
-        return f"rows left out that this flashtune cannot read: {count} (the first: {first})"
+        return (
+            f"skipped {count} rows that this version of flashtune cannot read (the first: {first})"
+        )
 
     def add(self, *records: Record) -> None:
         """Add records, all or none, and append their measurements to the history.
@@ -380,7 +384,7 @@ def _taken(row: sqlite3.Row) -> tuple[str, str, Measurement]:
     try:
         check_created(row["created"])
         if not isinstance(row["record"], str):
-            raise FlashtuneError(f"{quoted(row['record'])} is no record's key")
+            raise FlashtuneError(f"{quoted(row['record'])} is not a record's key")
         return row["record"], row["created"], _measurement(row)
     except (ValueError, IndexError) as error:  # IndexError: a column is missing
         raise FlashtuneError(str(error)) from error
@@ -471,11 +475,13 @@ def _check_path(path: Path, read_only: bool) -> None:
     if os.path.exists(path):  # Path.exists would raise for a name that is too long
         if not path.is_file():
             raise FlashtuneError(
-                f"{path} is not a file: name a database's, by --db or FLASHTUNE_DB"
+                f"{path} is not a file: name a database file by --db or FLASHTUNE_DB"
             )
         for beside in (f"{path}{suffix}" for suffix in _BESIDE):
             if os.path.lexists(beside) and not os.path.isfile(beside):
-                raise FlashtuneError(f"{beside} is not a file, as SQLite keeps there: remove it")
+                raise FlashtuneError(
+                    f"{beside} is not a file, but SQLite needs one there: remove it"
+                )
     elif read_only:
         existing(path)
     elif not os.path.isdir(path.parent):
@@ -560,8 +566,8 @@ def _explain(path: Path, message: str) -> str:
         return f"the disk is full, so {path} was left as it was: free some space and run again"
     if ("lock" in message or "I/O" in message) and not knows_locks(path.parent):
         return (
-            f"the file system of {path} knows no locks, which a database needs ({message}): set "
-            "FLASHTUNE_DB to a file on a local disk"
+            f"the file system of {path} does not support locks, which a database needs "
+            f"({message}): set FLASHTUNE_DB to a file on a local disk"
         )
     if "locked" in message:
         return (

@@ -66,7 +66,7 @@ class TuningTable:
             if record.device != self.device:
                 raise FlashtuneError(f"a table of {self.device} has a record of {record.device}")
             if record.key in keys:
-                raise FlashtuneError(f"the record {record.key} is there twice")
+                raise FlashtuneError(f"the record {record.key} occurs twice")
             keys.add(record.key)
 
 

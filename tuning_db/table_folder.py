@@ -53,7 +53,8 @@ def added_paths() -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: a null character
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise FlashtuneError(
-            f"cannot read the folder of tables {folder} ({why}): set FLASHTUNE_TABLES to another"
+            f"cannot read the folder of tables {folder} ({why}): set FLASHTUNE_TABLES to another "
+            "folder"
         ) from error
     return [
         folder / name
@@ -69,7 +70,10 @@ def added_tables() -> AddedTables:
         broken = [each for each in found if isinstance(each, str)]
         left_out = ""
         if broken:
-            left_out = f"tables left out: {len(broken)} of {len(found)} (the first: {broken[0]})"
+            left_out = (
+                f"skipped {len(broken)} of {len(found)} tables that cannot be used (the first: "
+                f"{broken[0]})"
+            )
     except FlashtuneError as error:
         found, left_out = [], str(error)
     if left_out:

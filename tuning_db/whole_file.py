@@ -25,8 +25,8 @@ def write_whole(path: Path, data: bytes) -> None:
     except (OSError, ValueError) as error:  # ValueError: a null character
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise FlashtuneError(
-            f"cannot write {path} ({why}), it was left as it was: "
-            "check the folder and the space on the disk"
+            f"cannot write {path} ({why}), which was left unchanged: check the folder and the "
+            "free disk space"
         ) from error
 
 

@@ -101,7 +101,7 @@ def timed_otherwise(record: Record, device: Device) -> bool:
 
 def no_energy(where: torch.device) -> NoReturn:
     """`energy` of a kind of device without an energy counter; raises FlashtuneError."""
-    raise FlashtuneError(f"the energy that {where} takes can't be read here")
+    raise FlashtuneError(f"the energy of {where} cannot be measured here")
 
 
 def all_targets() -> tuple[Target, ...]:

@@ -196,7 +196,7 @@ TORCH = Target(
     described=lambda: None,
     named=lambda name: None,
     toolchain=lambda: Toolchain(torch=torch.__version__),
-    trouble=lambda: "plain torch has nothing to be tuned",
+    trouble=lambda: "plain torch has no configs to tune",
     unused=lambda: None,
     why_missing=lambda plan: None,
     times_alone=False,

@@ -39,12 +39,16 @@ def _why_wrong(
     cluster = position // (ids.numel() // n_clusters)
     if not clusters.possible[cluster]:
         rank = clusters.rank(cluster)
-        return f"token {token} is of the cluster ranked {rank}, of {judge.n_probes} probes"
+        return (
+            f"token {token} is in the cluster ranked {rank}, but only {judge.n_probes} are probed"
+        )
     must[cluster] = True
     own, own_bound, logits, bounds, candidates = judge.contest(position, must, clusters, state)
     best = int(logits.argmax())
     if own < logits[best] - own_bound - bounds[best]:
-        return f"token {token} has logit {float(own):.6g}, but there is {float(logits[best]):.6g}"
+        return (
+            f"token {token} has logit {float(own):.6g}, but the best has {float(logits[best]):.6g}"
+        )
     tied = candidates[logits == own]
     if tied.numel() and int(tied.min()) < token:
         return f"token {token} ties with the smaller id {int(tied.min())}"

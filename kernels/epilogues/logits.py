@@ -39,8 +39,8 @@ def _why_wrong(
     if bool(astray.any()):
         cluster, member = astray.nonzero()[0].tolist()
         return (
-            f"token {int(ids[cluster, member])} of the cluster ranked "
-            f"{clusters.rank(cluster)}, of {judge.n_probes} probes, is not filled in"
+            f"token {int(ids[cluster, member])} in the cluster ranked {clusters.rank(cluster)}, "
+            f"outside {judge.n_probes} probes, is not filled"
         )
     own, bound, sure = judge.screened(possible, must, state)
     least, most = (own - bound).to(found.dtype), (own + bound).to(found.dtype)

@@ -36,11 +36,12 @@ class Screen:
         for name in (self.centroids, self.rows):
             if name not in quantised:
                 raise FlashtuneError(
-                    f"a screen's formats must be of {', '.join(quantised)}, not {name!r}"
+                    f"a screen's formats must be among {', '.join(quantised)}, not {name!r}"
                 )
         if type(self.n_rescored) is not int or self.n_rescored < 0:
             raise FlashtuneError(
-                f"a screen must decide a whole number of tokens again, not {self.n_rescored!r}"
+                "the tokens that a screen decides again must be a whole number, not "
+                f"{self.n_rescored!r}"
             )
 
     @classmethod
@@ -52,8 +53,8 @@ class Screen:
         found = re.fullmatch(r"(\w+)(?:/(\w+))?(?::(\d{1,9}))?", text)
         if not found:
             raise FlashtuneError(
-                f"a screen must be like int8, int4/int8 (centroids/rows) or int4:32 (tokens to "
-                f"decide again), not {text!r}"
+                "a screen must have the form int8, int4/int8 (centroids/rows) or int4:32 "
+                f"(tokens to decide again), not {text!r}"
             )
         centroids, rows, number = found[1], found[2] or found[1], found[3]
         enough = _ENOUGH.get(rows, 0) if number is None else int(number)
@@ -86,5 +87,5 @@ def screen_of(given: Screen | str | None) -> Screen | None:
     if given is None or isinstance(given, Screen):
         return given
     if not isinstance(given, str):
-        raise FlashtuneError(f"a screen must be a Screen or a text like int8, not {given!r}")
+        raise FlashtuneError(f"a screen must be a Screen or a string such as int8, not {given!r}")
     return None if given == NO_SCREEN else Screen.parse(given)

@@ -192,7 +192,7 @@ class FlashLinear(nn.Linear):
             self.verdicts[size] = verdict
             LOG.info(
                 "%s for %d rows: %s",
-                "FlashHead" if verdict.wins else "the dense head, as FlashHead gains nothing,",
+                "FlashHead" if verdict.wins else "the dense head, as FlashHead is not faster,",
                 size,
                 verdict.describe(),
             )
@@ -271,9 +271,9 @@ class FlashLinear(nn.Linear):
         self._same = same
         if not same:
             self.warn(
-                "the output head's weight is not the one that FlashHead was made of (loaded, "
-                "resized, merged or trained since), so that the dense head answers: "
-                "flashtune.remove(model), then apply clusters of the weight as it is"
+                "the output head's weight has changed since FlashHead was made (loaded, "
+                "resized, merged or trained), so the dense head answers: call "
+                "flashtune.remove(model), then apply clusters of the present weight"
             )
 
 

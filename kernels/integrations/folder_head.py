@@ -31,13 +31,14 @@ def flash_head_of(
     shape = [clusters.assignments.numel(), clusters.centroids.shape[1]]
     if shape != list(weight.shape):
         raise FlashtuneError(
-            f"{path}: made for a head {shape}, but the model's is {[*weight.shape]}: cluster "
-            "this model with `flashtune cluster`"
+            f"{path}: made for a head of shape {shape}, but the model's has shape "
+            f"{[*weight.shape]}: cluster this model with `flashtune cluster`"
         )
     differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
     if differs:
         raise FlashtuneError(
-            f"{path}: made for {differs}: cluster this model with `flashtune cluster`"
+            f"{path}: made for another model ({differs}): cluster this model with `flashtune "
+            "cluster`"
         )
     own_screen = folder.screen if screen is None else screen_of(screen)
     return FlashHead(

@@ -48,15 +48,15 @@ class Generation:
         generate = type(model).generate
         if model.get_output_embeddings() is not linear:
             linear.warn(
-                "the model has another output head than the one FlashHead was applied to "
-                "(resized, or wrapped by an adapter), so that the dense head answers"
+                "the model's output head is not the one that FlashHead was applied to (it was "
+                "resized, or wrapped by an adapter), so the dense head answers"
             )
         else:
             usual = getattr(model, "generation_config", None)
             asked = needs_every_token(usual, args, kwargs)
             if asked is None:
                 return generate(model, *args, **kwargs)
-            linear.warn(f"{asked} needs the logit of every token, so that the dense head answers")
+            linear.warn(f"{asked} needs the logit of every token, so the dense head answers")
         with linear.every_token():
             return generate(model, *args, **kwargs)
 

@@ -54,7 +54,10 @@ class ModelLogits:
             hook.remove()
         logits = getattr(out, "logits", None)
         if not given or not isinstance(logits, torch.Tensor) or logits.shape[0] != len(raw):
-            raise FlashtuneError(f"{type(model).__name__} returns no logits of its output head")
+            raise FlashtuneError(
+                f"{type(model).__name__} does not return its output head's logits, so FlashHead "
+                "cannot replace it"
+            )
         return logits.reshape(len(raw), -1, logits.shape[-1])[:, -1]
 
     @property
@@ -78,5 +81,6 @@ class ModelLogits:
             return None
         return (
             f"{type(self._model).__name__} caps or scales its logits: it returns {most:.4g} for "
-            f"{FILL:g}, the fill of tokens that are no candidates, too near to the candidates' own"
+            f"{FILL:g}, the fill of tokens that are not candidates, which is too close to the "
+            "candidates' logits"
         )

@@ -85,11 +85,13 @@ def apply(
     for number in prepare:
         if type(number) is not int or not 1 <= number <= MOST_TOKENS:
             raise FlashtuneError(
-                f"prepare must name numbers of sequences from 1 to {MOST_TOKENS}, not {number!r}"
+                f"prepare must be a list of batch sizes from 1 to {MOST_TOKENS}, not {number!r}"
             )
     if head is None and assets is None and screened:
         if rows == IN_PLACE:
-            raise FlashtuneError("a head without clusters reads its screen: give no rows in_place")
+            raise FlashtuneError(
+                "a head without clusters reads its screen, not the model's rows: leave out rows"
+            )
         # Its logits contain no fill
         head = FlashHead.screened(dense.weight, screened, tune=tune or TUNE[0])
     else:
@@ -115,7 +117,7 @@ def _made(
 ) -> FlashHead:
     """The given FlashHead, or one made from the given clusters."""
     if (head is None) == (assets is None):
-        raise FlashtuneError("give just one of head and assets, or a screen for neither")
+        raise FlashtuneError("give either head or assets, or a screen without both")
     if assets is not None:
         folder, mode = ModelFolder.open(assets), tune or TUNE[0]
         return flash_head_of(folder, weight, n_probes, screen, rows, mode)
@@ -128,7 +130,7 @@ def _made(
         ):
             if wanted is not None and wanted != found:
                 raise FlashtuneError(
-                    f"{name} {wanted} is not the FlashHead's {found}: give it where the "
+                    f"{name} {wanted} differs from the FlashHead's {found}: give it where the "
                     "FlashHead is made"
                 )
         _check_same(head, weight)
@@ -167,7 +169,9 @@ def remove(model: Any) -> None:
     applied = model.get_output_embeddings()
     model.__dict__.pop("generate", None)
     if not isinstance(applied, FlashLinear):
-        raise FlashtuneError("no FlashHead is applied to this model: there is nothing to remove")
+        raise FlashtuneError(
+            "no FlashHead is applied to this model, so there is nothing to remove"
+        )
     rows, width = applied.weight.shape
     dense = nn.Linear(width, rows, bias=False, device="meta").train(applied.training)
     dense.weight = applied.weight
@@ -193,7 +197,7 @@ def _dense_head(model: Any) -> nn.Linear:
             f"{type(model).__name__} has no output head: give a causal language model"
         )
     if isinstance(dense, FlashLinear):
-        raise FlashtuneError("a FlashHead is applied already: flashtune.remove(model) first")
+        raise FlashtuneError("a FlashHead is already applied: call flashtune.remove(model) first")
     kind = f"{type(dense).__module__}.{type(dense).__qualname__}"
     if type(dense) is not nn.Linear:  # a subclass computes something else
         raise FlashtuneError(
@@ -203,8 +207,9 @@ def _dense_head(model: Any) -> nn.Linear:
     stored = type(dense.weight.data)
     if stored is not torch.Tensor or dense.weight.is_meta or hasattr(dense, "_hf_hook"):
         raise FlashtuneError(
-            f"the output head's weight is a {stored.__name__} on {dense.weight.device}, "
-            "quantised, offloaded or split over devices: load all of the model on one device"
+            f"the output head's weight is a {stored.__name__} on "
+            f"{dense.weight.device}(quantised, offloaded or split over devices): load the whole "
+            "model, unquantised, on one device"
         )
     if dense.bias is not None:
         raise FlashtuneError("the output head has a bias, which FlashHead does not add")
@@ -217,8 +222,9 @@ def _check_logits(model: Any, dense: nn.Linear) -> None:
         why = ModelLogits(model, dense).why_not_filled()
     except Exception as error:  # a model's forward can raise anything
         LOG.warning(
-            "FlashHead: %s could not be run on one token (%s): should it cap its logits, the fill "
-            "of tokens that are no candidates comes near to theirs",
+            "FlashHead: %s could not be run on one token (%s), so it was not checked whether it "
+            "caps its logits, which would bring the fill of other tokens close to the "
+            "candidates' logits",
             type(model).__name__,
             " ".join(f"{type(error).__name__}: {error}".split())[:200],
         )
@@ -233,7 +239,7 @@ def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
     if shape != list(weight.shape):
         raise FlashtuneError(
             f"the FlashHead is {shape[0]}x{shape[1]} (vocabulary x hidden size), the model's "
-            f"output head {weight.shape[0]}x{weight.shape[1]}: it is of another model"
+            f"output head {weight.shape[0]}x{weight.shape[1]}: use one made for this model"
         )
     for name in ("device", "dtype"):
         if getattr(head.like, name) != getattr(weight, name):
@@ -243,6 +249,6 @@ def _check_same(head: FlashHead, weight: torch.Tensor) -> None:
             )
     if not made_of(head, weight, _SAMPLED_ROWS):
         raise FlashtuneError(
-            "the FlashHead's weight is not the model's: it is of another model, or was made with "
-            "release_weight, which takes the model's own"
+            "the FlashHead's weight is not the model's: it is from another model, or was made "
+            "with release_weight, which takes over the model's weight"
         )

@@ -77,14 +77,16 @@ def why_unsupported(vllm_config: Any) -> str | None:
     """The requested engine feature that FlashHead doesn't support, or None."""
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size > 1:
-        return "tensor parallelism splits the head, and FlashHead needs all of it on one device"
+        return (
+            "tensor parallelism splits the head, but FlashHead needs the whole head on one device"
+        )
     if vllm_config.lora_config is not None:
         return "LoRA is enabled, and an adapter may change the head"
     verifies = vllm_config.speculative_config is not None and not is_draft(vllm_config)
     if verifies and not verifies_drafts():
         return (
-            "in speculative decoding it would change which tokens are accepted: "
-            "FLASHTUNE_VERIFY=1 lets it all the same"
+            "in speculative decoding it would change which tokens are accepted; set "
+            "FLASHTUNE_VERIFY=1 to use it nevertheless"
         )
     return None
 
@@ -178,7 +180,10 @@ class ServedHead:
         gate = gate_of(self._config)
         why = _why_never(processor, lm_head, hidden, self._fills)
         if gate is None and not self._drafts:
-            why = "this vLLM did not load the logits processor that tells which requests need it"
+            why = (
+                "this vLLM did not load the logits processor that finds requests which need the "
+                "dense head"
+            )
         if why:
             self._give_up(why)
         elif self._lm_head is None and (self._drafts or _is_open(gate)):
@@ -251,7 +256,7 @@ class ServedHead:
         own = folder.screen if folder is not None else None
         screen = screen_of(self._screen) if self._screen else own
         if screen is None:
-            raise FlashtuneError("the model has no clusters, and its screen is none")
+            raise FlashtuneError("the model has no clusters, and no screen is set")
         return FlashHead.screened(weight, screen, tune=tune)
 
     def _give_up(self, why: str) -> None:
@@ -282,10 +287,11 @@ def _why_never(processor: Any, lm_head: Any, hidden: torch.Tensor, fills: bool) 
     fills: whether non-candidate tokens have the fill as their logits.
     """
     if getattr(processor, "head_dtype", None) not in (None, hidden.dtype):
-        return f"head_dtype is {processor.head_dtype}, the hidden states are {hidden.dtype}"
+        return f"head_dtype is {processor.head_dtype}, but the hidden states are {hidden.dtype}"
     if fills and _is_changed(processor, lm_head, hidden):
         return (
-            "the logits are scaled or soft-capped, which would lift tokens that are no candidates"
+            "the logits are scaled or soft-capped, which would lift the fill of tokens that are "
+            "not candidates"
         )
     return None
 

@@ -38,7 +38,7 @@ def joules_a_call(
                 return now, calls
             before = now
             if clock() - start > MOST_SECONDS:
-                raise MachineTroubleError("the counter of the device's energy stands still")
+                raise MachineTroubleError("the device's energy counter does not advance")
 
     first, _ = until_a_step(0.0)
     last, calls = until_a_step(LEAST_SECONDS)

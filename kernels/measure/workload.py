@@ -100,8 +100,8 @@ class Workload:
         needed = step_bytes + 8 * judged + own
         if needed > free_bytes / 2:
             raise FlashtuneError(
-                f"{free_bytes / 2**20:.0f} MiB are free on {where}, and to verify and time "
-                f"kernels takes {needed / 2**20:.0f}, of which there must be twice as much"
+                f"{free_bytes / 2**20:.0f} MiB are free on {where}, but verifying and timing "
+                f"kernels takes {needed / 2**20:.0f}, and twice that must be free"
             )
         copies_bytes = (n_sets - 1) * problem.centroid_bytes
         copied = needed + copies_bytes <= free_bytes / 2

@@ -87,7 +87,8 @@ def _shapes(path: Path, tensors: Any) -> tuple[int, int, int]:
     for name in (CENTROIDS, ASSIGNMENTS):
         if name not in names:
             raise FlashtuneError(
-                f"{path}: need the tensors {CENTROIDS} and {ASSIGNMENTS}, found {quoted(names)}"
+                f"{path}: must contain the tensors {CENTROIDS} and {ASSIGNMENTS}, but has "
+                f"{quoted(names)}"
             )
     centroids, assignments = shape_of(tensors, CENTROIDS), shape_of(tensors, ASSIGNMENTS)
     if len(centroids) < 2 or any(size != 1 for size in centroids[:-2]) or 0 in centroids:
@@ -118,8 +119,8 @@ def read_clusters(path: Path, device: str = "cpu") -> Clusters:
     if not bool(centroids.isfinite().all()):
         broken = int((~centroids.isfinite().all(dim=1)).sum())
         raise FlashtuneError(
-            f"{path}: {CENTROIDS} has a NaN or an infinity in {broken} of {n_clusters} clusters: "
-            "fetch the file again, or make it again"
+            f"{path}: {CENTROIDS} contains NaN or infinity in {broken} of {n_clusters} clusters: "
+            "download the file again, or make it again"
         )
     assignments = assignments.to(torch.int64)
     least, most = (int(bound) for bound in torch.aminmax(assignments))
@@ -140,7 +141,7 @@ def _origin(path: Path, text: str | None) -> Origin | None:
         data = parse_json(text, exact=True)
         kinds = {field.name: field.type for field in fields(Origin)}
         if not isinstance(data, dict) or set(data) != set(kinds):
-            raise FlashtuneError(f"not just {', '.join(kinds)}")
+            raise FlashtuneError(f"its keys must be exactly {', '.join(kinds)}")
         for name, value in data.items():
             if type(value) is not kinds[name]:
                 raise FlashtuneError(f"{name} is {quoted(value)}")

@@ -125,7 +125,7 @@ class ModelFolder:
         known = {each.torch_name: each.name for each in plain_formats()}
         if not isinstance(name, str) or name not in known:
             raise FlashtuneError(
-                f"{self.path / CONFIG}: dtype {quoted(name)} is none of {list(known)}"
+                f"{self.path / CONFIG}: dtype {quoted(name)} must be one of {list(known)}"
             )
         return known[name]
 
@@ -191,7 +191,7 @@ class ModelFolder:
         said = self.text.get("hidden_size")
         if hidden != said and not has_weights(self.path):
             raise FlashtuneError(
-                f"{path}: {CENTROIDS} are {hidden} wide, but {CONFIG} says hidden_size "
+                f"{path}: {CENTROIDS} have {hidden} columns, but {CONFIG} has hidden_size "
                 f"{quoted(said)}: the assets are of another model"
             )
         if hidden != said:  # not all models call their head's width so
@@ -258,12 +258,14 @@ class ModelFolder:
         special = self.special_token_ids(vocab_size)
         weight = place.read(device)
         if not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
-            raise FlashtuneError(f"{place.path}: {place.name} has a NaN or an infinity")
+            raise FlashtuneError(
+                f"{place.path}: {place.name} contains NaN or infinity: download the model again"
+            )
         differs = clusters.origin and clusters.origin.why_not(Origin.of(weight))
         if differs:
             raise FlashtuneError(
                 f"{path}: made for {differs} (of {place.name} in {place.path.name}): the assets "
-                "are of another model, or it was changed since: cluster this one"
+                "belong to another model, or this one was changed since: cluster this model"
             )
         dtype = format_of(self.dtype).torch_dtype
         return HeadParts(
@@ -276,15 +278,16 @@ class ModelFolder:
     def _check_width(self, hidden: int, place: HeadWeight) -> None:
         if hidden != place.shape[1]:
             raise FlashtuneError(
-                f"{self.clustering_file}: {CENTROIDS} are {hidden} wide, but {place.name} in "
-                f"{place.path.name} has shape {list(place.shape)}: the assets are of another model"
+                f"{self.clustering_file}: {CENTROIDS} have {hidden} columns, but {place.name} in "
+                f"{place.path.name} has shape {list(place.shape)}: the assets belong to another "
+                "model, so cluster this one"
             )
 
     def _existing_clusters(self) -> Path:
         path = self.clustering_file
         if not os.path.exists(path):
             raise FlashtuneError(
-                f"{path}: no such file: this is not a FlashHead model; make one of it with "
+                f"{path}: no such file: this is not a FlashHead model; make one from it with "
                 "`flashtune cluster`"
             )
         return path
@@ -320,15 +323,15 @@ def _cached(repository: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FlashtuneError(
-            f"{repository}: no such folder; to look in Hugging Face's cache too, "
-            "pip install huggingface_hub"
+            f"{repository}: no such folder, and Hugging Face's cache was not searched: pip "
+            "install 'flashtune[hf]' to search it"
         ) from error
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:  # which its own errors are kinds of
         raise FlashtuneError(
-            f"{repository}: no such folder, and not in Hugging Face's cache: "
-            f"fetch it with `hf download {repository}`"
+            f"{repository}: no such folder, and not in Hugging Face's cache: download it with "
+            f"`hf download {repository}`"
         ) from error
 
 

@@ -93,8 +93,8 @@ def find_head_weight(
         why = "" if tied else " (tie_word_embeddings is false)"
         looked = dict.fromkeys([*(own.names if own else ()), *wanted])
         raise FlashtuneError(
-            f"{folder}: no tensor of the model is a head's weight{why}: "
-            f"looked for {', '.join(looked)}"
+            f"{folder}: no tensor of the model is the weight of an output head{why}: looked for "
+            f"{', '.join(looked)}"
         )
     _check_bias(name, files, own)
     path = files[name]
@@ -143,7 +143,8 @@ def _check_packed(files: dict[str, Path], own: OwnHead | None) -> None:
         packed = next((stem + name for name in PACKED if stem + name in files), None)
         if packed is not None:
             raise FlashtuneError(
-                f"{files[packed]}: the head is quantised, its numbers packed in {packed}: {CURE}"
+                f"{files[packed]}: the head is quantised, with its numbers packed in {packed}: "
+                f"{CURE}"
             )
 
 
@@ -152,9 +153,13 @@ def _check_bias(name: str, files: dict[str, Path], own: OwnHead | None) -> None:
     for head in (name, *HEADS):
         bias = head.removesuffix("weight") + "bias"
         if bias in files:
-            raise FlashtuneError(f"{files[bias]}: the head has a bias, {bias}: FlashHead has none")
+            raise FlashtuneError(
+                f"{files[bias]}: the head has a bias, {bias}, which FlashHead does not support"
+            )
     if own is not None and own.has_bias:
-        raise FlashtuneError(f"{files[name]}: the model's head has a bias: FlashHead has none")
+        raise FlashtuneError(
+            f"{files[name]}: the model's head has a bias, which FlashHead does not support"
+        )
 
 
 def has_weights(folder: Path) -> bool:
@@ -173,12 +178,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             return dict.fromkeys(tensors.keys(), path)
     if not os.path.exists(index):
         raise FlashtuneError(
-            f"{folder}: has neither {SINGLE} nor {INDEX}: weights are read from safetensors only"
+            f"{folder}: has neither {SINGLE} nor {INDEX}: weights are only read from safetensors "
+            "files"
         )
     data = read_json(index)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict):
-        raise FlashtuneError(f"{index}: must be JSON with a weight_map of names")
+        raise FlashtuneError(f"{index}: must be JSON with a weight_map from tensors to files")
     paths: dict[str, Path] = {}
     for file in weight_map.values():
         if not isinstance(file, str) or file not in paths:

@@ -32,7 +32,8 @@ def inside(folder: Path, *names: Any) -> Path:
         places.append(root.parents[1] / "blobs")
     if not any(found.is_relative_to(place) for place in places):
         raise FlashtuneError(
-            f"{path}: leads out of the model's folder, to {found}: put a copy of the file there"
+            f"{path}: leads out of the model's folder, to {found}: copy the file into the folder "
+            "instead"
         )
     return path
 

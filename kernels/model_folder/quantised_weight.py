@@ -24,7 +24,7 @@ _OTHER = ("weight_zero_point", "zeros", "weight_scale_2", "absmax", "g_idx")
 # Names under which heads are stored that have no tensor called weight, or no matrix in it
 PACKED = ("qweight", "weight_packed", "qzeros", "weight_quantized")
 _ROWS_AT_ONCE = 2**12
-CURE = "load the model in 16 bits and save it so, with its head not quantised"
+CURE = "load the model in 16 bits and save it with an unquantised head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +65,7 @@ def find_scales(
     stem = weight.removesuffix("weight")
     other = next((stem + name for name in _OTHER if stem + name in shapes), None)
     if other is not None:
-        raise FlashtuneError(f"{weight} is {kind} with {other}, which is not read: {CURE}")
+        raise FlashtuneError(f"{weight} is {kind} with {other}, which is not supported: {CURE}")
     found = [name for name in _SCALES if stem + name in shapes]
     if len(found) != 1:
         beside = " and ".join(stem + name for name in found) or "no scales"

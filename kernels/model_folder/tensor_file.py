@@ -28,10 +28,10 @@ def open_tensors(path: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(path, framework="pt", device=device) as tensors:
             yield tensors
     except OSError as error:
-        raise FlashtuneError(f"{path}: {error.strerror or error}: cannot be read") from error
+        raise FlashtuneError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise FlashtuneError(
-            f"{path}: {error}: not a whole safetensors file, fetch it again"
+            f"{path}: is not a complete safetensors file ({error}): download it again"
         ) from error
 
 

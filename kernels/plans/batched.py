@@ -179,8 +179,8 @@ def _why_not_multiplied(candidate: Candidate) -> str | None:
         return None
     if problem.centroid_dtype != problem.state_dtype:
         return (
-            f"tensor cores take one dtype, not hidden states in {problem.state_dtype} "
-            f"and centroids in {problem.centroid_dtype}"
+            f"tensor cores need one dtype, not hidden states in {problem.state_dtype} and "
+            f"centroids in {problem.centroid_dtype}"
         )
     return None
 

@@ -142,7 +142,7 @@ class Candidate:
         reason = self.why_invalid()
         plan = self.plan
         if reason or plan.template is None:
-            reason = reason or "nothing is generated"
+            reason = reason or "this plan generates no source"
             raise FlashtuneError(
                 f"{plan.name} config not valid for {self.problem.describe()}: {reason}"
             )
@@ -163,7 +163,9 @@ def why_broken(rules: Sequence[Rule], candidate: Candidate) -> str | None:
 def plans_of(device: Device) -> dict[str, Plan]:
     """The plans that run on a device, by name; raises FlashtuneError if there are none."""
     if device.vendor not in TARGETS:
-        raise FlashtuneError(f"no kernels for devices of {device.vendor}: {device.name}")
+        raise FlashtuneError(
+            f"there are no kernels for {device.name}, a device of {device.vendor}"
+        )
     return {plan.name: plan for plan in TARGETS[device.vendor].plans}
 
 

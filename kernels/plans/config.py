@@ -27,7 +27,7 @@ def parse_config(data: Any) -> Config:
     known = knobs(plan)
     if set(values) != set(known):
         odd = ", ".join(sorted(set(values) ^ set(known)))
-        raise FlashtuneError(f"a {plan.plan} config must have just its knobs; check {odd}")
+        raise FlashtuneError(f"a {plan.plan} config must have exactly its knobs; check {odd}")
     for name, value in values.items():
         choices = known[name]["choices"]
         if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -35,7 +35,7 @@ def parse_config(data: Any) -> Config:
                 f"{plan.plan} knob {name} must be one of {choices}, not {value!r}"
             )
         if not enabled(plan, name, values) and value != known[name]["default"]:
-            raise FlashtuneError(f"{plan.plan} knob {name} does not matter here: keep its default")
+            raise FlashtuneError(f"{plan.plan} knob {name} has no effect here: keep its default")
     return plan(**values)
 
 
@@ -47,7 +47,7 @@ def slack_of(config: Config) -> int:
 def short_config(config: ConfigData) -> str:
     """The plan, and the knobs that differ from their defaults or from what this version knows."""
     if config["plan"] not in PLANS:
-        return f"{config['plan']}, which is not known here"
+        return f"{config['plan']}, which this version of flashtune does not know"
     plan = PLANS[config["plan"]].config
     known = knobs(plan)
     changed = [

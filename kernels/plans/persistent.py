@@ -115,7 +115,7 @@ def _why_not_resident(candidate: Candidate) -> str | None:
     if problem.n_tokens > programs:
         return f"{problem.n_tokens} tokens are more than the {programs} programs"
     if config.programs_per_sm * config.warps * candidate.lanes > device.limits.threads_per_sm:
-        return "the grid would not be resident: too many threads for a multiprocessor"
+        return "the grid would not be resident at once: too many threads for a multiprocessor"
     return None
 
 

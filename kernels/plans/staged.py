@@ -222,11 +222,11 @@ def _why_not_selected(candidate: Candidate) -> str | None:
     """What a selection method does not support."""
     problem, selection = candidate.problem, candidate.config.selection
     if problem.n_rescored and selection == "in_gather":
-        return "in_gather writes no list, by which candidates could be decided again"
+        return "in_gather writes no list from which candidates could be decided again"
     if selection == "in_gather" and multiplies("gather", candidate):
-        return "in_gather searches with all of its warps, digits need a list of clusters"
+        return "in_gather searches with all of its warps, but digits need a list of clusters"
     if problem.n_pinned and selection == "torch_topk":
-        return "torch.topk pins no clusters"
+        return "torch.topk cannot pin clusters"
     return why_not_selected(problem, select_warps(candidate.config))
 
 

@@ -162,9 +162,9 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
     if problem.n_tokens > 1:
         return f"streamed decodes one token at a time, not {problem.n_tokens}"
     if problem.in_place:
-        return "streamed copies rows that adjoin, not rows in place"
+        return "streamed copies adjacent rows, not rows in place"
     if problem.n_rescored > MOST_RESCORED:
-        return f"streamed decides {MOST_RESCORED} tokens again at most, not {problem.n_rescored}"
+        return f"streamed decides at most {MOST_RESCORED} tokens again, not {problem.n_rescored}"
     if candidate.device.capability < 90:
         return "bulk copies to shared memory need sm_90 or later"
     dtypes = _dtypes(problem) | {problem.state_dtype}
@@ -173,7 +173,7 @@ def _why_not_streamed(candidate: Candidate) -> str | None:
     multiple = 16 if dtypes - _PLAIN else 8
     if problem.hidden_size % multiple:
         return (
-            f"bulk copies need a hidden size of a multiple of {multiple}, not "
+            f"bulk copies need a hidden size that is a multiple of {multiple}, not "
             f"{problem.hidden_size}"
         )
     return None
@@ -202,7 +202,7 @@ def _why_not_beside(candidate: Candidate) -> str | None:
     for launch in launches:
         if launch.shared_bytes - launch.dynamic_bytes > MOST_STATIC:
             return (
-                f"what a block of the {launch.kernel} keeps of its rows takes more than "
+                f"what a block of the {launch.kernel} keeps of its rows needs more than "
                 f"{MOST_STATIC // 1024} KiB of shared memory on {candidate.device.sm_count} "
                 "multiprocessors"
             )

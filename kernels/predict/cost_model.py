@@ -181,7 +181,7 @@ class CostModel:
         members(data, "the model", [field.name for field in fields(cls)])
         found = data["intervals"]
         if not isinstance(found, dict) or not found:
-            raise FlashtuneError("intervals must be an object of at least one family's")
+            raise FlashtuneError("intervals must be an object with at least one family")
         return cls(
             device=text(data["device"], "device", MOST_NAME),
             formats=tuple(
@@ -204,7 +204,7 @@ def _interval(name: str, data: Any) -> tuple[float, float]:
     what = f"the interval of {quoted(name)}"
     ends = [number(each, what, _LEAST, _MOST) for each in items(data, what)]
     if len(ends) != 2 or ends[0] > ends[1]:
-        raise FlashtuneError(f"{what} must be two numbers, the lesser first")
+        raise FlashtuneError(f"{what} must be two numbers, the smaller first")
     return ends[0], ends[1]
 
 
@@ -225,12 +225,14 @@ def read_model_file(path: Any) -> dict[str, Any]:
         data = parse_json(content, exact=True)
         version = data.get("version") if isinstance(data, dict) else None
         if version != VERSION:
-            raise FlashtuneError(f"version {quoted(version)}, this flashtune reads {VERSION}")
+            raise FlashtuneError(
+                f"it has version {quoted(version)}, but this flashtune reads {VERSION}"
+            )
         members(data, "a fit", ("version", "calibration", "model", "held_out"))
         CostModel.from_json(data["model"])
     except FlashtuneError as error:
         raise FlashtuneError(
-            f"cannot use the cost model {path} ({error}): make it anew with `flashtune model fit`"
+            f"cannot use the cost model {path} ({error}): make it again with `flashtune model fit`"
         ) from error
     return dict(data)
 

@@ -171,7 +171,7 @@ def _check(step: Step, problem: Problem, weights: Weights) -> None:
         out = poisoned_out(problem, hidden.device)
         step(weights, hidden, out)
         if bool(out.isnan().any()):
-            raise FlashtuneError("it leaves logits unwritten")
+            raise FlashtuneError("it left logits unwritten")
         tokens = epilogue.tokens_of(out)
         if not bool(((tokens >= 0) & (tokens < problem.vocab_size)).all()):
             raise FlashtuneError("its tokens are not in the vocabulary")

@@ -40,7 +40,9 @@ def register(head: Head) -> int:
 def _decoder_of(handle: int) -> Decoder:
     head = _HEADS.get(handle)
     if head is None:
-        raise FlashtuneError("the FlashHead that was compiled is gone: compile the new one")
+        raise FlashtuneError(
+            "the FlashHead that was compiled no longer exists: compile the new one"
+        )
     return head.decoder
 
 

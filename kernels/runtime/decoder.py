@@ -63,7 +63,7 @@ class Allowance:
         """Warn once per head: `explain` shows later trouble."""
         if not self.warned:
             self.warned = True
-            LOG.warning("FlashHead: %s. See head.explain() for all of it", trouble)
+            LOG.warning("FlashHead: %s. See head.explain() for details", trouble)
 
 
 class LockedStep:
@@ -195,7 +195,7 @@ class Decoder:
         Raises FlashtuneError if the number of tokens is not valid.
         """
         if not isinstance(n_tokens, int) or n_tokens < 1:
-            raise FlashtuneError(f"n_tokens must be a whole number, 1 or more, not {n_tokens!r}")
+            raise FlashtuneError(f"n_tokens must be a positive whole number, not {n_tokens!r}")
         whole, rest = divmod(n_tokens, MOST_TOKENS)
         sizes = [MOST_TOKENS] if whole else []
         return [*sizes, self.step_size(rest)] if rest else sizes
@@ -259,7 +259,7 @@ class Decoder:
         race = f", after racing several for up to {seconds:.0f} s" if seconds else ""
         how = f"{n_tokens}" if epilogue == "argmax" else f"{n_tokens}, {epilogue=}"
         text = (
-            f"FlashHead: the first call with {n_tokens} tokens chooses and compiles its kernel"
+            f"FlashHead: the first call with {n_tokens=} chooses and compiles its kernel"
             f"{race}; head.prepare({how}) does so ahead of time"
         )
         level = logging.INFO if LOG.isEnabledFor(logging.INFO) else logging.WARNING

@@ -96,7 +96,7 @@ def compare(
         seed=time.time_ns(),
     )
     LOG.info(
-        "a race takes up to %.0f MiB of the %.0f that are free on %s",
+        "a race takes up to %.0f MiB of the %.0f MiB that are free on %s",
         workload.most_bytes / 2**20,
         room / 2**20,
         where,
@@ -191,5 +191,5 @@ def _why_not(trial: Trial[Config], until: float) -> str:
     if trial.lost:
         return "the device was lost before its turn came"
     if len(trial.running) >= LEAST_RUNNERS and time.monotonic() > until:
-        return "there was no time to run it"
+        return "there was no time left to run it"
     return ""

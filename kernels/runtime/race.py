@@ -132,7 +132,7 @@ def hold(start: Start, choice: Choice) -> tuple[Choice, Race]:
 
 def _why_not(start: Start) -> str:
     if start.seconds < LEAST_SECONDS:
-        return f"the {MOST_SECONDS:.0f} s that a head may spend on races are spent"
+        return f"the {MOST_SECONDS:.0f} s that a head may spend on races are used up"
     if start.weights.weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     return ""
@@ -172,7 +172,7 @@ def _take_turn(
     if lock is None:
         if choice.record is None or choice.record.provenance is not Provenance.MEASURED:
             choice = default_choice(start.problem, start.device, skipped=choice.skipped)
-        why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and is not done"
+        why_not = f"another process has raced for {WAIT_SECONDS:.0f} s and has not finished"
         return choice, Race(why_not=why_not)
     choice, sources = look(start.problem, start.device, start.toolchain, start.troubles)
     begun = time.monotonic()
@@ -181,9 +181,9 @@ def _take_turn(
     start = replace(start, seconds=start.seconds - (time.monotonic() - begun))
     configs = contenders(start.problem, start.device, start.toolchain, sources)
     if choice.settled:
-        return choice, Race(why_not="another process has raced meanwhile")
+        return choice, Race(why_not="another process has raced in the meantime")
     if len(configs) == 1:
-        return choice, Race(why_not="there is nothing but the default")
+        return choice, Race(why_not="the default is the only config")
     comparison = _compare(start, configs, lock)
     winner = _winner(comparison)
     failed = [each for each in comparison.entries if _outcome(each) in _KEPT_FAILURES]

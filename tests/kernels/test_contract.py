@@ -234,8 +234,8 @@ class Contract(DecodeContract):
     """The contract, with the reasons for which our own plans refuse a problem."""
 
     may_refuse = (
-        "has no launch that decides|in_gather writes no list|topk pins no|"
-        "tensor cores take one dtype|prefetch knows clusters|streamed copies rows that adjoin"
+        "has no launch that decides|in_gather writes no list|topk cannot pin|"
+        "tensor cores need one dtype|prefetch needs clusters|streamed copies adjacent rows"
     )
 
 

@@ -334,7 +334,7 @@ def _spoiled(index: int, value: float) -> torch.Tensor:
     [
         ({"weight": torch.zeros(VOCAB)}, "weight must have two dimensions"),
         ({"centroids": torch.zeros(2, 6, WIDTH)}, "centroids must have two dimensions"),
-        ({"centroids": torch.zeros(CLUSTERS, 8)}, "rows of 16 elements, centroids of 8"),
+        ({"centroids": torch.zeros(CLUSTERS, 8)}, "rows of 16 elements, but centroids of 8"),
         ({"centroids": torch.zeros(7, WIDTH)}, "cluster_assignments must lie in 0 … 6"),
         ({"centroids": torch.zeros(0, WIDTH)}, "centroids must have rows"),
         (
@@ -346,18 +346,18 @@ def _spoiled(index: int, value: float) -> torch.Tensor:
         ({"weight": torch.zeros(VOCAB, WIDTH).double()}, "weight must be one of bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH).long()}, "centroids must be one of bf16"),
         ({"centroids": torch.zeros(CLUSTERS, WIDTH, device="meta")}, "centroids on meta"),
-        ({"weight": _spoiled(0, float("nan"))}, "weight has a NaN"),
-        ({"weight": _spoiled(0, float("inf"))}, "weight has a NaN or an infinity"),
-        ({"centroids": _spoiled(1, float("-inf"))}, "centroids has a NaN or an infinity"),
+        ({"weight": _spoiled(0, float("nan"))}, "weight contains NaN"),
+        ({"weight": _spoiled(0, float("inf"))}, "weight contains NaN or infinity"),
+        ({"centroids": _spoiled(1, float("-inf"))}, "centroids contains NaN or infinity"),
         ({"n_probes": 0}, "n_probes must be a positive whole number"),
         ({"n_probes": 13}, "n_probes 13 is more than n_clusters 12"),
         ({"n_probes": 2.5}, "n_probes must be a positive whole number"),
-        ({"cluster_assignments": None}, "just one of cluster_assignments and vocab_maps"),
-        ({"vocab_maps": torch.arange(VOCAB).view(CLUSTERS, -1)}, "just one of"),
+        ({"cluster_assignments": None}, "either cluster_assignments or vocab_maps"),
+        ({"vocab_maps": torch.arange(VOCAB).view(CLUSTERS, -1)}, "give either"),
         ({"cluster_assignments": torch.zeros(VOCAB)}, "must be whole numbers"),
         ({"cluster_assignments": torch.arange(8)}, r"must be \[96\], not \[8\]"),
         ({"cluster_assignments": torch.full((VOCAB,), -1)}, "must lie in 0 … 11"),
-        ({"cluster_assignments": torch.arange(VOCAB) // 9}, "clusters must be of equal size"),
+        ({"cluster_assignments": torch.arange(VOCAB) // 9}, "clusters must have equal sizes"),
         (
             {"cluster_assignments": None, "vocab_maps": torch.arange(VOCAB)},
             r"vocab_maps must be \[12, 8\]",
@@ -524,7 +524,7 @@ def test_a_call_that_keeps_waiting_says_for_what(
     for _ in range(2):
         head.logits(torch.zeros(3, WIDTH))
     [line] = caplog.records
-    assert line.levelname == "WARNING" and "first call with 3 tokens" in line.getMessage()
+    assert line.levelname == "WARNING" and "first call with n_tokens=3" in line.getMessage()
     assert "compiles its kernel, after racing several for up to 20 s; " in line.getMessage()
     assert "head.prepare(3, epilogue='logits') does so ahead of time" in line.getMessage()
     FlashHead(**_with(), tune="never")(torch.zeros(1, WIDTH))
@@ -536,7 +536,7 @@ def test_a_call_that_keeps_waiting_says_for_what(
     caplog.set_level(logging.INFO, logger="flashtune")
     FlashHead(**_with())(torch.zeros(1, WIDTH))
     assert {each.levelname for each in caplog.records[2:]} == {"INFO"}
-    assert any("first call with 1 tokens" in each.getMessage() for each in caplog.records[2:])
+    assert any("first call with n_tokens=1" in each.getMessage() for each in caplog.records[2:])
 
 
 def test_threads_may_share_a_head() -> None:
@@ -659,7 +659,7 @@ def test_the_operator_keeps_its_contract() -> None:
 
 
 def test_a_compiled_head_that_is_gone_says_so() -> None:
-    with pytest.raises(FlashtuneError, match="is gone"):
+    with pytest.raises(FlashtuneError, match="no longer exists"):
         torch.ops.flashtune.decode(torch.zeros(1, WIDTH), -1)
 
 
@@ -719,7 +719,7 @@ def test_what_is_no_hidden_state_is_refused(hidden: Any, why: str) -> None:
 def test_what_is_no_number_of_tokens_is_refused(number: Any) -> None:
     head = FlashHead(*parts(), n_probes=3)
     for call in (head.prepare, head.explain):
-        with pytest.raises(FlashtuneError, match="n_tokens must be a whole number, 1 or more"):
+        with pytest.raises(FlashtuneError, match="n_tokens must be a positive whole number"):
             call(number)
 
 
@@ -754,7 +754,7 @@ def test_a_fork_amid_another_threads_call_leaves_a_child_that_decodes() -> None:
 def test_a_map_of_tokens_far_outside_asks_for_no_memory() -> None:
     weight, centroids, _ = parts()
     maps = torch.full((len(centroids), len(weight) // len(centroids)), 2**40)
-    with pytest.raises(FlashtuneError, match="vocab_maps must hold every token id"):
+    with pytest.raises(FlashtuneError, match="vocab_maps must contain every token id"):
         FlashHead(weight, centroids, vocab_maps=maps, n_probes=3)
 
 

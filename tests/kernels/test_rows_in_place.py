@@ -151,7 +151,7 @@ def test_a_head_converted_apart_from_its_model_copies_the_weight() -> None:
     head = made().half()
     assert torch.equal(head(states()), made("in_order").half()(states()))
     assert head.explain()["model_weight"] == (
-        "a copy: the head was moved or converted apart from its model"
+        "a copy: the head was moved or converted separately from its model"
     )
 
 
@@ -196,7 +196,7 @@ def test_other_values_take_the_dense_head_until_they_are_the_old_ones(
         for scale, flash in ((1.0, True), (2.0, False), (0.5, True)):
             model.output.weight[17] *= scale
             assert bool((model.output(hidden) < FILLED).any()) is flash
-    assert sum("the output head's weight is not the one" in each for each in caplog.messages) == 1
+    assert sum("the output head's weight has changed" in each for each in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -155,7 +155,7 @@ def test_a_released_weight_adds_only_centroids_and_ids() -> None:
     assert head.added_bytes == centroids.nbytes + 4 * VOCAB
     plain = FlashHead(parts()[0], centroids, assignments, n_probes=3)
     assert plain.added_bytes == weight.nbytes + centroids.nbytes + 4 * VOCAB
-    with pytest.raises(FlashtuneError, match="give one of them"):
+    with pytest.raises(FlashtuneError, match="give only one of them"):
         screened(release_weight=True)
 
 
@@ -278,7 +278,7 @@ class TestWithoutClusters:
     def test_what_is_no_screen_or_weight_is_refused(self) -> None:
         with pytest.raises(FlashtuneError, match="needs a screen"):
             FlashHead.screened(parts()[0], "none")
-        with pytest.raises(FlashtuneError, match="a screen must be like int8"):
+        with pytest.raises(FlashtuneError, match="a screen must have the form int8"):
             FlashHead.screened(parts()[0], "4 bits")
         with pytest.raises(FlashtuneError, match=r"weight must be \[vocab, hidden\]"):
             FlashHead.screened(torch.ones(4))

@@ -137,7 +137,7 @@ def test_a_folder_that_others_could_change_or_that_has_more_is_made_again(
 def test_a_folder_is_not_made_where_others_can_write(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code").chmod(0o777)
-    with pytest.raises(PermissionError, match="others can write"):
+    with pytest.raises(PermissionError, match="other users can write"):
         keep_folder(tmp_path / "code" / "digest", FILES)
 
 

@@ -27,7 +27,7 @@ def test_a_cache_is_where_it_was_named_from(
     monkeypatch.setenv("FLASHTUNE_CACHE", "-cache")
     assert environment.cache_dir() == gone / "-cache"
     gone.rmdir()
-    with pytest.raises(MachineTroubleError, match="-cache is relative to a folder that is gone"):
+    with pytest.raises(MachineTroubleError, match="-cache is relative to the current folder"):
         environment.cache_dir()
 
 

@@ -42,10 +42,10 @@ def test_what_nothing_can_be_made_of(text: str, message: str, exact: bool) -> No
         ("[1" + "0" * 400 + "]", "more than 64 bits"),
         (str(2**63), "more than 64 bits"),
         (str(-(2**63) - 1), "more than 64 bits"),
-        ("NaN", "NaN is not a number"),
-        ("[-Infinity]", "-Infinity is not a number"),
+        ("NaN", "NaN is not a finite number"),
+        ("[-Infinity]", "-Infinity is not a finite number"),
         ("1e999", "'1e999' is too large a number"),
-        ('{"a": 1, "a": 1}', "a key twice"),
+        ('{"a": 1, "a": 1}', "a duplicate key"),
     ],
 )
 def test_what_only_formats_of_others_may_hold(text: str, message: str) -> None:

@@ -57,7 +57,7 @@ def test_nothing_is_read_below_a_folder_that_others_can_write(
     path.parents[which].chmod(mode)
     assert read_private(path) is None
     assert refused(path.parent)
-    with pytest.raises(PermissionError, match=r"others can write to it .chmod go-w.*cache"):
+    with pytest.raises(PermissionError, match=r"other users can write to it .chmod go-w.*cache"):
         make_private(path.parent / "deeper")
 
 

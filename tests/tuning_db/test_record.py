@@ -66,7 +66,7 @@ def test_only_what_worked_has_a_time() -> None:
         ({"config": {"plan": "a", "n": 2**63}}, "n in config must be a number of 64 bits"),
         ({"config": {"plan": "a", "n": float("nan")}}, "n in config must be a number"),
         ({"config": {"plan": "a", 7: 1}}, "config has a key 7"),
-        ({"provenance": "measured"}, "provenance must be one"),
+        ({"provenance": "measured"}, "provenance must be a Provenance"),
         ({"created": "yesterday"}, "created must be UTC"),
         ({"created": None}, "created must be UTC"),
         ({"policy": "p" * 501}, "policy has more than 500"),

@@ -140,12 +140,14 @@ def test_a_row_that_is_no_record_is_left_out_and_counted(
     with Store(path, read_only=True) as store:
         assert store.records() == [second]
         assert store.best(second.device, second.problem) in (None, second)
-        assert store.left_out.startswith("rows left out that this flashtune cannot read: 1 ")
+        assert store.left_out.startswith(
+            "skipped 1 rows that this version of flashtune cannot read "
+        )
         with pytest.raises(FlashtuneError, match=r"tuning\.db holds a row .*upgrade") as told:
             store.get(first.key)
         assert str(told.value).isprintable()
     assert [each.levelname for each in caplog.records] == ["WARNING"]
-    assert "tuning.db: rows left out" in caplog.text
+    assert "tuning.db: skipped" in caplog.text
     with Store(path) as store:  # a good one may take its place
         store.add(first)
         assert first in store.records()
@@ -402,9 +404,11 @@ def test_a_file_system_without_locks_blames_no_other_process(
         raise OSError(errno.ENOLCK, "No locks available")
 
     path = tmp_path / "tuning.db"
-    assert "knows no locks" not in store_module._explain(path, message)
+    assert "does not support locks" not in store_module._explain(path, message)
     monkeypatch.setattr(fcntl, "lockf", unknown)
     said = store_module._explain(path, message)
-    assert f"the file system of {path} knows no locks" in said and "on a local disk" in said
+    assert (
+        f"the file system of {path} does not support locks" in said and "on a local disk" in said
+    )
     assert "another process" not in said
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_a_broken_one_is_left_out_with_a_count_and_read_again_once_it_changed(
     for _ in range(2):
         found = added_tables()
         assert found.of() == [record]
-        assert found.left_out.startswith("tables left out: 3 of 4 (the first: ")
+        assert found.left_out.startswith("skipped 3 of 4 tables that cannot be used (the first: ")
         assert "bad.json" in found.left_out
     assert [line.getMessage() for line in caplog.records] == [found.left_out]
     for name in ("pipe.json", "link.json"):

@@ -90,12 +90,16 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchReport:
-    """The measurements; the first row is the dense head's. dense_us: the median of its step."""
+    """The measurements; the first row is the dense head's. dense_us: the median of its step.
+
+    rounds: those that the dense head completed, of `planned`.
+    """
 
     rows: tuple[BenchRow, ...]
     n_tokens: int
     batch: int
     rounds: int
+    planned: int
     device: str
     has_clusters: bool
     dense_us: float
@@ -147,20 +151,24 @@ def bench_model(
     """
     running = running or RunningModel.load(folder, request.device)
     turns = _prepared(folder, entries, request, running)
-    done, interrupted = 0, False
-    until = time.monotonic() + request.seconds
+    done, interrupted, round_seconds = 0, False, math.inf
+    began = time.monotonic()
+    until = began + request.seconds
     try:
         with StepProgress("answering", request.rounds * len(turns)) as progress:
             for number in range(request.rounds):
                 if number and time.monotonic() > until:
                     break
+                if number:
+                    round_seconds = (time.monotonic() - began) / number
                 prompts = [request.prompts[at] for at in _batch(request, number)]
                 # Each round begins with another head, so that none always follows the same one.
                 first = number % len(turns)
                 for each in [*turns[first:], *turns[:first]]:
                     each.runs[number] = _run(running, each.head, prompts, request.n_tokens)
                     done += 1
-                    progress.show(done, each.entry.name)
+                    # A round that has begun is finished, however late it is.
+                    progress.show(done, each.entry.name, stops=until + round_seconds)
     except KeyboardInterrupt:
         if not any(each.runs.keys() & turns[0].runs.keys() for each in turns[1:]):
             raise
@@ -172,6 +180,7 @@ def bench_model(
         n_tokens=request.n_tokens,
         batch=request.batch,
         rounds=len(steps),
+        planned=request.rounds,
         device=request.device,
         has_clusters=folder.has_clusters,
         dense_us=statistics.median(steps),
@@ -196,8 +205,8 @@ def _prepared(
     free = free_bytes(weight.device)
     if needed > free:
         raise FlashtuneError(
-            f"the heads take {needed / 1e9:.1f} GB beside the model, and {free / 1e9:.1f} are "
-            "free: give fewer --probes or --screen"
+            f"the heads need {needed / 1e9:.1f} GB in addition to the model, but only "
+            f"{free / 1e9:.1f} GB are free: give fewer --probes or --screen"
         )
     turns = []
     with StepProgress("preparing heads", len(entries)) as progress:

@@ -23,8 +23,8 @@ HEADINGS = (
 def title(report: BenchReport) -> str:
     """What was measured, and under which conditions."""
     return (
-        f"{report.n_tokens} tokens a prompt, batch {report.batch}, {report.rounds} rounds in "
-        f"turns, on this machine's {report.device}"
+        f"tokens per prompt: {report.n_tokens}, batch size: {report.batch}, rounds: "
+        f"{report.rounds}, on this machine's {report.device}; the heads take turns"
     )
 
 
@@ -52,30 +52,41 @@ def _cells(row: BenchRow) -> tuple[str, ...]:
 def notes(report: BenchReport) -> Iterator[str]:
     """The notes below the table: what its columns mean, and what is recommended."""
     if report.interrupted:
-        yield f"INTERRUPTED: of {report.rounds} rounds only, the last one not finished"
-    yield "tok/s: by the median step; spread: of rounds, from the 10th to the 90th percentile"
-    yield "ratio: tok/s to the dense head's, round by round; share: of a step that is the head"
-    yield "MB: memory added; answers, tokens: as the dense head's, greedily; tokens up to the"
-    yield "first that differs"
+        yield (
+            f"INTERRUPTED: {report.rounds} of {report.planned} rounds, the last one possibly "
+            "incomplete"
+        )
+    elif report.rounds < report.planned:
+        yield (
+            f"OUT OF TIME: {report.rounds} of {report.planned} rounds; give a longer --timeout "
+            "for the others"
+        )
+    yield "tok/s: from the median step; spread: 10th to 90th percentile over the rounds"
+    yield "ratio: tok/s over the dense head's in the same round; share: the head's part of a step"
+    yield "MB: memory added; answers, tokens: the same as the dense head's in greedy decoding,"
+    yield "with tokens counted up to the first that differs"
     if any(row.entry.own for row in report.rows):
-        yield "* the model's own"
+        yield "* set in the model's config"
     for row in report.rows:
         if row.level == "torch" and not row.entry.dense:
-            yield f"{row.entry.name}: plain torch, no kernel runs it here"
+            yield f"{row.entry.name}: runs in plain torch, since no kernel for it works here"
         if row.model_weight and row.model_weight.startswith("a copy"):
-            yield f"{row.entry.name}: of MB, the model's weight is {row.model_weight}"
+            yield f"{row.entry.name}: MB includes the model's weight, {row.model_weight}"
     noise = report.noise
     if noise is None:
-        yield "one round only: how far it can be trusted is not known"
+        yield "only one round: the noise is unknown, so give more --rounds"
     elif noise > MOST_COST:
         yield (
-            f"NOISY: steps are known to {noise:.0%} only, and heads are told apart by "
-            f"{MOST_COST:.0%}: take more --rounds, on a machine that does nothing else"
+            f"NOISY: step times are only known to {noise:.0%}, and heads are compared to "
+            f"{MOST_COST:.0%}: give more --rounds, on an otherwise idle machine"
         )
     if len(report.rows) > 1:
         yield f"recommended: {report.verdict.describe()}"
     if not report.has_clusters:
-        yield "no clusters here: `flashtune cluster` makes them, and heads that read less"
+        yield (
+            "this model has no clusters: make them with `flashtune cluster` for heads that read "
+            "less"
+        )
 
 
 def bench_data(report: BenchReport) -> dict[str, Any]:
@@ -87,6 +98,7 @@ def bench_data(report: BenchReport) -> dict[str, Any]:
         "tokens": report.n_tokens,
         "batch": report.batch,
         "rounds": report.rounds,
+        "planned_rounds": report.planned,
         "clusters": report.has_clusters,
         "rows": [_row_data(row) for row in report.rows],
         "recommended": {**_head_data(picked), "why": report.verdict.describe()},

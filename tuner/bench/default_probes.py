@@ -85,5 +85,6 @@ def _check_memory(folder: ModelFolder, device: str) -> None:
     free = free_bytes(torch.device(device))
     if size > free:
         raise FlashtuneError(
-            f"the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free on {device}"
+            f"the model needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on "
+            f"{device}"
         )

@@ -85,7 +85,10 @@ def lineup(
         n_clusters, own = folder.problem().n_clusters, folder.problem().n_probes
         for number in n_probes:
             if number > n_clusters:
-                raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
+                raise FlashtuneError(
+                    f"{number} probes are more than the model's {n_clusters} clusters: give at "
+                    f"most {n_clusters}"
+                )
         if not (n_probes or screens):
             whole = [Screen.parse(WITHOUT_CLUSTERS[0])]
         for screen in screens or [folder.screen]:

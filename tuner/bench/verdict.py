@@ -65,13 +65,15 @@ class Verdict:
         """Which head to take, and why, in a sentence or two."""
         pick, quickest, keeper = self.pick, self.quickest, self.keeper
         gained = _longer(pick, quickest)
-        noise = ", which the spread does not tell apart," if gained >= MOST_COST else ""
+        noise = " (within the spread)" if gained >= MOST_COST else ""
         if pick is quickest:
             why = "the fastest"
         elif quickest.same < pick.same:
-            why = f"{quickest} takes {gained:.1%} less time a step{noise} and keeps fewer"
+            why = (
+                f"{quickest} takes {gained:.1%} less time per step{noise} but keeps fewer answers"
+            )
         elif pick.dense:
-            why = f"{quickest} takes {gained:.1%} less time a step{noise} and more memory"
+            why = f"{quickest} takes {gained:.1%} less time per step{noise} but needs more memory"
         else:
             why = f"as fast as {quickest}, within the spread, and adds less memory"
         text = f"{pick}: {why}"
@@ -80,7 +82,7 @@ class Verdict:
         if keeper is None:
             return f"{text}; none keeps {LEAST_SAME:.0%} of the answers"
         return (
-            f"{text}; to keep {LEAST_SAME:.0%} of the answers take {keeper}, whose step takes "
+            f"{text}; to keep {LEAST_SAME:.0%} of the answers, use {keeper}, whose step takes "
             f"{_longer(keeper, pick, of=pick):.0%} longer"
         )
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 )
 @options.screens(
     "A screen to compare, such as int4/int8:8, with each number of probes and without clusters; "
-    "may be repeated; none: no screen. Default: the model's own, and int8 without clusters."
+    "'none' stands for no screen; may be repeated. Default: the model's own, and int8 without "
+    "clusters."
 )
 @options.prompts
 @click.option(
@@ -46,7 +47,15 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=20,
     show_default=True,
-    help="Batches of prompts that every head continues.",
+    help="Rounds to run: in each, every head continues the same batch of prompts.",
+)
+@click.option(
+    "--timeout",
+    "seconds",
+    type=options.SECONDS,
+    default="300",
+    show_default=True,
+    help="Seconds of answering after which no more rounds begin; there is at least one.",
 )
 @click.option(
     "--plot",
@@ -64,6 +73,7 @@ def bench(
     n_tokens: int,
     batch: int,
     rounds: int,
+    seconds: float,
     picture: Path | None,
     device: str | None,
     as_json: bool,
@@ -72,7 +82,7 @@ def bench(
 
     Runs the model in transformers with its dense head and with each FlashHead in turns, and
     recommends one. A model without clusters is compared with heads that only screen; `flashtune
-    cluster` makes the clusters. Ctrl-C ends it early and shows what was measured until then.
+    cluster` makes the clusters. Ctrl-C ends it early and shows the results so far.
 
     \b
     Examples:
@@ -106,11 +116,12 @@ def bench(
         batch=batch,
         rounds=rounds,
         device=device or torch_device_named(None),
+        seconds=seconds,
     )
     try:
         report = bench_model(folder, lineup(folder, n_probes, screens), request)
     except KeyboardInterrupt:
-        say("interrupted: there is nothing to compare yet", err=True)
+        say("interrupted before there was anything to compare", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if picture is not None:
         plot(report, picture)
@@ -119,5 +130,5 @@ def bench(
     else:
         print_rows(title(report), HEADINGS, table_rows(report), notes=list(notes(report)))
     if report.interrupted:
-        say("interrupted: this is what was measured until then", err=True)
+        say("interrupted: these are the results so far", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

@@ -28,7 +28,7 @@ def model() -> None:
 
 
 @model.command("calibrate")
-@options.device("The device whose records to take.", required=True)
+@options.device("The device whose records to use.", required=True)
 @options.out("The file to write.")
 @options.databases
 @click.option(
@@ -41,7 +41,7 @@ def model() -> None:
 def calibrate_(
     device: Device, out: Path, databases: tuple[Path, ...], known: Path | None, jobs: int
 ) -> None:
-    """Compile measured configs, and keep their times with what their kernels need.
+    """Compile measured configs, and write their times and their kernels' resource use to a file.
 
     Compiled kernels stay in Triton's cache, so after Ctrl-C the same command quickly gets back to
     where it was.
@@ -75,7 +75,7 @@ def calibrate_(
 @_calibration
 @options.out("The file to write.")
 def fit(calibration: Path | None, out: Path) -> None:
-    """Fit the model's constants to a calibration, and again without some of its shapes.
+    """Fit the model's constants to a calibration, and again with some shapes held out.
 
     \b
     Example:
@@ -107,7 +107,7 @@ def fit(calibration: Path | None, out: Path) -> None:
 def check(calibration: Path | None, file: Path | None, as_json: bool) -> None:
     """Check the model on shapes that it never saw, and on other devices and formats.
 
-    Prints how well predictions rank configs, how much is lost by trusting them, how often
+    Prints how well predictions rank configs, how much time is lost by trusting them, how often
     measurements lie in their interval, and how far off published times are, and times of formats
     and plans that no fit has seen. Compiles and fits nothing. The exit code is 1 if a check fails.
 

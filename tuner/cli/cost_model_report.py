@@ -43,7 +43,8 @@ def _table(title: str, *headings: str) -> Table:
 def splits_table(report: Report) -> Table:
     """A line for each set of shapes held out."""
     table = _table(
-        f"{report.device}: {report.samples} measured configs, shapes held out of the fit",
+        f"{report.device}: {report.samples} measured configs, predicted by fits without their "
+        "shape",
         "held out",
         "rank correlation",
         f"best of {MOST}",
@@ -96,7 +97,7 @@ def _results_table(title: str, results: Results) -> Table:
 def figures_table(report: Report) -> Table:
     """A line for each published time and number of probes."""
     table = _table(
-        "published times of other devices, microseconds",
+        "published times of other devices, in microseconds",
         "device",
         "step",
         "probes",
@@ -119,7 +120,7 @@ def figures_table(report: Report) -> Table:
 def rates_table(report: Report) -> Table:
     """A line for each published pair of rates: the saving per token."""
     table = _table(
-        "what a token saves on other devices by published rates, microseconds",
+        "savings per token on other devices, from published token rates, in microseconds",
         "device",
         "model",
         "body",
@@ -146,7 +147,8 @@ def rates_table(report: Report) -> Table:
 def formats_table(report: Report) -> Table:
     """A line for each time in a format, or of a plan, that is unknown to the fit."""
     table = _table(
-        "measured on another device, with formats and plans that the fit never saw, microseconds",
+        "measured on another device, with formats and plans that the fit never saw, in "
+        "microseconds",
         "device",
         "problem",
         "plan",

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 )
 @options.screens(
     "The new head's screen, such as int8. With --recall: a screen to choose from; may be "
-    "repeated; none: only the 16-bit head; default: the usual ones."
+    "repeated; 'none' stands for the 16-bit head. Default: no screen; with --recall, the usual "
+    "ones."
 )
 @options.prompts
 @click.option(
@@ -80,13 +81,13 @@ def cluster(
     link: bool,
     as_json: bool,
 ) -> None:
-    """Make a FlashHead model of any causal language model.
+    """Make a FlashHead model from any causal language model.
 
     Clusters the rows of its head and writes a folder with the model and its clusters. Run the
-    same command again to continue after an interruption. The number of probes is found by running
-    the model for a few minutes at most: as many as keep its answers, if that costs little of a
-    step. With --recall, each screen gets the fewest probes that reach it, and the fastest of
-    these pairs is taken.
+    same command again to continue after an interruption. Unless --probes or --recall is given,
+    the number of probes is chosen by running the model for a few minutes at most: enough to keep
+    its answers, as far as that makes a step less than 5 % slower. With --recall, each screen gets
+    the fewest probes that reach it, and the fastest of these pairs is taken.
 
     \b
     Examples:
@@ -98,9 +99,9 @@ def cluster(
     from flashtune.tuner.here import torch_device_named
 
     if n_probes and recall:
-        raise click.UsageError("give one of --probes and --recall")
+        raise click.UsageError("give either --probes or --recall, not both")
     if not recall and len(screens) > 1:
-        raise click.UsageError("give one --screen, or --recall to choose among several")
+        raise click.UsageError("give just one --screen, or --recall to choose among several")
     where = device or torch_device_named(None)
     screen = screens[0] if screens and recall is None else None
     choose = None
@@ -122,7 +123,7 @@ def cluster(
     try:
         result = cluster_model(request, choose)
     except KeyboardInterrupt:
-        say("interrupted: the same command goes on from here", err=True)
+        say("interrupted: run the same command again to continue from here", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     if as_json:
         say_json({**asdict(result), "out": str(out)})
@@ -187,7 +188,9 @@ def _keeping_answers(
             return choose_probes(source, folder, screen, texts, n_tokens, device)
         except FlashtuneError as error:
             usual = folder.problem().n_probes
-            why = f"{usual} probes, a sixteenth of the clusters, are not measured: {error}"
+            why = (
+                f"{usual} probes, a sixteenth of the clusters, not chosen by measurement: {error}"
+            )
             return Chosen(n_probes=usual, screen=screen, why=why)
 
     return choose
@@ -221,8 +224,8 @@ def _looked_at(screens: "tuple[Screen | None, ...]") -> "list[Screen]":
     help="Find the pair of screen and probes that reaches this share and is fastest here.",
 )
 @options.screens(
-    "A screen to look at, such as int4/int8:8; may be repeated; none: only the 16-bit head. "
-    "Default: int8, int4/int8 and int4, each also with no candidate computed again."
+    "A screen to report, such as int4/int8:8; may be repeated; 'none' stands for the 16-bit "
+    "head. Default: int8, int4/int8 and int4, each also without re-scoring."
 )
 @click.option(
     "--plot",
@@ -246,9 +249,9 @@ def quality(
     """Report how often a FlashHead model takes the tokens that its dense head would take.
 
     Runs the model on text, and reports for several numbers of probes how often the top token and
-    the five best agree, how much of the probability the candidates have, how long the head takes
+    the five best agree, how much probability the candidates hold, how long the head takes
     here, and how many bytes it reads and adds: in the model's own dtype, screened, without
-    clusters, and dense. Ctrl-C ends it early and shows what was counted until then.
+    clusters, and dense. Ctrl-C ends it early and shows the results so far.
 
     \b
     Examples:
@@ -295,5 +298,5 @@ def quality(
         if recall is not None:
             say(pick_line(report))
     if report.interrupted:
-        say("interrupted: this is what was counted until then", err=True)
+        say("interrupted: these are the results so far", err=True)
         raise click.exceptions.Exit(INTERRUPTED)

@@ -142,7 +142,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise FlashtuneError(f"{text!r} is not a number of seconds that is more than 0")
+        raise FlashtuneError(f"{text!r} is not a number of seconds greater than 0")
     return value
 
 
@@ -154,7 +154,7 @@ SCREEN = Parsed(
 )
 SECONDS = Parsed("seconds", _seconds)
 SHAPE_HELP = "A preset, or vocab=…,hidden=…,clusters=… pairs."
-SHAPE_EPILOG = f"Presets: {', '.join(PRESETS)}; pairs may follow one, as qwen3-0.6b,probes=512."
+SHAPE_EPILOG = f"Presets: {', '.join(PRESETS)}; pairs may follow one, as in qwen3-0.6b,probes=512."
 
 database: Decorator[Any] = click.option(
     "--db",
@@ -174,12 +174,15 @@ databases: Decorator[Any] = click.option(
     type=PATH,
     multiple=True,
     required=True,
-    help="A database; may be repeated. Of several records of one config, the first counts.",
+    help=(
+        "A database; may be repeated. If several have a record of the same config, the first is "
+        "used."
+    ),
 )
 as_json: Decorator[Any] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts."
 )
-yes: Decorator[Any] = click.option("--yes", is_flag=True, help="Do not ask before doing it.")
+yes: Decorator[Any] = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 seed: Decorator[Any] = click.option(
     "--seed",
     type=click.IntRange(0, MOST_SEED),
@@ -192,7 +195,7 @@ jobs: Decorator[Any] = click.option(
     type=click.IntRange(1),
     default=len(os.sched_getaffinity(0)),
     show_default="one per processor",
-    help="Compilers at a time.",
+    help="Compilers to run at a time.",
 )
 model: Decorator[Any] = click.option(
     "--model", required=True, help="The model's folder, or its name in Hugging Face's cache."
@@ -202,11 +205,13 @@ models: Decorator[Any] = click.option(
     "models",
     type=Parsed("folder", _model_problem),
     multiple=True,
-    help="A FlashHead model's folder, or its name in Hugging Face's cache: its shape is taken. "
-    "May be repeated.",
+    help=(
+        "A FlashHead model's folder, or its name in Hugging Face's cache, to take the shape "
+        "from. May be repeated."
+    ),
 )
 shapes: Decorator[Any] = click.option(
-    "--shape", "shapes", type=SHAPE, multiple=True, help=SHAPE_HELP
+    "--shape", "shapes", type=SHAPE, multiple=True, help=f"{SHAPE_HELP} May be repeated."
 )
 run_device: Decorator[Any] = click.option(
     "--device",

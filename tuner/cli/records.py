@@ -23,14 +23,14 @@ _record = click.option(
     "--probe",
     "probes",
     is_flag=True,
-    help="Probe this machine's devices, and show what they measured beside what was expected.",
+    help="Probe this machine's devices, and compare the measured figures with the expected ones.",
 )
 @options.database
 @options.as_json
 def devices(probes: bool, database: Path | None, as_json: bool) -> None:
     """List the known devices, and mark those of this machine.
 
-    With --probe this machine's devices measure what their predictions depend on: how fast memory
+    With --probe, this machine's devices measure what their predictions depend on: how fast memory
     is read, and what a launch, a dependent load and a barrier of the whole grid take. Predicted
     times are corrected by that. The probe and the corrected records are kept in the database.
 
@@ -89,14 +89,14 @@ def show(
     known = known_records(device, problem, database)
     if not known:
         raise FlashtuneError(
-            "no records: run `flashtune search`, or name a --device to see what ships for it"
+            "no records: run `flashtune search`, or give --device to see what ships for it"
         )
     shown = known[:limit]
     if as_json:
         say_json([each.data() for each in shown])
         return
     print_records(shown)
-    say(f"{len(shown)} of {len(known)} records")
+    say(f"{len(shown)} of {len(known)} records shown")
 
 
 @click.command()
@@ -112,7 +112,7 @@ def best(
 ) -> None:
     """Show the best record of a shape on a device, from the database or a table.
 
-    With --require the exit code is 2 unless exactly this shape was measured on this device.
+    With --require, the exit code is 2 unless exactly this shape was measured on this device.
 
     \b
     Examples:
@@ -165,7 +165,7 @@ def render(
 @click.command()
 @options.device("Only this device's searches.")
 @options.shape("Only this shape's searches.")
-@options.out("The page to write.", "-o")
+@options.out("The HTML file to write.", "-o")
 @options.read_database
 def report(
     device: Device | None, problem: Problem | None, out: Path, database: Path | None
@@ -173,8 +173,8 @@ def report(
     """Write the recorded searches as a page for a browser.
 
     For each search it shows the time against the byte floor, the trials with the best so far,
-    which knobs matter, what failed and why, and what a head would run. The page is one file that
-    needs no network.
+    which knobs matter, what failed and why, and which config a head would run. The page is one
+    file that needs no network.
 
     \b
     Example:
@@ -194,7 +194,7 @@ def report(
 
 @click.group()
 def studies() -> None:
-    """Recorded searches as Optuna studies.
+    """Export recorded searches as Optuna studies.
 
     \b
     Example:
@@ -233,7 +233,10 @@ def export_studies_(
         say(f"{name}: {trials} trials")
     if len(written) < len(found):
         left = len(found) - len(written)
-        say(f"left out: {left} searches on devices that only their own machine can describe")
+        say(
+            f"left out: {left} searches on devices that only their own machine can describe; "
+            "export those there"
+        )
 
 
 @click.command()
@@ -263,7 +266,9 @@ def forget(
     from flashtune.tuner.search.lookup import KnownRecord
 
     if key is None and device is None and problem is None and not failed:
-        raise click.UsageError("say which: give --record, --device, --shape or --failed")
+        raise click.UsageError(
+            "say which records to remove: give --record, --device, --shape or --failed"
+        )
     path = database or default_path()
     with Store(path, read_only=True) as store:
         found = [store.get(key)] if key is not None else store.records()
@@ -280,7 +285,7 @@ def forget(
     print_records([KnownRecord(record, USER) for record in found])
     if not yes:
         if not sys.stdin.isatty():
-            raise click.UsageError(f"to remove {len(found)} records, give --yes")
+            raise click.UsageError(f"removing {len(found)} records needs confirmation: give --yes")
         click.confirm(f"remove these {len(found)} records from {path}?", abort=True, err=True)
     with Store(path) as store:
         store.remove([record.key for record in found])

@@ -21,7 +21,7 @@ _FIGURES = {  # of a probe: label, unit, factor, digits
     "launch_us": ("launch alone", "us", 1.0, 2),
     "overlapped_us": ("launch overlapped", "us", 1.0, 2),
     "load_us": ("dependent load", "us", 1.0, 3),
-    "barrier_us": ("barrier of a grid", "us", 1.0, 2),
+    "barrier_us": ("grid-wide barrier", "us", 1.0, 2),
 }
 _TABLES = {
     ADDED: "of a table in FLASHTUNE_TABLES, not of the database",
@@ -85,15 +85,15 @@ def predicted_notes(records: Iterable[Record]) -> list[str]:
         return []
     words = [each.value for each in Provenance if each in {one.provenance for one in predicted}]
     kinds = " and ".join(words)
-    notes = [f"{kinds} times: in brackets the interval that held 80 % of what was measured"]
+    notes = [f"{kinds} times; in brackets, an interval that held 80 % of measured times"]
     for name in sorted({each.device for each in predicted}):
         if why_less_trusted(name):
             notes.append(f"{name}: {why_less_trusted(name)}")
     guessed = sorted({name for each in predicted for name in unfitted(each.problem, each.config)})
     if guessed:
         notes.append(
-            f"no measured time of {', '.join(guessed)} was there to fit: its interval is the "
-            "widest of others (flashtune model check)"
+            f"{', '.join(guessed)}: no measured times to fit to, so the widest interval of the "
+            "others is given (see `flashtune model check`)"
         )
     return notes
 

@@ -50,7 +50,9 @@ class _Search(click.Command):
 @click.option(
     "--timeout",
     type=options.SECONDS,
-    help="Seconds for the whole run; each shape gets an equal share of what is left.",
+    help=(
+        "Time limit for the whole run, in seconds; each shape gets an equal share of what is left."
+    ),
 )
 @click.option(
     "--sampler",
@@ -69,14 +71,18 @@ class _Search(click.Command):
     help="Search only configs with KNOB=VALUE, such as plan=staged; may be repeated.",
 )
 @click.option(
-    "--retry-failed", is_flag=True, help="First, evaluate again what failed in earlier runs."
+    "--retry-failed",
+    is_flag=True,
+    help=("First evaluate the configs again that failed in earlier runs."),
 )
 @click.option(
     "--remote",
     metavar="DESTINATION",
     multiple=True,
-    help="Measure on the machine that `ssh DESTINATION` reaches; without --device, on the device "
-    "found there. May be repeated.",
+    help=(
+        "Measure on the machine that `ssh DESTINATION` reaches, on the device found there "
+        "unless --device names one. May be repeated."
+    ),
 )
 @click.option(
     "--objective",
@@ -89,20 +95,22 @@ class _Search(click.Command):
     "--remote-python",
     metavar="PYTHON",
     show_default="python3",
-    help="The Python there that has torch and Triton.",
+    help="The Python with torch and Triton on the remote machine.",
 )
 @click.option(
     "--gpus",
     metavar="all|N,N…",
-    help="Measure on all GPUs of this machine, or on those with these numbers, such as 0,2.",
+    help="Measure on several GPUs of this machine: all, or numbers such as 0,2.",
 )
 @click.option(
     "--ray",
     metavar="[ADDRESS]",
     is_flag=False,
     flag_value="auto",
-    help="Measure on the Ray cluster at this address, else on the one that this machine is a node "
-    "of; needs flashtune[ray].",
+    help=(
+        "Measure on the Ray cluster at this address; without an address, on the one that this "
+        "machine belongs to. Needs flashtune[ray]."
+    ),
 )
 @options.database
 @options.as_json
@@ -122,13 +130,13 @@ def search(
 ) -> None:
     """Search for the fastest kernel of each shape on a device.
 
-    On the device itself, every config is verified and measured. For a device that is not here,
-    configs are cross-compiled and their times predicted, and the records say so. With --remote
-    they are measured on the machine that ssh reaches under that name, which needs Python, torch
+    On a device of this machine, every config is verified and measured. For any other device,
+    configs are cross-compiled and their times predicted, and the records say so. With --remote,
+    configs are measured on the machine that ssh reaches under that name; it needs Python, torch
     and Triton. Several machines, several GPUs (--gpus) and a Ray cluster (--ray) share a search;
     devices of different kinds are searched side by side. With --objective energy or both, the
-    energy of a call is measured beside its time, on devices that can measure it. Run the same
-    command again to continue an interrupted search. The exit code is 1 if nothing worked for a
+    energy of a call is measured as well as its time, on devices that can measure it. Run the same
+    command again to continue an interrupted search. The exit code is 1 if no config worked for a
     shape.
 
     \b
@@ -171,8 +179,8 @@ def search(
         [provenance] = {session.provenance for session in sessions}
         if not as_json and provenance is Provenance.PREDICTED:
             say(
-                f"{requests[0].device.title} is not this machine's device: times are PREDICTED by "
-                "a cost model, none is measured.",
+                f"{requests[0].device.title} is not a device of this machine: all times are "
+                "PREDICTED by a cost model, none are measured.",
                 err=True,
             )
         with SearchProgress(provenance) as progress:

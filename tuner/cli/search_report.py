@@ -55,12 +55,12 @@ class SearchProgress(ProgressBar):
     def describe_best(self, event: Event, floor_us: float | None) -> str:
         """The best time so far and its ratio to the byte floor."""
         if event.best_us is None:
-            return f"nothing works yet, {event.failed} failed"
+            return f"no config has worked yet, {event.failed} failed"
         ratio = f" = {event.best_us / floor_us:.2f} x floor" if floor_us else ""
         timing = event.comparing and self._provenance is Provenance.MEASURED
         most = event.most_workers
         workers = f", {event.workers} of {most} workers" if most > 1 else ""
-        doing = ", timing the best side by side" if timing else ""
+        doing = ", timing the best configs side by side" if timing else ""
         return (
             f"best {event.best_us:.1f} us {self._provenance.value}{ratio}, "
             f"{event.failed} failed{workers}{doing}"
@@ -102,7 +102,7 @@ def print_results(outcome: SessionResult) -> None:
             )
         )
     print_rows(
-        f"{outcome.device.title}: times in microseconds, {outcome.provenance.value}",
+        f"{outcome.device.title}: {outcome.provenance.value} times, in microseconds",
         ("problem", ">baseline", ">default", ">winner", ">floor", ">ratio", "config"),
         rows,
         notes=list(_notes(outcome)),
@@ -124,7 +124,7 @@ def _print_front(result: Result) -> None:
         for record in result.front
     ]
     print_rows(
-        f"{result.problem.describe()}: the Pareto front of time and energy",
+        f"{result.problem.describe()}: Pareto front of time and energy",
         (">us", ">mJ a call", "", "config"),
         rows,
     )
@@ -133,7 +133,7 @@ def _print_front(result: Result) -> None:
 def _why_none(result: Result) -> str:
     if result.failure is None:
         return "nothing was evaluated"
-    return f"nothing worked: {result.failure.describe()}"
+    return f"no config worked: {result.failure.describe()}"
 
 
 def _notes(outcome: SessionResult) -> Iterator[str]:
@@ -142,18 +142,21 @@ def _notes(outcome: SessionResult) -> Iterator[str]:
         begun = len(outcome.results)
         yield (
             f"INTERRUPTED: {begun} of {len(outcome.problems)} shapes begun, the last one not "
-            "finished; the same command goes on from here"
+            "finished; run the same command again to continue"
         )
     elif len(outcome.results) < len(outcome.problems) or any(
         result.timed_out for result in outcome.results
     ):
         yield (
-            f"out of time: {len(outcome.results)} of {len(outcome.problems)} shapes begun; the "
-            "same command goes on from here"
+            f"out of time: {len(outcome.results)} of {len(outcome.problems)} shapes begun; run "
+            "the same command again to continue"
         )
     rate = outcome.device.memory_bandwidth
     if rate:
-        yield f"floor: the fewest bytes at {rate / 1e9:.1f} GB/s; ratio: winner to floor"
+        yield (
+            f"floor: time to read the fewest bytes at {rate / 1e9:.1f} GB/s; ratio: winner to "
+            "floor"
+        )
     yield from predicted_notes(result.winner for result in outcome.results if result.winner)
     for result in outcome.results:
         yield from _notes_of(result, outcome.device)
@@ -164,27 +167,33 @@ def _notes_of(result: Result, device: Device) -> Iterator[str]:
     name, winner = result.problem.describe(), result.winner
     if winner is None:
         return
+    floor, time_us = floor_us(result.problem, device), winner.measurement.median_us
+    if winner.provenance is Provenance.MEASURED and time_us and floor and time_us < floor:
+        yield (
+            f"{name}: faster than the floor, so the memory was busy while its bandwidth was "
+            "measured: search again on an idle machine"
+        )
     if result.failed:
         assert result.failure is not None
         count = "all" if result.failure.count == result.failed else str(result.failure.count)
         yield (
-            f"{name}: {result.failed} of {result.evaluated} failed, {count} of them so: "
-            f"{result.failure.describe()}"
+            f"{name}: {result.failed} of {result.evaluated} configs failed, {count} of them "
+            f"with: {result.failure.describe()}"
         )
     found, final = result.searched_us, winner.measurement.median_us
     if result.default_kept:
         yield (
-            f"{name}: the default is kept: side by side none was faster by more than the noise "
-            f"(best in the search {number(found)})"
+            f"{name}: the default is kept: timed side by side, no config was faster by more than "
+            f"the noise (best in the search: {number(found)})"
         )
     elif found is not None and final is not None and number(found) != number(final):
         yield (
-            f"{name}: best in the search {number(found)}, the winner timed again side by side "
+            f"{name}: best in the search: {number(found)}; the winner, timed again side by side: "
             f"{number(final)}"
         )
     shipped = better_shipped(result, device)
     if shipped is not None:
         yield (
-            f"{name}: shipped and {shipped.provenance.value}: {time_of(shipped)}, "
-            f"{short_config(shipped.config)}"
+            f"{name}: a shipped table has a better record ({shipped.provenance.value}): "
+            f"{time_of(shipped)}, {short_config(shipped.config)}"
         )

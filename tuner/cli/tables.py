@@ -26,7 +26,7 @@ def tables() -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Measured configs to keep for each shape, best first.",
+    help="Measured configs to keep for each shape, the fastest first.",
 )
 @click.option(
     "--shortlist",
@@ -73,7 +73,7 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
     """Check tables: the schema, and that every config is valid and renders.
 
     Without files it checks the shipped tables and those in $FLASHTUNE_TABLES. Tables must also be
-    formatted as `tables export` writes them, and hold nothing that failed.
+    formatted as `tables export` writes them, and must not contain configs that failed.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
         say_json({"compiled": compiles, "tables": rows})
         return
     for row in rows:
-        say(f"{row['file']}: {_held(row)}, all good")
+        say(f"{row['file']}: {_held(row)}, all valid")
         if row["less_trusted"]:
             say(f"{row['file']}: {row['less_trusted']}")
 
@@ -100,7 +100,7 @@ def check(files: tuple[Path, ...], compiles: bool, as_json: bool) -> None:
 @click.argument("files", type=options.FILE, nargs=-1)
 @options.as_json
 def show(files: tuple[Path, ...], as_json: bool) -> None:
-    """Show what is in tables: for each shape its records, where their times come from, the best.
+    """Show what tables contain: for each shape its records, where their times come from, the best.
 
     Without files, the shipped ones and those of $FLASHTUNE_TABLES. A time is measured on the
     device, or predicted from its published figures, or corrected: predicted from what a probe
@@ -152,7 +152,7 @@ def _held(table: tables_of.TableData) -> str:
 def merge_(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Merge a device's tables into one, and list where they disagree.
 
-    For each shape the records of one table are taken: measured before corrected before predicted,
+    For each shape, the records of one table are taken: measured before corrected before predicted,
     then the newer toolchain, then times taken behind another kernel, then the faster one if its
     lead exceeds the noise, else the table named first. Predictions of the same cost model form a
     new shortlist.

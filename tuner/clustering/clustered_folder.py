@@ -107,7 +107,9 @@ def cluster_model(request: ClusterRequest, choose: Choose | None = None) -> Clus
     n_clusters = request.n_clusters or -(-place.shape[0] // CLUSTER_SIZE)
     n_probes = request.n_probes or max(1, n_clusters // CLUSTERS_A_PROBE)
     if n_probes > n_clusters:
-        raise FlashtuneError(f"{n_probes} probes of {n_clusters} clusters: take fewer")
+        raise FlashtuneError(
+            f"{n_probes} probes are more than the {n_clusters} clusters: give at most {n_clusters}"
+        )
     kmeans = BalancedKMeans(place.read(request.device), n_clusters, request.seed)
     try:
         checkpoint = _cluster(kmeans, request)
@@ -166,8 +168,8 @@ def _write(
         except OSError as error:
             if request.out.exists():
                 raise FlashtuneError(
-                    f"{request.out}: exists already, made while this was at work: give another "
-                    "--out"
+                    f"{request.out}: was created by another process in the meantime: give "
+                    "another --out"
                 ) from error
             raise
     finally:
@@ -184,22 +186,22 @@ def _check_output(request: ClusterRequest, source: ModelFolder) -> None:
     """Check that nothing would be overwritten and that the copy fits on the disk."""
     out = request.out
     if not out.parent.is_dir():
-        raise FlashtuneError(f"{out.parent}: no such folder: make it first")
+        raise FlashtuneError(f"{out.parent}: no such folder: create it first")
     if out.exists():
-        raise FlashtuneError(f"{out}: exists already: remove it, or give another --out")
+        raise FlashtuneError(f"{out}: already exists: remove it, or give another --out")
     for path in out.parent.iterdir():
         if path.name.startswith(_partial(out)):
             raise FlashtuneError(
-                f"{path}: exists already: another clustering is at work, or was killed: wait for "
-                "it or remove that, or give another --out"
+                f"{path}: already exists, so another clustering is running or was killed: wait "
+                "for it, remove that folder, or give another --out"
             )
     if not request.link:
         needed = sum(path.stat().st_size for path in source.path.rglob("*") if path.is_file())
         free = shutil.disk_usage(out.parent).free
         if needed > free:
             raise FlashtuneError(
-                f"{out}: a copy of the model needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} "
-                "are free: make room, or give --link"
+                f"{out}: a copy of the model needs {needed / 1e9:.1f} GB, but only "
+                f"{free / 1e9:.1f} GB are free: free some space, or give --link"
             )
 
 
@@ -218,7 +220,10 @@ def _copy_model(source: ModelFolder, target: Path, link: bool) -> None:
         for path in (Path(folder, name) for name in names if name not in without):
             inside(source.path, str(path.relative_to(source.path)))
             if path.is_symlink() and path.is_dir():  # it may contain itself
-                raise FlashtuneError(f"{path}: is a link to a folder: put the folder itself there")
+                raise FlashtuneError(
+                    f"{path}: is a symbolic link to a folder, which is not followed: put the "
+                    "folder itself there"
+                )
         return without
 
     shutil.copytree(source.path, target, copy_function=copy, ignore=left_out)

@@ -12,8 +12,9 @@ The model is run by Hugging Face's transformers, an extra of this package: `flas
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def read_prompts(path: Path | None) -> list[str]:
     lines = read_text(path or Path(str(_PROMPTS))).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise FlashtuneError(f"{path}: holds no prompts: give one a line")
+        raise FlashtuneError(f"{path}: contains no prompts: write one per line")
     return prompts
 
 
@@ -147,11 +148,12 @@ class RunningModel:
         states: list[torch.Tensor] = []
         begun, start = time.monotonic(), 0
         size = _BATCH if seconds == math.inf else _FIRST
-        with StepProgress("decoding prompts", len(prompts)) as progress:
+        with StepProgress("decoding tokens", len(prompts) * n_tokens) as progress:
             while start < len(prompts) and size:
                 part = prompts[start : start + size]
+                show = partial(_show_steps, progress, start * n_tokens, len(part))
                 try:
-                    states += self._continue(part, n_tokens, begun + seconds)
+                    states += self._continue(part, n_tokens, begun + seconds, show)
                 except KeyboardInterrupt:
                     if not (keep_interrupted and states):
                         raise
@@ -162,12 +164,12 @@ class RunningModel:
                 except Exception as error:  # whatever a model's own code raises
                     longest = max(part, key=len)
                     what = (
-                        f"the model cannot continue the prompts from {start + 1} on, the longest "
-                        f"of {len(longest)} characters"
+                        "the model cannot continue the batch of prompts that begins with number "
+                        f"{start + 1} (the longest has {len(longest)} characters)"
                     )
                     raise model_error(what, error) from error
                 start += len(part)
-                progress.show(start)
+                progress.show(start * n_tokens)
                 taken = time.monotonic() - begun
                 if taken:  # as many as time allows at the pace so far
                     size = int(min(_BATCH, (seconds - taken) * start / taken))
@@ -198,13 +200,23 @@ class RunningModel:
         counts: list[int] = ((~ended).sum(dim=1) + ended.any(dim=1)).tolist()
         return counts
 
-    def _continue(self, prompts: Sequence[str], n_tokens: int, until: float) -> list[torch.Tensor]:
-        """The states of each prompt's steps, `[steps, hidden]`, up to its end token."""
-        seen = []
+    def _continue(
+        self,
+        prompts: Sequence[str],
+        n_tokens: int,
+        until: float,
+        on_step: Callable[[int], None],
+    ) -> list[torch.Tensor]:
+        """The states of each prompt's steps, `[steps, hidden]`, up to its end token.
+
+        on_step: is called before each step with the number of steps done.
+        """
+        seen: list[torch.Tensor] = []
 
         def note(_: Any, arguments: Any) -> None:
             if time.monotonic() > until:
                 raise _OutOfTime
+            on_step(len(seen))
             seen.append(arguments[0][:, -1].detach().clone())
 
         inputs = self.tokenized(prompts)
@@ -219,21 +231,27 @@ class RunningModel:
         return [found[row, :own] for row, own in enumerate(counts)]
 
 
+def _show_steps(progress: StepProgress, before: int, each: int, steps: int) -> None:
+    """Show the tokens decoded so far: those before this batch, and `each` for every step of it."""
+    progress.show(before + steps * each)
+
+
 def _check_own(folder: ModelFolder) -> None:
     """Raise FlashtuneError if a model refers to files outside its folder, or to foreign code."""
     all_inside(folder.path)
     tensor_files(folder.path)
     if os.path.lexists(folder.path / _ADAPTER):
         raise FlashtuneError(
-            f"{folder.path / _ADAPTER}: an adapter of a model elsewhere: merge it into that model"
+            f"{folder.path / _ADAPTER}: this is an adapter, not a model: merge it into its model "
+            "(merge_and_unload) and give that"
         )
     for config in (folder.config, folder.text):
         named = [config.get(name) for name in _ATTENTION]
         elsewhere = next((each for each in named if "/" in str(each)), None)
         if elsewhere is not None:
             raise FlashtuneError(
-                f"{folder.path / CONFIG}: asks for the kernels {quoted(elsewhere)}, which are "
-                "somebody's code and not run: name an attention of transformers' own"
+                f"{folder.path / CONFIG}: asks for the kernels {quoted(elsewhere)}, third-party "
+                "code that is not run: name an attention implementation of transformers instead"
             )
 
 

@@ -37,10 +37,11 @@ class BalancedKMeans:
         vocab_size = weight.shape[0]
         if not 1 <= n_clusters <= vocab_size:
             raise FlashtuneError(
-                f"{n_clusters} clusters of {vocab_size} tokens: take 1 to {vocab_size}"
+                f"{n_clusters} clusters cannot be made of {vocab_size} tokens: give 1 to "
+                f"{vocab_size}"
             )
         if not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
-            raise FlashtuneError("the weight has a NaN or an infinity: fetch the model again")
+            raise FlashtuneError("the weight contains NaN or infinity: download the model again")
         self._weight, self.n_clusters, self.seed = weight, n_clusters, seed
         self.origin = Origin.of(weight)
         self._rows = weight.float() - weight.mean(dim=0, dtype=torch.float32)
@@ -64,7 +65,7 @@ class BalancedKMeans:
             if torch.equal(sizes, self._sizes):
                 self.assignments, self.iteration = assignments, iteration
                 return
-        raise FlashtuneError("its clusters are not of equal size")
+        raise FlashtuneError("its clusters differ in size")
 
     def step(self) -> float:
         """Reassign every token, and return the fit."""

@@ -110,7 +110,9 @@ class Study:
                 f"states must be [states, {weight.shape[1]}], not {list(states.shape)}"
             )
         if lengths and sum(lengths) != len(states):
-            raise FlashtuneError(f"answers of {sum(lengths)} states, but there are {len(states)}")
+            raise FlashtuneError(
+                f"lengths add up to {sum(lengths)} states, but there are {len(states)}"
+            )
         forms = list(forms) or [with_clusters(dtype_name(weight), None)]
         states = states.to(weight.device, torch.float32)
         dense = _Dense(parts, states, logits_of)

@@ -97,7 +97,10 @@ def study_model(folder: ModelFolder, request: QualityRequest) -> QualityReport:
     n_clusters = len(parts.clusters.centroids)
     for number in request.n_probes:
         if number > n_clusters:
-            raise FlashtuneError(f"{number} probes of {n_clusters} clusters: give fewer")
+            raise FlashtuneError(
+                f"{number} probes are more than the model's {n_clusters} clusters: give at most "
+                f"{n_clusters}"
+            )
     dtype = dtype_name(parts.weight)
     own_form = with_clusters(dtype, own)
     screens = [*request.screens, *([own] if own and request.survey else [])]

@@ -32,8 +32,10 @@ def quality_table(report: QualityReport) -> Table:
     Its numbers fit a terminal of 80 columns.
     """
     table = Table(
-        title=f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured "
-        f"on this machine's {report.device}, microseconds a token",
+        title=(
+            f"{report.n_states} decode steps, {report.n_clusters} clusters; times measured on "
+            f"this machine's {report.device}, in microseconds per token"
+        ),
         title_justify="left",
         box=None,
         padding=(0, 1, 0, 0),
@@ -53,7 +55,7 @@ def quality_table(report: QualityReport) -> Table:
 
 def quality_notes(report: QualityReport) -> Iterator[str]:
     """The notes below the table."""
-    yield "* the model's own"
+    yield "* set in the model's config"
     if any(row.timing is None for row in (*report.rows, *report.whole)):
         yield "- not timed"
     levels: dict[str, dict[str, None]] = {}
@@ -93,10 +95,12 @@ def pick_line(report: QualityReport) -> str:
     assert report.pick is not None and report.recall is not None
     form, quality = report.pick.form, report.pick.quality
     if not form.screen and len({row.form for row in report.rows}) == 1:
-        return f"{quality.n_probes} probes are the fewest that agree in {report.recall:.2%}"
-    judged = "the fastest" if report.pick.timing else "that with the fewest bytes a step"
+        return (
+            f"{quality.n_probes} probes are the fewest that reach a recall of {report.recall:.2%}"
+        )
+    judged = "the fastest" if report.pick.timing else "the one that reads the fewest bytes"
     return (
-        f"{form} with {quality.n_probes} probes is {judged} of those that agree in "
+        f"{form} with {quality.n_probes} probes is {judged} of those that reach a recall of "
         f"{report.recall:.2%}"
     )
 
@@ -187,7 +191,7 @@ def plot(report: QualityReport, path: Path) -> None:
         time = row.timing.median_us if row.timing else 0
         by_time.plot([time], [_missed(row.quality.top1, least)], f"k{marker}", label=str(row.form))
     by_time.set(xscale="log", yscale="log", xlabel="microseconds a token")
-    by_time.set(ylabel="share of decode steps with another token than the dense head's")
+    by_time.set(ylabel="share of decode steps whose token differs from the dense head's")
     by_time.set_ylim(0.8 * least, 1)
     by_probes.set(xscale="log", xlabel="probes")
     by_probes.axvline(report.own_probes, color="grey", linewidth=0.5)

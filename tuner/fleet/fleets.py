@@ -31,9 +31,11 @@ class FleetRequest:
     def __post_init__(self) -> None:
         """See that it is one kind of fleet."""
         if self.remote_python is not None and not self.remote:
-            raise FlashtuneError("another Python is about another machine: give remote too")
+            raise FlashtuneError(
+                "remote_python names the Python on a remote machine: give remote too"
+            )
         if sum([bool(self.remote), self.gpus is not None, self.ray is not None]) > 1:
-            raise FlashtuneError("remote, gpus and ray exclude one another: give one of them")
+            raise FlashtuneError("remote, gpus and ray exclude one another: give only one of them")
 
     def __bool__(self) -> bool:
         """Whether anything but this machine's own device is asked for."""

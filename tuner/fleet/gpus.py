@@ -42,7 +42,9 @@ def gpus_here(which: str, wanted: Device | None) -> list[Machine]:
     usable = [each for each in machines if wanted is None or each.device == wanted]
     if not usable:
         names = ", ".join(dict.fromkeys(each.device.name for each in machines))
-        raise FlashtuneError(f"--gpus {which} has {names}, not {wanted.name if wanted else ''}")
+        raise FlashtuneError(
+            f"--gpus {which} selects {names}, not {wanted.name if wanted else ''}"
+        )
     return usable
 
 
@@ -51,7 +53,9 @@ def _numbers(which: str, count: int) -> Sequence[int]:
         return range(count)
     words = [word.strip() for word in which.split(",")]
     if not all(word.isdecimal() and int(word) < count for word in words):
-        raise FlashtuneError(f"--gpus takes all, or numbers from 0 to {count - 1}, not {which!r}")
+        raise FlashtuneError(
+            f"--gpus must be all, or numbers from 0 to {count - 1}, not {which!r}"
+        )
     return list(dict.fromkeys(int(word) for word in words))
 
 

@@ -58,7 +58,8 @@ def inquire(
             found = replace(found, device=device)
     except ReplyError as error:
         raise FlashtuneError(
-            f"{name} gave no valid answer ({error}): see that nothing else answers there"
+            f"{name} gave no valid answer ({error}): check that nothing else prints there, such "
+            "as a login script"
         ) from None
     finally:
         connection.end()
@@ -101,7 +102,7 @@ def choose(name: str, report: Report, wanted: Device | None) -> Found:
     else:
         found = report.found.get(target_of(wanted).name)
     if found is None:
-        raise FlashtuneError(f"{name} names no device of that kind")
+        raise FlashtuneError(f"{name} has no device of that kind")
     device, tools = found.device, found.toolchain
     if device is None or tools is None:
         raise FlashtuneError(f"{name}: {found.trouble}")
@@ -128,5 +129,5 @@ def _answer(
         except EOFError:
             raise FlashtuneError(why_none(connection.end(LAST_SECONDS))) from None
     raise FlashtuneError(
-        f"no answer from {name} in {FIND_SECONDS:.0f} s: see that it can be reached"
+        f"no answer from {name} in {FIND_SECONDS:.0f} s: check that it can be reached"
     )

@@ -86,7 +86,9 @@ class Muster:
             self._reference = name, timed[name]
             return
         why = next(iter(self._found.values())).error
-        self._on_note(f"workers are not compared: the default config works on none ({why})")
+        self._on_note(
+            f"workers are not compared, because the default config works on none of them ({why})"
+        )
         for name in self._found:
             self._pool.admit(name)
         self._found.clear()
@@ -101,8 +103,8 @@ class Muster:
             time_us = found.median_us
             took = f"takes {time_us:.2f} us" if time_us else f"fails ({found.error})"
             why = (
-                f"{name} is set aside, as its times would mislead: the default config {took} "
-                f"there, {expected.median_us:.2f} us on {reference}"
+                f"{name} is set aside, since its times would mislead: the default config {took} "
+                f"there, but {expected.median_us:.2f} us on {reference}"
             )
             self._on_note(why)
             self._pool.set_aside(name, why)

@@ -62,7 +62,7 @@ def _connected(address: str) -> Any:
             why = one_line(str(error)).partition(". ")[0]
             raise FlashtuneError(
                 f"there is no Ray cluster at {address} ({why}): run `ray start --head`, or give "
-                "the address of one that this machine is a node of"
+                "the address of a cluster that this machine belongs to"
             ) from None
     return ray
 
@@ -114,7 +114,7 @@ class RayNodes:
         if not self.kinds():
             what = self._wanted.title if self._wanted else "device that kernels run on"
             why = f" ({self._why})" if self._why else ""
-            raise FlashtuneError(f"no node of the Ray cluster lends a {what}{why}")
+            raise FlashtuneError(f"no node of the Ray cluster offers a {what}{why}")
 
     def kinds(self) -> list[Kind]:
         """The devices and tools that were found."""

@@ -63,10 +63,10 @@ def find_machines(
 
 def _inquiry(destination: str, wanted: Device | None, python: str) -> Inquiry:
     if destination.startswith("-") or not destination.strip():
-        raise FlashtuneError(f"{destination!r} is no destination for ssh: give user@host")
+        raise FlashtuneError(f"{destination!r} is not an ssh destination: give user@host")
     asked = SshTransport(destination=destination, python=python, module=FAR_DEVICE)
     if shutil.which(asked.command[0]) is None:
-        raise FlashtuneError("there is no ssh here: install OpenSSH's client")
+        raise FlashtuneError("ssh is not installed: install the OpenSSH client")
     return inquire(destination, asked, wanted, lambda ending: _why_none(ending, asked))
 
 
@@ -74,7 +74,7 @@ def _why_none(ending: Ending, transport: SshTransport) -> str:
     """Why a far process ended before it answered."""
     host = transport.destination
     if ending.why_lost:
-        return f"{ending.why_lost}; see that `ssh {host}` works"
+        return f"{ending.why_lost}: check that `ssh {host}` works"
     if ending.code == NOT_FOUND:
         return f"{host} has no {transport.python}: name a Python by --remote-python"
     return f"{host}: {ending.said or f'the Python there ended with exit code {ending.code}'}"

@@ -114,8 +114,8 @@ def calibrate(
         raise FlashtuneError(f"no measured record of {device.name}: run `flashtune search` there")
     if len(toolchains) > 1:
         raise FlashtuneError(
-            f"the records of {device.name} were made with {len(toolchains)} sets of tools: "
-            "their times do not compare, give databases of one"
+            f"the records of {device.name} were made with {len(toolchains)} different "
+            "toolchains, so that their times cannot be compared: give databases of one toolchain"
         )
     toolchain, samples = toolchains.pop(), []
     if known is not None:
@@ -200,8 +200,8 @@ def read_calibration(path: Any) -> Calibration:
         return _calibration(parse_json(_unpacked(packed), exact=True))
     except (FlashtuneError, ValueError) as error:
         raise FlashtuneError(
-            f"cannot use the calibration {path} ({error}): make it anew with "
-            "`flashtune model calibrate`"
+            f"cannot use the calibration {path} ({error}): make it again with `flashtune model "
+            "calibrate`"
         ) from error
 
 
@@ -217,7 +217,9 @@ def _calibration(data: Any) -> Calibration:
     """Read plain data back; raises FlashtuneError or ValueError."""
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
-        raise FlashtuneError(f"version {quoted(version)}, this flashtune reads {VERSION}")
+        raise FlashtuneError(
+            f"it has version {quoted(version)}, but this flashtune reads {VERSION}"
+        )
     members(data, "a calibration", ("version", "device", "toolchain", "problems", "samples"))
     device = find_device(text(data["device"], "device", MOST_NAME))
     problems = [Problem.from_json(each) for each in items(data["problems"], "problems")]

@@ -185,7 +185,10 @@ def fit_model(
     samples = Samples(calibration.samples, device)
     shapes = sorted(set(samples.shapes))
     if len(shapes) < 2:
-        raise FlashtuneError("a fit needs records of at least two shapes: one is held out")
+        raise FlashtuneError(
+            "a fit needs records of at least two shapes, because one is held out: measure more "
+            "shapes"
+        )
     wanted = list(splits(shapes))
     everything = rounded(fit_constants(samples))
     held_out = {}
@@ -237,7 +240,7 @@ def intervals(
             low, high = np.exp(np.quantile(own, QUANTILES)).tolist()
             found[name] = (round(low, 4), round(high, 4))
     if not found:
-        raise FlashtuneError(f"no family of configs has {_FEWEST} records: measure more")
+        raise FlashtuneError(f"no family of configs has {_FEWEST} records: measure more configs")
     return found
 
 

@@ -37,7 +37,9 @@ MEASURE_SECONDS = 60.0
 COMPARE_SECONDS = 180.0
 REST_SECONDS = 0.5  # longest single wait for workers
 KEPT_BUSY = 16  # compilers per worker that measures: more would only wait for it
-_UNSAID = Measurement(outcome=Outcome.CRASH, error="the worker did not say what became of it")
+_UNSAID = Measurement(
+    outcome=Outcome.CRASH, error=("the worker reported no outcome for this config")
+)
 
 T = TypeVar("T")
 # Concurrent work: it yields how many seconds the caller may wait for workers now.
@@ -150,13 +152,14 @@ class PredictingEvaluator:
         if any(use.spilled for use in reply.uses):
             spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
             return Measurement(
-                outcome=Outcome.OUT_OF_RESOURCES, error=f"spills bytes a thread: {spilled}"
+                outcome=Outcome.OUT_OF_RESOURCES,
+                error=(f"spills registers (bytes per thread: {spilled})"),
             )
         named = {use.kernel for use in reply.uses}
         unsaid = [use.kernel for use in candidate.launches if use.kernel not in named]
         if unsaid:
             return Measurement(
-                outcome=Outcome.CRASH, error=f"the worker did not say what {unsaid[0]} needs"
+                outcome=Outcome.CRASH, error=f"the worker did not report what {unsaid[0]} needs"
             )
         try:
             prediction = predict(candidate, reply.uses)

@@ -67,10 +67,10 @@ def measured_record(device: Device, problem: Problem, database: Path | None) -> 
         return best
     why = "it was only predicted" if found else "there is no record"
     if measured:
-        why = f"what was measured cannot run: {why_not_run(measured[0].record, device)}"
+        why = f"the measured config cannot run: {why_not_run(measured[0].record, device)}"
     raise FlashtuneError(
         f"no measured record of {problem.describe()} on {device.name} ({why}): run `flashtune "
-        "search` on that device, or name a folder with its table by FLASHTUNE_TABLES"
+        "search` on that device, or set FLASHTUNE_TABLES to a folder with its table"
     )
 
 

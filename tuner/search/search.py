@@ -368,6 +368,6 @@ def _stop_for_the_machine(measurement: Measurement) -> None:
     """Raise FlashtuneError for a fault that would hit every config and is due to none."""
     if measurement.outcome is Outcome.ENVIRONMENT:
         raise FlashtuneError(
-            f"the search stops for the machine's sake: {measurement.error}. What was measured is "
-            "kept: set that right, then run the same command again"
+            f"the search stopped because of a problem of the machine: {measurement.error}. All "
+            "measurements are kept: fix the problem, then run the same command again"
         )

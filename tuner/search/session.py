@@ -78,7 +78,9 @@ class SearchRequest:
         if timeout is not None and not (
             isinstance(timeout, int | float) and 0 < timeout < math.inf
         ):
-            raise FlashtuneError(f"timeout must be seconds, more than 0, not {timeout!r}")
+            raise FlashtuneError(
+                f"timeout must be a number of seconds greater than 0, not {timeout!r}"
+            )
         if self.sampler not in SAMPLERS:
             raise FlashtuneError(
                 f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}"
@@ -138,7 +140,7 @@ class Session:
             if next(space.configs(), None) is None:
                 raise FlashtuneError(
                     f"no valid config for {space.problem.describe()} on {request.device.name} "
-                    f"with {dict(request.fixed)}: fix less"
+                    f"with {dict(request.fixed)}: fix fewer knobs"
                 )
 
     def run(self, display: Display) -> SessionResult:
@@ -325,8 +327,8 @@ def _check_energy(request: SearchRequest, provenance: Provenance) -> None:
         return
     if provenance is Provenance.PREDICTED:
         raise FlashtuneError(
-            f"energy is measured, never predicted: search on {request.device.name} itself, or "
-            "by time alone"
+            f"energy can only be measured, not predicted: search on {request.device.name} "
+            "itself, or use the objective time"
         )
     if request.fleet is None or not request.fleet.elsewhere:
         target = target_of(request.device)
@@ -342,7 +344,7 @@ def _left_out(request: SearchRequest, provenance: Provenance) -> dict[str, str]:
     found: dict[str, str | None] = {}
     for name, plan in plans_of(request.device).items():
         if provenance is Provenance.PREDICTED and name not in PLAN_STAGES:
-            found[name] = f"times of plan {name} are not predicted: search on the machine itself"
+            found[name] = f"times of plan {name} cannot be predicted: search on the machine itself"
         elif request.fleet is None or not request.fleet.elsewhere:
             found[name] = target_of(request.device).why_missing(plan)
     return {name: why for name, why in found.items() if why and _would_run(name, request)}

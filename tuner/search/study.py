@@ -135,7 +135,9 @@ def export_studies(found: Sequence[RecordedSearch], storage: str) -> list[tuple[
         opened = optuna.storages.RDBStorage(storage)
         there = set(names) & set(optuna.get_all_study_names(opened))
         if there:
-            raise FlashtuneError(f"it has the study {min(there)!r} already, name another")
+            raise FlashtuneError(
+                f"a study named {min(there)!r} already exists: give another storage"
+            )
         for name, each in zip(names, trials, strict=True):
             study = optuna.create_study(storage=opened, study_name=name, direction="minimize")
             study.add_trials(each)

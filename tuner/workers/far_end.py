@@ -40,8 +40,8 @@ def main() -> None:
         folder = unpacked(archive, header["digest"])
     except (OSError, RuntimeError) as error:  # a user without a home folder
         sys.exit(
-            f"no place for the worker ({error}): set FLASHTUNE_CACHE there to a folder that you "
-            "can write and no other user can"
+            f"the worker has no cache folder ({error}): set FLASHTUNE_CACHE there to a folder "
+            "that only you can write to"
         )
     end_earlier(header["token"])
     print(GREETING, flush=True)
@@ -61,7 +61,7 @@ def unpacked(archive: bytes, digest: str) -> Path:
     Raises OSError if it can't be written, or others could change its files.
     """
     if hashlib.sha256(archive).hexdigest() != digest:
-        sys.exit("flashtune's code arrived damaged: try again")
+        sys.exit("flashtune's code was damaged in transfer: try again")
     folder = cache_folder() / "code" / digest
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         files = {name: file.read(name) for name in file.namelist()}
@@ -78,7 +78,10 @@ def end_earlier(token: str) -> None:
     end = time.monotonic() + END_SECONDS
     while found := [each for each in Path("/proc").glob("[0-9]*") if token in arguments(each)]:
         if time.monotonic() > end:
-            sys.exit(f"an earlier worker, process {found[0].name}, does not end")
+            sys.exit(
+                f"an earlier worker, process {found[0].name}, cannot be ended: end it there, "
+                "then try again"
+            )
         for process in found:
             kill(int(process.name))
         time.sleep(0.05)

@@ -336,13 +336,16 @@ class WorkerPool:
             post.fresh = False
             self._ask(post, request.task.data(), request.seconds)
         else:
-            raise ReplyError("it was only asked whether it has started")
+            raise ReplyError("it answers a greeting with something else")
 
     def _take(self, post: Post, request: Request, reply: Reply) -> None:
         post.request = None
         trouble = [each for each in reply.measurements if each and each.outcome is _TROUBLE]
         if trouble and self._has_others(post):
-            self._note(post, f"it is set aside for the machine's trouble: {trouble[0].error}")
+            self._note(
+                post,
+                f"it is set aside because of a problem of its machine: {trouble[0].error}",
+            )
             self.set_aside(post.place.name, trouble[0].error)
             self._again(request, began=False)
             return
@@ -410,7 +413,7 @@ class WorkerPool:
         named = len(self._posts) == 1 or post.place.name in text
         self._on_note(text if named else f"{post.place.name}: {text}")
 
-    def _again(self, request: Request, *, began: bool, why: str = "its place is gone") -> bool:
+    def _again(self, request: Request, *, began: bool, why: str = "its worker is gone") -> bool:
         """Have a request begun again; False where it breaks every connection, which it is told."""
         request.losses += began
         if request.losses >= MOST_LOSSES:
@@ -434,8 +437,8 @@ class WorkerPool:
         if len(self._backlog) and len(away) == len(able) and now - since > CONNECT_SECONDS:
             why = away[0].why if away else "no worker is left"
             raise FlashtuneError(
-                f"{why} (tried for {CONNECT_SECONDS:.0f} s). What was measured is kept: run the "
-                "same command again to go on"
+                f"{why} (tried for {CONNECT_SECONDS:.0f} s). All measurements are kept: run the "
+                "same command again to continue"
             )
 
 

@@ -39,7 +39,7 @@ class CppStep:
         library.flashtune_decode.restype = None
         self._handle = library.flashtune_open()
         if not self._handle:
-            raise MemoryError("no memory for the scratch of a decode step")
+            raise MemoryError("not enough memory for the scratch buffers of a decode step")
         self._decode = library.flashtune_decode
         self._advised: set[tuple[int, int]] = set()
         weakref.finalize(self, library.flashtune_close, self._handle)

@@ -65,7 +65,9 @@ def load_library(source: str, arch: str, simd: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise MachineTroubleError(f"{path} does not load ({error}): delete it") from error
+        raise MachineTroubleError(
+            f"{path} cannot be loaded ({error}): delete it, so that it is compiled again"
+        ) from error
 
 
 def build_library(source: str, arch: str, simd: str) -> Path:
@@ -84,8 +86,8 @@ def build_library(source: str, arch: str, simd: str) -> Path:
                 keep(path, _compile(command, source, folder))
     except OSError as error:
         raise MachineTroubleError(
-            f"kernels can't be kept in {folder} ({error}): set FLASHTUNE_CACHE to a folder that "
-            "you can write and no other user can"
+            f"compiled kernels cannot be kept in {folder} ({error}): set FLASHTUNE_CACHE to a "
+            "folder that only you can write to"
         ) from error
     return path
 
@@ -114,13 +116,14 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
         done = _watched([*command, str(text), "-o", str(library)], folder, seconds)
     except subprocess.TimeoutExpired as error:
         raise FlashtuneError(
-            f"{command[0]} took more than {seconds} s for a kernel: set CXX to another compiler"
+            f"{command[0]} took more than {seconds} s to compile a kernel: set CXX to another "
+            "compiler"
         ) from error
     if done.returncode or not library.exists():
         said = next((line for line in done.stderr.splitlines() if "error" in line), "")
         raise FlashtuneError(
-            f"{command[0]} failed with {done.returncode}: "
-            f"{said.strip() or 'it said nothing'} (set CXX to another compiler)"
+            f"{command[0]} failed with exit code {done.returncode}: "
+            f"{said.strip() or 'no output'} (or set CXX to another compiler)"
         )
     return library.read_bytes()
 
@@ -162,7 +165,7 @@ def _compiler(named: str) -> list[str]:
         found = shutil.which(program)
         if found is None:
             raise MachineTroubleError(
-                f"there is no compiler {program!r}, which CXX names: correct CXX"
+                f"CXX names the compiler {program!r}, which was not found: correct CXX"
             )
         return [found, *arguments]
     for program in COMPILERS:
@@ -170,7 +173,7 @@ def _compiler(named: str) -> list[str]:
         if found:
             return [found]
     raise MachineTroubleError(
-        f"no C++ compiler ({', '.join(COMPILERS)}): install g++, or set CXX to one"
+        f"no C++ compiler found ({', '.join(COMPILERS)}): install g++, or set CXX to a compiler"
     )
 
 
@@ -192,6 +195,6 @@ def _version(compiler: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MachineTroubleError(
-            f"{compiler} does not run ({error}): set CXX to another"
+            f"{compiler} cannot be run ({error}): set CXX to another compiler"
         ) from error
     return done.stdout

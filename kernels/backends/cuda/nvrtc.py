@@ -60,7 +60,7 @@ def _compiled(source: str, arch: str) -> bytes:
             _taken(nvrtc.nvrtcGetProgramLog(program, log))
             lines = log.decode(errors="replace").strip("\0\n").splitlines()
             said = next((line for line in lines if "error" in line), code.name)
-            raise FlashtuneError(f"NVRTC refuses the kernel for {arch}: {said.strip()}")
+            raise FlashtuneError(f"NVRTC cannot compile the kernel for {arch}: {said.strip()}")
         binary = bytearray(_taken(nvrtc.nvrtcGetCUBINSize(program)))
         _taken(nvrtc.nvrtcGetCUBIN(program, binary))
     finally:

@@ -54,7 +54,7 @@ def why_unused() -> str | None:
         why = f"torch {torch.__version__} was built without CUDA"
     else:
         why = f"torch {torch.__version__} finds no CUDA device"
-    return f"{model}: {why}, so that its GPU is not used: see docs/jetson.md"
+    return f"{model}: {why}, so its GPU is not used: see docs/jetson.md"
 
 
 def jetson() -> str | None:

@@ -28,14 +28,16 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError as error:
-        raise FlashtuneError(f"NVIDIA's management library is not there: {error}") from error
+        raise FlashtuneError(
+            f"NVIDIA's management library (NVML) cannot be loaded: {error}"
+        ) from error
     _check(library.nvmlInit_v2())
     return library
 
 
 def _check(error: int) -> None:
     if error:
-        raise FlashtuneError(f"NVIDIA's management library gives error {error}")
+        raise FlashtuneError(f"NVIDIA's management library (NVML) returned error {error}")
 
 
 class Board:

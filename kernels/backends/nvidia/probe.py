@@ -76,7 +76,7 @@ class Gauge:
         size = min(max(CACHES * device.l2_bytes, READ_BYTES), room)
         if size < least:
             raise FlashtuneError(
-                f"a probe goes over {least / 2**20:.0f} MiB, and may take {room / 2**20:.0f}"
+                f"a probe reads {least / 2**20:.0f} MiB, but may only use {room / 2**20:.0f} MiB"
             )
         self._kernels = {
             name: LoadedKernel.load(each, self._index)

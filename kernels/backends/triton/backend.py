@@ -297,13 +297,13 @@ class TritonBackend:
         for use in uses:
             if use.shared_bytes > device.limits.shared_per_block:
                 raise DoesNotFitError(
-                    f"{use.kernel} needs {use.shared_bytes} bytes of shared memory, "
-                    f"{device.name} has {device.limits.shared_per_block} a block"
+                    f"{use.kernel} needs {use.shared_bytes} bytes of shared memory, but "
+                    f"{device.name} has {device.limits.shared_per_block} per block"
                 )
             at_once = resident_programs(use, device) * device.sm_count
             if module.COOPERATIVE and use.programs > at_once:
                 raise DoesNotFitError(
-                    f"{use.kernel} needs {use.programs} programs resident at once, "
+                    f"{use.kernel} needs {use.programs} programs resident at once, but "
                     f"{device.name} holds {at_once}"
                 )
         return uses

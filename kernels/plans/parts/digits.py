@@ -62,9 +62,9 @@ def why_not_multiplied(candidate: Candidate) -> str | None:
     if candidate.config.widen != "digits":
         return None
     if not any(multiplies(stage, candidate) for stage in ("score", "gather")):
-        return "digits multiply rows in int8 or int4, of which there are none"
+        return "digits need rows in int8 or int4"
     if problem.hidden_size > MOST_SUMMED:
-        return f"sums of {problem.hidden_size} products of a digit may not fit 32 bits"
+        return f"sums of {problem.hidden_size} products of a digit may overflow 32 bits"
     return None
 
 
@@ -91,7 +91,7 @@ def why_not_digit_tiled(stage: str, warps: int, slots: int, candidate: Candidate
     if stages > 1 and block >= problem.hidden_size:
         return f"{stage}_stages needs a loop over the hidden size"
     if unroll > 1:
-        return f"{stage}_unroll is for rows that are widened"
+        return f"{stage}_unroll needs rows that are widened"
     if stages * _staged_bytes(stage, candidate, slots) > device.limits.shared_per_block:
         return f"the {stage} stages do not fit in shared memory"
     return None

@@ -137,7 +137,7 @@ def _why_not_gathered(candidate: Candidate) -> str | None:
     if rows > size:
         return f"gather_rows {rows} is more than a cluster's {size}"
     if rows > 1 and candidate.problem.in_place:
-        return f"rows in place do not adjoin: gather_rows must be 1, not {rows}"
+        return f"rows in place are not adjacent: gather_rows must be 1, not {rows}"
     return _why_not_tiled("gather", candidate)
 
 
@@ -149,7 +149,7 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
         return f"the {stage} tile {rows}x{columns} has more than {MOST_SUMS} sums"
     width = columns * unroll * _block(stage, candidate.problem, config.simd)
     if columns * unroll > 1 and width > candidate.problem.hidden_size:
-        return f"{stage}_columns and {stage}_unroll take more than the hidden size"
+        return f"{stage}_columns times {stage}_unroll exceeds the hidden size"
     return None
 
 

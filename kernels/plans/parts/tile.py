@@ -30,7 +30,7 @@ def why_not_tiled(stage: str, warps: int, candidate: Candidate) -> str | None:
     if rows * block * sums > MAX_TILE_PER_THREAD * threads:
         return f"the {stage} tile {rows}x{block} does not fit the registers of {warps} warps"
     if rows * block < threads:
-        return f"the {stage} tile {rows}x{block} has less than one element a thread"
+        return f"the {stage} tile {rows}x{block} has less than one element per thread"
     if block >= problem.hidden_size and (stages, unroll) != (1, 1):
         return f"{stage}_stages and {stage}_unroll need a loop over the hidden size"
     if stages > 1 and unroll > 1:
@@ -104,9 +104,9 @@ def why_not_prefetched(candidate: Candidate) -> str | None:
     if candidate.device.capability < 90:
         return "prefetch of whole clusters needs sm_90 or later"
     if problem.in_place:
-        return "prefetch knows clusters whose rows adjoin, not rows in place"
+        return "prefetch needs clusters whose rows are adjacent, not rows in place"
     if format_of(problem.weight_dtype).quantised:
-        return f"prefetch knows clusters of plain numbers, not of {problem.weight_dtype}"
+        return f"prefetch needs clusters in 16 or 32 bits, not in {problem.weight_dtype}"
     if problem.cluster_bytes % 16:
         return f"prefetch needs clusters of a multiple of 16 bytes, not {problem.cluster_bytes}"
     return None

@@ -19,7 +19,7 @@ def _why_not_widened(candidate: Candidate) -> str | None:
     if candidate.config.widen != "bits":
         return None
     if "int8" not in (problem.weight_dtype, problem.centroid_dtype):
-        return "widen is about rows in int8, of which there are none"
+        return "widen needs rows in int8"
     return None
 
 

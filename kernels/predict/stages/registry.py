@@ -36,10 +36,11 @@ def stages_of(candidate: Candidate, uses: Sequence[KernelUse]) -> list[Stage]:
     stages = PLAN_STAGES.get(candidate.plan.name)
     if stages is None:
         raise FlashtuneError(
-            f"times of plan {candidate.plan.name} are not predicted: search on the machine itself"
+            f"times of plan {candidate.plan.name} cannot be predicted: search on the machine "
+            "itself"
         )
     needs = {use.kernel: use for use in uses}
     unsaid = [use.kernel for use in candidate.launches if use.kernel not in needs]
     if unsaid:
-        raise FlashtuneError(f"nothing says what the kernel {unsaid[0]} needs")
+        raise FlashtuneError(f"the needs of the kernel {unsaid[0]} are not known")
     return stages(candidate, needs)

@@ -203,7 +203,7 @@ def test_many_calls_with_many_threads_agree(workload: Workload) -> None:
         (replace(TWO, threads=192), {}, "192 threads are more than the"),
         (replace(TWO, simd="neon" if "x86" in CPU.arch else "avx2"), {}, "has no"),
         (replace(TWO, score_rows=8, score_columns=4), {}, "more than 16 sums"),
-        (replace(TWO, gather_columns=8), {"hidden_size": 24}, "more than the hidden size"),
+        (replace(TWO, gather_columns=8), {"hidden_size": 24}, "exceeds the hidden size"),
         (replace(TWO, gather_rows=8), {"vocab_size": 400}, "more than a cluster's 4"),
         (replace(TWO, gather_rows=2), {"in_place": True}, "gather_rows must be 1, not 2"),
         (replace(TWO, score_rows=8), {"n_clusters": 4, "n_probes": 1}, "more than the 4 clusters"),

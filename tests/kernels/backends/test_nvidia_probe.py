@@ -59,5 +59,7 @@ def test_it_compiles_for_every_architecture_that_has_a_table() -> None:
 def test_without_room_there_is_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia_probe, "free_bytes", lambda where: 2**28)
     monkeypatch.setattr(nvidia_probe, "index_of", lambda where: 0)
-    with pytest.raises(nvidia_probe.FlashtuneError, match="goes over 200 MiB, and may take 64"):
+    with pytest.raises(
+        nvidia_probe.FlashtuneError, match="reads 200 MiB, but may only use 64 MiB"
+    ):
         nvidia_probe.Gauge(H100, torch.device("cuda"), 32)

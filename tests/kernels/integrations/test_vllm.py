@@ -523,7 +523,7 @@ def test_a_target_verifies_with_flash_head_only_where_that_is_asked_for(
     else:
         assert torch.equal(logits, engine.dense(states(16)))
         (warning,) = warnings(caplog)
-        assert "which tokens are accepted: FLASHTUNE_VERIFY=1 lets it" in warning
+        assert "which tokens are accepted; set FLASHTUNE_VERIFY=1" in warning
     del gate
 
 
@@ -742,7 +742,7 @@ class TestScreens:
         for _ in range(2):
             assert torch.equal(engine(states(2)), engine.dense(states(2)))
         (warning,) = warnings(caplog)
-        assert "FLASHTUNE_SCREEN: a screen must be like int8" in warning
+        assert "FLASHTUNE_SCREEN: a screen must have the form int8" in warning
         assert "\n" not in warning
         del gate
 

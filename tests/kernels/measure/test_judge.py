@@ -63,9 +63,9 @@ def test_just_the_right_tokens_pass(
 @pytest.mark.parametrize(
     ("token", "n_probes", "message"),
     [
-        (1, 2, "row 0: token 1 is of the cluster ranked 3, of 2 probes"),
-        (6, 3, "token 6 is of the cluster ranked 4, of 3 probes"),
-        (11, 2, "token 11 has logit 3, but there is 7"),
+        (1, 2, "row 0: token 1 is in the cluster ranked 3, but only 2 are probed"),
+        (6, 3, "token 6 is in the cluster ranked 4, but only 3 are probed"),
+        (11, 2, "token 11 has logit 3, but the best has 7"),
         (5, 2, "token 5 ties with the smaller id 0"),
         (12, 4, "token 12 is not in the vocabulary"),
         (-7, 4, "token -7 is not in the vocabulary"),

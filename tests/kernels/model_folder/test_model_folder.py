@@ -338,20 +338,20 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("clusters", "said"),
         [
-            ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "found ['centroids']"),
+            ({"centroids": torch.zeros(WIDTH, CLUSTERS)}, "but has ['centroids']"),
             (assets(centroids=torch.zeros(2, 1, WIDTH, CLUSTERS)), "shape [2, 1, 8, 12]"),
             (assets(centroids=torch.zeros(WIDTH, 0)), "centroids has shape [8, 0]"),
             (assets(cluster_assignments=torch.zeros(0).long()), "assignments has shape [0]"),
-            (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids are 12 wide"),
+            (assets(centroids=torch.zeros(CLUSTERS, WIDTH)), "centroids have 12 columns"),
             (
                 assets(centroids=torch.zeros(WIDTH, CLUSTERS).int()),
                 "centroids is torch.int32, not bf16, fp16, fp32",
             ),
             (
                 assets(centroids=_spoiled(float("nan"))),
-                "centroids has a NaN or an infinity in 1 of",
+                "centroids contains NaN or infinity in 1 of",
             ),
-            (assets(centroids=_spoiled(float("-inf"))), "NaN or an infinity in 1 of 12 clusters"),
+            (assets(centroids=_spoiled(float("-inf"))), "NaN or infinity in 1 of 12 clusters"),
             (
                 assets(cluster_assignments=torch.zeros(VOCAB, 1).long()),
                 "cluster_assignments has shape [60, 1]",
@@ -366,7 +366,7 @@ class TestRefusals:
             ),
             (
                 assets(cluster_assignments=torch.arange(VOCAB) // 6),
-                "clusters must be of equal size, 5, or have a little less, but they have 0 to 6",
+                "equal sizes (5 tokens, or a little less), but they have 0 to 6",
             ),
             (
                 assets(cluster_assignments=torch.arange(VOCAB - 1) % CLUSTERS),
@@ -392,7 +392,7 @@ class TestRefusals:
             (
                 {"lm_head.weight": torch.ones(VOCAB, 4)},
                 "",
-                "are 8 wide, but lm_head.weight in model.safetensors has shape [60, 4]",
+                "have 8 columns, but lm_head.weight in model.safetensors has shape [60, 4]",
             ),
             (
                 {"lm_head.weight": torch.ones(VOCAB, WIDTH).to(torch.float8_e4m3fn)},
@@ -407,7 +407,7 @@ class TestRefusals:
             (
                 {"lm_head.weight": torch.full((VOCAB, WIDTH), float("inf"))},
                 "model.safetensors",
-                "lm_head.weight has a NaN or an infinity",
+                "lm_head.weight contains NaN or infinity",
             ),
         ],
     )
@@ -422,14 +422,17 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "said"),
         [
-            ({"dtype": "int8"}, "dtype 'int8' is none of"),
-            ({"dtype": ["bfloat16"]}, "is none of"),
-            ({"dtype": {"a": 1}}, "is none of"),
+            ({"dtype": "int8"}, "dtype 'int8' must be one of"),
+            ({"dtype": ["bfloat16"]}, "must be one of"),
+            ({"dtype": {"a": 1}}, "must be one of"),
             ({"n_probes": "many"}, "n_probes must be a positive whole number, not 'many'"),
             ({"flash_head_centroids": "medians"}, "must be mean_rows or absent, not 'medians'"),
             ({"n_probes": 0}, "n_probes must be a positive whole number"),
-            ({"flash_head_screen": "8 bits"}, "flash_head_screen: a screen must be like int8"),
-            ({"flash_head_screen": 8}, "a Screen or a text like int8, not 8"),
+            (
+                {"flash_head_screen": "8 bits"},
+                "flash_head_screen: a screen must have the form int8",
+            ),
+            ({"flash_head_screen": 8}, "a Screen or a string such as int8, not 8"),
             ({"flash_head_rows": "here"}, "flash_head_rows must be one of in_order, in_place"),
             ({"flash_head_special_token_ids": 3}, "must be a list of token ids, not 3"),
             ({"flash_head_special_token_ids": ["</s>"]}, "must be a list of token ids"),
@@ -471,7 +474,7 @@ class TestRefusals:
         path = folder / file
         path.write_bytes(path.read_bytes()[:size])
         assert f"{path}: " in refused(folder)
-        assert "not a whole safetensors file" in refused(folder)
+        assert "is not a complete safetensors file" in refused(folder)
 
     @pytest.mark.parametrize("file", ["config.json", FILE, "model.safetensors"])
     def test_files_that_are_folders(self, write: Write, file: str) -> None:
@@ -592,7 +595,7 @@ class TestRefusals:
         assert "absent/config.json: No such file" in refused(tmp_path / "absent")
         monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
         with pytest.raises(
-            FlashtuneError, match="no such folder; to look in Hugging Face's cache"
+            FlashtuneError, match="no such folder, and Hugging Face's cache was not searched"
         ):
             FlashHead.from_pretrained("some-one/a.model")
 
@@ -601,7 +604,7 @@ class TestRefusals:
     ) -> None:
         hub = pytest.importorskip("huggingface_hub")
         monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(FlashtuneError, match="fetch it with `hf download some-one"):
+        with pytest.raises(FlashtuneError, match="download it with `hf download some-one"):
             FlashHead.from_pretrained("some-one/a.model")
 
 

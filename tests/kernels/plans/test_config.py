@@ -85,7 +85,7 @@ def test_int8_is_widened_by_bits_only_where_there_is_some() -> None:
     quantised = parse_shape("qwen3-0.6b,tokens=8,weight=int8,rescored=8")
     assert Candidate(quantised, by_bits, H200).why_invalid() is None
     reason = Candidate(replace(QWEN, n_tokens=8), by_bits, H200).why_invalid()
-    assert reason == "widen is about rows in int8, of which there are none"
+    assert reason == "widen needs rows in int8"
 
 
 INT8 = {"weight_dtype": "int8", "centroid_dtype": "int8", "model_dtype": "bf16"}
@@ -105,8 +105,8 @@ DIGITS = StagedConfig(
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (DIGITS, {}, "digits multiply rows in int8 or int4, of which there are none"),
-        (DIGITS, {**INT8, "hidden_size": 2**17 + 64}, "of a digit may not fit 32 bits"),
+        (DIGITS, {}, "digits need rows in int8 or int4"),
+        (DIGITS, {**INT8, "hidden_size": 2**17 + 64}, "of a digit may overflow 32 bits"),
         (replace(DIGITS, score_rows=32), INT8, "less than 16 rows for each of 4 warps"),
         (replace(DIGITS, gather_rows=16), INT8, "less than 16 rows for each of 2 warps"),
         (replace(DIGITS, score_block=4096), INT8, "wider than the hidden size 2048"),
@@ -134,7 +134,7 @@ DIGITS = StagedConfig(
         (
             replace(DIGITS, gather_block=128, gather_stages=1, gather_unroll=2),
             INT8,
-            "gather_unroll is for rows that are widened",
+            "gather_unroll needs rows that are widened",
         ),
         (
             replace(DIGITS, score_block=1024, score_stages=4),
@@ -144,7 +144,7 @@ DIGITS = StagedConfig(
         (
             replace(DIGITS, selection="in_gather"),
             INT8,
-            "in_gather searches with all of its warps, digits need a list",
+            "in_gather searches with all of its warps, but digits need a list",
         ),
         (StagedConfig(score_rows=32, score_block=64), INT8, "more than 16 rows are for digits"),
         (StagedConfig(gather_rows=64, gather_block=64), {}, "more than 32 rows are for digits"),
@@ -222,9 +222,9 @@ def _staged(**changes: Any) -> dict[str, Any]:
         ({}, "a config's plan"),
         ({"plan": "fused"}, "a config's plan"),
         ({"plan": ["staged"]}, "a config's plan"),
-        ({"plan": "staged"}, "must have just its knobs"),
+        ({"plan": "staged"}, "must have exactly its knobs"),
         (_staged(colour="red"), "check colour"),
-        (_staged(plan="persistent"), "a persistent config must have just its knobs"),
+        (_staged(plan="persistent"), "a persistent config must have exactly its knobs"),
         (_staged(score_rows=True), "score_rows must be one of .* not True"),
         (_staged(score_rows=1.0), "score_rows must be one of .* not 1.0"),
         (_staged(score_rows="1"), "score_rows must be one of"),
@@ -233,9 +233,9 @@ def _staged(**changes: Any) -> dict[str, Any]:
         (_staged(score_rows=[1]), "score_rows must be one of"),
         (_staged(score_rows=float("nan")), "score_rows must be one of"),
         (_staged(pdl=1), "pdl must be one of"),
-        (_staged(selection="torch_topk", slack=0), "slack does not matter here: keep its default"),
-        (_staged(prefetch_margin=5), "prefetch_margin does not matter here"),
-        (_staged(selection="in_gather", select_warps=8), "select_warps does not matter here"),
+        (_staged(selection="torch_topk", slack=0), "slack has no effect here: keep its default"),
+        (_staged(prefetch_margin=5), "prefetch_margin has no effect here"),
+        (_staged(selection="in_gather", select_warps=8), "select_warps has no effect here"),
         (_staged(evict='evict_first"); import os #'), "evict must be one of"),
         (_staged(evict="{{ 7 * 7 }}"), "evict must be one of"),
         (_staged(selection="threshold\n"), "selection must be one of"),
@@ -288,7 +288,7 @@ def test_a_knob_is_enabled_by_the_knobs_it_names() -> None:
             "gather tile 32x1024 does not fit the registers of 4 warps",
         ),
         (PersistentConfig(warps=4, gather_block=2048), {}, H200, "gather tile 16x2048"),
-        (StagedConfig(score_rows=1, score_block=64), {}, H200, "less than one element a thread"),
+        (StagedConfig(score_rows=1, score_block=64), {}, H200, "less than one element per thread"),
         (
             StagedConfig(gather_rows=1, gather_block=64, gather_warps=32),
             {},
@@ -345,7 +345,7 @@ def test_a_knob_is_enabled_by_the_knobs_it_names() -> None:
             replace(IN_GATHER, prefetch_margin=5),
             {"in_place": True},
             H200,
-            "prefetch knows clusters whose rows adjoin, not rows in place",
+            "prefetch needs clusters whose rows are adjacent, not rows in place",
         ),
         (
             PersistentConfig(score_rows=1),
@@ -357,7 +357,7 @@ def test_a_knob_is_enabled_by_the_knobs_it_names() -> None:
             PersistentConfig(programs_per_sm=4, warps=16),
             {},
             ORIN,
-            "would not be resident: too many threads",
+            "would not be resident at once: too many threads",
         ),
     ],
 )

@@ -51,7 +51,7 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
     ("changes", "config", "device", "why"),
     [
         ({"n_tokens": 2}, NARROW, H200, "one token at a time, not 2"),
-        ({"in_place": True}, NARROW, H200, "streamed copies rows that adjoin, not rows in place"),
+        ({"in_place": True}, NARROW, H200, "streamed copies adjacent rows, not rows in place"),
         ({}, NARROW, ORIN, "need sm_90 or later"),
         ({"weight_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
         ({"centroid_dtype": "fp32"}, NARROW, H200, "weights of 16 bits or int8, not bf16, fp32"),
@@ -61,7 +61,7 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
             {"weight_dtype": "int8", "model_dtype": "bf16", "n_rescored": 65},
             NARROW,
             H200,
-            "decides 64 tokens again at most, not 65",
+            "decides at most 64 tokens again, not 65",
         ),
         ({"n_pinned": 1100}, NARROW, H200, "1100 pinned clusters are too many for 8 warps"),
         ({"hidden_size": 2044}, NARROW, H200, "a multiple of 8, not 2044"),
@@ -72,7 +72,7 @@ UNEVEN = StreamedConfig(score_stages=1, score_warps=12)
             {"weight_dtype": "int8", "model_dtype": "bf16", "n_rescored": 8},
             NARROW,
             THOR,
-            "keeps of its rows takes more than 48 KiB of shared memory on 20 multiprocessors",
+            "keeps of its rows needs more than 48 KiB of shared memory on 20 multiprocessors",
         ),
         ({"n_clusters": 37984}, StreamedConfig(), H200, "scores are too many for 16 warps"),
     ],
@@ -179,7 +179,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 
 def test_what_the_compiler_refuses_is_one_line() -> None:
     source = Candidate(SMALL, StreamedConfig(), H200).source
-    with pytest.raises(FlashtuneError, match=r"NVRTC refuses the kernel for sm_90: .*nowhere"):
+    with pytest.raises(
+        FlashtuneError, match=r"NVRTC cannot compile the kernel for sm_90: .*nowhere"
+    ):
         compile_cuda(source.replace("warp_sum(sums", "nowhere(sums"), "sm_90")
     with pytest.raises(FlashtuneError, match="for sm_12"):
         compile_cuda(source, "sm_12")
@@ -217,7 +219,7 @@ def test_a_config_from_a_table_is_checked() -> None:
     for wrong in ({"score_warps": 7}, {"early": 1}, {"prefetch_margin": -10.0}, {"slack": "16"}):
         with pytest.raises(FlashtuneError, match=f"knob {next(iter(wrong))} must be one of"):
             parse_config({**data, **wrong})
-    with pytest.raises(FlashtuneError, match="prefetch_margin does not matter here"):
+    with pytest.raises(FlashtuneError, match="prefetch_margin has no effect here"):
         parse_config({**data, "prefetch": False, "prefetch_margin": 5})
 
 
@@ -226,7 +228,7 @@ def test_source_from_elsewhere_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("flashtune.kernels.plans.candidate.render", None)
     candidate, where = Candidate(SMALL, StreamedConfig(), H200), torch.device("cuda")
     assert callable(CudaBackend().loader(candidate, where, source))
-    with pytest.raises(FlashtuneError, match="NVRTC refuses"):
+    with pytest.raises(FlashtuneError, match="NVRTC cannot compile"):
         CudaBackend().loader(candidate, where, "int x = ;")
 
 

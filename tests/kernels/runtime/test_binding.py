@@ -214,7 +214,7 @@ def test_an_added_table_that_cannot_be_read_is_one_warning_and_left_out(
     data = head.explain()
     assert (data["source"], data["config"]["score_rows"]) == ("added table", 8)
     [skipped] = data["skipped"]
-    assert "added table: tables left out: 2 of 3" in skipped and "bad.json" in skipped
+    assert "added table: skipped 2 of 3 tables" in skipped and "bad.json" in skipped
     assert warnings_of(caplog) == [skipped.removeprefix("added table: ")]
 
 
@@ -245,7 +245,7 @@ def test_a_kernel_that_fails_gives_way_to_the_default(
     assert head.explain()["level"] == "default"
     assert warnings_of(caplog) == [
         "FlashHead: the exact config failed: RuntimeError: ptxas fell over "
-        "(default is used instead). See head.explain() for all of it"
+        "(default is used instead). See head.explain() for details"
     ]
 
 
@@ -353,7 +353,7 @@ def test_a_kernel_tuned_for_tokens_serves_for_logits(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("unwritten", "it leaves logits unwritten"),
+        ("unwritten", "it left logits unwritten"),
         ("shifted", "its tokens are not the best ones"),
     ],
 )

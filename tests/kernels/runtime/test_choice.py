@@ -181,10 +181,10 @@ def test_a_config_that_cannot_be_parsed_is_skipped(config: dict[str, Any]) -> No
 
 
 def test_what_could_not_be_read_is_told() -> None:
-    found = Source(name=USER, records=[record(staged(4))], left_out="rows left out: 3")
+    found = Source(name=USER, records=[record(staged(4))], left_out="skipped 3 rows")
     choice = choose(PROBLEM, H200, TOOLS, [found])
     assert choice.config == staged(4)
-    assert choice.explain()["skipped"] == ["user database: rows left out: 3"]
+    assert choice.explain()["skipped"] == ["user database: skipped 3 rows"]
 
 
 @pytest.mark.parametrize(

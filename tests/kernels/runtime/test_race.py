@@ -148,7 +148,7 @@ def test_configs_that_fail_are_dropped_and_remembered_if_it_was_when_they_ran(
         DEFAULT: "ok", 1: "wrong_result", 2: "crash", 4: "compile_error", 8: "ok",
     }  # fmt: skip
     assert "a fault on the device" in timed(data)[2]["dropped"]
-    assert "is of the cluster" in timed(data)[1]["dropped"] or "logit" in timed(data)[1]["dropped"]
+    assert "is in the cluster" in timed(data)[1]["dropped"] or "logit" in timed(data)[1]["dropped"]
     assert {each.config["parts"]: each.measurement.outcome for each in kept(database)} == {
         8: Outcome.OK, 1: Outcome.WRONG_RESULT, 2: Outcome.CRASH,
     }  # fmt: skip
@@ -178,7 +178,7 @@ def test_where_nothing_works_plain_torch_answers(
     assert len(warnings_of(caplog)) == 1
     assert backend.compiled.count(1) == 1  # what failed in the race is not tried after it
     make_head().explain()  # races what is known to be good, all of which has the same parts
-    assert make_head().explain()["race"]["why_not"] == "there is nothing but the default"
+    assert make_head().explain()["race"]["why_not"] == "the default is the only config"
 
 
 def test_a_time_measured_with_other_tools_is_stale_and_raced_again(
@@ -313,7 +313,7 @@ def test_without_room_nothing_is_raced_and_with_little_the_centroids_stay_warm(
     data = make_head().explain()
     assert data["config"]["parts"] == 1
     if centroids is None:
-        assert "0 MiB are free on cpu, and to verify" in data["race"]["why_not"]
+        assert "0 MiB are free on cpu, but verifying" in data["race"]["why_not"]
         assert (data["provenance"], kept(database)) == ("predicted", [])
     else:
         assert data["race"]["centroids"].startswith(centroids)
@@ -486,7 +486,7 @@ def test_all_races_of_a_head_share_its_time(
     found.prepare(*range(1, 9))
     reasons = [found.explain(n)["race"]["why_not"] for n in range(1, 9)]
     assert reasons[0] is None
-    assert reasons[-1] == "the 20 s that a head may spend on races are spent"
+    assert reasons[-1] == "the 20 s that a head may spend on races are used up"
 
 
 def test_a_lock_kept_too_long_leaves_the_default(

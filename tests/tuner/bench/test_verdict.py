@@ -26,10 +26,10 @@ DENSE = head("dense", 1110, 20, size=0)
     [
         # Faster by 3 % of a step, for all of the answers: not worth it.
         ([head("192", 1000, 0), head("all", 1030, 20)], "all", "192 (1.11 x"),
-        ([head("192", 1000, 0), head("all", 1030, 20)], "all", "takes 2.9% less time a step"),
-        ([head("192", 1000, 0), head("all", 1049, 20)], "all", "and keeps fewer"),
+        ([head("192", 1000, 0), head("all", 1030, 20)], "all", "takes 2.9% less time per step"),
+        ([head("192", 1000, 0), head("all", 1049, 20)], "all", "but keeps fewer answers"),
         # Faster by more: what keeps the answers is named, and what it costs.
-        ([head("192", 1000, 3), head("all", 1060, 20)], "192", "to keep 95% of the answers take"),
+        ([head("192", 1000, 3), head("all", 1060, 20)], "192", "to keep 95% of the answers, use"),
         ([head("192", 1000, 3), head("all", 1060, 20)], "192", "takes 6% longer"),
         ([head("192", 1000, 3), head("384", 1040, 9)], "384", "dense, whose step takes 7% longer"),
         ([head("192", 1000, 20), head("all", 1030, 20)], "192", "192 (1.11 x the dense head's"),
@@ -37,9 +37,9 @@ DENSE = head("dense", 1110, 20, size=0)
         ([head("192", 1000, 20), head("a", 1001, 20, size=9, spread=5)], "a", "adds less memory"),
         # A FlashHead that gains less than 5 % is not recommended over the dense head.
         ([head("192", 1080, 19)], "dense", "192 (1.03 x"),
-        ([head("192", 1080, 19)], "dense", "takes 2.7% less time a step and keeps fewer"),
-        ([head("192", 1100, 20, spread=20)], "dense", "0.9% less time a step and more memory"),
-        ([head("192", 800, 20, spread=400)], "dense", "does not tell apart, and more memory"),
+        ([head("192", 1080, 19)], "dense", "takes 2.7% less time per step but keeps fewer"),
+        ([head("192", 1100, 20, spread=20)], "dense", "0.9% less time per step but needs more"),
+        ([head("192", 800, 20, spread=400)], "dense", "(within the spread) but needs more memory"),
         ([head("192", 1200, 20)], "dense", "dense: the fastest"),
     ],
 )  # fmt: skip
@@ -61,7 +61,7 @@ def test_no_answers_are_given_up_for_what_may_be_noise() -> None:
     heads = [head("192", 1000, 3), head("all", 1100, 20, spread=60)]
     verdict = judge(heads)
     assert verdict.pick.name == "all"
-    assert "less time a step, which the spread does not tell apart, and" in verdict.describe()
+    assert "less time per step (within the spread) but" in verdict.describe()
     heads[1] = head("all", 1100, 20, spread=40)
     assert judge(heads).pick.name == "192"
 

@@ -192,8 +192,8 @@ class TestBench:
         result = bench(model, "--rounds", 1)
         assert result.exit_code == 0, result.output
         assert "no clusters int8:8" in result.stdout and "no clusters int4:32" in result.stdout
-        assert "`flashtune cluster` makes them" in result.stdout
-        assert "one round only: how far it can be trusted is not known" in result.stdout
+        assert "make them with `flashtune cluster` for" in result.stdout
+        assert "only one round: the noise is unknown" in result.stdout
         refused = bench(model, "--probes", 3)
         assert refused.exit_code == 2
         assert "has no clusters to probe: make them with `flashtune cluster`" in refused.output
@@ -205,13 +205,13 @@ class TestBench:
         monkeypatch.setenv("COLUMNS", "80")
         text = bench(flash, "--rounds", 2).stdout
         lines = text.splitlines()
-        assert lines[0].startswith("12 tokens a prompt, batch 1, 2 rounds in turns")
+        assert lines[0].startswith("tokens per prompt: 12, batch size: 1, rounds: 2, on ")
         table = lines[1:6]
         assert all(len(line.rstrip()) <= 80 for line in table)
         assert [line.split()[0] for line in table] == ["head", "dense", "fp32", "fp32", "no"]
         assert " 3* " in table[2]
-        assert text.count("ratio: tok/s to the dense head's") == 1
-        assert "recommended: " in text and "* the model's own" in text
+        assert text.count("ratio: tok/s over the dense head's") == 1
+        assert "recommended: " in text and "* set in the model's config" in text
 
     def test_the_recommendation_is_the_verdicts(
         self, flash: Path, bench: Callable[..., Result], timed: Callable[..., None]
@@ -220,7 +220,9 @@ class TestBench:
         words = ("--screen", "none", "--probes", 1, "--probes", 16, "--rounds", 6)
         data = json.loads(bench(flash, *words, "--json").stdout)
         assert data["recommended"]["n_probes"] == 16
-        assert "takes 2.9% less time a step and keeps fewer" in data["recommended"]["why"]
+        assert (
+            "takes 2.9% less time per step but keeps fewer answers" in data["recommended"]["why"]
+        )
         assert [row["ratio"] for row in data["rows"]] == pytest.approx([1, 1.11, 1110 / 1030])
         assert data["rows"][1]["tokens_per_s"] == pytest.approx(1000)
 
@@ -239,7 +241,18 @@ class TestBench:
         steps += [1000, 1000, 1000, 1010, 1000]  # the first is to prepare
         assert "NOISY" not in bench(flash, *words).stdout
         steps += [1000, 1000, 1400, 800, 1200]
-        assert bench(flash, *words).stdout.count("NOISY: steps are known to ") == 1
+        assert bench(flash, *words).stdout.count("NOISY: step times are only known to ") == 1
+
+    def test_no_more_rounds_begin_after_the_timeout(
+        self, flash: Path, bench: Callable[..., Result]
+    ) -> None:
+        words = ("--screen", "none", "--probes", 1, "--rounds", 6, "--timeout", 0.001)
+        result = bench(flash, *words)
+        assert result.exit_code == 0
+        assert "OUT OF TIME: 1 of 6 rounds" in result.stdout
+        data = json.loads(bench(flash, *words, "--json").stdout)
+        assert (data["rounds"], data["planned_rounds"], data["interrupted"]) == (1, 6, False)
+        assert "OUT OF TIME" not in bench(flash, *words[:4], "--rounds", 1).stdout
 
     def test_ctrl_c_keeps_what_was_measured(
         self, flash: Path, bench: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
@@ -256,7 +269,7 @@ class TestBench:
         monkeypatch.setattr(bench_module, "timed_answers", stopped)
         result = bench(flash, *words, "--json")
         assert result.exit_code == 130
-        assert "this is what was measured until then" in result.stderr
+        assert "these are the results so far" in result.stderr
         data = json.loads(result.stdout)
         assert data["interrupted"] and [row["answers"] for row in data["rows"]] == [1, 1, 1]
         calls.clear()
@@ -265,7 +278,7 @@ class TestBench:
         calls[:] = [()] * 5  # before there is anything to compare
         result = bench(flash, *words)
         assert result.exit_code == 130 and result.stdout == ""
-        assert "interrupted: there is nothing to compare yet" in result.stderr
+        assert "interrupted before there was anything to compare" in result.stderr
 
     def test_a_picture(
         self,
@@ -286,7 +299,10 @@ class TestBench:
     def test_what_cannot_be_done_is_a_line(
         self, flash: Path, bench: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert "17 probes of 16 clusters" in bench(flash, "--probes", 17).output
+        assert (
+            "17 probes are more than the model's 16 clusters"
+            in bench(flash, "--probes", 17).output
+        )
         with monkeypatch.context() as patch:
             patch.setattr(bench_module, "free_bytes", lambda _: 1000)
             result = bench(flash)
@@ -296,7 +312,7 @@ class TestBench:
             assert "pip install 'flashtune[hf]'" in bench(flash).output
         (flash / "model.safetensors").write_bytes(b"odd")
         result = bench(flash)
-        assert result.exit_code == 2 and "not a whole safetensors file" in result.output
+        assert result.exit_code == 2 and "is not a complete safetensors file" in result.output
 
 
 class TestCluster:
@@ -340,7 +356,7 @@ class TestCluster:
         timed({None: 3000.0} | {number: 1000 + 200 * number for number in range(1, 17)})
         data = self.made(model, prompts)
         assert data["n_probes"] == 1
-        assert "to keep 95% of the answers take fp32 with" in data["why"]
+        assert "to keep 95% of the answers, use fp32 with" in data["why"]
 
     def test_a_screen_that_is_given_is_chosen_for(
         self, model: Path, prompts: Path, timed: Callable[..., None]

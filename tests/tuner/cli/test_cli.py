@@ -134,7 +134,7 @@ class TestWhatIsRefused:
             ((*SEARCH, "--fix", "nonsense=1"), ["'--fix'", "nonsense", "selection"]),
             ((*SEARCH, "--fix", "slack=7"), ["'--fix'", "slack must be one of 0, 8"]),
             ((*SEARCH, "--fix", "slack"), ["'--fix'", "slack"]),
-            ((*SEARCH, "--fix", "pdl=true"), ["no valid config", "pdl", "fix less"]),
+            ((*SEARCH, "--fix", "pdl=true"), ["no valid config", "pdl", "fix fewer"]),
             ((*SEARCH, "--no-such-option"), ["--no-such-option"]),
             (("show", "--limit", "0"), ["'--limit'"]),
             (("show", "--device", "gtx"), ["'--device'", "gtx"]),
@@ -204,7 +204,7 @@ class TestDatabases:
         [
             ("/proc/tuning.db", "cannot open or write /proc/tuning.db"),
             ("no/such/folder/tuning.db", "the folder no/such/folder does not exist"),
-            (".", ". is not a file: name a database's, by --db or FLASHTUNE_DB"),
+            (".", ". is not a file: name a database file by --db or FLASHTUNE_DB"),
         ],
     )
     def test_a_path_that_cannot_be_written_is_refused(
@@ -248,7 +248,7 @@ class TestTables:
             assert store.records() == []
 
     def test_a_good_table_is_imported(self, table: Path, tmp_path: Path) -> None:
-        assert "1 records of orin-nano-super (1 measured), all good" in done(
+        assert "1 records of orin-nano-super (1 measured), all valid" in done(
             "tables", "check", table
         )
         assert "1 records" in done("tables", "import", table, "--db", tmp_path / "new.db")
@@ -269,7 +269,7 @@ class TestTables:
             ({"extra": 1}, "check extra"),
             ({"score_block": 4096}, "wider than the hidden size"),
             ({"pdl": True}, "sm_90"),
-            ({"gather_programs_per_sm": 2}, "does not matter"),
+            ({"gather_programs_per_sm": 2}, "has no effect"),
         ],
         ids=str,
     )
@@ -331,7 +331,7 @@ class TestTables:
     ) -> None:
         record = recorded(default_config(problem, device), None)
         write_table(table, TuningTable(device=device.name, records=(record,)))
-        assert "outcome is crash" in refused("tables", "check", table)
+        assert "has the outcome crash" in refused("tables", "check", table)
 
     def test_tables_are_merged_and_compared(
         self, table: Path, tmp_path: Path, recorded, problem: Problem, device: Device
@@ -503,7 +503,7 @@ class TestAPredictedSearch:
         result = run(*SEARCH, "--trials", 3, "--db", database)
         assert result.exit_code == 0
         assert "PREDICTED" in result.stderr
-        assert "none is measured" in result.stderr
+        assert "none are measured" in result.stderr
         assert "predicted" in result.stdout
         again = json.loads(done(*SEARCH, "--trials", 3, "--db", database, "--json"))
         assert again == data
@@ -694,7 +694,7 @@ def test_nothing_that_works_is_exit_code_1(
         patch.setattr("flashtune.tuner.search.evaluate.predict", fails)
         result = run(*where)
     assert result.exit_code == 1, result.output
-    assert "nothing worked: invalid: no luck today" in " ".join(result.stdout.split())
+    assert "no config worked: invalid: no luck today" in " ".join(result.stdout.split())
     result = run(*where, "--json")
     assert result.exit_code == 1, "failures are not tried again unasked"
     [found] = json.loads(result.stdout)["results"]
@@ -869,8 +869,13 @@ class TestModels:
             ({"hidden_size": 64, "n_probes": 33}, None, "config.json", "n_probes 33"),
             ({"hidden_size": 64, "n_probes": "many"}, None, "config.json", "'many'"),
             ({"hidden_size": 64, "n_probes": 0}, None, "config.json", "n_probes"),
-            (None, b"", "clustering_cache.safetensors", "not a whole safetensors file"),
-            (None, b"\xff" * 64, "clustering_cache.safetensors", "not a whole safetensors file"),
+            (None, b"", "clustering_cache.safetensors", "is not a complete safetensors file"),
+            (
+                None,
+                b"\xff" * 64,
+                "clustering_cache.safetensors",
+                "is not a complete safetensors file",
+            ),
             (None, {"centroids": torch.zeros(64, 32)}, "clustering_cache.safetensors", "assign"),
             (
                 None,

@@ -140,7 +140,9 @@ class TestCluster:
         }
         data = json.loads(told)
         assert 0 < data.pop("fit") < 1
-        assert "1 probes, a sixteenth of the clusters, are not measured" in data.pop("why")
+        assert "1 probes, a sixteenth of the clusters, not chosen by measurement" in data.pop(
+            "why"
+        )
         assert data == {
             "out": str(out),
             "vocab_size": VOCAB,
@@ -196,7 +198,7 @@ class TestCluster:
         [
             ("/etc", "leads out of the model's folder"),
             ("../other", "leads out of the model's folder"),
-            (".", "is a link to a folder"),
+            (".", "is a symbolic link to a folder"),
         ],
     )
     def test_links_to_what_is_not_the_model_s_are_not_copied(
@@ -223,7 +225,7 @@ class TestCluster:
         monkeypatch.setattr(BalancedKMeans, "step", stopped)
         result = run("cluster", "--model", model, "--out", out)
         assert result.exit_code == 130
-        assert "the same command goes on from here" in result.output
+        assert "run the same command again to continue" in result.output
         assert not out.exists()
         checkpoint = tmp_path / "flash.checkpoint"
         assert checkpoint.exists()
@@ -298,12 +300,15 @@ class TestCluster:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--clusters", "201"], "201 clusters of 200 tokens"),
-            (["--clusters", "4", "--probes", "5"], "5 probes of 4 clusters"),
-            (["--probes", "5", "--recall", "0.9"], "give one of --probes and --recall"),
+            (["--clusters", "201"], "201 clusters cannot be made of 200 tokens"),
+            (["--clusters", "4", "--probes", "5"], "5 probes are more than the 4 clusters"),
+            (["--probes", "5", "--recall", "0.9"], "give either --probes or --recall"),
             (["--recall", "1.5"], "--recall"),
-            (["--screen", "int9"], "must be of int8, int4, not 'int9'"),
-            (["--screen", "int8", "--screen", "int4"], "give one --screen, or --recall to choose"),
+            (["--screen", "int9"], "must be among int8, int4, not 'int9'"),
+            (
+                ["--screen", "int8", "--screen", "int4"],
+                "give just one --screen, or --recall to choose",
+            ),
         ],
     )
     def test_what_cannot_be_done(
@@ -315,11 +320,11 @@ class TestCluster:
     def test_nothing_is_overwritten(self, model: Path, tmp_path: Path) -> None:
         before = files(model)
         error = refused("cluster", "--model", model, "--out", model)
-        assert f"{model}: exists already" in error
+        assert f"{model}: already exists" in error
         assert files(model) == before
         (tmp_path / "flash.partial").mkdir()
         error = refused("cluster", "--model", model, "--out", tmp_path / "flash")
-        assert "flash.partial: exists already" in error
+        assert "flash.partial: already exists" in error
         error = refused("cluster", "--model", model, "--out", tmp_path / "no" / "where")
         assert "no: no such folder" in error
 
@@ -338,7 +343,7 @@ class TestCluster:
 
         monkeypatch.setattr(clustered_folder, "write_clusters", overtaken)
         error = refused("cluster", "--model", model, "--out", out)
-        assert f"{out}: exists already, made while this was at work" in error
+        assert f"{out}: was created by another process" in error
         assert FlashHead.from_pretrained(out).vocab_size == VOCAB
         assert sorted(path.name for path in tmp_path.iterdir()) == ["flash", "model"]
 
@@ -443,7 +448,7 @@ class TestQuality:
         text = done("quality", "--model", flash, "--recall", 1, "--screen", "none").output
         assert "40 decode steps, 20 clusters" in text
         assert "5*" in text and "dense" in text
-        assert "probes are the fewest that agree in 100.00%" in text
+        assert "probes are the fewest that reach a recall of 100.00%" in text
         assert "runs torch: fp32, dense fp32" in text
 
     def test_a_table_of_80_columns_cuts_no_number(
@@ -487,7 +492,7 @@ class TestQuality:
     def test_a_recall_names_the_pair(self, flash: Path, states: torch.Tensor) -> None:
         options = ("--recall", 0.9, "--screen", "int8", "--probes", 2)
         text = done("quality", "--model", flash, *options).output
-        assert "is the fastest of those that agree in 90.00%" in text
+        assert "is the fastest of those that reach a recall of 90.00%" in text
         recall = self.report(flash, *options)["recall"]
         assert recall["target"] == 0.9 and recall["screen"] in (None, "int8:8")
 
@@ -524,7 +529,7 @@ class TestQuality:
         options = ("--device", "cpu", "--screen", "none")
         result = run("quality", "--model", flash, *options, "--json")
         assert result.exit_code == 130
-        assert "this is what was counted" in result.stderr
+        assert "these are the results so far" in result.stderr
         data = json.loads(result.stdout)
         assert data["interrupted"] and not whole["interrupted"]
         shares = ("n_probes", "top1", "top5", "mass")
@@ -573,7 +578,7 @@ class TestQuality:
 
     @pytest.mark.parametrize(
         ("text", "said"),
-        [(b"\n \n", "holds no prompts"), (b"\xff\xff", "is not UTF-8"), (None, "No such file")],
+        [(b"\n \n", "contains no prompts"), (b"\xff\xff", "is not UTF-8"), (None, "No such file")],
     )
     def test_prompts_that_are_none(
         self, flash: Path, tmp_path: Path, text: bytes | None, said: str
@@ -585,11 +590,13 @@ class TestQuality:
         assert f"{path}: " in error and said in error
 
     def test_more_probes_than_clusters(self, flash: Path, states: torch.Tensor) -> None:
-        assert "21 probes of 20 clusters" in refused("quality", "--model", flash, "--probes", 21)
+        assert "21 probes are more than the model's 20 clusters" in refused(
+            "quality", "--model", flash, "--probes", 21
+        )
 
     def test_a_model_without_clusters(self, model: Path, states: torch.Tensor) -> None:
         error = refused("quality", "--model", model)
-        assert "make one of it with `flashtune cluster`" in error
+        assert "make one from it with `flashtune cluster`" in error
 
 
 class TestDecodeStates:
@@ -667,7 +674,7 @@ class TestDecodeStates:
         model = RunningModel.load(folder, "cpu")
         monkeypatch.setattr(model.model, "forward", short)
         with pytest.raises(
-            FlashtuneError, match="the longest of 5 characters: IndexError"
+            FlashtuneError, match=r"the longest has 5 characters\): IndexError"
         ) as caught:
             model.answers(["a b c", "d"], 3)
         assert "\n" not in str(caught.value)
@@ -696,6 +703,19 @@ class TestDecodeStates:
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
             model.answers(["a b c", "d"], 3)
+
+    def test_progress_is_shown_at_each_step(
+        self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch of long answers can take minutes."""
+        monkeypatch.setattr("flashtune.tuner.clustering.decode_state._BATCH", 1)
+        shown: list[int] = []
+        monkeypatch.setattr(
+            "flashtune.tuner.progress.StepProgress.show", lambda _, done: shown.append(done)
+        )
+        answers = RunningModel.load(folder, "cpu").answers(["a b c", "d"], 6)
+        first, second = ([*range(steps), 6] for steps in answers.lengths)
+        assert shown == [*first, *(6 + done for done in second)]
 
     def test_out_of_time_it_gives_whole_answers(
         self, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch

@@ -78,14 +78,25 @@ def said(
 def test_floor_and_ratio_are_named_once(said, result, device: Device) -> None:
     text = said(result(), result())
     rate = device.memory_bandwidth / 1e9
-    assert text.count(f"floor: the fewest bytes at {rate:.1f} GB/s; ratio: winner to floor") == 1
+    assert (
+        text.count(
+            f"floor: time to read the fewest bytes at {rate:.1f} GB/s; ratio: winner to floor"
+        )
+        == 1
+    )
     assert "floor:" not in said(result(), device=replace(device, memory_bandwidth=0.0))
+
+
+def test_a_time_below_the_floor_is_explained(said, result, device: Device) -> None:
+    assert "faster than the floor" not in said(result())
+    slow = replace(device, memory_bandwidth=device.memory_bandwidth / 1000)
+    assert "512x64 c32 p4: faster than the floor" in said(result(), device=slow)
 
 
 def test_the_best_of_the_search_and_the_winner_are_told_apart(said, result) -> None:
     assert "best in the search" not in said(result())
     text = said(result(searched_us=11.2))
-    assert "best in the search 11.2, the winner timed again side by side 12.0" in text
+    assert "best in the search: 11.2; the winner, timed again side by side: 12.0" in text
     text = said(result(searched_us=11.2, default_kept=True))
     assert "the default is kept" in text and "11.2" in text
 
@@ -105,9 +116,9 @@ def test_an_unfinished_table_says_so(said, result, changes: Any, expected: str) 
 def test_the_most_frequent_failure_is_said(said, result) -> None:
     failure = Failure(reason="crash: illegal access", count=2, remedy="install another")
     text = said(result(failed=3, failure=failure))
-    assert "3 of 5 failed, 2 of them so: crash: illegal access" in text
+    assert "3 of 5 configs failed, 2 of them with: crash: illegal access" in text
     text = said(result(winner=None, searched_us=None, failed=5, failure=failure))
-    assert "nothing worked: crash: illegal access; install another" in text
+    assert "no config worked: crash: illegal access; install another" in text
 
 
 def test_a_predicted_time_comes_with_its_interval(said, result, recorded) -> None:
@@ -120,8 +131,8 @@ def test_a_predicted_time_comes_with_its_interval(said, result, recorded) -> Non
     winner = recorded(config, 10.0, measurement=measurement, provenance=Provenance.PREDICTED)
     text = said(result(winner=winner), provenance=Provenance.PREDICTED)
     assert f"10.0 ({10 * low:.1f}-{10 * high:.1f})" in text
-    assert "in brackets the interval that held 80 %" in text
-    assert "was there to fit" not in text
+    assert "in brackets, an interval that held 80 %" in text
+    assert "no measured times to fit to" not in text
 
 
 def test_a_time_that_nothing_was_fitted_to_says_so(said, result, recorded) -> None:
@@ -129,7 +140,7 @@ def test_a_time_that_nothing_was_fitted_to_says_so(said, result, recorded) -> No
     for screen, guessed in (("int4/int8", True), ("int8", False)):
         screened = replace(winner, problem=Screen.parse(screen).problem(QWEN))
         text = said(result(winner=screened), provenance=Provenance.PREDICTED)
-        assert ("no measured time of int4 was there to fit" in text) is guessed
+        assert ("int4: no measured times to fit to" in text) is guessed
 
 
 def test_what_ships_is_shown_where_it_is_better_than_a_prediction(said, result, recorded) -> None:
@@ -147,7 +158,7 @@ def test_what_ships_is_shown_where_it_is_better_than_a_prediction(said, result, 
     shipped = better_shipped(quick, H200)
     assert shipped is not None and shipped.provenance is Provenance.MEASURED
     text = said(quick, device=H200, provenance=Provenance.PREDICTED)
-    assert f"shipped and measured: {shipped.measurement.median_us:.1f}, staged" in text
+    assert f"has a better record (measured): {shipped.measurement.median_us:.1f}, staged" in text
     data = result_data(
         SessionResult(device=H200, provenance=Provenance.PREDICTED, problems=[QWEN],
                       results=[quick], cancelled=False)

@@ -89,7 +89,10 @@ def test_a_config_of_another_version_is_shown() -> None:
     lacking = {name: value for name, value in good.items() if name != "pdl"}
     assert short_config(lacking) == "staged (of another version of flashtune: see pdl)"
     assert short_config({**good, "x": 1}) == "staged (of another version of flashtune: see x)"
-    assert short_config({"plan": "later", "x": 1}) == "later, which is not known here"
+    assert (
+        short_config({"plan": "later", "x": 1})
+        == "later, which this version of flashtune does not know"
+    )
 
 
 def test_help_completion_and_version_load_nothing_heavy() -> None:

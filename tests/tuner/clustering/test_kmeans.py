@@ -115,9 +115,9 @@ class TestKMeans:
     @pytest.mark.parametrize(
         ("weight", "n_clusters", "message"),
         [
-            (torch.ones(4, 2), 5, "5 clusters of 4 tokens: take 1 to 4"),
-            (torch.full((4, 2), float("nan")), 2, "has a NaN or an infinity"),
-            (torch.full((4, 2), float("inf")), 2, "has a NaN or an infinity"),
+            (torch.ones(4, 2), 5, "5 clusters cannot be made of 4 tokens: give 1 to 4"),
+            (torch.full((4, 2), float("nan")), 2, "contains NaN or infinity"),
+            (torch.full((4, 2), float("inf")), 2, "contains NaN or infinity"),
         ],
     )
     def test_what_cannot_be_clustered(

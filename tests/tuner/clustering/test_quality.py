@@ -107,7 +107,7 @@ def test_an_answer_is_the_same_where_all_of_its_tokens_are(
     least = agreement.least_for_answers(3 / 8)
     if least is not None:
         assert agreement.answers[least - 1] >= 3 > agreement.answers[: least - 1].max()
-    with pytest.raises(FlashtuneError, match="answers of 3 states, but there are 150"):
+    with pytest.raises(FlashtuneError, match="lengths add up to 3 states, but there are 150"):
         Study.of(parts, states, forms=[form], lengths=[3])
 
 

@@ -132,7 +132,9 @@ class TestASearch:
         slow = fleet(1.0, 1.3, 1.0)
         Session(request(slow, problems), store).run(display)
         [note] = display.notes
-        assert re.match(r"board 1 is set aside, .* takes 5?\d.\d\d us there, 4\d.\d\d us on", note)
+        assert re.match(
+            r"board 1 is set aside, .* takes 5?\d.\d\d us there, but 4\d.\d\d us on", note
+        )
         measured = {process for process, kind, _ in tasks(tmp_path) if kind == "measure"}
         assert len(measured) == 2
         assert all((each.measurement.median_us or 0) < 50.1 for each in store.records())
@@ -255,10 +257,10 @@ class TestGpus:
     @pytest.mark.parametrize(
         ("which", "wanted", "said"),
         [
-            ("3", None, "takes all, or numbers from 0 to 2, not '3'"),
+            ("3", None, "must be all, or numbers from 0 to 2, not '3'"),
             ("0,x", None, "not '0,x'"),
             ("", None, "not ''"),
-            ("0", ORIN, f"--gpus 0 has {H200.name}, not {ORIN.name}"),
+            ("0", ORIN, f"--gpus 0 selects {H200.name}, not {ORIN.name}"),
         ],
     )
     def test_what_is_not_there_is_one_line(self, which: str, wanted, said: str) -> None:
@@ -330,7 +332,7 @@ class TestTheCommandAndTheFunction:
         assert [each["results"][0]["evaluated"] for each in data] == [3, 3]
         assert "of 2 workers" in done.stderr
         shown = self.command("--remote", "a", "--remote", "b", *database).stdout
-        assert f"{H200.title}: times" in shown and f"{ORIN.title}: times" in shown
+        assert f"{H200.title}: measured" in shown and f"{ORIN.title}: measured" in shown
         assert asked[0] == FleetRequest(gpus="all")
         assert asked[1] == FleetRequest(remote=("a", "b"))
 

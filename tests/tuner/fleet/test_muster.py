@@ -83,8 +83,8 @@ def test_one_that_is_off_twice_is_set_aside_with_a_line(mustered) -> None:
     pool, notes = mustered(a=[10.0], b=[12.0, 12.1], c=[10.05])
     assert (sorted(pool.admitted), pool.aside) == (["a", "c"], ["b"])
     assert notes == [
-        "b is set aside, as its times would mislead: the default config takes 12.10 us there, "
-        "10.05 us on c"
+        "b is set aside, since its times would mislead: the default config takes 12.10 us there, "
+        "but 10.05 us on c"
     ]
 
 
@@ -107,7 +107,9 @@ def test_one_that_fails_is_set_aside(mustered) -> None:
 def test_where_the_config_works_nowhere_nobody_is_set_aside(mustered) -> None:
     pool, notes = mustered(a=["no ptxas"], b=["no ptxas"])
     assert (sorted(pool.admitted), pool.aside) == (["a", "b"], [])
-    assert notes == ["workers are not compared: the default config works on none (no ptxas)"]
+    assert notes == [
+        "workers are not compared, because the default config works on none of them (no ptxas)"
+    ]
 
 
 def test_one_that_was_lost_is_asked_again(mustered) -> None:

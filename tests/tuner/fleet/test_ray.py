@@ -120,7 +120,9 @@ class TestACluster:
 
     def test_another_device_is_one_line(self, nodes: Nodes, quick) -> None:
         notes: list[str] = []
-        with pytest.raises(FlashtuneError, match="no node of the Ray cluster lends a NVIDIA H100"):
+        with pytest.raises(
+            FlashtuneError, match="no node of the Ray cluster offers a NVIDIA H100"
+        ):
             ray_fleets(nodes.cluster.address, find_device("h100"), notes.append)
         assert len(notes) == 2 and all("not NVIDIA H100" in each for each in notes)
 

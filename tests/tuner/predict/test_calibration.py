@@ -172,7 +172,7 @@ class TestCalibrate:
         ("tools", "message"),
         [
             ((), "no measured record"),
-            ((Toolchain(triton="3.6.0"), Toolchain()), "2 sets of tools"),
+            ((Toolchain(triton="3.6.0"), Toolchain()), "2 different toolchains"),
         ],
     )
     def test_what_cannot_be_calibrated_is_said(

@@ -114,7 +114,7 @@ class TestSearchesOnRecord:
         assert f"{name}: {len(study.trials)} trials" in text
         assert study.best_value == 18.0
         for words, said in (
-            (("--storage", storage), "it has the study 'orin-nano-super"),
+            (("--storage", storage), "a study named 'orin-nano-super"),
             (("--storage", "nonsense"), "cannot write to the storage nonsense"),
             (("--storage", f"sqlite:///{tmp_path}/no/a.db"), "cannot write to the storage"),
             (("--storage", storage, "--device", "a40"), "no such record"),

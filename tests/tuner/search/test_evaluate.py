@@ -148,7 +148,7 @@ def test_what_spills_is_predicted_to_fail(space: Space) -> None:
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.OUT_OF_RESOURCES
-    assert evaluation.measurement.error == "spills bytes a thread: {'gather': 48}"
+    assert evaluation.measurement.error == "spills registers (bytes per thread: {'gather': 48})"
 
 
 def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
@@ -157,7 +157,7 @@ def test_kernels_of_which_nothing_was_said_are_a_failure(space: Space) -> None:
     evaluator.submit(next(space.configs()))
     [evaluation] = evaluator.collect()
     assert evaluation.measurement.outcome is Outcome.CRASH
-    assert evaluation.measurement.error == "the worker did not say what select needs"
+    assert evaluation.measurement.error == "the worker did not report what select needs"
 
 
 def test_kernels_that_would_take_days_are_no_prediction(space: Space) -> None:

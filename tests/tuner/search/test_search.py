@@ -579,5 +579,5 @@ def test_the_machines_trouble_in_the_last_comparison_is_written_nowhere(
 
 def test_the_machines_trouble_makes_no_record(recorded, space: Space) -> None:
     record = recorded(next(space.configs()), 3.0)
-    with pytest.raises(ValueError, match="the machine's trouble"):
+    with pytest.raises(ValueError, match="a problem of the machine"):
         replace(record, measurement=NO_ROOM)

@@ -265,7 +265,7 @@ def test_a_session_says_at_once_that_nothing_is_left(
         Session(request, store)
     text = str(caught.value)
     assert text.startswith(f"no valid config for {problem.describe()} on orin-nano-super with")
-    assert text.endswith("fix less")
+    assert text.endswith("fix fewer knobs")
     assert all(name in text for name in fixed)
 
 
@@ -297,7 +297,7 @@ def test_a_session_says_which_plan_it_cannot_search(
     monkeypatch.setattr("flashtune.tuner.search.session.Search", search)
     monkeypatch.delitem(PLAN_STAGES, "streamed")
     in_triton = ["staged", "persistent", "batched", "dense"]
-    for device, said in ((H200, "plan streamed are not predicted"), (find_device("orin"), "")):
+    for device, said in ((H200, "plan streamed cannot be predicted"), (find_device("orin"), "")):
         display = Told()
         Session(SearchRequest(device=device, problems=[QWEN], trials=1), store).run(display)
         assert (said in display.notes[0]) if said else (display.notes == [])

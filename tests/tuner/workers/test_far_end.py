@@ -71,8 +71,10 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "code").write_text("")
     done = far_end(tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith(b"no place for the worker") and done.stderr.count(b"\n") == 1
-    assert b": set FLASHTUNE_CACHE there to a folder that you can write" in done.stderr
+    assert (
+        done.stderr.startswith(b"the worker has no cache folder") and done.stderr.count(b"\n") == 1
+    )
+    assert b": set FLASHTUNE_CACHE there to a folder that only you can write to" in done.stderr
 
 
 @pytest.fixture
@@ -113,4 +115,4 @@ def test_a_folder_for_everybody_is_no_place(tmp_path: Path) -> None:
     (tmp_path / "code").chmod(0o777)
     done = far_end(tmp_path)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert b"others can write to it" in done.stderr and done.stderr.count(b"\n") == 1
+    assert b"other users can write to it" in done.stderr and done.stderr.count(b"\n") == 1

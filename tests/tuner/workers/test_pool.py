@@ -219,11 +219,11 @@ class TestAFreshWorker:
     @pytest.mark.parametrize(
         ("content", "error"),
         [
-            ("true", "it was only asked whether it has started"),
-            ('{"measurements": [], "uses": [], "fatal": false}', "it was only asked whether"),
-            ('null}\n{"request": "NAME", "content": null', "not an object of measurements"),
-            ('null, "request": "another"', "not JSON: a name comes twice"),
-            ('null, "more": 1', "not an object of request, content"),
+            ("true", "it answers a greeting with something else"),
+            ('{"measurements": [], "uses": [], "fatal": false}', "it answers a greeting"),
+            ('null}\n{"request": "NAME", "content": null', "not an object with just measurements"),
+            ('null, "request": "another"', "not JSON: a name occurs twice"),
+            ('null, "more": 1', "not an object with just request, content"),
         ],
     )
     def test_that_says_anything_else_is_believed_no_more(
@@ -243,14 +243,14 @@ class TestAFreshWorker:
     def test_cannot_know_what_it_will_be_asked(self, started_by, task) -> None:
         workers = started_by("""os.write(3, b'{"request": "", "content": null}\\n')""")
         workers.submit(task(stub.ANSWER), PATIENCE)
-        assert self.comes(workers).error.endswith("it does not answer what was asked")
+        assert self.comes(workers).error.endswith("it answers another request")
 
 
 @pytest.mark.parametrize(
     ("what", "error"),
     [
         (stub.GARBAGE, "the worker gave no valid reply: not JSON"),
-        (stub.ANOTHERS, "the worker gave no valid reply: it does not answer what was asked"),
+        (stub.ANOTHERS, "the worker gave no valid reply: it answers another request"),
         (stub.HUGE, "the worker gave no valid reply: a line of more than 262144 bytes"),
         (stub.ENDLESS, "the worker gave no valid reply: a line of more than 262144 bytes"),
     ],
@@ -675,7 +675,7 @@ class TestSeveralPlaces:
             assert reply.measurements[0].outcome is Outcome.ENVIRONMENT  # the last one's, too
             assert workers.size == 1
         [note] = notes
-        assert "is set aside for the machine's trouble: no space left" in note
+        assert "is set aside because of a problem of its machine: no space left" in note
 
     def test_answers_go_to_their_owner(self, task) -> None:
         with WorkerPool(boards("a", "b")) as workers:

@@ -208,7 +208,7 @@ class TestWithoutAConnection:
             ("stranger", "ssh stranger: Host key verification failed"),
             ("impostor", "ssh impostor: Host key .* has changed .* verification failed"),
             ("keyless", "ssh keyless: .*: Permission denied"),
-            ("-oProxyCommand=false", "is no destination for ssh"),
+            ("-oProxyCommand=false", "is not an ssh destination"),
         ],
     )
     def test_a_search_ends_with_one_line(self, far, tmp_path: Path, host: str, said: str) -> None:
@@ -222,7 +222,7 @@ class TestWithoutAConnection:
     def test_another_python_without_another_machine_is_refused(self) -> None:
         failed = search("--remote-python", "python3")
         assert failed.exit_code == 2
-        assert failed.stderr.endswith("about another machine: give remote too\n")
+        assert failed.stderr.endswith("on a remote machine: give remote too\n")
 
 
 class TestWhatIsThere:
@@ -230,7 +230,7 @@ class TestWhatIsThere:
         ("site", "said"),
         [
             ("import sys; sys.version_info = (3, 8, 10)", "Python 3.10 or later is needed, .*3.8"),
-            (without("torch"), r"torch does not load there \(No module named 'torch'\): install"),
+            (without("torch"), r"torch cannot be imported \(No module named 'torch'\): install"),
             ("raise SystemExit('no such luck')", "SystemExit: no such luck"),
         ],
         ids=["old Python", "no torch", "a broken Python"],
@@ -246,7 +246,9 @@ class TestWhatIsThere:
     def test_an_old_torch_is_told(self, far) -> None:
         python = far.python()
         Path(far.folder, "torch.py").write_text("__version__ = '2.1.0a0+git'\n")
-        with pytest.raises(FlashtuneError, match=r"torch there is 2\.1\.0a0\+git: install torch"):
+        with pytest.raises(
+            FlashtuneError, match=r"torch is version 2\.1\.0a0\+git: install torch"
+        ):
             find_machine("here", None, python)
 
     def test_no_gpu_is_told(self, far) -> None:
@@ -256,7 +258,7 @@ class TestWhatIsThere:
     def test_a_folder_that_cannot_be_written_is_told(self, far) -> None:
         python = far.python(cache=Path("/proc/no"))
         with pytest.raises(
-            FlashtuneError, match=r"here: no place for the worker .*FLASHTUNE_CACHE"
+            FlashtuneError, match=r"here: the worker has no cache folder .*FLASHTUNE_CACHE"
         ):
             find_machine("here", None, python)
 
@@ -279,7 +281,7 @@ class TestWhatIsThere:
 
     def test_no_ssh_is_told(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(FlashtuneError, match="there is no ssh here: install"):
+        with pytest.raises(FlashtuneError, match="ssh is not installed: install"):
             find_machine("here", None)
 
     def test_a_home_folder_is_the_far_one(self) -> None:
@@ -397,7 +399,7 @@ class TestAHostileMachine:
         ("answer", "said"),
         [
             ("os.write(1, b'{garbage]\\n')", "far gave no valid answer .not JSON"),
-            ("os.write(1, b'{}\\n')", "no valid answer .not an object of request, content"),
+            ("os.write(1, b'{}\\n')", "no valid answer .not an object with just request, content"),
             ("while True: os.write(1, b'x' * 2**20)", "a line of more than 262144 bytes"),
             (
                 "while True: os.write(2, b'x' * 2**16)",
@@ -405,7 +407,7 @@ class TestAHostileMachine:
             ),
             (
                 "print(json.dumps({'request': 'another', 'content': {}}), flush=True)",
-                "it does not answer what was asked",
+                "it answers another request",
             ),
             (
                 "print(json.dumps({'request': request, 'content': {'devices': {},"
@@ -415,7 +417,7 @@ class TestAHostileMachine:
             (
                 "print(json.dumps({'request': request, 'content': {'trouble': '',"
                 " 'devices': {}}}), flush=True)",
-                "far names no device of that kind",
+                "far has no device of that kind",
             ),
         ],
     )

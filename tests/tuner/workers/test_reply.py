@@ -68,18 +68,26 @@ def test_what_a_worker_says_is_taken(task) -> None:
     [
         ("measure", Reply(), "measurements of 0 configs, not 1"),
         ("measure", Reply(measurements=(OK, OK)), "measurements is not a list of at most 1"),
-        ("measure", Reply(measurements=(None,)), "does not say what became of the config"),
-        ("measure", Reply(measurements=(FINAL,)), "policy is not that"),
-        ("compare", Reply(measurements=(OK,)), "policy is not that of the task"),
+        ("measure", Reply(measurements=(None,)), "it has no outcome for the config"),
+        ("measure", Reply(measurements=(FINAL,)), "policy differs"),
+        ("compare", Reply(measurements=(OK,)), "policy differs from the task's"),
         ("measure", Reply(measurements=(replace(OK, samples=0),)), "samples is not a whole"),
         ("measure", Reply(measurements=(replace(OK, spread_us=None),)), "spread_us is not a num"),
-        ("measure", Reply(measurements=(replace(OK, error="x"),)), "an error of what is ok"),
+        (
+            "measure",
+            Reply(measurements=(replace(OK, error="x"),)),
+            "it has an error for the outcome ok",
+        ),
         (
             "measure",
             Reply(measurements=(replace(OK, outcome=Outcome.PRUNED),)),
             "outcome is pruned, which was not asked for",
         ),
-        ("measure", Reply(measurements=(OK,), uses=(USE,)), "kernels of what was not compiled"),
+        (
+            "measure",
+            Reply(measurements=(OK,), uses=(USE,)),
+            "kernels that were not to be compiled",
+        ),
         ("compile", Reply(measurements=(OK,)), "outcome is ok, which was not asked for"),
         ("compile", Reply(uses=(replace(USE, registers=0),)), "registers is not a whole number"),
         ("compile", Reply(uses=(replace(USE, arguments=("a b",)),)), "arguments are not names"),
@@ -98,13 +106,13 @@ def test_what_was_not_asked_for_is_refused(task, kind: str, reply: Reply, said: 
         (b"\xff\xfe\x00\x01", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not an object"),
-        (b'{"request": "mine", "content": NaN}', "NaN is no number"),
-        (b'{"request": "mine", "content": -Infinity}', "-Infinity is no number"),
+        (b'{"request": "mine", "content": NaN}', "NaN is not a number"),
+        (b'{"request": "mine", "content": -Infinity}', "-Infinity is not a number"),
         (b'{"request": "mine", "content": 1%s}' % (b"0" * 400), "a number of 401 digits"),
-        (b'{"request": "mine", "content": 1, "content": 2}', "a name comes twice"),
-        (b'{"request": "mine"}', "not an object of request, content"),
-        (b'{"request": "yours", "content": 1}', "does not answer what was asked"),
-        (b'{"request": null, "content": 1}', "does not answer what was asked"),
+        (b'{"request": "mine", "content": 1, "content": 2}', "a name occurs twice"),
+        (b'{"request": "mine"}', "not an object with just request, content"),
+        (b'{"request": "yours", "content": 1}', "it answers another request"),
+        (b'{"request": null, "content": 1}', "it answers another request"),
     ],
 )
 def test_a_line_that_answers_nothing_is_refused(line: bytes, said: str) -> None:
@@ -121,7 +129,7 @@ def test_a_time_that_nothing_could_take_is_the_configs_failure(task) -> None:
         [found] = read(data, asked).measurements
         assert found.outcome is Outcome.WRONG_RESULT
         assert found.median_us is None
-        assert "what it must read takes" in found.error
+        assert "reading its bytes takes" in found.error
     [found] = read(Reply(measurements=(replace(OK, median_us=least),)).data(), asked).measurements
     assert found.median_us == least
 
@@ -203,7 +211,7 @@ class TestAReport:
 
     def test_a_known_device_with_other_figures_is_refused(self) -> None:
         fast = replace(find_device("orin"), memory_bandwidth=1e12)
-        with pytest.raises(ReplyError, match="other figures of orin-nano-super"):
+        with pytest.raises(ReplyError, match="figures of orin-nano-super differ"):
             read_report(json.loads(json.dumps(self.report(fast))))
 
     def test_whatever_is_changed_is_refused_or_can_be_reckoned_with_and_shown(self) -> None:

@@ -49,14 +49,14 @@ def answer_to(request: str, line: bytes) -> Any:
         raise ReplyError(f"not JSON: {clean(str(error), 100)}") from None
     data = members(data, "request", "content")
     if data["request"] != request:
-        raise ReplyError("it does not answer what was asked")
+        raise ReplyError("it answers another request")
     return data["content"]
 
 
 def members(data: Any, *names: str) -> dict[str, Any]:
     """An object that has exactly these members."""
     if not isinstance(data, dict) or set(data) != set(names):
-        raise ReplyError(f"not an object of {', '.join(names)}")
+        raise ReplyError(f"not an object with just {', '.join(names)}")
     return data
 
 
@@ -109,7 +109,7 @@ def clean(value: str, most: int = MOST_CHARACTERS) -> str:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name occurs twice")
     return data
 
 
@@ -120,4 +120,4 @@ def _short_int(digits: str) -> int:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

@@ -78,26 +78,28 @@ def read_reply(data: Any, task: Task) -> Reply:
     )
     compiled = task.kind == "compile" and not reply.measurements
     if len(reply.measurements) != n_configs and not compiled:
-        raise ReplyError(f"measurements of {len(reply.measurements)} configs, not {n_configs}")
+        raise ReplyError(
+            f"it has measurements of {len(reply.measurements)} configs, not {n_configs}"
+        )
     if None in reply.measurements and task.kind != "compare":
-        raise ReplyError("it does not say what became of the config")
+        raise ReplyError("it has no outcome for the config")
     if reply.uses and not compiled:
-        raise ReplyError("kernels of what was not compiled")
+        raise ReplyError("it reports kernels that were not to be compiled")
     return reply
 
 
 def _measurement(data: Any, task: Task, candidate: Candidate) -> Measurement:
     data = members(data, *(field.name for field in fields(Measurement)))
     if data["outcome"] not in list(Outcome):
-        raise ReplyError("outcome is none that there is")
+        raise ReplyError("outcome is unknown")
     if data["policy"] != policy_of(task):
-        raise ReplyError("policy is not that of the task")
+        raise ReplyError("policy differs from the task's")
     outcome = Outcome(data["outcome"])
     if outcome in (Outcome.OK, Outcome.PRUNED):
         return _timed(data, outcome, task, candidate)
     untimed = [data[name] is None for name in ("median_us", "spread_us", "joules")]
     if not all(untimed) or data["samples"] != 0:
-        raise ReplyError(f"a time of what is {outcome.value}")
+        raise ReplyError(f"it has a time for the outcome {outcome.value}")
     return Measurement(outcome=outcome, error=text(data, "error"), policy=data["policy"])
 
 
@@ -108,16 +110,19 @@ def _timed(
     if task.kind == "compile" or (outcome is Outcome.PRUNED and not pruned):
         raise ReplyError(f"outcome is {outcome.value}, which was not asked for")
     if data["error"] != "":
-        raise ReplyError(f"an error of what is {outcome.value}")
+        raise ReplyError(f"it has an error for the outcome {outcome.value}")
     median_us = number(data, "median_us", MOST_US)
     spread_us = number(data, "spread_us", MOST_US)
     samples = whole_number(data, "samples", _MOST_SAMPLES, least=1)
     joules = None if data["joules"] is None else number(data, "joules", _MOST_JOULES)
     if (joules is not None) != (task.energy and outcome is Outcome.OK):
-        raise ReplyError("energy that was not asked for, or none where it was")
+        raise ReplyError("it has energy that was not asked for, or lacks it")
     least = least_us(candidate.problem, candidate.device)
     if median_us < least:
-        error = f"a time of {median_us:.3g} us, and what it must read takes {least:.3g} at least"
+        error = (
+            f"a time of {median_us:.3g} us is impossible: reading its bytes takes at least "
+            f"{least:.3g} us"
+        )
         return Measurement(outcome=Outcome.WRONG_RESULT, error=error, policy=data["policy"])
     return Measurement(
         outcome=outcome,

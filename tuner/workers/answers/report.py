@@ -84,7 +84,7 @@ def _device(data: Any) -> Device:
     data = members(data, *(field.name for field in fields(Device)))
     for name, pattern in (("name", _NAME), ("vendor", _NAME), ("arch", _ARCHES)):
         if not isinstance(data[name], str) or not pattern.fullmatch(data[name]):
-            raise ReplyError(f"{name} of a device is none")
+            raise ReplyError(f"{name} of a device is not valid")
     device = Device(
         name=data["name"],
         title=text(data, "title", _MOST_TITLE),
@@ -101,7 +101,7 @@ def _device(data: Any) -> Device:
     for published in all_devices():
         if published.name == device.name:
             if replace(device, source=published.source) != published:
-                raise ReplyError(f"other figures of {device.name} than are published")
+                raise ReplyError(f"its figures of {device.name} differ from the published ones")
             return published
     return device
 
