@@ -49,7 +49,7 @@ class Proposals:
         self._spent: Counter[str] = Counter()  # configs of each family, including those under way
         self._sampler = sampler
         self._random = random.Random(seed)
-        self._trials: dict[Config, optuna.Trial] = {}
+        self._trials: dict[Config, int] = {}  # numbers of the trials under way
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             sampler=make_sampler(sampler, seed), direction="minimize"
@@ -86,21 +86,12 @@ class Proposals:
 
     def recall(self, config: Config, measurement: Measurement) -> None:
         """Take over a result of an earlier run; configs outside the space are ignored."""
-        parameters = self.space.parameters(config)
-        if parameters is None:
+        if self.space.parameters(config) is None:
             return
         self._spent[self.space.family(config)] += 1
         self._know(config, measurement)
-        state = optuna.trial.TrialState
-        time_us = measurement.median_us
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                params=parameters,
-                distributions=self.space.distributions(config),
-                value=time_us,
-                state=state.PRUNED if time_us is None else state.COMPLETE,
-            )
-        )
+        state, time_us = optuna.trial.TrialState, measurement.median_us
+        self._add_trial(config, state.PRUNED if time_us is None else state.COMPLETE, time_us)
 
     def retry(self, config: Config) -> None:
         """Propose a config before all others; one outside the space is ignored."""
@@ -145,7 +136,7 @@ class Proposals:
         for ranking in [family, *([self._works] if measurement.outcome is Outcome.OK else [])]:
             bisect.insort(ranking, timed, key=lambda each: each[:2])
 
-    def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, optuna.Trial | None]:
+    def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, int | None]:
         """The next proposal, new or not, and its trial if it came from Optuna.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
@@ -163,24 +154,34 @@ class Proposals:
             return self._neighbour(), None
         return self._ask()
 
-    def _claim(self, config: Config, trial: optuna.Trial | None) -> Config:
+    def _add_trial(
+        self, config: Config, state: optuna.trial.TrialState, time_us: float | None = None
+    ) -> None:
+        """Add a trial that Optuna did not propose."""
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                params=self.space.parameters(config),
+                distributions=self.space.distributions(config),
+                value=time_us,
+                state=state,
+            )
+        )
+
+    def _claim(self, config: Config, trial: int | None) -> Config:
         """Mark a config as under way, with a trial of its own if Optuna did not propose it."""
         if trial is None:
-            parameters = self.space.parameters(config)
-            assert parameters is not None
-            self._study.enqueue_trial(parameters)
-            trial = self._study.ask()
-            self.space.suggest(trial)
+            self._add_trial(config, state=optuna.trial.TrialState.RUNNING)
+            trial = self._study.get_trials(deepcopy=False)[-1].number
         self._trials[config] = trial
         self._spent[self.space.family(config)] += 1
         return config
 
-    def _ask(self) -> tuple[Config | None, optuna.Trial | None]:
+    def _ask(self) -> tuple[Config | None, int | None]:
         """Optuna's proposal; Optuna is told at once if that is invalid or known."""
         trial = self._study.ask()
         config, reason = self.space.suggest(trial)
         if reason is None and self._is_new(config):
-            return config, trial
+            return config, trial.number
         time_us = self.known[config].median_us if config in self.known else None
         if reason is None and time_us is not None:
             self._study.tell(trial, time_us)
