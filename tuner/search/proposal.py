@@ -13,12 +13,14 @@ import bisect
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import optuna
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
+from flashtune.tuner.search.samplers.plan_first import PlanFirstSampler
 from flashtune.tuner.search.samplers.sampler import make_sampler
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -27,6 +29,8 @@ NEAR_WINNERS = 4
 BEST = 3  # configs of a family whose neighbours are tried
 FAIR = 25  # configs that a family may spend before it is judged by its best
 FAR = 1.5  # a family whose best is this many times slower than the best of all is then dropped
+import os
+TELL=int(os.environ.get('TELL','0'))
 _STALE = 2000  # known or invalid proposals in a row before the source counts as dry
 
 
@@ -56,6 +60,8 @@ class Proposals:
         )
         self._first = deque([*references(space), *_winners(space, near), *space.starts()])
         self._turn = 0
+        self._drawn: list[dict[str, Any]] = []
+        self._modelled = 0
         self._all = space.configs()
 
     def __iter__(self) -> Iterator[Config]:
@@ -69,17 +75,17 @@ class Proposals:
             raise StopIteration
         return config
 
-    def propose(self, *, hurry: bool = False) -> Config | None:
+    def propose(self, *, workers: int = 1) -> Config | None:
         """A config that is neither known nor under way; None if none is left.
 
-        hurry: prefer a neighbour to asking Optuna, whose model takes longer the more trials there
-        are; many workers would wait for it.
+        workers: how many evaluate. Several would wait for Optuna's model, which takes longer the
+        more trials there are, so it then serves for more than one proposal.
         """
         if self._sampler == "exhaustive":
             fresh = next((each for each in self._all if self._is_new(each)), None)
             return None if fresh is None else self._claim(fresh, None)
         for stale in range(_STALE):
-            config, trial = self._propose(stale, hurry)
+            config, trial = self._propose(stale, workers)
             if config is not None and self._is_new(config):
                 return self._claim(config, trial)
         return None
@@ -136,23 +142,23 @@ class Proposals:
         for ranking in [family, *([self._works] if measurement.outcome is Outcome.OK else [])]:
             bisect.insort(ranking, timed, key=lambda each: each[:2])
 
-    def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, int | None]:
-        """The next proposal, new or not, and its trial if it came from Optuna.
+    def _propose(self, stale: int, workers: int) -> tuple[Config | None, int | None]:
+        """The next proposal, new or not, and the number of its trial if Optuna made one.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` proposals in a row a neighbour is used instead. In a hurry, any proposal is
-        accepted if there is no new neighbour.
+        `stale` proposals in a row a neighbour is used instead.
         """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        if hurry and self._sampler != "random" and stale > 1:
-            drawn = self.space.drawn(self._random)
-            return (drawn if self.space.is_valid(drawn) else None), None
-        stuck = hurry or (self._sampler == "gp" and stale % 4 == 3)
-        if self._sampler != "random" and (stuck or (self._sampler == "tpe" and self._turn % 2)):
+        stuck = self._sampler == "gp" and stale % 4 == 3
+        if stuck or (self._sampler == "tpe" and self._turn % 2):
             return self._neighbour(), None
-        return self._ask()
+        if workers > 1 and len(self.known) < self._modelled:
+            drawn = self._next_drawn()
+            if drawn is not None:
+                return drawn, None
+        return self._ask(workers > 1)
 
     def _add_trial(
         self, config: Config, state: optuna.trial.TrialState, time_us: float | None = None
@@ -176,10 +182,25 @@ class Proposals:
         self._spent[self.space.family(config)] += 1
         return config
 
-    def _ask(self) -> tuple[Config | None, int | None]:
+    def _next_drawn(self) -> Config | None:
+        """The next of the further proposals of Optuna's last model that is new."""
+        while self._drawn:
+            config = self.space.drawn(self._random, self._drawn.pop(0))
+            if self._is_new(config) and self.space.is_valid(config):
+                return config
+            if TELL and self._is_new(config):
+                self._add_trial(config, optuna.trial.TrialState.PRUNED)
+        return None
+
+    def _ask(self, several: bool) -> tuple[Config | None, int | None]:
         """Optuna's proposal; Optuna is told at once if that is invalid or known."""
+        sampler = self._study.sampler
+        if isinstance(sampler, PlanFirstSampler):
+            sampler.looks_further = several
         trial = self._study.ask()
         config, reason = self.space.suggest(trial)
+        if several:
+            self._drawn, self._modelled = sampler.further if isinstance(sampler, PlanFirstSampler) else [], len(self.known)+len(self._trials)
         if reason is None and self._is_new(config):
             return config, trial.number
         time_us = self.known[config].median_us if config in self.known else None

@@ -178,10 +178,9 @@ class Search:
             left = self.budget.trials - len(known) - self.evaluator.pending
             wanted = 0 if self.dry else min(self.evaluator.room, left)
             for number in range(wanted):
-                hurry = self.evaluator.starves
-                if number and (not hurry or number == AT_ONCE):
+                if number and (not self.evaluator.starves or number == AT_ONCE):
                     break
-                config = self.proposals.propose(hurry=hurry)
+                config = self.proposals.propose(workers=self.evaluator.workers[0])
                 if config is None:
                     self.dry = True
                     break

@@ -10,9 +10,10 @@ that does not matter given the values before it is not suggested.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -72,14 +73,7 @@ class Space:
 
     def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
         """The config that a trial asks for, and why it is invalid, or None."""
-        plan = PLANS[trial.suggest_categorical("plan", self.plans)].config
-        values: dict[str, Any] = {}
-        for name, choices in self._knobs(plan).items():
-            if enabled(plan, name, values):
-                values[name] = trial.suggest_categorical(f"{plan.plan}.{name}", choices)
-            else:
-                values[name] = knobs(plan)[name]["default"]
-        config = plan(**values)
+        config = self._built(trial.suggest_categorical)
         return config, self._why_invalid(config)
 
     def parameters(self, config: Config) -> dict[str, Any] | None:
@@ -147,14 +141,13 @@ class Space:
         valid = (near for near in changed if near != config and self._why_invalid(near) is None)
         return next(valid, None)
 
-    def drawn(self, generator: random.Random) -> Config:
-        """A random config of any of the plans, valid or not."""
-        plan = PLANS[generator.choice(self.plans)].config
-        values: dict[str, Any] = {}
-        for name, choices in self._knobs(plan).items():
-            free = enabled(plan, name, values)
-            values[name] = generator.choice(choices) if free else knobs(plan)[name]["default"]
-        return plan(**values)
+    def drawn(
+        self, generator: random.Random, given: Mapping[str, Any] = MappingProxyType({})
+    ) -> Config:
+        """A random config of any of the plans, valid or not, with the parameters that are given."""
+        return self._built(
+            lambda name, choices: given[name] if name in given else generator.choice(choices)
+        )
 
     def is_valid(self, config: Config) -> bool:
         """Whether a config of one of the plans keeps their rules."""
@@ -171,6 +164,17 @@ class Space:
             known = known_good(self.problem, self.device)
         found = (self._within(config) for config in known if config.plan in self.plans)
         return list(dict.fromkeys(each for each in found if self._why_invalid(each) is None))
+
+    def _built(self, chosen: Callable[[str, Choices], Any]) -> Config:
+        """The config of the parameters that `chosen` picks from their choices, by name."""
+        plan = PLANS[chosen("plan", self.plans)].config
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, values):
+                values[name] = chosen(f"{plan.plan}.{name}", choices)
+            else:
+                values[name] = knobs(plan)[name]["default"]
+        return plan(**values)
 
     def _why_invalid(self, config: Config) -> str | None:
         return Candidate(self.problem, config, self.device).why_invalid()
