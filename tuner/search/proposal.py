@@ -5,14 +5,14 @@ Usage:
     proposals.recall(config, measurement)      # what earlier runs found
     for config in proposals:                   # never one that is known or under way
         …
-    proposals.propose(hurry=True)              # or None: if workers wait, a neighbour at once
+    proposals.propose(several=True)            # or None: for several workers, which would wait
         proposals.learn(config, measurement)
 """
 
 import bisect
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -20,7 +20,7 @@ import optuna
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
-from flashtune.tuner.search.samplers.plan_first import PlanFirstSampler
+from flashtune.tuner.search.samplers.plan_first import STARTUP, PlanFirstSampler
 from flashtune.tuner.search.samplers.sampler import make_sampler
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -29,8 +29,6 @@ NEAR_WINNERS = 4
 BEST = 3  # configs of a family whose neighbours are tried
 FAIR = 25  # configs that a family may spend before it is judged by its best
 FAR = 1.5  # a family whose best is this many times slower than the best of all is then dropped
-import os
-TELL=int(os.environ.get('TELL','0'))
 _STALE = 2000  # known or invalid proposals in a row before the source counts as dry
 
 
@@ -60,8 +58,8 @@ class Proposals:
         )
         self._first = deque([*references(space), *_winners(space, near), *space.starts()])
         self._turn = 0
-        self._drawn: list[dict[str, Any]] = []
-        self._modelled = 0
+        self._ranked: Iterator[Mapping[str, Any]] = iter(())  # parameters, best first
+        self._serves = 0  # as soon as so many results are known, they are no longer proposed
         self._all = space.configs()
 
     def __iter__(self) -> Iterator[Config]:
@@ -75,17 +73,17 @@ class Proposals:
             raise StopIteration
         return config
 
-    def propose(self, *, workers: int = 1) -> Config | None:
+    def propose(self, *, several: bool = False, hurry: bool = False) -> Config | None:
         """A config that is neither known nor under way; None if none is left.
 
-        workers: how many evaluate. Several would wait for Optuna's model, which takes longer the
-        more trials there are, so it then serves for more than one proposal.
+        several: there are several workers, which would wait for Optuna to fit a model for each
+        proposal. hurry: they wait now.
         """
         if self._sampler == "exhaustive":
             fresh = next((each for each in self._all if self._is_new(each)), None)
             return None if fresh is None else self._claim(fresh, None)
         for stale in range(_STALE):
-            config, trial = self._propose(stale, workers)
+            config, trial = self._propose(stale, several, hurry)
             if config is not None and self._is_new(config):
                 return self._claim(config, trial)
         return None
@@ -142,23 +140,24 @@ class Proposals:
         for ranking in [family, *([self._works] if measurement.outcome is Outcome.OK else [])]:
             bisect.insort(ranking, timed, key=lambda each: each[:2])
 
-    def _propose(self, stale: int, workers: int) -> tuple[Config | None, int | None]:
+    def _propose(self, stale: int, several: bool, hurry: bool) -> tuple[Config | None, int | None]:
         """The next proposal, new or not, and the number of its trial if Optuna made one.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` proposals in a row a neighbour is used instead.
+        `stale` proposals in a row a neighbour is used instead. It also takes long, so a neighbour
+        is preferred in a hurry.
         """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        stuck = self._sampler == "gp" and stale % 4 == 3
-        if stuck or (self._sampler == "tpe" and self._turn % 2):
+        instead = self._sampler == "gp" and ((hurry and not stale) or stale % 4 == 3)
+        if instead or (self._sampler == "tpe" and self._turn % 2):
             return self._neighbour(), None
-        if workers > 1 and len(self.known) < self._modelled:
-            drawn = self._next_drawn()
-            if drawn is not None:
-                return drawn, None
-        return self._ask(workers > 1)
+        if several and self._sampler == "tpe":
+            further = self._further()
+            if further is not None or len(self.known) < STARTUP:
+                return further, None
+        return self._ask(several)
 
     def _add_trial(
         self, config: Config, state: optuna.trial.TrialState, time_us: float | None = None
@@ -182,15 +181,21 @@ class Proposals:
         self._spent[self.space.family(config)] += 1
         return config
 
-    def _next_drawn(self) -> Config | None:
-        """The next of the further proposals of Optuna's last model that is new."""
-        while self._drawn:
-            config = self.space.drawn(self._random, self._drawn.pop(0))
-            if self._is_new(config) and self.space.is_valid(config):
-                return config
-            if TELL and self._is_new(config):
-                self._add_trial(config, optuna.trial.TrialState.PRUNED)
-        return None
+    def _further(self) -> Config | None:
+        """A valid config of Optuna's last model, the next best; a random one before there is any.
+
+        None if the random one is invalid, or if the model serves no more: it does so for a quarter
+        as many results as it knew. A model of few results would else be asked for many configs,
+        which are much alike.
+        """
+        if len(self.known) < STARTUP:
+            drawn = self.space.drawn(self._random)
+            return drawn if self.space.is_valid(drawn) else None
+        ranked = self._ranked if len(self.known) < self._serves else ()
+        configs = (self.space.drawn(self._random, each) for each in ranked)
+        return next(
+            (each for each in configs if self._is_new(each) and self.space.is_valid(each)), None
+        )
 
     def _ask(self, several: bool) -> tuple[Config | None, int | None]:
         """Optuna's proposal; Optuna is told at once if that is invalid or known."""
@@ -199,8 +204,9 @@ class Proposals:
             sampler.looks_further = several
         trial = self._study.ask()
         config, reason = self.space.suggest(trial)
-        if several:
-            self._drawn, self._modelled = sampler.further if isinstance(sampler, PlanFirstSampler) else [], len(self.known)+len(self._trials)
+        if isinstance(sampler, PlanFirstSampler):
+            self._ranked = iter(sampler.further)
+            self._serves = len(self.known) + len(self.known) // 4
         if reason is None and self._is_new(config):
             return config, trial.number
         time_us = self.known[config].median_us if config in self.known else None

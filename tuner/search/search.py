@@ -178,9 +178,11 @@ class Search:
             left = self.budget.trials - len(known) - self.evaluator.pending
             wanted = 0 if self.dry else min(self.evaluator.room, left)
             for number in range(wanted):
-                if number and (not self.evaluator.starves or number == AT_ONCE):
+                hurry = self.evaluator.starves
+                if number and (not hurry or number == AT_ONCE):
                     break
-                config = self.proposals.propose(workers=self.evaluator.workers[0])
+                several = self.evaluator.workers[0] > 1
+                config = self.proposals.propose(several=several, hurry=hurry)
                 if config is None:
                     self.dry = True
                     break

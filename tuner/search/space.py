@@ -144,7 +144,7 @@ class Space:
     def drawn(
         self, generator: random.Random, given: Mapping[str, Any] = MappingProxyType({})
     ) -> Config:
-        """A random config of any of the plans, valid or not, with the parameters that are given."""
+        """A random config of any of the plans, valid or not, with the given parameters."""
         return self._built(
             lambda name, choices: given[name] if name in given else generator.choice(choices)
         )

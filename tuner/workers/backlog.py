@@ -123,6 +123,8 @@ class Backlog:
         several = sum(map(bool, self._open.values())) > 1  # else it does not matter who has what
         taken = Counter(each.problem for each in usable if several)
         for post in idle:
+            if not self._waiting:
+                return
             if pinned := self._pinned.get(post.place.name):
                 yield post, self._taken(pinned, 0)
                 continue
