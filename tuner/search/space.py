@@ -9,6 +9,7 @@ A knob is called `plan.knob` in Optuna, because its choices may not change betwe
 that does not matter given the values before it is not suggested.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,12 +105,11 @@ class Space:
         """The distributions of `parameters(config)`."""
         plan, data = type(config), config_data(config)
         found: dict[str, optuna.distributions.BaseDistribution] = {
-            "plan": optuna.distributions.CategoricalDistribution(self.plans)
+            "plan": _categorical(*self.plans)
         }
         for name, choices in self._knobs(plan).items():
             if enabled(plan, name, data):
-                distribution = optuna.distributions.CategoricalDistribution(choices)
-                found[f"{plan.plan}.{name}"] = distribution
+                found[f"{plan.plan}.{name}"] = _categorical(*choices)
         return found
 
     def configs(self) -> Iterator[Config]:
@@ -244,6 +244,11 @@ class Space:
         if not enabled(plan, name, values):
             return (knobs(plan)[name]["default"],)
         return self._knobs(plan)[name]
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # Optuna checks each choice
+def _categorical(*choices: Any) -> optuna.distributions.CategoricalDistribution:
+    return optuna.distributions.CategoricalDistribution(choices)
 
 
 def _known_knobs() -> str:
