@@ -8,8 +8,13 @@ database. Its processor time advances the simulated clock, second for second. On
 simulated. For recorded configs, a config's time is the one measured on an H200; for others it is
 predicted by the cost model, which was fitted to those. Compiling takes the processor time that it
 took here, and measuring takes the time that docs/performance.md reports for an H200: 30 s for 150
-evaluations. All recorded problems are searched in one run. With --thoughtful every second proposal
-is Optuna's, however many workers wait.
+evaluations. All recorded problems are searched in one run. With --own-models each of Optuna's
+proposals has a model of its own, however many workers wait. With --keep the databases stay, for a
+report of simulated searches:
+
+    python benchmarks/fleet_simulation.py --from compile.json --workers 8 --problems 1 \
+        --trials 1000 --keep kept
+    flashtune report --db kept/8-0.db -o report.html
 """
 
 import json
@@ -22,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ from flashtune.kernels.plans.config import Config
 from flashtune.kernels.predict.cost_model import shipped_model
 from flashtune.tuner.predict.calibration import SHIPPED, read_calibration
 from flashtune.tuner.search.evaluate import MeasuringEvaluator
+from flashtune.tuner.search.proposal import Proposals
 from flashtune.tuner.search.search import Budget, Event, Search
 from flashtune.tuner.search.session import in_turns
 from flashtune.tuner.search.space import Space
@@ -246,8 +252,12 @@ def simulate(
     workers: int,
     trials: int,
     seed: int,
+    keep: str | None,
 ) -> dict[str, Any]:
-    """Search all problems at once; returns the results and their times."""
+    """Search all problems at once; returns the results and their times.
+
+    keep: a folder for the database.
+    """
     world, device = World(landscape, compile_seconds, seed), find_device("h200")
     best: dict[Problem, list[tuple[float, float]]] = {problem: [] for problem in problems}
     evaluated: list[float] = []
@@ -269,7 +279,9 @@ def simulate(
         places = [Place(name=f"{kind} {number}", transport=world) for number in range(count)]
         return WorkerPool(places, ready=world.ready, clock=world.clock)
 
-    with tempfile.TemporaryDirectory() as folder, Store(Path(folder, "tuning.db")) as store:
+    with ExitStack() as stack:
+        folder = keep or stack.enter_context(tempfile.TemporaryDirectory())
+        store = stack.enter_context(Store(Path(folder, f"{workers}-{seed}.db")))
         compilers, measurers = pool(COMPILERS * workers, "compiler"), pool(workers, "worker")
         waiting, begun = list(problems), []
         evaluators = []
@@ -355,14 +367,21 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Run a simulation with these arguments."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if case["thoughtful"]:
-        MeasuringEvaluator.starves = False  # type: ignore[assignment,method-assign]
+    if case["own_models"]:
+        propose = Proposals.propose
+        Proposals.propose = lambda self, **how: propose(self)  # type: ignore[method-assign]
     landscape = Landscape()
     problems = landscape.problems[-case["problems"] :]
     found = simulate(
-        landscape, case["compile"], problems, case["workers"], case["trials"], case["seed"]
+        landscape,
+        case["compile"],
+        problems,
+        case["workers"],
+        case["trials"],
+        case["seed"],
+        case["keep"],
     )
-    return {"thoughtful": case["thoughtful"], **found}
+    return {"own_models": case["own_models"], **found}
 
 
 @click.command()
@@ -372,7 +391,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 @click.option("--problems", default=12)
 @click.option("--trials", default=150)
 @click.option("--seeds", default=1)
-@click.option("--thoughtful", is_flag=True)
+@click.option("--own-models", is_flag=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="A folder for the databases.")
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
     compile_times: Path | None,
@@ -381,7 +401,8 @@ def main(
     problems: int,
     trials: int,
     seeds: int,
-    thoughtful: bool,
+    own_models: bool,
+    keep: Path | None,
     out: Path | None,
 ) -> None:
     """Record how long compiling takes, or simulate with what was recorded."""
@@ -391,6 +412,8 @@ def main(
     if source is None:
         raise click.UsageError("give --compile-times or --from")
     recorded = json.loads(source.read_text())
+    if keep is not None:
+        keep.mkdir(exist_ok=True)
     runs = []
     for count in workers:
         for seed in range(seeds):
@@ -399,7 +422,8 @@ def main(
                 "problems": problems,
                 "trials": trials,
                 "seed": seed,
-                "thoughtful": thoughtful,
+                "own_models": own_models,
+                "keep": str(keep) if keep else None,
                 "compile": recorded["seconds"],
             }
             found = _in_its_own_process(case)

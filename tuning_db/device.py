@@ -33,6 +33,10 @@ class Device:
     reported_names: tuple[str, ...] = ()
     source: str
 
+    def data(self) -> dict[str, Any]:
+        """The device as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @classmethod
     def from_json(cls, data: Any) -> "Device":
         """Build from one of our decoded JSON objects."""

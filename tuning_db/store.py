@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from flashtune.tuning_db import environment
 from flashtune.tuning_db.device import Toolchain
@@ -53,9 +53,6 @@ from flashtune.tuning_db.record import (
     when_made,
 )
 from flashtune.tuning_db.schema import APPLICATION_ID, SCHEMA_VERSION
-
-if TYPE_CHECKING:
-    from sqlite_utils import Database
 
 LOG = logging.getLogger("flashtune")
 Read = TypeVar("Read")  # the type that a row is read as
@@ -112,7 +109,7 @@ class Store:
         """Open `path`, creating file and schema unless `read_only`."""
         self.path = path
         self._odd_rows: dict[object, str] = {}
-        self._database: Database | None = None
+        self._read_only = read_only
         _check_path(path, read_only)
         with _clear_errors(path):
             self._connection, version = _connect(path, read_only)
@@ -167,15 +164,15 @@ class Store:
         another `final` measurement replaces a `final` one. A measurement dated in the future
         counts as older than any.
         """
-        with self._transaction() as database:
+        with self._transaction():
             for record in records:
                 row = _row_of(record)
                 found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
                 before = next(self._those_that_are(found, _record), None)
                 if before is None or _standing(record) >= _standing(before):
-                    database.table("records").upsert(row, pk="key")
+                    self._put("records", row, "key")
                 measured = {name: row[name] for name in _HISTORY_COLUMNS}
-                database.table("measurements").insert({"record": record.key, **measured})
+                self._put("measurements", {"record": record.key, **measured})
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove records by their full keys, with all their measurements, in one transaction."""
@@ -273,8 +270,8 @@ class Store:
             "seconds": probe.seconds,
             "created": probe.created,
         }
-        with self._transaction() as database:
-            database.table("probes").upsert(row, pk=("device", "conditions"))
+        with self._transaction():
+            self._put("probes", row, "device", "conditions")
 
     def probe(self, device: str, conditions: Mapping[str, str]) -> Probe | None:
         """The probe of a device under these conditions; None if there is no valid one."""
@@ -300,10 +297,7 @@ class Store:
         return sorted({record.problem for record in self.records(device=device)})
 
     def _prepare(self, version: int) -> None:
-        from sqlite_utils import Database
-
         _use_write_ahead_log(self._connection)
-        self._database = Database(self._connection, execute_plugins=False)
         if version < SCHEMA_VERSION:
             from flashtune.tuning_db.migrations import migrate
 
@@ -311,18 +305,30 @@ class Store:
                 migrate(self._connection)
 
     @contextmanager
-    def _transaction(self) -> "Iterator[Database]":
-        if self._database is None:
+    def _transaction(self) -> Iterator[None]:
+        if self._read_only:
             raise FlashtuneError(f"{self.path} is open for reading only")
         with _clear_errors(self.path):
             # Immediate: a transaction that reads first could not wait for another's write.
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
+                yield
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._connection.rollback()
                 raise
+
+    def _put(self, table: str, row: Mapping[str, Any], *keys: str) -> None:
+        """Insert a row; one with the same values in the key columns gets the others' new values.
+
+        Written out, since sqlite-utils reads a table's schema for every row.
+        """
+        names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        sql = f"INSERT INTO {table} ({names}) VALUES ({values})"
+        if keys:
+            new = ", ".join(f"{name} = excluded.{name}" for name in row if name not in keys)
+            sql += f" ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {new}"
+        self._connection.execute(sql, row)
 
     def _matching(self, wanted: dict[str, str | None], order: str) -> list[sqlite3.Row]:
         given = {name: value for name, value in wanted.items() if value is not None}

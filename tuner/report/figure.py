@@ -17,7 +17,20 @@ from flashtune.tuner.report.content import Section
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.record import ConfigData, Outcome, family
 
-_HEIGHT = 360
+TOO_SLOW = "too slow"
+PARALLEL_TRIALS = 50  # lines that can still be followed
+PARALLEL_KNOBS = 8
+_HEIGHT = 420
+_LEGEND_BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+_MARGIN = {"l": 50, "r": 20, "t": 40, "b": 40}
+_LOGARITHMIC = {
+    "type": "log",
+    "tickvals": [
+        digits * 10.0**power for power in range(-1, 6) for digits in (1, 1.5, 2, 3, 5, 7)
+    ],
+    "tickformat": "~g",
+    "automargin": True,
+}
 
 
 def require_plotly() -> Any:
@@ -33,21 +46,32 @@ def overview(sections: Sequence[Section]) -> Any:
     """The best time of each problem against its byte floor at the device's bandwidth."""
     graph = require_plotly()
     shown = [each for each in sections if each.best is not None]
-    names = [html.escape(each.search.name) for each in shown]
     figure = graph.Figure()
     points = (
         ("byte floor", "line-ns-open", [each.floor_us or None for each in shown]),
         ("best", "circle", [_time(each) for each in shown]),
         ("default", "circle-open", [each.default_us for each in shown]),
     )
+    names = [html.escape(each.search.name) for each in shown]
+    rows = list(range(len(shown)))
     for name, symbol, times in points:
         marker = {"symbol": symbol, "size": 12}
-        figure.add_scatter(name=name, y=names, x=times, mode="markers", marker=marker)
+        figure.add_scatter(name=name, y=rows, x=times, text=names, mode="markers", marker=marker)
+    labels = [
+        f"{html.escape(each.search.problem.describe())}<br>{html.escape(each.search.device)}"
+        for each in shown
+    ]
     figure.update_layout(
-        title="Time against the byte floor",
-        xaxis={"title": "us a call", "type": "log"},
-        yaxis={"automargin": True, "autorange": "reversed"},
-        height=160 + 40 * len(shown),
+        xaxis={"title": "us a call", **_LOGARITHMIC},
+        yaxis={
+            "automargin": True,
+            "range": [len(shown) - 0.5, -0.5],
+            "tickvals": rows,
+            "ticktext": labels,
+        },
+        height=180 + 44 * len(shown),
+        legend=_LEGEND_BELOW,
+        margin=_MARGIN,
     )
     return figure
 
@@ -66,14 +90,17 @@ def history(section: Section) -> Any:
             reason = html.escape(first.error[:200])
             failed.append((number, f"{told}<br>{first.outcome.value}: {reason}"))
         else:
-            name = "too slow" if first.outcome is Outcome.PRUNED else family(config)
+            name = TOO_SLOW if first.outcome is Outcome.PRUNED else family(config)
             times.setdefault(name, []).append((number, first.median_us, told))
             if first.outcome is Outcome.OK:
                 best = min(best, first.median_us)
         line.append(best if best < math.inf else None)
-    for name, points in sorted(times.items()):
+    for name, points in sorted(times.items(), key=lambda each: (each[0] != TOO_SLOW, each[0])):
         numbers, values, texts = zip(*points, strict=True)
-        figure.add_scatter(name=html.escape(name), x=numbers, y=values, text=texts, mode="markers")
+        marker = {"size": 4, "color": "lightgray"} if name == TOO_SLOW else {"size": 6}
+        figure.add_scatter(
+            name=html.escape(name), x=numbers, y=values, text=texts, mode="markers", marker=marker
+        )
     figure.add_scatter(
         name="best so far",
         x=list(range(1, len(line) + 1)),
@@ -101,23 +128,22 @@ def history(section: Section) -> Any:
             line={"dash": "dot", "color": "gray"},
         )
     figure.update_layout(
-        title="Trials", xaxis_title="trial", yaxis_title="us a call", yaxis_type="log",
+        xaxis_title="trial",
+        yaxis={"title": "us a call", **_LOGARITHMIC},
         height=_HEIGHT,
-    )  # fmt: skip
+        legend=_LEGEND_BELOW,
+        margin=_MARGIN,
+    )
     return figure
 
 
-def importances(plan: str, found: Mapping[str, float]) -> Any:
-    """How much each knob of a plan decides which configs are fast."""
+def importances(found: Mapping[str, float]) -> Any:
+    """How much each knob decides which configs are fast."""
     graph = require_plotly()
     names = sorted(found, key=lambda name: found[name])
     figure = graph.Figure()
     figure.add_bar(y=names, x=[found[name] for name in names], orientation="h")
-    figure.update_layout(
-        title=f"Importance of the knobs of plan {plan}",
-        yaxis={"automargin": True},
-        height=120 + 24 * len(names),
-    )
+    figure.update_layout(yaxis={"automargin": True}, height=100 + 24 * len(names), margin=_MARGIN)
     return figure
 
 
@@ -136,13 +162,32 @@ def importance(study: optuna.Study) -> dict[str, float]:
     return {name.partition(".")[2]: share for name, share in found.items()}
 
 
-def parallel_coordinates(plan: str, study: optuna.Study) -> Any:
-    """Each trial of a plan as a line through the values of its knobs."""
-    require_plotly()
-    figure = optuna.visualization.plot_parallel_coordinate(
-        study, params=_varied(study), target_name="us"
-    )
-    figure.update_layout(title=f"Knobs of plan {plan}", height=_HEIGHT + 60)
+def parallel_coordinates(plan: str, study: optuna.Study, found: Mapping[str, float]) -> Any:
+    """The fastest configs of a plan as lines through the choices of the knobs that matter most.
+
+    found: the importance of each knob.
+    """
+    graph = require_plotly()
+    trials = sorted(study.trials, key=lambda trial: trial.value or 0.0)[:PARALLEL_TRIALS]
+    times = [trial.value or 0.0 for trial in trials]
+    dimensions: list[dict[str, Any]] = [{"label": "us", "values": times, "tickformat": ".4~g"}]
+    for name in sorted(found, key=lambda name: -found[name])[:PARALLEL_KNOBS]:
+        distribution = trials[0].distributions[f"{plan}.{name}"]
+        assert isinstance(distribution, optuna.distributions.CategoricalDistribution)
+        choices = distribution.choices
+        dimensions.append(
+            {
+                "label": name.replace("_", "<br>"),
+                "values": [choices.index(trial.params[f"{plan}.{name}"]) for trial in trials],
+                "range": [0, len(choices) - 1],
+                "tickvals": list(range(len(choices))),
+                "ticktext": [str(choice) for choice in choices],
+            }
+        )
+    # Larger numbers are drawn above the others: those of the fastest, in the darkest colour.
+    line = {"color": [-each for each in times], "colorscale": "Viridis", "reversescale": True}
+    figure = graph.Figure(graph.Parcoords(dimensions=dimensions, line=line))
+    figure.update_layout(height=_HEIGHT - 80, margin={**_MARGIN, "t": 80})
     return figure
 
 
@@ -152,7 +197,7 @@ def outcomes(section: Section) -> Any:
     names, counts = zip(*section.outcomes.most_common(), strict=True)
     figure = graph.Figure()
     figure.add_bar(x=names, y=counts, text=counts)
-    figure.update_layout(title="Outcomes", yaxis_title="configs", height=_HEIGHT - 80)
+    figure.update_layout(yaxis_title="configs", height=_HEIGHT - 160, margin=_MARGIN)
     return figure
 
 

@@ -57,19 +57,25 @@ def _data(section: Section) -> dict[str, Any]:
         if choice
         else "not known on this machine",
         "why": f"{choice.source}: {choice.why}" if choice else "",
-        "figures": [_drawn(each) for each in _figures(section)],
+        "figures": [
+            {"title": title, "drawn": _drawn(each), "wide": each.data[0].type == "parcoords"}
+            for title, each in _figures(section)
+        ],
         "reasons": section.reasons.most_common(_MOST_REASONS),
         "notes": list(_notes(section)),
     }
 
 
-def _figures(section: Section) -> Iterator[Any]:
-    yield figure.history(section)
+def _figures(section: Section) -> Iterator[tuple[str, Any]]:
+    """Titles and figures. Titles stand outside, where a browser breaks their lines."""
+    yield "Trials", figure.history(section)
     for plan, study in section.studies.items():
         if found := figure.importance(study):
-            yield figure.importances(plan, found)
-            yield figure.parallel_coordinates(plan, study)
-    yield figure.outcomes(section)
+            yield f"Importance of the knobs of plan {plan}", figure.importances(found)
+            shown = min(len(study.trials), figure.PARALLEL_TRIALS)
+            title = f"Knobs of plan {plan}: the {shown} fastest of {len(study.trials)} configs"
+            yield title, figure.parallel_coordinates(plan, study, found)
+    yield "Outcomes", figure.outcomes(section)
 
 
 def _notes(section: Section) -> Iterator[str]:
@@ -85,7 +91,7 @@ def _notes(section: Section) -> Iterator[str]:
 
 def _drawn(drawing: Any) -> Markup:
     """A figure as a part of the page, which already includes Plotly's library."""
-    config = {"displaylogo": False}
+    config = {"displaylogo": False, "responsive": True}
     return Markup(drawing.to_html(full_html=False, include_plotlyjs=False, config=config))
 
 

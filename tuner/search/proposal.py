@@ -5,20 +5,22 @@ Usage:
     proposals.recall(config, measurement)      # what earlier runs found
     for config in proposals:                   # never one that is known or under way
         …
-    proposals.propose(hurry=True)              # or None: if workers wait, a neighbour at once
+    proposals.propose(several=True)            # or None: for several workers, which would wait
         proposals.learn(config, measurement)
 """
 
 import bisect
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import optuna
 
 from flashtune.kernels.backends.target import baseline_config, default_config
 from flashtune.kernels.plans.config import Config, config_data, parse_config
 from flashtune.kernels.runtime.choice import shape_distance
+from flashtune.tuner.search.samplers.plan_first import STARTUP, PlanFirstSampler
 from flashtune.tuner.search.samplers.sampler import make_sampler
 from flashtune.tuner.search.space import Space
 from flashtune.tuning_db.record import Measurement, Outcome, Record
@@ -49,13 +51,15 @@ class Proposals:
         self._spent: Counter[str] = Counter()  # configs of each family, including those under way
         self._sampler = sampler
         self._random = random.Random(seed)
-        self._trials: dict[Config, optuna.Trial] = {}
+        self._trials: dict[Config, int] = {}  # numbers of the trials under way
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             sampler=make_sampler(sampler, seed), direction="minimize"
         )
         self._first = deque([*references(space), *_winners(space, near), *space.starts()])
         self._turn = 0
+        self._ranked: Iterator[Mapping[str, Any]] = iter(())  # parameters, best first
+        self._serves = 0  # as soon as so many results are known, they are no longer proposed
         self._all = space.configs()
 
     def __iter__(self) -> Iterator[Config]:
@@ -69,38 +73,29 @@ class Proposals:
             raise StopIteration
         return config
 
-    def propose(self, *, hurry: bool = False) -> Config | None:
+    def propose(self, *, several: bool = False, hurry: bool = False) -> Config | None:
         """A config that is neither known nor under way; None if none is left.
 
-        hurry: prefer a neighbour to asking Optuna, whose model takes longer the more trials there
-        are; many workers would wait for it.
+        several: there are several workers, which would wait for Optuna to fit a model for each
+        proposal. hurry: they wait now.
         """
         if self._sampler == "exhaustive":
             fresh = next((each for each in self._all if self._is_new(each)), None)
             return None if fresh is None else self._claim(fresh, None)
         for stale in range(_STALE):
-            config, trial = self._propose(stale, hurry)
+            config, trial = self._propose(stale, several, hurry)
             if config is not None and self._is_new(config):
                 return self._claim(config, trial)
         return None
 
     def recall(self, config: Config, measurement: Measurement) -> None:
         """Take over a result of an earlier run; configs outside the space are ignored."""
-        parameters = self.space.parameters(config)
-        if parameters is None:
+        if self.space.parameters(config) is None:
             return
         self._spent[self.space.family(config)] += 1
         self._know(config, measurement)
-        state = optuna.trial.TrialState
-        time_us = measurement.median_us
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                params=parameters,
-                distributions=self.space.distributions(config),
-                value=time_us,
-                state=state.PRUNED if time_us is None else state.COMPLETE,
-            )
-        )
+        state, time_us = optuna.trial.TrialState, measurement.median_us
+        self._add_trial(config, state.PRUNED if time_us is None else state.COMPLETE, time_us)
 
     def retry(self, config: Config) -> None:
         """Propose a config before all others; one outside the space is ignored."""
@@ -145,42 +140,75 @@ class Proposals:
         for ranking in [family, *([self._works] if measurement.outcome is Outcome.OK else [])]:
             bisect.insort(ranking, timed, key=lambda each: each[:2])
 
-    def _propose(self, stale: int, hurry: bool) -> tuple[Config | None, optuna.Trial | None]:
-        """The next proposal, new or not, and its trial if it came from Optuna.
+    def _propose(self, stale: int, several: bool, hurry: bool) -> tuple[Config | None, int | None]:
+        """The next proposal, new or not, and the number of its trial if Optuna made one.
 
         A Gaussian process repeats itself where it expects the best, valid or not: after a few
-        `stale` proposals in a row a neighbour is used instead. In a hurry, any proposal is
-        accepted if there is no new neighbour.
+        `stale` proposals in a row a neighbour is used instead. It also takes long, so a neighbour
+        is preferred in a hurry.
         """
         if self._first:
             return self._first.popleft(), None
         self._turn += 1
-        if hurry and self._sampler != "random" and stale > 1:
-            drawn = self.space.drawn(self._random)
-            return (drawn if self.space.is_valid(drawn) else None), None
-        stuck = hurry or (self._sampler == "gp" and stale % 4 == 3)
-        if self._sampler != "random" and (stuck or (self._sampler == "tpe" and self._turn % 2)):
+        instead = self._sampler == "gp" and ((hurry and not stale) or stale % 4 == 3)
+        if instead or (self._sampler == "tpe" and self._turn % 2):
             return self._neighbour(), None
-        return self._ask()
+        if several and self._sampler == "tpe":
+            further = self._further()
+            if further is not None or len(self.known) < STARTUP:
+                return further, None
+        return self._ask(several)
 
-    def _claim(self, config: Config, trial: optuna.Trial | None) -> Config:
+    def _add_trial(
+        self, config: Config, state: optuna.trial.TrialState, time_us: float | None = None
+    ) -> None:
+        """Add a trial that Optuna did not propose."""
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                params=self.space.parameters(config),
+                distributions=self.space.distributions(config),
+                value=time_us,
+                state=state,
+            )
+        )
+
+    def _claim(self, config: Config, trial: int | None) -> Config:
         """Mark a config as under way, with a trial of its own if Optuna did not propose it."""
         if trial is None:
-            parameters = self.space.parameters(config)
-            assert parameters is not None
-            self._study.enqueue_trial(parameters)
-            trial = self._study.ask()
-            self.space.suggest(trial)
+            self._add_trial(config, state=optuna.trial.TrialState.RUNNING)
+            trial = self._study.get_trials(deepcopy=False)[-1].number
         self._trials[config] = trial
         self._spent[self.space.family(config)] += 1
         return config
 
-    def _ask(self) -> tuple[Config | None, optuna.Trial | None]:
+    def _further(self) -> Config | None:
+        """A valid config of Optuna's last model, the next best; a random one before there is any.
+
+        None if the random one is invalid, or if the model serves no more: it does so for a quarter
+        as many results as it knew. A model of few results would else be asked for many configs,
+        which are much alike.
+        """
+        if len(self.known) < STARTUP:
+            drawn = self.space.drawn(self._random)
+            return drawn if self.space.is_valid(drawn) else None
+        ranked = self._ranked if len(self.known) < self._serves else ()
+        configs = (self.space.drawn(self._random, each) for each in ranked)
+        return next(
+            (each for each in configs if self._is_new(each) and self.space.is_valid(each)), None
+        )
+
+    def _ask(self, several: bool) -> tuple[Config | None, int | None]:
         """Optuna's proposal; Optuna is told at once if that is invalid or known."""
+        sampler = self._study.sampler
+        if isinstance(sampler, PlanFirstSampler):
+            sampler.looks_further = several
         trial = self._study.ask()
         config, reason = self.space.suggest(trial)
+        if isinstance(sampler, PlanFirstSampler):
+            self._ranked = iter(sampler.further)
+            self._serves = len(self.known) + len(self.known) // 4
         if reason is None and self._is_new(config):
-            return config, trial
+            return config, trial.number
         time_us = self.known[config].median_us if config in self.known else None
         if reason is None and time_us is not None:
             self._study.tell(trial, time_us)

@@ -181,7 +181,8 @@ class Search:
                 hurry = self.evaluator.starves
                 if number and (not hurry or number == AT_ONCE):
                     break
-                config = self.proposals.propose(hurry=hurry)
+                several = self.evaluator.workers[0] > 1
+                config = self.proposals.propose(several=several, hurry=hurry)
                 if config is None:
                     self.dry = True
                     break

@@ -9,10 +9,12 @@ A knob is called `plan.knob` in Optuna, because its choices may not change betwe
 that does not matter given the values before it is not suggested.
 """
 
+import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -72,14 +74,7 @@ class Space:
 
     def suggest(self, trial: optuna.Trial) -> tuple[Config, str | None]:
         """The config that a trial asks for, and why it is invalid, or None."""
-        plan = PLANS[trial.suggest_categorical("plan", self.plans)].config
-        values: dict[str, Any] = {}
-        for name, choices in self._knobs(plan).items():
-            if enabled(plan, name, values):
-                values[name] = trial.suggest_categorical(f"{plan.plan}.{name}", choices)
-            else:
-                values[name] = knobs(plan)[name]["default"]
-        config = plan(**values)
+        config = self._built(trial.suggest_categorical)
         return config, self._why_invalid(config)
 
     def parameters(self, config: Config) -> dict[str, Any] | None:
@@ -110,12 +105,11 @@ class Space:
         """The distributions of `parameters(config)`."""
         plan, data = type(config), config_data(config)
         found: dict[str, optuna.distributions.BaseDistribution] = {
-            "plan": optuna.distributions.CategoricalDistribution(self.plans)
+            "plan": _categorical(*self.plans)
         }
         for name, choices in self._knobs(plan).items():
             if enabled(plan, name, data):
-                distribution = optuna.distributions.CategoricalDistribution(choices)
-                found[f"{plan.plan}.{name}"] = distribution
+                found[f"{plan.plan}.{name}"] = _categorical(*choices)
         return found
 
     def configs(self) -> Iterator[Config]:
@@ -147,14 +141,13 @@ class Space:
         valid = (near for near in changed if near != config and self._why_invalid(near) is None)
         return next(valid, None)
 
-    def drawn(self, generator: random.Random) -> Config:
-        """A random config of any of the plans, valid or not."""
-        plan = PLANS[generator.choice(self.plans)].config
-        values: dict[str, Any] = {}
-        for name, choices in self._knobs(plan).items():
-            free = enabled(plan, name, values)
-            values[name] = generator.choice(choices) if free else knobs(plan)[name]["default"]
-        return plan(**values)
+    def drawn(
+        self, generator: random.Random, given: Mapping[str, Any] = MappingProxyType({})
+    ) -> Config:
+        """A random config of any of the plans, valid or not, with the given parameters."""
+        return self._built(
+            lambda name, choices: given[name] if name in given else generator.choice(choices)
+        )
 
     def is_valid(self, config: Config) -> bool:
         """Whether a config of one of the plans keeps their rules."""
@@ -172,14 +165,29 @@ class Space:
         found = (self._within(config) for config in known if config.plan in self.plans)
         return list(dict.fromkeys(each for each in found if self._why_invalid(each) is None))
 
+    def _built(self, chosen: Callable[[str, Choices], Any]) -> Config:
+        """The config of the parameters that `chosen` picks from their choices, by name."""
+        plan = PLANS[chosen("plan", self.plans)].config
+        values: dict[str, Any] = {}
+        for name, choices in self._knobs(plan).items():
+            if enabled(plan, name, values):
+                values[name] = chosen(f"{plan.plan}.{name}", choices)
+            else:
+                values[name] = knobs(plan)[name]["default"]
+        return plan(**values)
+
     def _why_invalid(self, config: Config) -> str | None:
         return Candidate(self.problem, config, self.device).why_invalid()
 
     def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
-        """The choices of each knob that remain once the fixed knobs are applied."""
+        """The choices of each knob that remain once the fixed knobs are applied.
+
+        Those that are invalid whatever the other knobs are do not remain.
+        """
+        possible = _possible_choices(self.problem, self.device, plan.plan)
         return {
-            name: (self.fixed[name],) if name in self.fixed else knob["choices"]
-            for name, knob in knobs(plan).items()
+            name: (self.fixed[name],) if name in self.fixed else choices
+            for name, choices in possible.items()
         }
 
     def _changed(self, config: Config, name: str, value: Any) -> Config:
@@ -240,6 +248,29 @@ class Space:
         if not enabled(plan, name, values):
             return (knobs(plan)[name]["default"],)
         return self._knobs(plan)[name]
+
+
+@functools.lru_cache(maxsize=256)
+def _possible_choices(problem: Problem, device: Device, plan: str) -> dict[str, Choices]:
+    """The choices of each knob that break no rule about this knob alone.
+
+    All of them if none is left: then the plan has no valid config.
+    """
+    config, found = PLANS[plan].config, dict[str, Choices]()
+    for name, knob in knobs(config).items():
+        rules = [rule for rule in PLANS[plan].rules if rule.knobs == {name}]
+        left = [
+            choice
+            for choice in knob["choices"]
+            if not why_broken(rules, Candidate(problem, config(**{name: choice}), device))
+        ]
+        found[name] = tuple(left) or knob["choices"]
+    return found
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # Optuna checks each choice
+def _categorical(*choices: Any) -> optuna.distributions.CategoricalDistribution:
+    return optuna.distributions.CategoricalDistribution(choices)
 
 
 def _known_knobs() -> str:

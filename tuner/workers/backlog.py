@@ -120,8 +120,11 @@ class Backlog:
         able = {id(each) for each in usable}
         judges = [(each, _judge(each, usable)) for each in self._steady]
         sites = {each.place.site for each in usable}
-        taken = Counter(each.problem for each in usable)
+        several = sum(map(bool, self._open.values())) > 1  # else it does not matter who has what
+        taken = Counter(each.problem for each in usable if several)
         for post in idle:
+            if not self._waiting:
+                return
             if pinned := self._pinned.get(post.place.name):
                 yield post, self._taken(pinned, 0)
                 continue

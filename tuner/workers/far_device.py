@@ -42,7 +42,7 @@ def report() -> dict[str, Any]:
         if device is None:
             trouble = trouble or "there is no such device"
             return {"trouble": trouble, "device": None, "toolchain": None}
-        return {"trouble": "", "device": asdict(device), "toolchain": asdict(target.toolchain())}
+        return {"trouble": "", "device": device.data(), "toolchain": asdict(target.toolchain())}
 
     return {"trouble": "", "devices": {each.name: found(each) for each in all_targets()}}
 

@@ -196,10 +196,13 @@ class WorkerPool:
         Raises FlashtuneError when there has been no worker for too long.
         """
         speaking = {id(each) for each in ready}
-        self._sites = None
+        self._sites, now = None, self._clock()
         for post in self._posts:
-            if post.connection is not None and (post.request is not None or not post.connected):
-                self._hear(post, id(post.connection) in speaking)
+            if post.connection is None or (post.request is None and post.connected):
+                continue
+            speaks = id(post.connection) in speaking
+            if speaks or not post.connected or now > post.deadline:
+                self._hear(post, speaks)
         if self._roster is not None and self._clock() >= self._next_look:
             self._next_look = self._clock() + ROSTER_SECONDS
             self._set_places(self._roster())
@@ -243,8 +246,9 @@ class WorkerPool:
         if not len(self._backlog):
             return
         idle = [post for post in self._posts if post.connected and post.request is None]
-        for post, request in self._backlog.deal(idle, self._usable()):
-            self._give(post, request)
+        if idle:
+            for post, request in self._backlog.deal(idle, self._usable()):
+                self._give(post, request)
         while len(self._backlog) and (started := self._start_more()):
             for post, request in self._backlog.deal(started, self._usable()):
                 self._give(post, request)
@@ -260,6 +264,8 @@ class WorkerPool:
             and not post.aside
             and (post.outage is None or now >= post.outage.next_try)
         ]
+        if not (connecting or able):
+            return []
         candidates = [*self._usable(), *(post for post in able if post.admitted and post.outage)]
         wanted = list(self._backlog.deal([*connecting, *able], candidates))
         for _, request in reversed(wanted):

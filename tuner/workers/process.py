@@ -11,8 +11,9 @@ Only `wait_for_any` and `end` wait for a process, and all input from one is boun
 """
 
 import contextlib
+import math
 import os
-import selectors
+import select
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -205,14 +206,15 @@ def wait_for_any(connections: Sequence[Some], seconds: float) -> list[Some]:
 
     Meanwhile unsent bytes are sent.
     """
-    with selectors.DefaultSelector() as selector:
-        for each in connections:
-            selector.register(each, selectors.EVENT_READ, each)
-            if (descriptor := each.input()) is not None:
-                selector.register(descriptor, selectors.EVENT_WRITE, each)
-        ready = selector.select(seconds)
-    for key, event in ready:
-        if event & selectors.EVENT_WRITE:
-            key.data.push()
-    readable = {id(key.data) for key, event in ready if event & selectors.EVENT_READ}
+    poll = select.poll()  # cheaper than a selector, which keeps a record of each descriptor
+    sending: dict[int, Some] = {}
+    for each in connections:
+        poll.register(each.fileno(), select.POLLIN)
+        if (descriptor := each.input()) is not None:
+            poll.register(descriptor, select.POLLOUT)
+            sending[descriptor] = each
+    ready = {descriptor for descriptor, _ in poll.poll(math.ceil(1000 * seconds))}
+    readable = {id(each) for each in connections if each.fileno() in ready}
+    for descriptor in ready & sending.keys():
+        sending[descriptor].push()
     return [each for each in connections if id(each) in readable or each.has_more]

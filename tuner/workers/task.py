@@ -5,7 +5,7 @@ Usage:
     task = Task.from_data(data)
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from flashtune.kernels.plans.candidate import Candidate
@@ -46,7 +46,7 @@ class Task:
             "kind": self.kind,
             "problem": self.problem.data(),
             "configs": [config_data(each.config) for each in self.candidates],
-            "device": asdict(self.device),
+            "device": self.device.data(),
             "seed": self.seed,
             "best_us": self.best_us,
             "sources": self.sources,

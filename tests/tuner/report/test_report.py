@@ -1,6 +1,7 @@
 """The page of a report and Optuna's studies, of a few dozen records that nobody measured."""
 
 import html
+import json
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.config import config_data
 from flashtune.tuner.cli.main import cli
+from flashtune.tuner.report import figure
 from flashtune.tuner.report.content import read_sections
 from flashtune.tuner.report.figure import history, importance, require_plotly
 from flashtune.tuner.search.space import Space
@@ -28,6 +30,23 @@ from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import Store
 
 EVIL = "</script><script>alert(1)</script> & <b>"
+LOOK = """<script>
+let errors = 0;
+addEventListener("error", () => { errors += 1; });
+addEventListener("load", () => setTimeout(() => {
+  const all = (words) => [...document.querySelectorAll(words)];
+  const cut = all(".legend").filter((legend) => {
+    const [one, plot] = [legend, legend.closest(".js-plotly-plot")]
+      .map((each) => each.getBoundingClientRect());
+    return one.left < plot.left || one.right > plot.right || one.bottom > plot.bottom + 1;
+  });
+  document.body.dataset.seen = JSON.stringify({
+    errors, cut: cut.length, plots: all(".js-plotly-plot").length, legends: all(".legend").length,
+    scrolled: all(".legend .scrollbar").filter((bar) => +bar.getAttribute("height") > 0).length,
+    too_wide: Math.max(0, document.documentElement.scrollWidth - innerWidth),
+  });
+}, 1000));
+</script>"""
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -166,12 +185,13 @@ class TestAReport:
         assert read.fetched == []
         assert len(read.scripts[0]) > 1_000_000, "plotly itself"
         drawn = [script for script in read.scripts if "Plotly.newPlot" in script]
-        titles = "\n".join(drawn)
         for title in (
-            "Time against the byte floor", "Trials", "Importance of the knobs of plan",
-            "Knobs of plan", "Outcomes", "best so far", "byte floor",
+            "Time against the byte floor", "Trials", "Importance of the knobs of plan staged",
+            "Knobs of plan staged: the 38 fastest of 38 configs", "Outcomes",
         ):  # fmt: skip
-            assert title in titles, title
+            assert title in read.text, title
+        for name in ("best so far", "byte floor", "parcoords"):
+            assert name in "\n".join(drawn), name
 
     def test_says_what_failed_and_what_a_head_would_run(self, page: Path, device: Device) -> None:
         read = _Page()
@@ -215,10 +235,37 @@ class TestAReport:
         assert result.exit_code == 2 and "flashtune[report]" in result.stderr
         assert not out.exists()
 
+    def test_draws_the_fastest_configs_of_a_plan_through_the_knobs_that_matter_most(
+        self, database: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("plotly")
+        monkeypatch.setattr(figure, "PARALLEL_TRIALS", 10)
+        monkeypatch.setattr(figure, "PARALLEL_KNOBS", 2)
+        [section] = read_sections(database, device, None)
+        [(plan, study)] = section.studies.items()
+        [lines] = figure.parallel_coordinates(plan, study, figure.importance(study)).data
+        times, first, _ = lines.dimensions
+        assert list(times["values"]) == sorted(trial.value for trial in study.trials)[:10]
+        assert list(lines.line.color) == [-each for each in times["values"]]
+        assert first.label == "slack"
+        chosen = [first.ticktext[place] for place in first["values"]]
+        best = min(study.trials, key=lambda trial: trial.value)
+        assert chosen[0] == str(best.params["staged.slack"])
+
     @pytest.mark.skipif(CHROMIUM is None, reason="no browser")
-    def test_is_drawn_by_a_browser(self, page: Path) -> None:
+    @pytest.mark.parametrize("width", [500, 1280])
+    def test_is_drawn_by_a_browser(self, page: Path, width: int) -> None:
+        """Without errors, no wider than the window, each legend as a whole within its plot."""
+        page.write_text(page.read_text("utf-8").replace("<head>", f"<head>{LOOK}", 1), "utf-8")
         command = (str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+        options = (f"--window-size={width},900", "--virtual-time-budget=10000", page.as_uri())
         shown = subprocess.run(
-            [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+            [*command, *options], capture_output=True, text=True, timeout=120, check=True
         )
         assert shown.stdout.count("main-svg") > 4
+        found = re.search(r'data-seen="([^"]*)"', shown.stdout)
+        assert found is not None
+        seen = json.loads(html.unescape(found[1]))
+        assert seen.pop("plots") >= 5
+        assert seen.pop("legends") == 3
+        assert seen == {"errors": 0, "cut": 0, "scrolled": 0, "too_wide": 0}

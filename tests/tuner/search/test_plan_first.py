@@ -7,7 +7,7 @@ import optuna
 import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from flashtune.tuner.search.samplers.plan_first import STARTUP, PlanFirstSampler
+from flashtune.tuner.search.samplers.plan_first import FURTHER, STARTUP, PlanFirstSampler
 
 CHOICES = CategoricalDistribution([1, 2, 4, 8])
 PLANS = CategoricalDistribution(["staged", "batched"])
@@ -77,3 +77,41 @@ def test_it_learns_and_a_seed_gives_the_same_trials() -> None:
     early = [trial.value for trial in one.trials[:STARTUP]]
     assert one.best_value == 12.0
     assert late.count(12.0) / len(late) > early.count(12.0) / len(early)
+
+
+def of_one_plan(trial: optuna.Trial) -> float:
+    """Both knobs exist in every trial, so that Optuna needs no groups."""
+    trial.suggest_categorical("plan", ["staged"])
+    stages = trial.suggest_categorical("staged.stages", CHOICES.choices)
+    return 20.0 - stages * trial.suggest_categorical("staged.ring", CHOICES.choices)
+
+
+def test_of_one_plan_it_is_optunas_own_tpe() -> None:
+    """As it proposes for a single worker."""
+    own = optuna.samplers.TPESampler(
+        seed=3, multivariate=True, constant_liar=True, n_startup_trials=STARTUP
+    )
+    params = []
+    for sampler in (PlanFirstSampler(3), own):
+        study = optuna.create_study(sampler=sampler)
+        study.optimize(of_one_plan, n_trials=40)
+        params.append([trial.params for trial in study.trials])
+    assert params[0] == params[1]
+
+
+def test_a_model_tells_more_than_one_proposal_the_best_first() -> None:
+    sampler = PlanFirstSampler(0)
+    study = searched(sampler, 60)
+    assert sampler.further == [], "nobody asked for more"
+    sampler.looks_further = True
+    trial = study.ask()
+    objective(trial)
+    plan = trial.params["plan"]
+    proposed = {name: each for name, each in trial.params.items() if name != "staged.fixed"}
+    assert len(sampler.further) == FURTHER
+    assert sampler.further[0] == {**sampler.further[0], **proposed}, "Optuna's own is the best"
+    assert {each["plan"] for each in sampler.further} == {plan}
+    assert len({tuple(each.values()) for each in sampler.further}) > 1
+    sampler.looks_further = False
+    objective(study.ask())
+    assert sampler.further == []

@@ -213,6 +213,59 @@ def test_what_is_learnt_is_told_to_the_study(space: Space) -> None:
     assert proposals.ranked() == [worked]
 
 
+def proposed(space: Space, several: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How many trials Optuna fitted models for, and how often, in 90 proposals; 6 under way."""
+    fitted: list[int] = []
+    sample = optuna.samplers.TPESampler.sample_relative
+
+    def note(self, study, trial, search_space):
+        fitted.append(trial.number)
+        return sample(self, study, trial, search_space)
+
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_relative", note)
+    proposals = Proposals(space, sampler="tpe", seed=0, near=())
+    under_way = []
+    for _ in range(90):
+        under_way.append(proposals.propose(several=several))
+        if len(under_way) > 6:
+            config = under_way.pop(0)
+            time_us = landscape(config)
+            proposals.learn(config, Measurement(outcome=Outcome.OK, median_us=time_us))
+    given = [*proposals.known, *under_way]
+    assert len(given) == len(set(given)) == 90
+    assert all(space.is_valid(config) for config in given)
+    best = proposals.best
+    assert best is not None and landscape(best) == min(map(landscape, proposals.known))
+    return len(set(fitted)), len(proposals._study.trials)
+
+
+def test_several_workers_share_a_model_and_one_does_not(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits, trials = proposed(space, False, monkeypatch)
+    shared, told = proposed(space, True, monkeypatch)
+    assert fits > 40, "a model for each of Optuna's proposals"
+    assert shared < fits / 3
+    assert 90 <= told < trials, "what a shared model proposes in vain is no trial"
+
+
+def test_a_search_with_several_workers_is_told_so(
+    run, replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    propose = Proposals.propose
+
+    def note(self, **how):
+        told.append(how)
+        return propose(self, **how)
+
+    monkeypatch.setattr(Proposals, "propose", note)
+    for workers in (1, 4):
+        assert run(replay(at_once=workers), 20 * workers).evaluated == 20 * workers
+    assert told[:20] == [{"several": False, "hurry": False}] * 20
+    assert told[20:] == [{"several": True, "hurry": False}] * len(told[20:])
+
+
 class _Interrupt:
     """Presses Ctrl-C after so many evaluations."""
 
@@ -281,6 +334,19 @@ def test_a_record_that_no_longer_parses_does_not_stop_a_search(
     known = recorded(default_config(space.problem, space.device), 9.0)
     store.add(Record(**{**_fields(known), "config": {"plan": "staged", "old_knob": 1}}))
     assert run(replay(), 5).evaluated == 5
+
+
+def test_a_record_of_a_choice_that_is_left_out_does_not_stop_a_search(
+    run, replay, store: Store, recorded, space: Space
+) -> None:
+    """An older version drew it, though rows in 16 bits have nothing to widen."""
+    default = default_config(space.problem, space.device)
+    odd = replace(default, widen="bits")
+    failed = Measurement(outcome=Outcome.INVALID, error="nothing to widen")
+    store.add(recorded(default, 9.0), recorded(odd, 1.0, measurement=failed))
+    result = run(replay(), 5)
+    assert result.evaluated == 5
+    assert result.winner is not None and result.failed == 0
 
 
 def test_time_out_ends_a_search_with_what_it_has(run, replay, store: Store) -> None:

@@ -1,7 +1,10 @@
 """Optuna's TPE, which samples a plan first and then only the knobs of that plan.
 
 Usage:
-    study = optuna.create_study(sampler=PlanFirstSampler(seed))
+    sampler = PlanFirstSampler(seed)
+    study = optuna.create_study(sampler=sampler)
+    sampler.looks_further = True    # from now on, a model tells more than one proposal:
+    sampler.further                 # what else the last one would propose, most promising first
 
 `TPESampler(group=True)` splits the parameters into groups that occur together in trials, and fits
 a model to each group for every proposal, although a config has the knobs of one plan only. It also
@@ -17,9 +20,36 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 STARTUP = 8  # trials before the first model
+CANDIDATES = 24  # samples of a model, of which the best is proposed: Optuna's own number
+FURTHER = 96  # samples of a model that tells more than one proposal
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 _Group = dict[str, BaseDistribution]
+
+
+class _Tpe(optuna.samplers.TPESampler):
+    """Optuna's TPE. `ranked`: each parameter's samples of the last model, the best first.
+
+    They are as Optuna keeps them, numbers of choices.
+    """
+
+    def __init__(self, seed: int, candidates: int) -> None:
+        """No model yet."""
+        super().__init__(
+            seed=seed,
+            multivariate=True,
+            constant_liar=True,
+            n_startup_trials=STARTUP,
+            n_ei_candidates=candidates,
+        )
+        self.ranked: dict[str, list[float]] = {}
+
+    def _compute_acquisition_func(self, samples: Any, mpe_below: Any, mpe_above: Any) -> Any:
+        """What Optuna maximises over the samples; they are kept, in that order."""
+        values = super()._compute_acquisition_func(samples, mpe_below, mpe_above)
+        order = (-values).argsort(kind="stable")
+        self.ranked = {name: each[order].tolist() for name, each in samples.items()}
+        return values
 
 
 class PlanFirstSampler(optuna.samplers.BaseSampler):
@@ -27,15 +57,16 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
 
     def __init__(self, seed: int) -> None:
         """No trial has been seen yet."""
-        self._tpe = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP
-        )
+        self.looks_further = False
+        self.further: list[dict[str, Any]] = []
+        self._nearby, self._far = _Tpe(seed, CANDIDATES), _Tpe(seed, FURTHER)
         self._groups: list[_Group] = []
         self._seen: set[int] = set()
 
     def reseed_rng(self) -> None:
         """Another seed."""
-        self._tpe.reseed_rng()
+        self._nearby.reseed_rng()
+        self._far.reseed_rng()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> _Group:
         """The parameters of finished trials that have more than one choice."""
@@ -49,11 +80,18 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: _Group
     ) -> dict[str, Any]:
         """A plan, if there are several, and its knobs; nothing before there is a model."""
+        tpe = self._far if self.looks_further else self._nearby
         found: dict[str, Any] = {}
+        further: dict[str, list[Any]] = {}
         for group in sorted(self._groups, key=lambda group: "plan" not in group):
             plan = found.get("plan", trial.params.get("plan"))
             if "plan" in group or any(name.startswith(f"{plan}.") for name in group):
-                found |= self._tpe.sample_relative(study, trial, group)
+                found |= tpe.sample_relative(study, trial, group)
+                for name in group.keys() & found.keys() - {"plan"}:
+                    further[name] = [group[name].to_external_repr(n) for n in tpe.ranked[name]]
+        rows = zip(*further.values(), strict=True) if self.looks_further else ()
+        chosen = {"plan": found["plan"]} if "plan" in found else {}
+        self.further = [chosen | dict(zip(further, row, strict=True)) for row in rows]
         return found
 
     def sample_independent(
@@ -64,7 +102,7 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """A parameter that is in no group yet."""
-        return self._tpe.sample_independent(study, trial, param_name, param_distribution)
+        return self._nearby.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
         self,
