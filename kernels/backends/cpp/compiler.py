@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from flashtune.tuning_db.cached_file import BUILD, keep, whole
@@ -150,7 +151,8 @@ def _watched(
             try:
                 said, errors = process.communicate(timeout=seconds)
             except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it may have ended meanwhile
+                    os.killpg(process.pid, signal.SIGKILL)
                 raise
     finally:
         os.close(ends)

@@ -72,6 +72,17 @@ def test_many_at_once_build_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(paths) == len(built) == 1
 
 
+def test_ctrl_c_while_a_compiler_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(process: "subprocess.Popen[str]", *_: object, **__: object) -> None:
+        process.wait()
+        raise KeyboardInterrupt
+
+    compiler.compiler_version()  # asked once
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_library(SOURCE, ARCH, "scalar")
+
+
 @pytest.mark.parametrize("way", ["owner", "mode", "link", "link to a folder"])
 def test_what_another_user_planted_is_not_run(
     way: str, cache: Path, tmp_path: Path, give_away: Callable[[Path], None]
