@@ -31,8 +31,8 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def decode() -> str:
-    """Microseconds a step of one token on an H200, and how many times as fast as dense."""
-    found = {row["problem"]: row for row in _read("h200-decode.json")["rows"]}
+    """Microseconds a step of one token on an H100, and how many times as fast as dense."""
+    found = {row["problem"]: row for row in _read("h100-decode.json")["rows"]}
     rows = []
     for problem, name in SHAPES.items():
         times, floor = found[problem]["times_us"], found[problem]["floor_us"]
