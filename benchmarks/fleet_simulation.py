@@ -3,7 +3,7 @@
     python benchmarks/fleet_simulation.py --compile-times compile.json       # records them first
     python benchmarks/fleet_simulation.py --from compile.json --out simulation.json
 
-The driver is the real one: proposals, Optuna, evaluators, pools, lines of JSON, selectors, the
+The driver is the real one: proposals, Optuna, evaluators, pools, lines of JSON, poll, the
 database. Its processor time advances the simulated clock, second for second. Only workers are
 simulated. For recorded configs, a config's time is the one measured on an H200; for others it is
 predicted by the cost model, which was fitted to those. Compiling takes the processor time that it

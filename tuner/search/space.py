@@ -180,14 +180,10 @@ class Space:
         return Candidate(self.problem, config, self.device).why_invalid()
 
     def _knobs(self, plan: type[Config]) -> dict[str, Choices]:
-        """The choices of each knob that remain once the fixed knobs are applied.
-
-        Those that are invalid whatever the other knobs are do not remain.
-        """
-        possible = _possible_choices(self.problem, self.device, plan.plan)
+        """The choices of each knob that remain once the fixed knobs are applied."""
         return {
-            name: (self.fixed[name],) if name in self.fixed else choices
-            for name, choices in possible.items()
+            name: (self.fixed[name],) if name in self.fixed else knob["choices"]
+            for name, knob in knobs(plan).items()
         }
 
     def _changed(self, config: Config, name: str, value: Any) -> Config:
@@ -248,24 +244,6 @@ class Space:
         if not enabled(plan, name, values):
             return (knobs(plan)[name]["default"],)
         return self._knobs(plan)[name]
-
-
-@functools.lru_cache(maxsize=256)
-def _possible_choices(problem: Problem, device: Device, plan: str) -> dict[str, Choices]:
-    """The choices of each knob that break no rule about this knob alone.
-
-    All of them if none is left: then the plan has no valid config.
-    """
-    config, found = PLANS[plan].config, dict[str, Choices]()
-    for name, knob in knobs(config).items():
-        rules = [rule for rule in PLANS[plan].rules if rule.knobs == {name}]
-        left = [
-            choice
-            for choice in knob["choices"]
-            if not why_broken(rules, Candidate(problem, config(**{name: choice}), device))
-        ]
-        found[name] = tuple(left) or knob["choices"]
-    return found
 
 
 @functools.lru_cache(maxsize=None, typed=True)  # Optuna checks each choice

@@ -336,19 +336,6 @@ def test_a_record_that_no_longer_parses_does_not_stop_a_search(
     assert run(replay(), 5).evaluated == 5
 
 
-def test_a_record_of_a_choice_that_is_left_out_does_not_stop_a_search(
-    run, replay, store: Store, recorded, space: Space
-) -> None:
-    """An older version drew it, though rows in 16 bits have nothing to widen."""
-    default = default_config(space.problem, space.device)
-    odd = replace(default, widen="bits")
-    failed = Measurement(outcome=Outcome.INVALID, error="nothing to widen")
-    store.add(recorded(default, 9.0), recorded(odd, 1.0, measurement=failed))
-    result = run(replay(), 5)
-    assert result.evaluated == 5
-    assert result.winner is not None and result.failed == 0
-
-
 def test_time_out_ends_a_search_with_what_it_has(run, replay, store: Store) -> None:
     evaluator = replay()
     result = run(evaluator, 10_000, timeout_s=1e-9)

@@ -105,22 +105,6 @@ def test_neighbours_are_valid_and_differ_in_one_knob(space: Space) -> None:
             assert len(free) == 1, changed
 
 
-def test_choices_that_can_never_be_valid_are_left_out() -> None:
-    """An Orin cannot overlap launches, and rows in 16 bits have nothing to widen."""
-    orin, generator = find_device("orin"), random.Random(0)
-    in_8_bits = replace(QWEN, weight_dtype="int8", model_dtype="bf16")
-    for problem, widen in ((QWEN, {"cast"}), (in_8_bits, {"cast", "bits", "digits"})):
-        space = Space(problem, orin)
-        drawn = [space.drawn(generator) for _ in range(300)]
-        assert sum(map(space.is_valid, drawn)) > len(drawn) / 5
-        data = [config_data(config) for config in drawn]
-        assert {each.get("widen", "cast") for each in data} == widen
-        assert not any(each.get("pdl") for each in data)
-    config = replace(StagedConfig(), widen="bits")
-    assert Space(QWEN, orin).parameters(config) is None
-    assert Space(QWEN, orin, {"widen": "bits"}).parameters(config), "fixed, it is explained"
-
-
 def test_every_choice_of_a_knob_that_is_valid_is_a_neighbour() -> None:
     config = default_config(QWEN, H200)
     near = {each for each in Space(QWEN, H200).neighbours(config)}
