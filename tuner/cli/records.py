@@ -12,6 +12,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Outcome
 from flashtune.tuning_db.store import Store, default_path
+from flashtune.tuning_db.table import read_table
 
 _record = click.option(
     "--record", "key", help="The start of a record's key, as `flashtune show` prints it."
@@ -166,28 +167,43 @@ def render(
 @options.device("Only this device's searches.")
 @options.shape("Only this shape's searches.")
 @options.out("The HTML file to write.", "-o")
+@click.option(
+    "--before",
+    type=options.FILE,
+    help="An earlier table of a device, to compare its records in the database with.",
+)
 @options.read_database
 def report(
-    device: Device | None, problem: Problem | None, out: Path, database: Path | None
+    device: Device | None,
+    problem: Problem | None,
+    out: Path,
+    before: Path | None,
+    database: Path | None,
 ) -> None:
     """Write the recorded searches as a page for a browser.
 
     For each search it shows the time against the byte floor, the trials with the best so far,
-    which knobs matter, what failed and why, and which config a head would run. The page is one
-    file that needs no network.
+    which knobs matter and which of their choices were tried, what failed and why, which config a
+    head would run and what that costs it. Shapes of one device are compared with each other's
+    winners. The page is one file that needs no network.
 
     \b
-    Example:
+    Examples:
       flashtune report --device h200 -o report.html
+      flashtune report --device h200 --before last-month.json -o report.html
     """
+    from flashtune.tuner.report.comparison import changes
     from flashtune.tuner.report.content import read_sections
     from flashtune.tuner.report.figure import require_plotly
     from flashtune.tuner.report.page import write_report
 
     require_plotly()
     path = database or default_path()
+    table = read_table(before) if before else None
     sections = read_sections(path, device, problem)
-    write_report(out, path, sections)
+    with Store(path, read_only=True) as store:
+        changed = changes(table, store) if table else None
+    write_report(out, path, sections, changed)
     trials = sum(len(each.search.evaluated) for each in sections)
     say(f"{out}: {len(sections)} searches, {trials} trials")
 

@@ -33,7 +33,7 @@ class Section:
     """A search, and what can be said about it.
 
     Times are microseconds per call. For a device that only its own machine can describe there is
-    no floor, study, choice or default. studies: one for each plan with `ENOUGH` trials that
+    no floor, trial, study, choice or default. studies: one for each plan with `ENOUGH` trials that
     worked, first the plan of the best record. choice: what a head would run.
     """
 
@@ -44,6 +44,7 @@ class Section:
     best: Record | None
     outcomes: Counter[str]
     reasons: Counter[str]
+    trials: tuple[optuna.trial.FrozenTrial, ...]
     studies: dict[str, optuna.Study]
     choice: Choice | None
     troubles: tuple[str, ...]
@@ -69,11 +70,11 @@ def _section(search: RecordedSearch, database: Path) -> Section:
     space = space_of(search)
     troubles: list[str] = []
     choice = default_us = None
-    studies: dict[str, optuna.Study] = {}
+    trials: list[optuna.trial.FrozenTrial] = []
     if space is not None:
         choice = look(search.problem, space.device, search.toolchain, troubles, database)[0]
         default_us = _default_us(search.problem, space.device, records)
-        studies = _studies(trials_of(search, space), str(best.config["plan"]) if best else "")
+        trials = trials_of(search, space)
     return Section(
         search=search,
         device=space.device if space else None,
@@ -82,7 +83,8 @@ def _section(search: RecordedSearch, database: Path) -> Section:
         best=best,
         outcomes=Counter(each.outcome.value for each in measurements),
         reasons=reasons(measurements),
-        studies=studies,
+        trials=tuple(trials),
+        studies=_studies(trials, str(best.config["plan"]) if best else ""),
         choice=choice,
         troubles=tuple(troubles),
     )
@@ -97,7 +99,7 @@ def _default_us(problem: Problem, device: Device, records: Sequence[Record]) -> 
     return next(times, None)
 
 
-def _studies(trials: list[optuna.trial.FrozenTrial], first: str) -> dict[str, optuna.Study]:
+def _studies(trials: Sequence[optuna.trial.FrozenTrial], first: str) -> dict[str, optuna.Study]:
     """An in-memory study of each plan with enough trials, by the plan's name."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     by_plan: dict[str, list[optuna.trial.FrozenTrial]] = {first: []}

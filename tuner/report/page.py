@@ -1,10 +1,11 @@
 """The page of a report: one HTML file that works offline.
 
 Usage:
-    write_report(Path("report.html"), database, read_sections(database, None, None))
+    write_report(Path("report.html"), database, read_sections(database, None, None), None)
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -15,17 +16,28 @@ from markupsafe import Markup
 
 from flashtune.kernels.plans.config import config_data, short_config
 from flashtune.tuner.report import figure
+from flashtune.tuner.report.comparison import (
+    Crossing,
+    KnobCoverage,
+    cost_of_choice,
+    coverage,
+    crossings,
+)
 from flashtune.tuner.report.content import ENOUGH, Section
 from flashtune.tuning_db.one_line import spelled
+from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.whole_file import write_whole
 
 _MOST_REASONS = 20
 
 
-def write_report(out: Path, database: Path, sections: Sequence[Section]) -> None:
+def write_report(
+    out: Path, database: Path, sections: Sequence[Section], changed: Mapping[str, Any] | None
+) -> None:
     """Write the page of these searches.
 
-    Raises FlashtuneError without Plotly, or if the page cannot be written.
+    changed: what comparison.changes found, if there is an earlier table to compare with. Raises
+    FlashtuneError without Plotly, or if the page cannot be written.
     """
     figure.require_plotly()
     from plotly.offline import get_plotlyjs
@@ -38,6 +50,8 @@ def write_report(out: Path, database: Path, sections: Sequence[Section]) -> None
         script=Markup(get_plotlyjs()),
         overview=_drawn(figure.overview(sections)),
         sections=[_data(each) for each in sections],
+        crossings=[_cross(each) for each in crossings(sections)],
+        changed=_changed(changed) if changed else None,
     )
     write_whole(out, text.encode())
 
@@ -51,11 +65,13 @@ def _data(section: Section) -> dict[str, Any]:
         "default": _number(section.default_us),
         "best": _number(time_us),
         "floor": _number(floor or None),
-        "ratio": f"{time_us / floor:.2f}" if time_us and floor else "",
+        "ratio": _ratio(time_us / floor if time_us and floor else None),
         "best_config": short_config(best.config) if best else "",
         "runs": short_config(config_data(choice.config))
         if choice
         else "not known on this machine",
+        "cost": _ratio(cost_of_choice(section)),
+        "coverage": [_covered(each) for each in coverage(section.trials)],
         "why": f"{choice.source}: {choice.why}" if choice else "",
         "figures": [
             {"title": title, "drawn": _drawn(each), "wide": each.data[0].type == "parcoords"}
@@ -89,6 +105,45 @@ def _notes(section: Section) -> Iterator[str]:
         yield f"{left} rarer reasons are not shown."
 
 
+def _covered(knob: KnobCoverage) -> dict[str, str]:
+    choices = (
+        f"{choice}: {each.configs}" + (f" ({each.best_us:.1f})" if each.best_us < math.inf else "")
+        for choice, each in knob.choices.items()
+    )
+    return {
+        "knob": f"{knob.plan} {knob.knob}",
+        "tried": f"{knob.tried} of {len(knob.choices)}",
+        "choices": ", ".join(choices),
+    }
+
+
+def _cross(crossing: Crossing) -> dict[str, Any]:
+    rows = [
+        {
+            "shape": shape,
+            "cells": [
+                _ratio(each) + (" *" if at == own else "") for at, each in enumerate(ratios)
+            ],
+        }
+        for shape, ratios, own in crossing.rows
+    ]
+    return {"device": crossing.device, "configs": crossing.configs, "rows": rows}
+
+
+def _changed(found: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {
+            "shape": Problem.from_json(each["problem"]).describe(),
+            "times": [_number(time_us) for time_us in each["median_us"]],
+            "ratio": _ratio(each["ratio"]),
+            "provenance": " → ".join(dict.fromkeys(each["provenance"])),
+            "knobs": ", ".join(f"{name} {a} → {b}" for name, (a, b) in each["config"].items()),
+        }
+        for each in found["changed"]
+    ]
+    return {**found, "rows": rows}
+
+
 def _drawn(drawing: Any) -> Markup:
     """A figure as a part of the page, which already includes Plotly's library."""
     config = {"displaylogo": False, "responsive": True}
@@ -97,3 +152,7 @@ def _drawn(drawing: Any) -> Markup:
 
 def _number(time_us: float | None) -> str:
     return "" if time_us is None else f"{time_us:.1f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"

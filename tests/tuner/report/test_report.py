@@ -2,12 +2,15 @@
 
 import html
 import json
+import math
 import random
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.plans.config import config_data
 from flashtune.tuner.cli.main import cli
 from flashtune.tuner.report import figure
+from flashtune.tuner.report.comparison import cost_of_choice, coverage, crossings
 from flashtune.tuner.report.content import read_sections
 from flashtune.tuner.report.figure import history, importance, require_plotly
 from flashtune.tuner.search.space import Space
@@ -28,6 +32,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Measurement, Outcome, Record
 from flashtune.tuning_db.store import Store
+from flashtune.tuning_db.table import TuningTable, write_table
 
 EVIL = "</script><script>alert(1)</script> & <b>"
 LOOK = """<script>
@@ -141,6 +146,72 @@ class TestSearchesOnRecord:
             result = CliRunner().invoke(cli, ["studies", "export", *words, "--db", str(database)])
             assert isinstance(result.exception, SystemExit) and result.exit_code == 2
             assert said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+class TestComparisons:
+    def test_show_how_much_of_each_knob_was_tried(self, database: Path, device: Device) -> None:
+        [section] = read_sections(database, device, None)
+        knobs = {each.knob: each for each in coverage(section.trials)}
+        slack = knobs["slack"]
+        tried = Counter(trial.params["staged.slack"] for trial in section.trials)
+        assert {
+            choice: each.configs for choice, each in slack.choices.items() if each.configs
+        } == (tried)
+        assert slack.tried == len(tried) > 1
+        default = config_data(default_config(section.search.problem, device))
+        assert slack.choices[default["slack"]].best_us == 18.0
+        never = [each for each in knobs["gather_block"].choices.values() if not each.configs]
+        assert never and all(each.best_us == math.inf for each in never)
+
+    @pytest.fixture
+    def two_shapes(
+        self, problem: Problem, device: Device, recorded: Callable[..., Record], tmp_path: Path
+    ) -> Path:
+        """Two shapes, whose winners differ; of one, the other's winner was not timed."""
+        wider = replace(problem, n_probes=8)
+        one = default_config(problem, device)
+        other = replace(one, slack=2 * one.slack)
+        path = tmp_path / "two.db"
+        with Store(path) as store:
+            store.add(recorded(one, 10.0), recorded(other, 12.0))
+            store.add(recorded(other, 20.0, problem=wider))
+        return path
+
+    def test_show_what_one_config_for_all_shapes_costs(
+        self, two_shapes: Path, device: Device
+    ) -> None:
+        sections = read_sections(two_shapes, device, None)
+        [crossing] = crossings(sections)
+        assert crossing.device == device.name and len(crossing.configs) == 2
+        both, single = sorted(crossing.rows, key=lambda row: None in row[1])
+        assert sorted(each or 0 for each in both[1]) == [1.0, 1.2] and both[1][both[2]] == 1.0
+        assert single[1][single[2]] == 1.0 and None in single[1]
+        assert crossings(sections[:1]) == []
+        assert [cost_of_choice(each) for each in sections] == [1.0, 1.0]
+
+    def test_show_what_changed_since_a_table(
+        self, two_shapes: Path, problem: Problem, recorded: Callable[..., Record],
+        device: Device, tmp_path: Path,
+    ) -> None:  # fmt: skip
+        pytest.importorskip("plotly")
+        table = tmp_path / "before.json"
+        slower = recorded(default_config(problem, device), 15.0)
+        write_table(table, TuningTable(device=device.name, records=(slower,)))
+        out = tmp_path / "report.html"
+        run("report", "-o", out, "--db", two_shapes, "--before", table)
+        read = _Page()
+        read.feed(out.read_text("utf-8"))
+        words = " ".join(read.text.split())
+        assert f"Since the earlier table of {device.name}" in words
+        assert "1 shapes changed, 0 the same, 0 only in the table, 1 only in the database" in words
+        assert f"{problem.describe()}15.010.0 0.67measured" in words, "cells of one row"
+        assert "What one config for several shapes costs" in words
+        assert "1.20" in words and "1.00 *" in words
+        assert "Choices that were tried" in words
+        result = CliRunner().invoke(
+            cli, ["report", "-o", str(out), "--db", str(two_shapes), "--before", str(two_shapes)]
+        )
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
 
 
 class _Page(HTMLParser):
