@@ -92,6 +92,29 @@ def test_bytes_that_are_changed(
         read_everything(path, monkeypatch)
 
 
+@pytest.mark.parametrize("way", ["garbage", "half", "pages"])
+def test_studies_of_a_damaged_database_are_refused_in_one_line(
+    good: bytes, tmp_path: Path, way: str
+) -> None:
+    path, storage = tmp_path / "a.db", f"sqlite:///{tmp_path / 'o.db'}"
+    r = random.Random(4)
+    half = len(good) // 2
+    path.write_bytes(
+        {
+            "garbage": r.randbytes(5000),
+            "half": good[:half],
+            "pages": good[:4096] + r.randbytes(len(good) - 4096),
+        }[way]
+    )
+    content = path.read_bytes()
+    found = CliRunner().invoke(cli, ["studies", "export", "--db", str(path), "--storage", storage])
+    assert found.exit_code == 2
+    [line] = found.stderr.splitlines()
+    assert line.startswith("Error: ") and line.isprintable()
+    assert path.read_bytes() == content
+    assert not (tmp_path / "o.db").exists()
+
+
 def test_rows_that_are_changed(
     good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
