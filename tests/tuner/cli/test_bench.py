@@ -241,7 +241,7 @@ class TestBench:
         steps += [1000, 1000, 1000, 1010, 1000]  # the first is to prepare
         assert "NOISY" not in bench(flash, *words).stdout
         steps += [1000, 1000, 1400, 800, 1200]
-        assert bench(flash, *words).stdout.count("NOISY: step times are only known to ") == 1
+        assert bench(flash, *words).stdout.count("NOISY: step times are uncertain by ") == 1
 
     def test_no_more_rounds_begin_after_the_timeout(
         self, flash: Path, bench: Callable[..., Result]
