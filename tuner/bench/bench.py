@@ -31,13 +31,14 @@ from flashtune.tuning_db.errors import FlashtuneError
 
 LEAST_TOKENS = 2  # the first token's step reads the prompt
 _OF_MEDIANS = math.sqrt(math.pi / 2)  # spread of medians over that of means, for normal samples
+_FEWEST_ROUNDS = 2  # without two there is no spread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
     """What to generate: a round is `batch` prompts, each continued by n_tokens tokens.
 
-    seconds: after these, no more rounds are begun; there is at least one round.
+    seconds: after these, no more rounds are begun; there are at least two, which show the noise.
     """
 
     prompts: Sequence[str]
@@ -151,16 +152,14 @@ def bench_model(
     """
     running = running or RunningModel.load(folder, request.device)
     turns = _prepared(folder, entries, request, running)
-    done, interrupted, round_seconds = 0, False, math.inf
+    done, interrupted = 0, False
     began = time.monotonic()
     until = began + request.seconds
     try:
         with StepProgress("answering", request.rounds * len(turns)) as progress:
             for number in range(request.rounds):
-                if number and time.monotonic() > until:
+                if number >= _FEWEST_ROUNDS and time.monotonic() > until:
                     break
-                if number:
-                    round_seconds = (time.monotonic() - began) / number
                 prompts = [request.prompts[at] for at in _batch(request, number)]
                 # Each round begins with another head, so that none always follows the same one.
                 first = number % len(turns)
@@ -168,7 +167,9 @@ def bench_model(
                     each.runs[number] = _run(running, each.head, prompts, request.n_tokens)
                     done += 1
                     # A round that has begun is finished, however late it is.
-                    progress.show(done, each.entry.name, stops=until + round_seconds)
+                    a_round = len(turns) * (time.monotonic() - began) / done
+                    stops = max(began + _FEWEST_ROUNDS * a_round, until + a_round)
+                    progress.show(done, each.entry.name, stops)
     except KeyboardInterrupt:
         if not any(each.runs.keys() & turns[0].runs.keys() for each in turns[1:]):
             raise

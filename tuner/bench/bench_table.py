@@ -77,8 +77,8 @@ def notes(report: BenchReport) -> Iterator[str]:
         yield "only one round: the noise is unknown, so give more --rounds"
     elif noise > MOST_COST:
         yield (
-            f"NOISY: step times are only known to {noise:.0%}, and heads are compared to "
-            f"{MOST_COST:.0%}: give more --rounds, on an otherwise idle machine"
+            f"NOISY: step times are uncertain by {noise:.0%}, more than the {MOST_COST:.0%} that "
+            "tells heads apart: give more --rounds, on an otherwise idle machine"
         )
     if len(report.rows) > 1:
         yield f"recommended: {report.verdict.describe()}"

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     type=options.SECONDS,
     default="300",
     show_default=True,
-    help="Seconds of answering after which no more rounds begin; there is at least one.",
+    help="Seconds of answering after which no more rounds begin; at least two are run.",
 )
 @click.option(
     "--plot",
