@@ -22,11 +22,15 @@ NEAR = 1.2  # times the fastest prediction: a slower family has no place of its 
 LIKENESS = 0.3  # penalty for differing from a chosen config in only one knob
 
 
-def shortlist(records: Iterable[Record], most: int = MOST) -> list[Record]:
-    """Up to `most` of the records that worked, chosen by the rule above, fastest first."""
+def shortlist(records: Iterable[Record], most: int = MOST, *, near: float = NEAR) -> list[Record]:
+    """Up to `most` of the records that worked, chosen by the rule above, fastest first.
+
+    near: how many times as slow as the fastest a family may be that gets a place.
+    """
     worked = [record for record in records if record.measurement.outcome is Outcome.OK]
     times = [record.measurement.median_us or 0.0 for record in worked]
-    return [worked[at] for at in shortlisted(times, [each.config for each in worked], most)]
+    configs = [each.config for each in worked]
+    return [worked[at] for at in shortlisted(times, configs, most, near=near)]
 
 
 def shortlisted(

@@ -35,7 +35,8 @@ def promising(
 ) -> list[Config]:
     """Up to `most` valid configs that the model expects to be fast, by the shortlist's rule.
 
-    Families whose best is far behind the best of all, by the rule of searches, are left out. near:
+    Since needs are estimated, every family has a place whose best is not far behind the best of
+    all by the rule of searches. near:
     configs that may be good here; those outside the space are ignored.
     """
     problem, device = space.problem, space.device
@@ -59,7 +60,7 @@ def promising(
         for config in _best(space, times, KEPT)
         if times[config] < math.inf and space.family(config) in near_best
     ]
-    return [parse_config(record.config) for record in shortlist(records, most)]
+    return [parse_config(record.config) for record in shortlist(records, most, near=FAR)]
 
 
 def _expected_us(candidate: Candidate, model: CostModel) -> float:
