@@ -33,9 +33,7 @@ LANES = {
 ALL_LEVELS = tuple(LANES)
 BF16_LEVELS = ("avx512_bf16", "neon_bf16")
 VNNI_LEVELS = ("avx512_vnni", "avx512_bf16")
-# Levels with faster integer products: of pairs of 16-bit numbers, and for int8 of four bytes.
-COUNTING_LEVELS = {"int8": ("avx2", *VNNI_LEVELS), "int4": ("avx2",)}
-MOST_HIDDEN = 2**31 // (256 * 128)  # of products of two bytes in a sum of 32 bits
+MOST_HIDDEN = 2**31 // (255 * 128)  # of products of two bytes in a sum of 32 bits
 MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
 THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 QUANTISED = {"score": (4, 8), "gather": (2, 16)}  # columns, and tiles ahead
@@ -69,7 +67,6 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
     """The template's values, except for how parts are distributed."""
     problem, config = candidate.problem, candidate.config
     weight, centroid = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
-    stored = (weight.name, centroid.name)
     slack = slack_of(config)
     most = min(problem.n_probes + slack, problem.n_clusters)
     probed = min(most + problem.n_pinned, problem.n_clusters)
@@ -89,10 +86,7 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "scored": problem.n_probes < problem.n_clusters,
         "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
-        **{
-            f"counts_{name}": name in stored and _multiplies_integers(name, problem, config.simd)
-            for name in COUNTING_LEVELS
-        },
+        "vnni": _has_integer_products(problem, config.simd),
         **asdict(config),
         **threshold_values(problem, slack),
     }
@@ -153,17 +147,15 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
     return None
 
 
-def _multiplies_integers(name: str, problem: Problem, simd: str) -> bool:
-    """Whether a quantised format is read by integer products, whose sums are 32 bits wide."""
-    return simd in COUNTING_LEVELS[name] and problem.hidden_size <= MOST_HIDDEN
+def _has_integer_products(problem: Problem, simd: str) -> bool:
+    """Whether int8 is read by integer products, whose sums are 32 bits wide."""
+    return simd in VNNI_LEVELS and problem.hidden_size <= MOST_HIDDEN
 
 
 def _block(stage: str, problem: Problem, simd: str) -> int:
     """Elements that a micro-kernel takes at a time: two vectors, or a group that has a scale."""
     stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
-    by_fours = LANES[simd] == 4 or (
-        simd in VNNI_LEVELS and _multiplies_integers("int8", problem, simd)
-    )
+    by_fours = LANES[simd] == 4 or _has_integer_products(problem, simd)
     vectors = 4 if stored.name == "int8" and by_fours else 2
     return max(vectors * LANES[simd], stored.group)
 
