@@ -44,7 +44,7 @@ class DriverStep(LaunchedStep):
         if self._weights is weights:
             place = (hidden.data_ptr(), out.data_ptr(), hidden.shape[0] - 1)
             graph = self._graphs.get(place)
-            if graph is not None and not torch._C._cuda_isCurrentStreamCapturing():
+            if graph is not None and not torch.cuda.is_current_stream_capturing():
                 graph(torch._C._cuda_getCurrentRawStream(self.index))
                 return
             super().__call__(weights, hidden, out)
@@ -68,7 +68,7 @@ class DriverStep(LaunchedStep):
         if len(self._seen) >= _MOST_SEEN:
             self._seen.clear()
         seen = self._seen[place] = self._seen.get(place, 0) + 1
-        if seen <= _SEEN_BEFORE or torch._C._cuda_isCurrentStreamCapturing():
+        if seen <= _SEEN_BEFORE or torch.cuda.is_current_stream_capturing():
             return
         del self._seen[place]
         self._recorded += 1
