@@ -21,7 +21,7 @@ class Backend(Protocol):
     """Compiles and loads the candidates of some plans."""
 
     def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
-        """Compile into the compiler's own cache, and say what the kernels need.
+        """Compile into the compiler's own cache, and report what the kernels need.
 
         source: the candidate's, if it was rendered elsewhere. Needs no device. Raises
         DoesNotFitError; lets the compiler's exceptions through.
@@ -32,5 +32,5 @@ class Backend(Protocol):
     ) -> Callable[[], Step]:
         """Compile; each call of the result loads a step with scratch of its own.
 
-        source: the candidate's, where that was rendered elsewhere.
+        source: the candidate's, if it was rendered elsewhere.
         """

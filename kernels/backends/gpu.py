@@ -1,8 +1,8 @@
 """What all backends for GPUs share: steps whose launches are prepared once.
 
-A launch's arguments are cells. Those of weights and scratch are filled when a step first meets
-the weights, and those of hidden states and output at each call, which so costs the host little
-more than the launches themselves.
+A launch's arguments are cells. The cells for weights and scratch are filled when a step first
+sees the weights, those for hidden states and output at each call, so a call costs the host
+little more than the launches themselves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Launch:
     """One of a step's kernels: its name, what prepares it, and its arguments by name.
 
     The names are those of the fields of Weights and of the step's scratch, `hidden` and `out`,
-    and `last`, the number of the last row that hidden has.
+    and `last`, the index of the last row of hidden.
     """
 
     kernel: str

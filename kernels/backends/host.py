@@ -5,8 +5,8 @@ Usage:
     devices_here()             # the GPU first, if there is one
     toolchain(device)
 
-If torch does not find a GPU that this machine must have, one line in the log `flashtune` says so:
-otherwise a CPU would be used silently.
+If torch does not find a GPU that this machine should have, a line in the log `flashtune` says so.
+Otherwise the CPU would be used silently.
 """
 
 import functools
@@ -47,7 +47,7 @@ def named_device(name: str) -> Device:
 
 @functools.cache
 def _warn_of_unused() -> None:
-    """Say once what device this machine must have, and why it is not found."""
+    """Warn once about a device that this machine should have but torch does not find."""
     for why in filter(None, (target.unused() for target in all_targets())):
         LOG.warning("%s", why)
 

@@ -39,25 +39,25 @@ class Target:
 
     name: the vendor, as devices name it. lanes: threads of a warp. builders: what builds the
     plans' candidates, by `Plan.builder`. torch_device: where its tensors lie, as torch names it.
-    starts: the plans in the order in which their starting points are tried.
-    default: a config that is valid for every problem; baseline: the pipeline that every comparison
-    is made with, in which a library selects the clusters.
+    starts: the plans, in the order in which their starting points are tried.
+    default: a config that is valid for every problem; baseline: the pipeline that all
+    comparisons use, in which a library selects the clusters.
     timer: a step over cold weights, as decode runs it. times_behind: whether it is timed behind
     another kernel, which the policies of its times say.
     describe: the device under a torch device, None if that is not of this kind. here: this
     machine's device, None if it has none; described: the same, but its bandwidth may be unknown
     where measuring it would take templates. named: this machine's device if that is its name.
     trouble: why nothing can be measured on this machine's, None if it can.
-    unused: why a device that this machine must have is not found, None if there is no sign of one.
+    unused: why a device that this machine should have is not found; None without signs of one.
     why_missing: why this machine cannot build a plan, None if it can.
-    times_alone: whether compilers that run beside the timing would slow it down.
+    times_alone: whether compilers that run at the same time would disturb the timing.
     registered: whether its devices are listed in devices.json; others only their machine knows.
     compiles_elsewhere: whether what one machine compiles runs on another.
-    bandwidth_sources: what a machine runs to find how fast it reads memory; empty if its figure
-    is published.
-    probe: what this machine's device measures of itself, None where its kind has nothing to
-    measure. conditions: what its speed depends on beside its kind, as far as it can be read.
-    energy: gives a counter of the joules that it takes; raises FlashtuneError if none can be read.
+    bandwidth_sources: what a machine runs to measure how fast it reads memory; empty if the
+    figure is published.
+    probe: measures this machine's device; None where its kind has nothing to measure.
+    conditions: what its speed depends on besides its kind, as far as it can be read.
+    energy: gives a counter of the joules consumed; raises FlashtuneError if none can be read.
     """
 
     name: str
@@ -93,7 +93,7 @@ def policy_for(purpose: str, device: Device) -> str:
 
 
 def timed_otherwise(record: Record, device: Device) -> bool:
-    """Whether a measured time of this device was not taken as times are now."""
+    """Whether a measured time of this device was taken in another way than times are now."""
     measured = record.provenance is Provenance.MEASURED
     behind = taken_behind(record.measurement.policy)
     return measured and target_of(device).times_behind and not behind

@@ -25,7 +25,7 @@ _ROWS_BYTES = 2**28  # of float32 rows that are gathered at once
 
 
 class TorchStep:
-    """Plain torch, called as a kernel's step is. Can be captured."""
+    """Plain torch with the interface of a kernel's step. Can be captured."""
 
     def __init__(self, problem: Problem) -> None:
         """Nothing is computed yet."""
@@ -106,8 +106,8 @@ class TorchStep:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and logits, the best ones' logits recomputed with the model's own rows.
 
-        For a token only the best can win: the epilogue is given no others. Rows of pinned clusters
-        may be there twice: so many more are decided, both copies of each of the best among them.
+        If tokens are wanted, only the best can win, so the epilogue gets no others. Rows of pinned
+        clusters may occur twice, so as many more are decided: both copies of each are among them.
         """
         problem = self._problem
         if not problem.n_rescored:

@@ -29,7 +29,7 @@ class CppStep:
     """
 
     def __init__(self, library: ctypes.CDLL, problem: Problem) -> None:
-        """Raises MemoryError where there is none for the scratch."""
+        """Raises MemoryError if there is not enough for the scratch."""
         formats = format_of(problem.weight_dtype), format_of(problem.centroid_dtype)
         self._quantised = any(each.quantised for each in formats)
         self._problem = problem
@@ -45,7 +45,7 @@ class CppStep:
         weakref.finalize(self, library.flashtune_close, self._handle)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the step; states that are not finite are left to torch, whose NaN they give."""
+        """Run the step; states that are not finite go to plain torch, which answers with NaN."""
         if not math.isfinite(hidden.sum(dtype=torch.float32).item()):
             TorchStep(self._problem)(weights, hidden, out)
             return
@@ -67,7 +67,7 @@ class CppBackend:
     """CPUs, through C++."""
 
     def compile(self, candidate: Candidate, source: str | None = None) -> Sequence[KernelUse]:
-        """Compile into the cache; nothing is known of what a CPU's code needs."""
+        """Compile into the cache; what the code needs is not reported for CPUs."""
         build_library(source or candidate.source, candidate.device.arch, candidate.config.simd)
         return ()
 

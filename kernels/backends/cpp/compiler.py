@@ -6,7 +6,7 @@ Usage:
 
 A library's name is a hash of its source, the compiler with its version, the flags and the
 machine's instruction sets: a cache folder may be shared by machines, and none loads what was
-built for another. Only what no other user can have put there is loaded.
+built for another. A file is loaded only if no other user can have put it there.
 """
 
 import ctypes

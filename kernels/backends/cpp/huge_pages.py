@@ -1,4 +1,4 @@
-"""Memory of large tensors in huge pages: a decode step reads far more of it than a TLB covers.
+"""Huge pages for large tensors: a decode step reads far more memory than a TLB covers.
 
 Usage:
     advise(weight)      # a hint to the kernel; the tensor does not change

@@ -73,7 +73,7 @@ def describe_cpu() -> Device:
 
 
 def cpu_title(cpuinfo: str, board: str) -> str:
-    """The model's name; of boards that name no model, the board's."""
+    """The model's name, or the board's if the system names no model."""
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     name = found.group(1) if found else board.strip("\0\n ")
     return " ".join(re.sub(r"\((R|TM)\)|CPU|@.*", " ", name).split()) or platform.machine()

@@ -57,7 +57,7 @@ class CudaStep(DriverStep):
     """A candidate in CUDA C++."""
 
     def __init__(self, candidate: Candidate, binary: Binary, device: torch.device) -> None:
-        """Of a binary that is loaded on `device`, with scratch of its own."""
+        """Take a binary that is loaded on `device`; the step has scratch of its own."""
         super().__init__(device)
         uses = candidate.launches
         self.binaries = [binary]

@@ -77,7 +77,7 @@ def _version() -> str:
 
 
 def taken(answer: tuple[Any, ...], library: str) -> Any:
-    """What a call of a library of NVIDIA's gives besides its code: a value, several, or none.
+    """What a call of an NVIDIA library returns besides its status: a value, several, or none.
 
     Raises FlashtuneError on any code but success.
     """

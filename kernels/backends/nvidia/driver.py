@@ -1,4 +1,4 @@
-"""NVIDIA's driver, as far as kernels need it: binaries loaded, and launches prepared once.
+"""What kernels need of NVIDIA's driver: loaded binaries, and launches prepared once.
 
 Usage:
     kernels = Binary(binary, device_index)
@@ -6,8 +6,9 @@ Usage:
     cell.value = tensor.data_ptr()     # an argument is whatever its cell holds at the launch
     run(stream)
 
-Through ctypes: a launch costs the host the driver's own time and less than a microsecond, where
-bindings that make objects of every argument take several. Nothing here needs a compiler.
+It is called through ctypes: a launch costs the host the driver's own time and less than a
+microsecond more, where bindings that make an object of every argument take several. Nothing here
+needs a compiler.
 """
 
 import ctypes
@@ -60,9 +61,9 @@ class _Config(ctypes.Structure):
 class Shape:
     """How a kernel is launched: its name, thread blocks, and threads of each.
 
-    overlapped: it may begin before the kernel before it has ended (programmatic dependent
-    launch). cooperative: all of its blocks must be resident at once. most_shared: the L1 cache
-    gives up what it can to shared memory.
+    overlapped: it may begin before the preceding kernel has ended (programmatic dependent
+    launch). cooperative: all of its blocks must be resident at once. most_shared: as much of the
+    L1 cache as possible becomes shared memory.
     """
 
     kernel: str
@@ -132,12 +133,12 @@ class Binary:
 
 
 def loaded() -> tuple[int, int]:
-    """How many binaries of this process are loaded, and how many bytes they have together."""
+    """How many binaries this process has loaded, and their total size in bytes."""
     return _LOADED.total(), sum(size * count for size, count in _LOADED.items())
 
 
 class _Graph:
-    """A recorded sequence of launches, destroyed with what launches it."""
+    """A recorded sequence of launches; it is destroyed with the object that launches it."""
 
     def __init__(self, runs: Sequence[Run], index: int) -> None:
         driver = self._driver = library()
@@ -174,7 +175,7 @@ class _Graph:
 
 
 def recorded(runs: Sequence[Run], index: int) -> Run:
-    """What launches all of these at once, with the values that their cells hold now.
+    """A function that launches all of these at once, with the values that their cells hold now.
 
     On the device with this index. Captures of other threads are not disturbed. Raises
     FlashtuneError where the driver refuses.
@@ -213,7 +214,7 @@ def library() -> Any:
 
 @functools.cache
 def _primary_context(index: int) -> ctypes.c_void_p:
-    """A device's context that torch uses, kept as long as the process lives."""
+    """The context of a device that torch uses; kept as long as the process lives."""
     driver, device, context = library(), ctypes.c_int(), ctypes.c_void_p()
     _check(driver.cuDeviceGet(ctypes.byref(device), index))
     _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))

@@ -27,7 +27,7 @@ def describe(device: torch.device) -> Device | None:
 def describe_gpu(properties: Any) -> Device:
     """The Device for CUDA device properties, as `torch.cuda.get_device_properties` has them.
 
-    Where the driver doesn't tell memory clock and bus width, the bandwidth is 0: unknown.
+    If the driver does not report memory clock and bus width, the bandwidth is 0: unknown.
     """
     arch = f"sm_{properties.major}{properties.minor}"
     sm_count = properties.multi_processor_count
@@ -68,7 +68,7 @@ def _jetson(properties: Any, arch: str) -> Device | None:
 
 
 def toolchain() -> Toolchain:
-    """The versions of Triton, torch and the driver; empty where there is no such tool."""
+    """The versions of Triton, torch and the driver; empty for a tool that is missing."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:

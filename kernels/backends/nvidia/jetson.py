@@ -1,4 +1,4 @@
-"""What is a Jetson's own: a torch that finds no GPU there, its power modes, its power sensors.
+"""What is particular to Jetsons: a torch that finds no GPU, power modes, power sensors.
 
 If torch finds no GPU, everything would run on the CPU silently.
 """
@@ -41,7 +41,7 @@ class Rail:
     current: Path
 
     def watts(self) -> float:
-        """What it delivers now; 0 while the sensor does not answer."""
+        """The power that it delivers now; 0 while the sensor does not answer."""
         return (_number(self.voltage) or 0.0) * (_number(self.current) or 0.0) * 1e-6
 
 
@@ -58,7 +58,7 @@ def why_unused() -> str | None:
 
 
 def jetson() -> str | None:
-    """What this machine calls itself if it is a Jetson, else None."""
+    """The name that this machine gives itself if it is a Jetson, else None."""
     try:
         model = one_line(_MODEL.read_text("utf-8", "replace").strip("\0"))
     except OSError:
@@ -69,7 +69,7 @@ def jetson() -> str | None:
 
 
 def conditions() -> dict[str, str]:
-    """The power mode that `nvpmodel` names, and the highest clocks that it allows."""
+    """The power mode that `nvpmodel` reports, and the highest clocks that it allows."""
     found = {}
     mode = power_mode()
     if mode:
@@ -95,7 +95,7 @@ def power_mode() -> str:
 
 
 def power_rails() -> list[Rail]:
-    """The rails to be added up: the whole board's where there is one, else all there are.
+    """The rails to add up: the whole board's if there is one, else all of them.
 
     Raises FlashtuneError where there is none.
     """
@@ -115,7 +115,7 @@ def power_rails() -> list[Rail]:
 def energy_counter(
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[], float]]:
-    """A function that gives the joules taken so far, by reading the power again and again."""
+    """A function that gives the joules consumed so far, integrated from power readings."""
     meter = _Meter(power_rails(), clock)
     stopped = threading.Event()
 
@@ -133,7 +133,7 @@ def energy_counter(
 
 
 class _Meter:
-    """Adds up power over time: each reading holds since the one before."""
+    """Integrates power over time: a reading holds for the time since the one before."""
 
     def __init__(self, rails: Sequence[Rail], clock: Callable[[], float]) -> None:
         self._rails, self._clock = rails, clock

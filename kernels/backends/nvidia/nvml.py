@@ -1,12 +1,12 @@
-"""NVIDIA's management library, as far as it is asked: power, clocks, and the energy counter.
+"""What is read through NVIDIA's management library: power, clocks, and the energy counter.
 
 Usage:
     board = Board.of(0)                  # FlashtuneError where the library or the board won't say
     board.conditions()                   # {"power limit": "700 W", …}, what can be read
     board.joules()                       # since the driver was loaded
 
-Through ctypes, as the driver: three numbers need no dependency. A Jetson has no such library
-that tells any of this.
+It is called through ctypes, as the driver is: three numbers are not worth a dependency. On a
+Jetson this library reports none of them.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class Board:
     """A GPU, found by its UUID: the library numbers GPUs in another order than CUDA."""
 
     def __init__(self, handle: ctypes.c_void_p, library: Any) -> None:
-        """Of a handle that the library gave."""
+        """Take a handle that the library gave."""
         self._handle, self._library = handle, library
 
     @classmethod
@@ -56,7 +56,7 @@ class Board:
         return cls(handle, library)
 
     def joules(self) -> float:
-        """What the board has taken since the driver was loaded; raises FlashtuneError."""
+        """The joules consumed since the driver was loaded; raises FlashtuneError if not known."""
         value = ctypes.c_ulonglong()
         error = self._library.nvmlDeviceGetTotalEnergyConsumption(
             self._handle, ctypes.byref(value)

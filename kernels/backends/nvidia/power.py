@@ -5,7 +5,7 @@ Usage:
     with energy_counter(0) as joules:
         joules()                 # so far; only differences mean anything
 
-A board in a slot is asked through NVML, a Jetson through the files of its own system.
+A discrete GPU is asked through NVML, a Jetson through the files of its system.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ def conditions(index: int) -> dict[str, str]:
 
 @contextmanager
 def energy_counter(index: int) -> Iterator[Joules]:
-    """A function that gives the joules taken so far; raises FlashtuneError if there is none."""
+    """A function that gives the joules consumed so far; raises FlashtuneError without one."""
     if jetson.jetson():
         with jetson.energy_counter() as joules:
             yield joules
         return
     board = Board.of(index)
-    board.joules()  # which says at once if it won't
+    board.joules()  # raises at once if there is no counter
     yield board.joules

@@ -28,8 +28,11 @@ TILE = 8192  # int32 numbers that a program reads
 LINE = 32  # int32 numbers of a cache line: places lie on lines of their own
 WARPS = {"read": 8}  # of the others one
 READ_BYTES = 2**27
-CACHES, LEAST_CACHES = 16, 4  # that a read goes over, and at least where memory is short
-FREE_SHARE = 4  # of the free memory a probe takes at most one part in so many
+CACHES, LEAST_CACHES = (
+    16,
+    4,
+)  # sizes of the L2 cache that a read covers, and the least where memory is short
+FREE_SHARE = 4  # a probe takes at most this fraction (1 / N) of the free memory
 PDL_FROM = 90  # compute capability of programmatic dependent launch
 
 SIGNATURES = {
@@ -102,31 +105,31 @@ class Gauge:
         return source.numel() * source.element_size()
 
     def read_us(self, count: int) -> float | None:
-        """Microseconds of reading all of them so often."""
+        """Microseconds for reading all of them `count` times."""
         tiles = self._tensors["sums_ptr"].numel()
         return self._time_us("read", count, lambda: [self._run("read", tiles)] * count)
 
     def launch_us(self, count: int) -> float | None:
-        """Of so many empty kernels, each after the one before."""
+        """Microseconds for `count` empty kernels, each after the one before."""
         return self._time_us("nothing", count, lambda: [self._run("nothing", 1)] * count)
 
     def overlapped_us(self, count: int) -> float | None:
-        """The same by programmatic dependent launch; None before sm_90."""
+        """The same with programmatic dependent launch; None before sm_90."""
         if "overlapped" not in self._kernels:
             return None
         return self._time_us("overlapped", count, lambda: [self._run("overlapped", 1)] * count)
 
     def load_us(self, count: int) -> float | None:
-        """Of so many loads, each of the place that the one before gave."""
+        """Microseconds for `count` loads, each from the address that the one before gave."""
         return self._time_us("chase", count, lambda: [self._run("chase", 1, count)])
 
     def barrier_us(self, count: int) -> float | None:
-        """Of so many barriers of one program a multiprocessor."""
+        """Microseconds for `count` barriers, with one program per multiprocessor."""
         programs = self._device.sm_count
         return self._time_us("meet", count, lambda: [self._run("meet", programs, count)])
 
     def close(self) -> None:
-        """Give back its memory, and unload its kernels."""
+        """Free its memory, and unload its kernels."""
         self._graphs.clear()
         self._tensors.clear()
         for kernel in self._kernels.values():
@@ -142,7 +145,7 @@ class Gauge:
         return self._kernels[kernel].at(programs)(cells)
 
     def _time_us(self, kernel: str, count: int, runs: Callable[[], Sequence[Run]]) -> float:
-        """Microseconds of a graph of these launches, which is recorded once."""
+        """Microseconds for a graph of these launches, which is recorded once."""
         graph = self._graphs.get((kernel, count))
         if graph is None:
             graph = self._graphs[kernel, count] = recorded(runs(), self._index)

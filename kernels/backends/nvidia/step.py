@@ -1,4 +1,4 @@
-"""A step that NVIDIA's driver launches, whatever compiled its kernels."""
+"""A step that is launched through NVIDIA's driver, whatever compiled its kernels."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from flashtune.kernels.backends.nvidia.driver import Binary, recorded
 from flashtune.kernels.weights import Weights
 from flashtune.tuning_db.errors import FlashtuneError
 
-# A decode loop comes with the same tensors over and over, since torch's allocator gives out the
-# same memory. What has come so often is recorded, and later calls launch all kernels in one call.
+# A decode loop passes tensors at the same addresses again and again, since torch's allocator
+# reuses memory. After a few calls with the same addresses the launches are recorded, and later
+# calls launch all kernels at once.
 _SEEN_BEFORE = 2
 _MOST_SEEN = 32  # places at a time
-_MOST_GRAPHS = 8  # that are kept, those that were recorded last
-_MOST_RECORDED = 256  # in a step's life: where places change all the time, nothing is gained
+_MOST_GRAPHS = 8  # graphs that are kept, the latest ones
+_MOST_RECORDED = 256  # in a step's life: if addresses always change, recording gains nothing
 
 _Place = tuple[int, int, int]  # of hidden states and output, and the number of the last row
 
@@ -64,7 +65,7 @@ class DriverStep(LaunchedStep):
             binary.unload()
 
     def _look_at(self, place: _Place) -> None:
-        """Record the launches with what their cells hold, where they came here before."""
+        """Record the launches with what their cells hold, if these addresses came before."""
         if len(self._seen) >= _MOST_SEEN:
             self._seen.clear()
         seen = self._seen[place] = self._seen.get(place, 0) + 1
@@ -95,5 +96,5 @@ class DriverStep(LaunchedStep):
 
 
 def index_of(device: torch.device) -> int:
-    """The number of a GPU: of the current one where the device names none."""
+    """The index of a GPU: the current one's if the device has none."""
     return torch.cuda.current_device() if device.index is None else device.index

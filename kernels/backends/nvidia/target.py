@@ -47,7 +47,7 @@ def _trouble() -> str | None:
 
 
 def _why_no_launchers() -> str | None:
-    """Why Triton could not build the code that launches its kernels."""
+    """Why Triton cannot build the code that launches its kernels; None if it can."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "there is no C compiler, which Triton needs: install gcc there"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():

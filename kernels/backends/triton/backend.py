@@ -1,4 +1,4 @@
-"""The Triton backend: source text to compiled kernels, their needs, and their launches.
+"""The Triton backend: from source text to compiled kernels, their needs and their launches.
 
 Usage:
     module = load_source(source)                               # jit functions, nothing compiled
@@ -234,14 +234,14 @@ def _prepared_topk(scratch: Scratch, _: Sequence[Any]) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class LoadedKernel:
-    """A compiled kernel in the memory of a device."""
+    """A compiled kernel, loaded on a device."""
 
     compiled: Any  # Triton's CompiledKernel
     binary: Binary
 
     @classmethod
     def load(cls, compiled: Any, index: int) -> "LoadedKernel":
-        """Load it; raises FlashtuneError where it needs what only Triton's launcher gives."""
+        """Load it; raises FlashtuneError if it needs what only Triton's launcher provides."""
         metadata = compiled.metadata
         for kind in ("global_scratch_size", "profile_scratch_size"):
             if getattr(metadata, kind, 0):
@@ -249,7 +249,7 @@ class LoadedKernel:
         return cls(compiled, Binary(compiled.kernel, index))
 
     def at(self, programs: int) -> Prepare:
-        """What prepares a launch of so many programs."""
+        """A function that prepares a launch of this many programs."""
         metadata = self.compiled.metadata
         shape = Shape(
             metadata.name,
@@ -272,7 +272,7 @@ class DecodeStep(DriverStep):
         kernels: Mapping[str, LoadedKernel],
         device: torch.device,
     ) -> None:
-        """Of kernels that are loaded on `device`, with scratch of its own."""
+        """Take kernels that are loaded on `device`; the step has scratch of its own."""
         super().__init__(device)
         self.recordable = not _uses_topk(module)  # which torch launches itself
         self.binaries = [each.binary for each in kernels.values()]
