@@ -20,28 +20,21 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 STARTUP = 8  # trials before the first model
-CANDIDATES = 24  # samples of a model, of which the best is proposed: Optuna's own number
-FURTHER = 96  # samples of a model that tells more than one proposal
+FURTHER = 96  # samples of a model that tells more than one proposal: four times Optuna's own
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 _Group = dict[str, BaseDistribution]
 
 
-class _Tpe(optuna.samplers.TPESampler):
+class _RankingTpe(optuna.samplers.TPESampler):
     """Optuna's TPE. `ranked`: each parameter's samples of the last model, the best first.
 
     They are as Optuna keeps them, numbers of choices.
     """
 
-    def __init__(self, seed: int, candidates: int) -> None:
-        """No model yet."""
-        super().__init__(
-            seed=seed,
-            multivariate=True,
-            constant_liar=True,
-            n_startup_trials=STARTUP,
-            n_ei_candidates=candidates,
-        )
+    def __init__(self, **settings: Any) -> None:
+        """No model yet. settings: Optuna's own."""
+        super().__init__(**settings)
         self.ranked: dict[str, list[float]] = {}
 
     def _compute_acquisition_func(self, samples: Any, mpe_below: Any, mpe_above: Any) -> Any:
@@ -59,14 +52,18 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
         """No trial has been seen yet."""
         self.looks_further = False
         self.further: list[dict[str, Any]] = []
-        self._nearby, self._far = _Tpe(seed, CANDIDATES), _Tpe(seed, FURTHER)
+        settings: dict[str, Any] = {
+            "seed": seed, "multivariate": True, "constant_liar": True, "n_startup_trials": STARTUP
+        }  # fmt: skip
+        self._tpe = optuna.samplers.TPESampler(**settings)
+        self._ranking = _RankingTpe(**settings, n_ei_candidates=FURTHER)
         self._groups: list[_Group] = []
         self._seen: set[int] = set()
 
     def reseed_rng(self) -> None:
         """Another seed."""
-        self._nearby.reseed_rng()
-        self._far.reseed_rng()
+        self._tpe.reseed_rng()
+        self._ranking.reseed_rng()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> _Group:
         """The parameters of finished trials that have more than one choice."""
@@ -80,17 +77,19 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: _Group
     ) -> dict[str, Any]:
         """A plan, if there are several, and its knobs; nothing before there is a model."""
-        tpe = self._far if self.looks_further else self._nearby
+        tpe = self._ranking if self.looks_further else self._tpe
         found: dict[str, Any] = {}
         further: dict[str, list[Any]] = {}
         for group in sorted(self._groups, key=lambda group: "plan" not in group):
             plan = found.get("plan", trial.params.get("plan"))
             if "plan" in group or any(name.startswith(f"{plan}.") for name in group):
                 found |= tpe.sample_relative(study, trial, group)
-                for name in group.keys() & found.keys() - {"plan"}:
-                    further[name] = [group[name].to_external_repr(n) for n in tpe.ranked[name]]
-        rows = zip(*further.values(), strict=True) if self.looks_further else ()
+                if self.looks_further:  # the next group's model replaces this one's samples
+                    for name in group.keys() & found.keys() - {"plan"}:
+                        numbers = self._ranking.ranked[name]
+                        further[name] = [group[name].to_external_repr(each) for each in numbers]
         chosen = {"plan": found["plan"]} if "plan" in found else {}
+        rows = zip(*further.values(), strict=True)
         self.further = [chosen | dict(zip(further, row, strict=True)) for row in rows]
         return found
 
@@ -102,7 +101,7 @@ class PlanFirstSampler(optuna.samplers.BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """A parameter that is in no group yet."""
-        return self._nearby.sample_independent(study, trial, param_name, param_distribution)
+        return self._tpe.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
         self,
