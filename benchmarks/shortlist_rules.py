@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.predict.cost_model import MODEL_FILE, read_model_file
-from flashtune.tuner.predict.calibration import CARDS, read_calibration
-from flashtune.tuner.predict.check import MOST_LOSS
+from flashtune.tuner.predict.calibration import CARDS, Calibration, read_calibration
+from flashtune.tuner.predict.check import MOST_LOSS, losses
 from flashtune.tuner.predict.fit import Fit, Samples, read_fit
 from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData
-from flashtune.tuning_db.shortlist import shortlisted
 
 NEAR = (math.inf, 1.3, 1.2, 1.1, 1.05, 1.0)
 LIKENESS = (0.0, 0.1, 0.3)
@@ -38,14 +37,16 @@ class Predicted:
 
     def loss(self, near: float, likeness: float) -> float:
         """How much slower the best of the shortlist is than the best of all."""
-        places = shortlisted(self.predicted_us, self.configs, near=near, likeness=likeness)
-        return min(self.measured_us[at] for at in places) / min(self.measured_us) - 1
+        times = self.predicted_us, self.measured_us
+        return losses(*times, self.configs, near=near, likeness=likeness)[1]
 
 
-def predicted(fit: Fit, samples: Samples) -> list[Predicted]:
-    """Each problem, predicted by the fit without its shape where there is one."""
+def predicted(fit: Fit, calibration: Calibration) -> list[Predicted]:
+    """Each problem, on the fit's own device predicted by the fit without its shape."""
+    samples = Samples(calibration.samples, find_device(calibration.device))
+    held_out = fit.held_out if calibration.device == fit.model.device else {}
     by_shape = {
-        shape: samples.log_predictions(fit.held_out.get((shape,), fit.model.constants))
+        shape: samples.log_predictions(held_out.get((shape,), fit.model.constants))
         for shape in set(samples.shapes)
     }
     found: dict[Problem, Predicted] = defaultdict(Predicted)
@@ -69,11 +70,7 @@ def main() -> None:
     headings, cards = ["near", "likeness"], []
     for path in CARDS:
         calibration = read_calibration(path)
-        samples = Samples(calibration.samples, find_device(calibration.device))
-        own = fit if calibration.device == fit.model.device else Fit(
-            calibration=fit.calibration, model=fit.model, held_out={}
-        )  # fmt: skip
-        cards.append(predicted(own, samples))
+        cards.append(predicted(fit, calibration))
         name = f"{calibration.device}, {len(cards[-1])} problems"
         headings += [f"{name}: worst", f"over {MOST_LOSS:.0%}", "mean"]
     print("| " + " | ".join(headings) + " |")

@@ -23,10 +23,11 @@ from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.predict.correction import STANDS_FOR, corrected, expected_figures
 from flashtune.kernels.predict.cost_model import CostModel, shipped_model
 from flashtune.tuner.predict.calibration import SHIPPED, Calibration, Sample, read_calibration
+from flashtune.tuner.predict.check import losses
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.probe import Figures, Probe
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.shortlist import MOST, shortlisted
+from flashtune.tuning_db.shortlist import MOST
 
 NOISE = 0.05  # of a simulated probe's figures, up or down
 MISSES = 1.2  # factor by which every probe exceeds the constants, the reference's too
@@ -54,9 +55,9 @@ def judged(problems: dict[Problem, list[Sample]], model: CostModel, device: Devi
             for each in samples
         ]
         times = [each.time_us for each in samples]
-        chosen = shortlisted(guesses, [config_data(each.config) for each in samples])
-        first.append(times[chosen[0]] / min(times) - 1)
-        best.append(min(times[at] for at in chosen) / min(times) - 1)
+        found = losses(guesses, times, [config_data(each.config) for each in samples])
+        first.append(found[0])
+        best.append(found[1])
         errors += [abs(guess / time - 1) for guess, time in zip(guesses, times, strict=True)]
     return max(first), max(best), statistics.median(errors)
 

@@ -9,7 +9,7 @@ Nothing is fitted here: the model's file has the constants of the fits without t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.evidence import Evidence
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.shortlist import shortlisted
+from flashtune.tuning_db.record import ConfigData
+from flashtune.tuning_db.shortlist import LIKENESS, NEAR, shortlisted
 
 HEADLINE = ("gemma-3-270m", "qwen3-vl-2b")  # the smallest hidden size, and the published shape
 LEAST_CORRELATION = 0.8
@@ -327,9 +328,8 @@ def _card(model: CostModel, calibration: Calibration) -> CardResult:
     samples = Samples(calibration.samples, find_device(calibration.device))
     predictions = samples.log_predictions(model.constants)
     inside = _inside(samples, predictions, model.intervals)
-    return CardResult(
-        device=calibration.device, results=tuple(_results(samples, predictions, inside))
-    )
+    results = _results(samples, predictions, inside, set(samples.shapes))
+    return CardResult(device=calibration.device, results=tuple(results))
 
 
 def _formats(model: CostModel) -> Iterator[FormatResult]:
@@ -354,8 +354,9 @@ def _split(
     """A fit's results on the shapes that it never saw, with the intervals of the other shapes."""
     others = set(samples.shapes) - set(held)
     inside = _inside(samples, predictions, intervals(samples, misses, others))
-    results = (each for each in _results(samples, predictions, inside) if each.shape in held)
-    return SplitResult(held_out=held, results=tuple(results))
+    return SplitResult(
+        held_out=held, results=tuple(_results(samples, predictions, inside, set(held)))
+    )
 
 
 def _inside(
@@ -369,24 +370,47 @@ def _inside(
     return inside
 
 
-def _results(samples: Samples, predictions: Array, inside: Flags) -> Iterator[ProblemResult]:
-    """The results of predictions (logarithms of microseconds) on each problem of the samples."""
+def _results(
+    samples: Samples, predictions: Array, inside: Flags, shapes: Collection[str]
+) -> Iterator[ProblemResult]:
+    """The results of predictions (logarithms of microseconds) on each problem of these shapes."""
     problems = [sample.problem for sample in samples.samples]
     for problem in sorted(set(problems)):
         own = np.array([each == problem for each in problems])
+        shape = samples.shapes[int(np.argmax(own))]
+        if shape not in shapes:
+            continue
         times, guesses = samples.log_times[own], predictions[own]
         configs = [config_data(samples.samples[at].config) for at in np.flatnonzero(own).tolist()]
-        listed = times[shortlisted(np.exp(guesses).tolist(), configs)]
+        first, loss = losses(np.exp(guesses).tolist(), np.exp(times).tolist(), configs)
         yield ProblemResult(
             problem=problem,
-            shape=samples.shapes[int(np.argmax(own))],
+            shape=shape,
             samples=int(own.sum()),
             rank_correlation=rank_correlation(times, guesses),
-            loss=math.expm1(float(listed.min() - times.min())),
-            first=math.expm1(float(listed[0] - times.min())),
+            loss=loss,
+            first=first,
             inside=float(inside[own].mean()),
             error=math.expm1(float(np.median(guesses - times))),
         )
+
+
+def losses(
+    predicted_us: Sequence[float],
+    measured_us: Sequence[float],
+    configs: Sequence[ConfigData],
+    *,
+    near: float = NEAR,
+    likeness: float = LIKENESS,
+) -> tuple[float, float]:
+    """How much slower the first choice and the best of the shortlist are than the best of all.
+
+    As measured. near, likeness: those of the shortlist's rule.
+    """
+    places = shortlisted(predicted_us, configs, near=near, likeness=likeness)
+    times = [measured_us[at] for at in places]
+    best_us = min(measured_us)
+    return times[0] / best_us - 1, min(times) / best_us - 1
 
 
 def rank_correlation(one: Sequence[float] | Array, other: Sequence[float] | Array) -> float:
