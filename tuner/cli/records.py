@@ -199,10 +199,12 @@ def report(
 
     require_plotly()
     path = database or default_path()
-    table = read_table(before) if before else None
+    changed = None
+    if before is not None:
+        table = read_table(before)
+        with Store(path, read_only=True) as store:
+            changed = changes(table, store)
     sections = read_sections(path, device, problem)
-    with Store(path, read_only=True) as store:
-        changed = changes(table, store) if table else None
     write_report(out, path, sections, changed)
     trials = sum(len(each.search.evaluated) for each in sections)
     say(f"{out}: {len(sections)} searches, {trials} trials")

@@ -73,7 +73,7 @@ class _Search(click.Command):
 @click.option(
     "--retry-failed",
     is_flag=True,
-    help=("First evaluate the configs again that failed in earlier runs."),
+    help="First evaluate the configs again that failed in earlier runs.",
 )
 @click.option(
     "--remote",

@@ -38,7 +38,7 @@ COMPARE_SECONDS = 180.0
 REST_SECONDS = 0.5  # longest single wait for workers
 KEPT_BUSY = 16  # compilers per worker that measures: more would only wait for it
 _UNSAID = Measurement(
-    outcome=Outcome.CRASH, error=("the worker reported no outcome for this config")
+    outcome=Outcome.CRASH, error="the worker reported no outcome for this config"
 )
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class PredictingEvaluator:
             spilled = {use.kernel: use.spilled for use in reply.uses if use.spilled}
             return Measurement(
                 outcome=Outcome.OUT_OF_RESOURCES,
-                error=(f"spills registers (bytes per thread: {spilled})"),
+                error=f"spills registers (bytes per thread: {spilled})",
             )
         named = {use.kernel for use in reply.uses}
         unsaid = [use.kernel for use in candidate.launches if use.kernel not in named]

@@ -124,7 +124,7 @@ def _run(command: list[str], source: str, folder: Path, seconds: float) -> bytes
         said = next((line for line in done.stderr.splitlines() if "error" in line), "")
         raise FlashtuneError(
             f"{command[0]} failed with exit code {done.returncode}: "
-            f"{said.strip() or 'no output'} (or set CXX to another compiler)"
+            f"{said.strip() or 'no output'} (set CXX to try another compiler)"
         )
     return library.read_bytes()
 
