@@ -245,7 +245,8 @@ def test_several_workers_share_a_model_and_one_does_not(
     fits, trials = proposed(space, False, monkeypatch)
     shared, told = proposed(space, True, monkeypatch)
     assert fits > 40, "a model for each of Optuna's proposals"
-    assert shared < fits / 3
+    # From 8 results to 84, a quarter more each time: that takes a model eleven times.
+    assert 11 <= shared < fits / 3
     assert 90 <= told < trials, "what a shared model proposes in vain is no trial"
 
 
