@@ -10,10 +10,12 @@ asks for answers of two lengths, so that their difference excludes the prompt. B
 one engine, which switches between them at each repeat, so that nothing else differs; for `dense`
 the plugin looks up the number of rows and steps aside. By default FlashHead answers if the plugin
 found it faster, with `--always` at any number of rows. With `--kernels` the GPU's own time of a
-step is shown, too.
+step is shown, too. Last, the FlashHead is dropped, and the tensors' memory with and without it is
+reported.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -162,6 +164,20 @@ class Heads:
         for each, sizes in zip(self.served, self.sizes, strict=True):
             each._sizes = {"dense": {}, "flash": sizes, "always": dict(enumerate(ROUNDED))}[name]
 
+    def resident_bytes(self) -> dict[str, int]:
+        """The memory of this process's tensors on the GPU with the heads, and without: drops them.
+
+        `head`: what the heads say that they add.
+        """
+        import torch
+
+        said = sum(each._head.added_bytes for each in self.served if each._head)
+        bytes_with = torch.cuda.memory_allocated()
+        for each in self.served:
+            each._head, each._sizes = None, {}
+        gc.collect()
+        return {"with": bytes_with, "without": torch.cuda.memory_allocated(), "head": said}
+
     def answering(self, name: str, rows: int) -> str:
         """The head that answers for this many rows: `dense` if FlashHead was not found faster."""
         faster = all(rows in sizes for sizes in self.sizes)
@@ -275,6 +291,11 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
                 f"{', kernels ' + str(cell['kernels_us']) if 'kernels_us' in cell else ''}",
                 flush=True,
             )
+    if not cpu:
+        found["resident_bytes"] = heads.resident_bytes()
+        print(found["resident_bytes"], flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
