@@ -4,13 +4,13 @@
     python benchmarks/fleet_simulation.py --from compile.json --out simulation.json
 
 The driver is the real one: proposals, Optuna, evaluators, pools, lines of JSON, poll, the
-database. Its processor time advances the simulated clock, second for second. Only workers are
-simulated. For recorded configs, a config's time is the one measured on an H200; for others it is
-predicted by the cost model, which was fitted to those. Compiling takes the processor time that it
-took here, and measuring takes the time that docs/performance.md reports for an H200: 30 s for 150
-evaluations. All recorded problems are searched in one run. With --own-models each of Optuna's
-proposals has a model of its own, however many workers wait. With --keep the databases stay, for a
-report of simulated searches:
+database. Its processor time advances the simulated clock, second for second; its waits for the
+disk do not. Only workers are simulated. For recorded configs, a config's time is the one measured
+on an H200; for others it is predicted by the cost model, which was fitted to those. Compiling
+takes the processor time that it took here, and measuring takes the time that docs/performance.md
+reports for an H200: 30 s for 150 evaluations. All recorded problems are searched in one run. With
+--own-models each of Optuna's proposals has a model of its own, however many workers wait. With
+--keep the databases stay, for a report of simulated searches:
 
     python benchmarks/fleet_simulation.py --from compile.json --workers 8 --problems 1 \
         --trials 1000 --keep kept

@@ -150,8 +150,7 @@ class Toolchain:
     @property
     def key(self) -> str:
         """Canonical JSON, the database key."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return _key_of(self)
 
     def outdated(self, now: "Toolchain") -> tuple[str, ...]:
         """The tools whose change makes a measurement stale, by name.
@@ -173,6 +172,12 @@ class Toolchain:
         if not all(isinstance(value, str) for value in data.values()):
             raise FlashtuneError("a toolchain's versions must be text")
         return cls(**data)
+
+
+@functools.lru_cache(maxsize=64)  # every record of a search has the same
+def _key_of(tools: Toolchain) -> str:
+    data = {field.name: getattr(tools, field.name) for field in fields(tools)}
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
 def _told_apart(tool: str, version: str) -> str:

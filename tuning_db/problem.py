@@ -8,6 +8,7 @@ Usage:
     parse_shape("vocab=151936,hidden=2048,clusters=9496,probes=512,tokens=4")
 """
 
+import functools
 import json
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -200,7 +201,7 @@ class Problem:
     @property
     def key(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(self.data(), sort_keys=True, separators=(",", ":"))
+        return _key_of(self)
 
     def data(self) -> dict[str, Any]:
         """The problem as plain data.
@@ -242,6 +243,11 @@ class Problem:
         if self.epilogue != "argmax":
             text += f" {self.epilogue}"
         return text
+
+
+@functools.lru_cache(maxsize=256)  # every record of a search has the same
+def _key_of(problem: Problem) -> str:
+    return json.dumps(problem.data(), sort_keys=True, separators=(",", ":"))
 
 
 PRESETS = {

@@ -167,12 +167,12 @@ class Store:
         with self._transaction():
             for record in records:
                 row = _row_of(record)
-                found = self._select("SELECT * FROM records WHERE key = ?", (record.key,))
+                found = self._select("SELECT * FROM records WHERE key = ?", (row["key"],))
                 before = next(self._those_that_are(found, _record), None)
                 if before is None or _standing(record) >= _standing(before):
                     self._put("records", row, "key")
                 measured = {name: row[name] for name in _HISTORY_COLUMNS}
-                self._put("measurements", {"record": record.key, **measured})
+                self._put("measurements", {"record": row["key"], **measured})
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove records by their full keys, with all their measurements, in one transaction."""
@@ -536,11 +536,17 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log; SQLite doesn't wait for other processes here."""
+    """Switch to the write-ahead log; SQLite doesn't wait for other processes here.
+
+    With it no transaction need wait for the disk, and none is lost with its process. If the
+    machine itself goes down, the last ones may be missing, but no database is damaged.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode == "wal":
+                connection.execute("PRAGMA synchronous = NORMAL")
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import sqlite3
 import subprocess
@@ -13,7 +14,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import Provenance, Record, record_key
 from flashtune.tuning_db.schema import SCHEMA_VERSION
-from flashtune.tuning_db.store import Store, open_existing
+from flashtune.tuning_db.store import Store, _use_write_ahead_log, open_existing
 
 MakeRecord = Callable[..., Record]
 EARLY, LATE = "2026-01-31T12:00:00Z", "2026-02-01T12:00:00Z"
@@ -216,6 +217,15 @@ def test_a_failed_add_leaves_nothing_behind(store: Store, make_record: MakeRecor
         store.add(make_record(1.0, created=LATE))
     assert store.records() == [broken]
     assert len(store.measurements(broken.key)) == 1
+
+
+def test_adding_does_not_wait_for_the_disk(store: Store) -> None:
+    """A search adds hundreds of records a second. Only with the log is that safe."""
+    normal, full = 1, 2
+    assert store._connection.execute("PRAGMA synchronous").fetchone() == (normal,)
+    with contextlib.closing(sqlite3.connect(":memory:")) as without_log:
+        _use_write_ahead_log(without_log)
+        assert without_log.execute("PRAGMA synchronous").fetchone() == (full,)
 
 
 def test_a_reader_cannot_add(tmp_path: Path, make_record: MakeRecord) -> None:

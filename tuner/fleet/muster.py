@@ -38,6 +38,7 @@ class Muster:
         """task: a comparison of the reference config alone."""
         self._pool, self._task, self._on_note, self._clock = pool, task, on_note, clock
         self._asked: dict[str, int] = {}  # how often
+        self._awaited: dict[str, None] = {}  # whose answer has not been collected
         self._found: dict[str, Measurement] = {}
         self._reference: tuple[str, Measurement] | None = None
         self._first_answer: float | None = None
@@ -48,9 +49,13 @@ class Muster:
         for name in newcomers:
             if name not in self._asked:
                 self._ask(name)
-        for name in newcomers:
+        for name in list(self._awaited):
             for _, reply in self._pool.collect((self, name)):
-                self._hear(name, reply)
+                del self._awaited[name]
+                if name in newcomers:
+                    self._hear(name, reply)
+                else:  # it is gone or set aside; if it comes back, it is asked anew
+                    del self._asked[name]
         if self._reference is None and self._found and self._is_time(newcomers):
             self._choose()
         if self._reference is not None:
@@ -59,6 +64,7 @@ class Muster:
 
     def _ask(self, name: str) -> None:
         self._asked[name] = self._asked.get(name, 0) + 1
+        self._awaited[name] = None
         self._pool.submit(self._task, SECONDS, owner=(self, name), at=name)
 
     def _hear(self, name: str, reply: Reply) -> None:

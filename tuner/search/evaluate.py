@@ -183,7 +183,8 @@ class MeasuringEvaluator:
 
     A time so short that it would prune the best known config is measured once more before it
     counts, in the way finalists are. So every pruned config is slower than one that was timed
-    twice. One worker times all finalists.
+    twice. Longer ones wait meanwhile: most would prune nothing once it is confirmed. One worker
+    times all finalists.
     """
 
     provenance = Provenance.MEASURED
@@ -211,6 +212,8 @@ class MeasuringEvaluator:
         self._elsewhere, self._energy, self._sharers = elsewhere, energy, sharers
         self._best_us: float | None = None
         self._confirmed_us = math.inf  # the best time that was measured twice
+        self._doubted: dict[Config, float] = {}  # times of configs that are being measured again
+        self._waiting: list[tuple[Task, Measurement]] = []  # longer times that prune, too
         self._in_turns = target_of(device).times_alone
         self._sites: dict[Config, str] = {}  # of configs under way
         self._compiled: list[Config] = []
@@ -228,7 +231,8 @@ class MeasuringEvaluator:
     @property
     def pending(self) -> int:
         """Configs being compiled, measured, or waiting for either."""
-        return self._compiling + len(self._compiled) + self._measurers.pending(self)
+        measuring = self._measurers.pending(self) + len(self._waiting)
+        return self._compiling + len(self._compiled) + measuring
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -269,20 +273,34 @@ class MeasuringEvaluator:
             self._compiled.clear()
         for task, reply in self._measurers.collect(self):
             evaluations += self._judged(task, reply.measurement or _UNSAID)
+            if task.kind == "compare":
+                evaluations += self._those_that_waited()
         return evaluations
 
     def _judged(self, task: Task, measurement: Measurement) -> list[Evaluation]:
         """The evaluation that a measurement completes; none if its config is to be timed again."""
-        config = task.candidates[0].config
+        config, time_us = task.candidates[0].config, measurement.median_us
         again = task.kind == "compare"
-        if measurement.outcome is Outcome.OK and measurement.median_us is not None:
+        if again:
+            del self._doubted[config]
+        if measurement.outcome is Outcome.OK and time_us is not None:
             if again:
-                self._confirmed_us = min(self._confirmed_us, measurement.median_us)
-            elif FAR_BEHIND * measurement.median_us < self._confirmed_us:
-                self._ask("compare", config, COMPARE_SECONDS)
+                self._confirmed_us = min(self._confirmed_us, time_us)
+            elif FAR_BEHIND * time_us < self._confirmed_us:
+                if time_us < min(self._doubted.values(), default=math.inf):
+                    self._doubted[config] = time_us
+                    self._ask("compare", config, COMPARE_SECONDS)
+                else:
+                    self._waiting.append((task, measurement))
                 return []
-            self._best_us = min(self._best_us or math.inf, measurement.median_us)
+            self._best_us = min(self._best_us or math.inf, time_us)
         return [self._ended(config, replace(measurement, policy=policy_for(SEARCH, task.device)))]
+
+    def _those_that_waited(self) -> list[Evaluation]:
+        """What becomes of times that waited for one that has been measured again."""
+        waiting = sorted(self._waiting, key=lambda each: each[1].median_us or 0.0)
+        self._waiting = []
+        return [each for found in waiting for each in self._judged(*found)]
 
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Time several configs in turns, so that a drifting clock favours none.
@@ -299,6 +317,8 @@ class MeasuringEvaluator:
         if self._compilers is not None:
             self._compilers.cancel(self)
         self._compiled.clear()
+        self._doubted.clear()
+        self._waiting.clear()
         self._sites.clear()
         self._measurers.cancel(self)
 

@@ -51,11 +51,14 @@ class Proposals:
         self._spent: Counter[str] = Counter()  # configs of each family, including those under way
         self._sampler = sampler
         self._random = random.Random(seed)
-        self._trials: dict[Config, int] = {}  # numbers of the trials under way
+        self._trials: dict[Config, int] = {}  # trials under way, as the storage counts them
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Trials end in the storage itself: `Study.tell` would copy each of them whole.
+        self._storage = optuna.storages.InMemoryStorage()
         self._study = optuna.create_study(
-            sampler=make_sampler(sampler, seed), direction="minimize"
+            storage=self._storage, sampler=make_sampler(sampler, seed), direction="minimize"
         )
+        self._study_id = self._storage.get_study_id_from_name(self._study.study_name)
         self._first = deque([*references(space), *_winners(space, near), *space.starts()])
         self._turn = 0
         self._ranked: Iterator[Mapping[str, Any]] = iter(())  # parameters, best first
@@ -105,11 +108,7 @@ class Proposals:
     def learn(self, config: Config, measurement: Measurement) -> None:
         """Report the outcome of a proposed config; a failure is a pruned trial."""
         self._know(config, measurement)
-        trial = self._trials.pop(config)
-        if measurement.median_us is None:
-            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            self._study.tell(trial, measurement.median_us)
+        self._end(self._trials.pop(config), measurement.median_us)
 
     def correct(self, config: Config, measurement: Measurement) -> None:
         """Replace what is known of a config, which gave another result when evaluated again."""
@@ -161,22 +160,28 @@ class Proposals:
 
     def _add_trial(
         self, config: Config, state: optuna.trial.TrialState, time_us: float | None = None
-    ) -> None:
+    ) -> int:
         """Add a trial that Optuna did not propose."""
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                params=self.space.parameters(config),
-                distributions=self.space.distributions(config),
-                value=time_us,
-                state=state,
-            )
+        trial = optuna.trial.create_trial(
+            params=self.space.parameters(config),
+            distributions=self.space.distributions(config),
+            value=time_us,
+            state=state,
         )
+        return self._storage.create_new_trial(self._study_id, trial)
+
+    def _end(self, trial: int, time_us: float | None) -> None:
+        """Tell Optuna how a trial ended; a failure is a pruned one."""
+        states = optuna.trial.TrialState
+        if time_us is None:
+            self._storage.set_trial_state_values(trial, states.PRUNED)
+        else:
+            self._storage.set_trial_state_values(trial, states.COMPLETE, [time_us])
 
     def _claim(self, config: Config, trial: int | None) -> Config:
         """Mark a config as under way, with a trial of its own if Optuna did not propose it."""
         if trial is None:
-            self._add_trial(config, state=optuna.trial.TrialState.RUNNING)
-            trial = self._study.get_trials(deepcopy=False)[-1].number
+            trial = self._add_trial(config, state=optuna.trial.TrialState.RUNNING)
         self._trials[config] = trial
         self._spent[self.space.family(config)] += 1
         return config
@@ -202,18 +207,16 @@ class Proposals:
         sampler = self._study.sampler
         if isinstance(sampler, PlanFirstSampler):
             sampler.looks_further = several
-        trial = self._study.ask()
-        config, reason = self.space.suggest(trial)
+        asked = self._study.ask()
+        config, reason = self.space.suggest(asked)
+        trial = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, asked.number)
         if isinstance(sampler, PlanFirstSampler):
             self._ranked = iter(sampler.further)
             self._serves = len(self.known) + len(self.known) // 4
         if reason is None and self._is_new(config):
-            return config, trial.number
-        time_us = self.known[config].median_us if config in self.known else None
-        if reason is None and time_us is not None:
-            self._study.tell(trial, time_us)
-        else:
-            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return config, trial
+        known = self.known.get(config) if reason is None else None
+        self._end(trial, known.median_us if known else None)
         return None, None
 
     def _neighbour(self) -> Config | None:

@@ -48,6 +48,8 @@ from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table
 from flashtune.tuning_db.table_folder import added_tables
 
+UNREAD_SECONDS = 0.01  # for which replies are left unread between two steps; far below a task's
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRequest:
@@ -288,18 +290,20 @@ def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionR
 def in_turns(under_way: list[Steps[None]]) -> Steps[None]:
     """Advance each by one step; those that ended are removed from the list.
 
-    Replies are read after each step, but workers are waited for only at the end, if all wait for
-    them.
+    Replies are read before a step if that was long ago, but workers are waited for only at the
+    end, if all wait for them.
     """
-    wait = math.inf
+    wait, read = math.inf, time.monotonic()
     for each in list(under_way):
+        if time.monotonic() > read + UNREAD_SECONDS:
+            yield 0.0
+            read = time.monotonic()
         seconds = next(each, None)
         if seconds is None:
             under_way.remove(each)
             wait = 0.0
         else:
             wait = min(wait, seconds)
-            yield 0.0
     if under_way:
         yield wait
 

@@ -18,7 +18,8 @@ when there is a connection. Several users share a pool, each as an `owner` of it
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,15 @@ ROSTER_SECONDS = 5.0  # between two looks at which places there are
 _TROUBLE = Outcome.ENVIRONMENT
 
 Wait = Callable[[Sequence[Connection], float], list[Connection]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counts:
+    """How many workers there may be, how many are there, and how many may be at each site."""
+
+    size: int
+    working: int
+    sites: Mapping[str, int]
 
 
 class WorkerPool:
@@ -68,7 +78,7 @@ class WorkerPool:
         self._backlog = Backlog()
         self._answered: dict[Hashable, list[tuple[Task, Reply]]] = {}
         self._pending: Counter[Hashable] = Counter()
-        self._sites: dict[str, int] | None = None
+        self._counted: _Counts | None = None
         self._posts: list[Post] = []
         self._next_look, self._empty_since = clock() + ROSTER_SECONDS, clock()
         self._set_places(places() if callable(places) else places)
@@ -89,19 +99,17 @@ class WorkerPool:
     @property
     def size(self) -> int:
         """How many workers there may be; those that were set aside do not count."""
-        return sum(not post.aside for post in self._posts)
+        return self._counts.size
 
     @property
     def working(self) -> int:
-        """How many workers there are that may be given any task."""
-        return sum(post.connected for post in self._usable())
+        """How many workers there are that may be given any task, as of the last turn."""
+        return self._counts.working
 
     @property
-    def sites(self) -> dict[str, int]:
+    def sites(self) -> Mapping[str, int]:
         """The number of workers of each site that may be given any task, as of the last turn."""
-        if self._sites is None:
-            self._sites = dict(Counter(post.place.site for post in self._usable()))
-        return self._sites
+        return self._counts.sites
 
     @property
     def newcomers(self) -> list[str]:
@@ -112,14 +120,14 @@ class WorkerPool:
         """Let the worker of a place have any task."""
         for post in self._posts:
             if post.place.name == name:
-                post.admitted, self._sites = True, None
+                post.admitted, self._counted = True, None
         self._assign()
 
     def set_aside(self, name: str, why: str) -> None:
         """Give the worker of a place nothing any more, and end it."""
         for post in self._posts:
             if post.place.name == name:
-                post.aside, self._sites = why, None
+                post.aside, self._counted = why, None
                 self._end([post])
 
     def pending(self, owner: Hashable = None) -> int:
@@ -182,6 +190,11 @@ class WorkerPool:
         self._end(self._posts)
 
     @property
+    def has_answers(self) -> bool:
+        """Whether there is anything to collect."""
+        return bool(self._answered)
+
+    @property
     def heard(self) -> list[Connection]:
         """The connections on which something is waited for."""
         return [
@@ -196,7 +209,7 @@ class WorkerPool:
         Raises FlashtuneError when there has been no worker for too long.
         """
         speaking = {id(each) for each in ready}
-        self._sites, now = None, self._clock()
+        now = self._clock()
         for post in self._posts:
             if post.connection is None or (post.request is None and post.connected):
                 continue
@@ -208,6 +221,7 @@ class WorkerPool:
             self._set_places(self._roster())
         self._give_up()
         self._assign()
+        self._counted = None
 
     def _set_places(self, places: Sequence[Place]) -> None:
         """Have a post for each of the places; what others were doing is given to them."""
@@ -225,6 +239,18 @@ class WorkerPool:
         names = {post.place.name for post in gone}
         for request in self._backlog.remove(lambda request: request.at in names):
             self._answer(request, _unsaid(request))
+
+    @property
+    def _counts(self) -> _Counts:
+        """Counted once a turn: searches ask for them at each step, and there may be hundreds."""
+        if self._counted is None:
+            usable = self._usable()
+            self._counted = _Counts(
+                size=sum(not post.aside for post in self._posts),
+                working=sum(post.connected for post in usable),
+                sites=Counter(post.place.site for post in usable),
+            )
+        return self._counted
 
     def _usable(self) -> list[Post]:
         return [
@@ -449,7 +475,11 @@ class WorkerPool:
 
 
 def rest(pools: Sequence[WorkerPool], seconds: float) -> None:
-    """Wait until a worker of any pool has something to say, at most that long; then read it."""
+    """Wait until a worker of any pool has something to say, at most that long; then read it.
+
+    Does not wait while there is something to collect.
+    """
+    seconds = 0.0 if any(pool.has_answers for pool in pools) else seconds
     speaking = pools[0].ready([each for pool in pools for each in pool.heard], seconds)
     for pool in pools:
         pool.turn(speaking)

@@ -124,3 +124,21 @@ def test_late_ones_are_not_waited_for_and_compared_when_they_come(mustered) -> N
     assert (pool.admitted, pool.newcomers) == (["a"], ["b"])
     pool, _ = mustered(seconds=GATHER_SECONDS, a=[10.0], b=[None, None, None, 13.0, 13.0], turns=9)
     assert (pool.admitted, pool.aside) == (["a"], ["b"])
+
+
+def test_one_that_is_gone_before_it_answers_is_asked_anew_when_it_is_back(
+    problem: Problem, device: Device
+) -> None:
+    """Its answer is collected all the same: nobody waits for workers while there are answers."""
+    candidate = Candidate(problem, default_config(problem, device), device)
+    pool, notes = Pool({"a": [10.0], "b": []}), list[str]()
+    task = Task(kind="compare", candidates=(candidate,))
+    muster = Muster(pool, task, notes.append)  # type: ignore[arg-type]
+    muster.turn()
+    pool.newcomers.remove("b")
+    pool.answers["b"] = [None, 10.1]
+    muster.turn()
+    assert (pool.admitted, pool.answers["b"], pool.asked) == (["a"], [10.1], [])
+    pool.newcomers.append("b")
+    muster.turn()
+    assert (pool.admitted, notes) == (["a", "b"], [])

@@ -266,6 +266,69 @@ def test_a_time_that_beats_the_rest_by_far_is_taken_twice_before_it_prunes(
     assert len(twice) == len({*twice, configs[liar]}) <= 3
 
 
+class SlowToCompare(InstantPool):
+    """Takes tasks a second time only when there is nothing else to do."""
+
+    def submit(self, task: Task, seconds: float, **where: object) -> None:
+        super().submit(task, seconds, **where)
+        self.tasks.rotate(task.kind == "measure")
+
+
+@pytest.mark.parametrize(
+    ("again", "found", "twice"),
+    [
+        ({}, [20.0, 40.0, 30.0, 19.5], [0, 3]),
+        ({0: None, 3: None}, [None, 40.0, 30.0, None], [0, 3, 2]),
+        ({0: 41.0, 3: 41.0}, [41.0, 40.0, 30.0, 41.0], [0, 3, 2]),
+    ],
+)
+def test_only_a_time_shorter_than_those_being_taken_again_is_taken_again_too(
+    space: Space, again: dict[int, float | None], found: list[float | None], twice: list[int]
+) -> None:
+    """The others wait. If the shorter times were wrong, the shortest of those is next."""
+    times = [20.0, 40.0, 30.0, 19.5]
+    configs = list(space.configs())[:4]
+
+    def reply(task: Task) -> Reply:
+        number = configs.index(task.candidates[0].config)
+        time_us = times[number] if task.kind == "measure" else again.get(number, times[number])
+        return Reply(measurements=(CRASH if time_us is None else ok(time_us),))
+
+    measurer = SlowToCompare(1, reply)
+    evaluator = MeasuringEvaluator(
+        space.problem, space.device, InstantPool(1, compiles), measurer, seed=5
+    )
+    for config in configs:
+        evaluator.submit(config)
+    answers: list[Evaluation] = []
+    while evaluator.pending:
+        assert len(answers) + evaluator.pending == len(configs)
+        answers += evaluator.collect()
+    assert len(answers) == len(configs)
+    assert {each.config: each.measurement.median_us for each in answers} == dict(
+        zip(configs, found, strict=True)
+    )
+    compared = [task.candidates[0].config for task in measurer.asked if task.kind == "compare"]
+    assert compared == [configs[number] for number in twice]
+
+
+def test_what_waits_for_a_second_time_is_abandoned_with_the_rest(space: Space) -> None:
+    configs = list(space.configs())[:2]
+    measurer = SlowToCompare(1, measures)
+    evaluator = MeasuringEvaluator(
+        space.problem, space.device, InstantPool(1, compiles), measurer, seed=5
+    )
+    for config in configs:
+        evaluator.submit(config)
+    assert evaluator.collect() == evaluator.collect() == []
+    assert (len(measurer.tasks), evaluator.pending) == (1, 2)
+    evaluator.close()
+    assert evaluator.pending == 0
+    evaluator.submit(configs[1])
+    [again] = [each for _ in range(3) for each in evaluator.collect()]
+    assert (again.config, evaluator.pending) == (configs[1], 0)
+
+
 def test_a_real_lead_is_believed_when_it_shows_again(space: Space) -> None:
     outcomes = [(Outcome.OK, 40.0), (Outcome.OK, 20.0), (Outcome.OK, 19.0)]
     found, asked = measured_in_turn(space, outcomes, {})

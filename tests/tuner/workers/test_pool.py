@@ -436,6 +436,18 @@ def test_waiting_takes_no_longer_than_asked(workers: WorkerPool, task) -> None:
     assert workers.pending() == 1
 
 
+def test_nobody_is_waited_for_while_there_are_answers(task) -> None:
+    with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
+        workers.submit(task(stub.ANSWER), PATIENCE, owner="one")
+        workers.submit(task(stub.HANG), PATIENCE, owner="other")
+        assert comes_true(lambda: workers.rest(0.1) or workers.has_answers)
+        before = time.monotonic()
+        workers.rest(PATIENCE)
+        assert time.monotonic() - before < PATIENCE / 2
+        assert len(workers.collect("one")) == 1
+        assert not workers.has_answers
+
+
 def test_tasks_are_shared_out_over_the_workers(task) -> None:
     with WorkerPool(here(2, LocalTransport(COMMAND))) as workers:
         for what in (stub.HANG, stub.ANSWER, stub.ANSWER, stub.ANSWER):
@@ -639,6 +651,7 @@ class TestSeveralPlaces:
         monkeypatch.setattr(pool, "ROSTER_SECONDS", 0.0)
         places = boards("a")
         with WorkerPool(lambda: places) as workers:
+            assert (workers.size, workers.working, workers.sites) == (1, 0, {"a": 1})
             workers.submit(task(stub.LATE), PATIENCE)
             workers.submit(task(stub.ANSWER), PATIENCE, at="board 0")
             [old] = [each.connection.popen.pid for each in workers._posts]
@@ -662,8 +675,11 @@ class TestSeveralPlaces:
             workers.submit(task(stub.ANSWER), PATIENCE, owner="muster", at="board 1")
             assert len(workers.wait(PATIENCE, "muster")) == 1
             assert workers.newcomers == ["board 0", "board 1"]
+            assert (workers.size, workers.working, workers.sites) == (2, 0, {})
             workers.admit("board 1")
+            assert (workers.size, workers.working, workers.sites) == (2, 1, {"b": 1})
             assert len(workers.wait(PATIENCE)) == 1
+            assert (workers.size, workers.working, workers.newcomers) == (2, 1, ["board 0"])
             workers.set_aside("board 0", "it is slow")
             assert (workers.size, workers.working, workers.newcomers) == (1, 1, [])
 
