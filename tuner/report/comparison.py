@@ -68,8 +68,8 @@ def coverage(trials: Iterable[optuna.trial.FrozenTrial]) -> list[KnobCoverage]:
 class Crossing:
     """The times of a device's searches with the configs that won the others.
 
-    configs: the winners, in short form. rows: a search's name; its time with each of these over
-    its best time, None where that was not measured; and the number of its own winner.
+    configs: the winners, in short form. rows: a search's shape and provenance; its time with each
+    of these over its best time, None where that was not measured; and the number of its own winner.
     """
 
     device: str
@@ -99,7 +99,8 @@ def _crossing(device: str, sections: Sequence[Section]) -> Crossing:
         own = config_key(section.best.config)
         best = times[own]
         ratios = tuple(times[key] / best if key in times else None for key in winners)
-        rows.append((section.search.name, ratios, list(winners).index(own)))
+        shape = f"{section.search.problem.describe()} {section.search.provenance.value}"
+        rows.append((shape, ratios, list(winners).index(own)))
     configs = tuple(short_config(config) for config in winners.values())
     return Crossing(device=device, configs=configs, rows=tuple(rows))
 
