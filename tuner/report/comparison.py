@@ -69,7 +69,7 @@ class Crossing:
     """The times of a device's searches with the configs that won the others.
 
     configs: the winners, in short form. rows: a search's shape and provenance; its time with each
-    of these over its best time, None where that was not measured; and the number of its own winner.
+    of these over its best time, None where that was not measured; and the number of its winner.
     """
 
     device: str
