@@ -247,6 +247,12 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
         "head": [str(each._head) for each in heads.served],
         "cells": cells,
     }
+
+    def keep() -> None:
+        """Write what was found, after each cell in case the rest fails."""
+        if given.out:
+            given.out.write_text(json.dumps(found, indent=1) + "\n")
+
     for kind in given.kinds.split(","):
         for n_rows in rows if kind == "greedy" else [n for n in rows if n in (1, 8)]:
             rates: dict[str, list[float]] = {"dense": [], flash: []}
@@ -282,8 +288,7 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
             cell["ratio"] = round(statistics.median(ratios), 4)
             cell["spread"] = [round(min(ratios), 4), round(max(ratios), 4)]
             cells.append(cell)
-            if given.out:  # after each, in case the rest fails
-                given.out.write_text(json.dumps(found, indent=1) + "\n")
+            keep()
             print(
                 f"{name} {kind:11s} {n_rows:3d} rows: dense {medians['dense']:9.1f}, {flash} "
                 f"{medians[flash]:9.1f} tokens/s, {cell['ratio']:.3f} "
@@ -294,8 +299,7 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
     if not cpu:
         found["resident_bytes"] = heads.resident_bytes()
         print(found["resident_bytes"], flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(found, indent=1) + "\n")
+        keep()
 
 
 def main() -> None:

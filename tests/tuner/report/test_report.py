@@ -183,6 +183,8 @@ class TestComparisons:
         sections = read_sections(two_shapes, device, None)
         [crossing] = crossings(sections)
         assert crossing.device == device.name and len(crossing.configs) == 2
+        names = [f"{each.search.problem.describe()} measured" for each in sections]
+        assert [row[0] for row in crossing.rows] == names
         both, single = sorted(crossing.rows, key=lambda row: None in row[1])
         assert sorted(each or 0 for each in both[1]) == [1.0, 1.2] and both[1][both[2]] == 1.0
         assert single[1][single[2]] == 1.0 and None in single[1]
