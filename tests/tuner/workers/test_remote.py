@@ -101,15 +101,19 @@ def comes_true(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool
 
 
 def far_workers() -> list[int]:
-    """The workers that run from the far side's copy of the code."""
-    found = []
+    """The workers that run from the far side's copy of the code.
+
+    A process that a worker starts is a copy of it until it runs its own program: not counted.
+    """
+    parents: dict[int, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if b"flashtune.tuner.workers.worker" in Path(process, "cmdline").read_bytes():
                 here = Path(process, "cwd").resolve()
                 if here.is_relative_to(Path(os.environ["FLASHTUNE_CACHE"]).resolve()):
-                    found.append(int(process.name))
-    return found
+                    fields = Path(process, "stat").read_bytes().rpartition(b")")[2].split()
+                    parents[int(process.name)] = int(fields[1])
+    return [process for process, parent in parents.items() if parent not in parents]
 
 
 class TestASearch:
