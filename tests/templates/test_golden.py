@@ -43,13 +43,6 @@ ARM = replace(X86, name="some-arm", title="Some ARM", arch="aarch64-neon_bf16")
 BATCH = replace(QWEN, n_tokens=8)
 LOGITS = replace(QWEN, epilogue="logits")
 FP16 = replace(QWEN, weight_dtype="fp16", centroid_dtype="fp16", n_tokens=2)
-INT8 = replace(
-    QWEN, weight_dtype="int8", centroid_dtype="int8", model_dtype="bf16", n_rescored=8, n_pinned=1
-)
-INT4 = replace(
-    FP16, weight_dtype="int4", centroid_dtype="int4", model_dtype="fp16", epilogue="logits"
-)
-
 IN_PLACE = parse_shape("gemma-3-1b,rows=in_place")
 
 INT8 = parse_shape("qwen3-vl-2b,weight=int8,rescored=8")
@@ -152,7 +145,10 @@ CASES: dict[str, tuple[Problem, Config, Device]] = {
         X86,
     ),
     "cpp_fused-int8": (INT8, default_config(INT8, X86), X86),
+    "cpp_fused-int8-arm": (INT8, default_config(INT8, ARM), ARM),
     "cpp_staged-int4-logits": (INT4, CppStagedConfig(simd="avx2", threads=2), X86),
+    "cpp_staged-int4-vnni": (INT4, CppStagedConfig(simd="avx512_vnni", threads=2), X86),
+    "cpp_staged-int4-scalar": (INT4, CppStagedConfig(simd="scalar", threads=2), X86),
     "cpp_staged-fp16": (
         FP16,
         CppStagedConfig(simd="avx2", threads=2, score_rows=4, gather_columns=4, gather_unroll=2),

@@ -52,7 +52,8 @@ SIMD_FLAGS = {
     "avx512_vnni": (*_AVX512, "-mprefer-vector-width=512", "-mavx512vnni"),
     "avx512_bf16": (*_AVX512, "-mprefer-vector-width=512", "-mavx512vnni", "-mavx512bf16"),
     "neon": (),
-    "neon_bf16": ("-march=armv8.2-a+fp16+bf16",),
+    "neon_dot": ("-march=armv8.2-a+dotprod",),
+    "neon_bf16": ("-march=armv8.2-a+dotprod+fp16+bf16",),
 }
 
 

@@ -37,6 +37,7 @@ _NEEDED: dict[str, set[str]] = {
     "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
     "neon": {"asimd"},
+    "neon_dot": {"asimddp"},
     "neon_bf16": {"bf16", "asimdhp"},
 }  # flags in /proc/cpuinfo, beside those of the levels below
 

@@ -19,7 +19,7 @@ from flashtune.tuning_db.problem import Problem
 TEMPLATE = "cpp/decode.cpp.j2"
 SIMD_LEVELS = {
     "x86_64": ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
-    "aarch64": ("scalar", "neon", "neon_bf16"),
+    "aarch64": ("scalar", "neon", "neon_dot", "neon_bf16"),
 }
 LANES = {
     "scalar": 4,
@@ -28,11 +28,17 @@ LANES = {
     "avx512_vnni": 16,
     "avx512_bf16": 16,
     "neon": 4,
+    "neon_dot": 4,
     "neon_bf16": 4,
 }
 ALL_LEVELS = tuple(LANES)
 BF16_LEVELS = ("avx512_bf16", "neon_bf16")
-VNNI_LEVELS = ("avx512_vnni", "avx512_bf16")
+# Levels that multiply bytes of quantised rows as integers, which is faster there.
+COUNTED = {
+    "int8": ("avx512_vnni", "avx512_bf16", "neon_dot", "neon_bf16"),
+    "int4": ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon_dot", "neon_bf16"),
+}
+COUNTING_LEVELS = ("avx512_vnni", "neon_dot")  # which add nothing else
 MOST_HIDDEN = 2**31 // (255 * 128)  # of products of two bytes in a sum of 32 bits
 MOST_SUMS = 16  # vectors of sums that a micro-kernel keeps in registers
 THREADS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
@@ -86,7 +92,7 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "scored": problem.n_probes < problem.n_clusters,
         "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
-        "vnni": _has_integer_products(problem, config.simd),
+        **{f"counted_{name}": _is_counted(name, problem, config.simd) for name in COUNTED},
         **asdict(config),
         **threshold_values(problem, slack),
     }
@@ -103,8 +109,8 @@ def _why_useless(simd: str, problem: Problem) -> str | None:
     """Why a level adds nothing for this problem to the levels below; None if it does."""
     if simd in BF16_LEVELS and not _multiplies_bf16(problem):
         return f"{simd} needs hidden states and weights in bf16"
-    if simd == VNNI_LEVELS[0] and "int8" not in (problem.weight_dtype, problem.centroid_dtype):
-        return f"{simd} needs weights or centroids in int8"
+    if simd in COUNTING_LEVELS and not any(_is_counted(name, problem, simd) for name in COUNTED):
+        return f"{simd} needs weights or centroids in int8 or int4"
     return None
 
 
@@ -147,17 +153,24 @@ def _why_not_tiled(stage: str, candidate: Candidate) -> str | None:
     return None
 
 
-def _has_integer_products(problem: Problem, simd: str) -> bool:
-    """Whether int8 is read by integer products, whose sums are 32 bits wide."""
-    return simd in VNNI_LEVELS and problem.hidden_size <= MOST_HIDDEN
+def _is_counted(name: str, problem: Problem, simd: str) -> bool:
+    """Whether a format is read by integer products with a state that is counted in some unit.
+
+    Sums of int8 go over a whole row, in 32 bits. States in float32 are too fine for int4, whose
+    counts must be exact.
+    """
+    if name not in (problem.weight_dtype, problem.centroid_dtype) or simd not in COUNTED[name]:
+        return False
+    return problem.state_dtype != "fp32" if name == "int4" else problem.hidden_size <= MOST_HIDDEN
 
 
 def _block(stage: str, problem: Problem, simd: str) -> int:
-    """Elements that a micro-kernel takes at a time: two vectors, or a group that has a scale."""
+    """Elements that a micro-kernel takes at a time: two vectors, or more of few bytes."""
     stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
-    by_fours = LANES[simd] == 4 or _has_integer_products(problem, simd)
-    vectors = 4 if stored.name == "int8" and by_fours else 2
-    return max(vectors * LANES[simd], stored.group)
+    counted = stored.quantised and _is_counted(stored.name, problem, simd)
+    if stored.name == "int4":
+        return 8 * LANES[simd] if counted else stored.group
+    return (4 if stored.name == "int8" and (counted or LANES[simd] == 4) else 2) * LANES[simd]
 
 
 _TILE = ("rows", "columns", "unroll")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.backends.states import wide
 
 from flashtune.kernels.backends.cpp.backend import CppBackend
 from flashtune.kernels.backends.cpp.huge_pages import advise
@@ -60,7 +61,7 @@ def test_all_instructions_read_all_dtypes(simd: str, dtype: str) -> None:
     other = {"bf16": "fp32", "fp16": "bf16", "fp32": "fp16"}[dtype]
     problem = replace(PROBLEM, hidden_size=200, weight_dtype=dtype, centroid_dtype=other)
     config = replace(default_config(problem, CPU), simd=simd)
-    needs = {"avx512_vnni": "weights or centroids in int8"}
+    needs = {"avx512_vnni": "weights or centroids in int8 or int4"}
     if dtype != "bf16":
         needs |= dict.fromkeys(BF16_LEVELS, "hidden states and weights in bf16")
     if simd in needs:
@@ -71,22 +72,32 @@ def test_all_instructions_read_all_dtypes(simd: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("simd", simd_levels(CPU.arch))
-@pytest.mark.parametrize(("rows", "centroids"), [("int8", "int4"), ("int4", "bf16")])
-def test_all_instructions_read_quantised_formats(simd: str, rows: str, centroids: str) -> None:
+@pytest.mark.parametrize("hidden_size", [99, 128, 352])
+@pytest.mark.parametrize(
+    ("rows", "centroids", "model"),
+    [("int8", "int4", "bf16"), ("int4", "bf16", "bf16"), ("int4", "int4", "fp16")],
+)
+def test_all_instructions_read_quantised_formats(
+    simd: str, hidden_size: int, rows: str, centroids: str, model: str
+) -> None:
+    """Also of states whose groups have no unit in common; 352 is whole groups, not blocks."""
     problem = replace(
         PROBLEM,
-        hidden_size=99,
+        hidden_size=hidden_size,
         weight_dtype=rows,
         centroid_dtype=centroids,
-        model_dtype="bf16",
+        model_dtype=model,
         n_rescored=3,
+        epilogue="logits",
     )
-    config = replace(default_config(problem, CPU), simd=simd)
+    config = replace(default_config(problem, CPU), simd=simd, score_columns=1, gather_columns=1)
     reason = Candidate(problem, config, CPU).why_invalid()
     if reason:
         assert reason.startswith(f"{simd} needs")
         return
-    assert make_workload(problem).why_wrong(make_step(config, problem), slack_of(config)) is None
+    workload = make_workload(problem)
+    judged = replace(workload, checks=(*workload.checks, wide(workload.checks[0])))
+    assert judged.why_wrong(make_step(config, problem), slack_of(config)) is None
 
 
 def test_halves_keep_their_subnormals_and_signs() -> None:
