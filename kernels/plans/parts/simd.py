@@ -110,7 +110,7 @@ def _why_useless(simd: str, problem: Problem) -> str | None:
     if simd in BF16_LEVELS and not _multiplies_bf16(problem):
         return f"{simd} needs hidden states and weights in bf16"
     if simd in COUNTING_LEVELS and not any(_is_counted(name, problem, simd) for name in COUNTED):
-        return f"{simd} needs weights or centroids in int8 or int4"
+        return f"{simd} needs rows or centroids in int8, or in int4 with a model in 16 bits"
     return None
 
 
