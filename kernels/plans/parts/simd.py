@@ -92,6 +92,8 @@ def cpp_values(candidate: Candidate) -> dict[str, Value]:
         "scored": problem.n_probes < problem.n_clusters,
         "rescored": min(problem.n_rescored, candidates),
         "lanes": LANES[config.simd],
+        "x86": config.simd in SIMD_LEVELS["x86_64"][1:],
+        "neon": config.simd in SIMD_LEVELS["aarch64"][1:],
         **{f"counted_{name}": _is_counted(name, problem, config.simd) for name in COUNTED},
         **asdict(config),
         **threshold_values(problem, slack),
@@ -167,10 +169,12 @@ def _is_counted(name: str, problem: Problem, simd: str) -> bool:
 def _block(stage: str, problem: Problem, simd: str) -> int:
     """Elements that a micro-kernel takes at a time: two vectors, or more of few bytes."""
     stored = format_of(problem.centroid_dtype if stage == "score" else problem.weight_dtype)
-    counted = stored.quantised and _is_counted(stored.name, problem, simd)
+    lanes = LANES[simd]
     if stored.name == "int4":
-        return 8 * LANES[simd] if counted else stored.group
-    return (4 if stored.name == "int8" and (counted or LANES[simd] == 4) else 2) * LANES[simd]
+        return 8 * lanes if _is_counted("int4", problem, simd) else stored.group
+    if stored.name == "int8":
+        return 4 * lanes if lanes == 4 or _is_counted("int8", problem, simd) else 2 * lanes
+    return 2 * lanes
 
 
 _TILE = ("rows", "columns", "unroll")

@@ -90,7 +90,7 @@ def test_all_instructions_read_quantised_formats(
         n_rescored=3,
         epilogue="logits",
     )
-    config = replace(default_config(problem, CPU), simd=simd, score_columns=1, gather_columns=1)
+    config = replace(default_config(problem, CPU), simd=simd)
     reason = Candidate(problem, config, CPU).why_invalid()
     if reason:
         assert reason.startswith(f"{simd} needs")

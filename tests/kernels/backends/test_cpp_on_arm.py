@@ -11,26 +11,16 @@ import torch
 from tests.kernels.backends.states import wide
 
 from flashtune.kernels.backends.cpp.compiler import FLAGS, SIMD_FLAGS
+from flashtune.kernels.backends.cpp.this_cpu import describe_cpu
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.cpp_fused import CppFusedConfig
 from flashtune.kernels.plans.parts.simd import useful_levels
 from flashtune.kernels.weights import Weights
-from flashtune.tuning_db.device import Device
 from flashtune.tuning_db.problem import Problem
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-ARM = Device(
-    name="some-arm",
-    title="Some ARM",
-    vendor="cpu",
-    arch="aarch64-neon_bf16",
-    sm_count=2,
-    memory_bandwidth=0.0,
-    l2_bytes=2**20,
-    clock_hz=0.0,
-    source="nowhere",
-)
+ARM = replace(describe_cpu(), name="some-arm", arch="aarch64-neon_bf16", sm_count=2)
 PROBLEM = Problem(vocab_size=240, hidden_size=99, n_clusters=20, n_probes=4, epilogue="logits")
 SCREENED = replace(PROBLEM, weight_dtype="int8", model_dtype="bf16", n_rescored=3)
 PROBLEMS = {
@@ -43,11 +33,10 @@ PROBLEMS = {
 CASES = [
     (name, simd) for name, problem in PROBLEMS.items() for simd in useful_levels(problem, ARM)
 ]
-# Reads one file an argument, runs the step, and writes what it left in the last one.
+# Reads one file an argument, runs the step, and writes what it left in the fifth.
 MAIN = """
 #include <cstdio>
 #include <cstdlib>
-#include <string>
 
 static void* read(const char* path, size_t* size) {
     std::FILE* file = std::fopen(path, "rb");
@@ -88,11 +77,11 @@ class EmulatedStep:
 
     def __init__(self, candidate: Candidate, folder: Path) -> None:
         self._folder, self._program = folder, folder / "decode"
-        quantised = "centroid_scales" in candidate.source
-        text = folder / "decode.cpp"
-        text.write_text(candidate.source + MAIN % (BESIDE if quantised else ""))
+        source, text = candidate.source, folder / "decode.cpp"
+        quantised = "centroid_scales" in source
+        text.write_text(source + MAIN % (BESIDE if quantised else ""))
         flags = [each for each in FLAGS if each not in ("-shared", "-fPIC")]
-        flags += ["-static", "-Werror=attributes", *SIMD_FLAGS[candidate.config.simd]]
+        flags += ["-static", *SIMD_FLAGS[candidate.config.simd]]
         subprocess.run([COMPILER, *flags, str(text), "-o", str(self._program)], check=True)
 
     def __call__(self, weights: Weights, hidden: torch.Tensor, out: torch.Tensor) -> None:
