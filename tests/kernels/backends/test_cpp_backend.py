@@ -112,12 +112,13 @@ def test_halves_keep_their_subnormals_and_signs() -> None:
 
 def test_the_second_start_has_the_next_useful_instructions() -> None:
     device = replace(CPU, arch="x86_64-avx512_bf16")
+    int4 = replace(PROBLEM, weight_dtype="int4", model_dtype="bf16")
     for problem, first in (
         (PROBLEM, ["avx512_bf16", "avx512"]),
         (replace(PROBLEM, weight_dtype="fp32", centroid_dtype="fp32"), ["avx512", "avx2"]),
         (replace(PROBLEM, weight_dtype="int8", model_dtype="fp32"), ["avx512_vnni", "avx512"]),
-        (replace(PROBLEM, weight_dtype="int4", model_dtype="bf16"), ["avx512_bf16", "avx512_vnni"]),
-        (replace(PROBLEM, weight_dtype="int4", model_dtype="fp32"), ["avx512", "avx2"]),
+        (int4, ["avx512_bf16", "avx512_vnni"]),
+        (replace(int4, model_dtype="fp32"), ["avx512", "avx2"]),
     ):
         starts = CPP_FUSED.starts(problem, device)
         assert [start.simd for start in starts[:2]] == first
