@@ -213,6 +213,13 @@ models: Decorator[Any] = click.option(
 shapes: Decorator[Any] = click.option(
     "--shape", "shapes", type=SHAPE, multiple=True, help=f"{SHAPE_HELP} May be repeated."
 )
+only_shapes: Decorator[Any] = click.option(
+    "--shape",
+    "shapes",
+    type=SHAPE,
+    multiple=True,
+    help="Only this shape's searches. May be repeated.",
+)
 run_device: Decorator[Any] = click.option(
     "--device",
     type=Parsed("device", _torch_device, lambda: ["cpu", "gpu"]),

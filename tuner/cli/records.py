@@ -1,6 +1,7 @@
 """Known data: `flashtune devices`, `show`, `best`, `render`, `report`, `studies`, `forget`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -165,7 +166,7 @@ def render(
 
 @click.command()
 @options.device("Only this device's searches.")
-@options.shape("Only this shape's searches.")
+@options.only_shapes
 @options.out("The HTML file to write.", "-o")
 @click.option(
     "--before",
@@ -175,7 +176,7 @@ def render(
 @options.read_database
 def report(
     device: Device | None,
-    problem: Problem | None,
+    shapes: Sequence[Problem],
     out: Path,
     before: Path | None,
     database: Path | None,
@@ -190,6 +191,7 @@ def report(
     \b
     Examples:
       flashtune report --device h200 -o report.html
+      flashtune report --shape gemma-3-1b --shape qwen3-0.6b -o report.html
       flashtune report --device h200 --before last-month.json -o report.html
     """
     from flashtune.tuner.report.comparison import changes
@@ -204,7 +206,7 @@ def report(
         table = read_table(before)
         with Store(path, read_only=True) as store:
             changed = changes(table, store)
-    sections = read_sections(path, device, problem)
+    sections = read_sections(path, device, shapes)
     write_report(out, path, sections, changed)
     trials = sum(len(each.search.evaluated) for each in sections)
     say(f"{out}: {len(sections)} searches, {trials} trials")
@@ -228,10 +230,10 @@ def studies() -> None:
     help="The Optuna storage, such as sqlite:///studies.db.",
 )
 @options.device("Only this device's searches.")
-@options.shape("Only this shape's searches.")
+@options.only_shapes
 @options.read_database
 def export_studies_(
-    storage: str, device: Device | None, problem: Problem | None, database: Path | None
+    storage: str, device: Device | None, shapes: Sequence[Problem], database: Path | None
 ) -> None:
     """Write each search as a study to an Optuna storage, for optuna-dashboard.
 
@@ -243,7 +245,7 @@ def export_studies_(
 
     path = database or default_path()
     with Store(path, read_only=True) as store:
-        found = searches(store, device.name if device else None, problem)
+        found = searches(store, device.name if device else None, shapes)
     if not found:
         raise FlashtuneError(f"no such record in {path}: run `flashtune search`")
     written = export_studies(found, storage)

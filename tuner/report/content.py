@@ -1,7 +1,7 @@
 """What a report says about each recorded search.
 
 Usage:
-    sections = read_sections(database, device=None, problem=None)
+    sections = read_sections(database)
 """
 
 from collections import Counter
@@ -50,13 +50,15 @@ class Section:
     troubles: tuple[str, ...]
 
 
-def read_sections(database: Path, device: Device | None, problem: Problem | None) -> list[Section]:
-    """The searches in a database, of a device and a problem or of all.
+def read_sections(
+    database: Path, device: Device | None = None, problems: Sequence[Problem] = ()
+) -> list[Section]:
+    """The searches in a database, of a device and some problems, or of all.
 
     Raises FlashtuneError if there is none, or the database cannot be read.
     """
     with Store(database, read_only=True) as store:
-        found = searches(store, device.name if device else None, problem)
+        found = searches(store, device.name if device else None, problems)
     if not found:
         raise FlashtuneError(f"no such record in {database}: run `flashtune search`")
     return [_section(each, database) for each in found]

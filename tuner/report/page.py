@@ -1,7 +1,7 @@
 """The page of a report: one HTML file that works offline.
 
 Usage:
-    write_report(Path("report.html"), database, read_sections(database, None, None), None)
+    write_report(Path("report.html"), database, read_sections(database), None)
 """
 
 import math

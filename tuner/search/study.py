@@ -1,10 +1,10 @@
 """A recorded search, and the equivalent Optuna study.
 
 Usage:
-    for found in searches(store, None, None):
+    for found in searches(store):
         study = optuna.create_study(direction="minimize")
         study.add_trials(trials_of(found, space))
-    export_studies(searches(store, None, None), "sqlite:///studies.db")    # for optuna-dashboard
+    export_studies(searches(store), "sqlite:///studies.db")    # for optuna-dashboard
 """
 
 from collections.abc import Sequence
@@ -59,9 +59,16 @@ class RecordedSearch:
         return " ".join([*parts, tools.compiler] if tools.compiler else parts)
 
 
-def searches(store: Store, device: str | None, problem: Problem | None) -> list[RecordedSearch]:
-    """The searches of a device and a problem, or of all, sorted by device and problem."""
-    records = {each.key: each for each in store.records(device=device, problem=problem)}
+def searches(
+    store: Store, device: str | None = None, problems: Sequence[Problem] = ()
+) -> list[RecordedSearch]:
+    """The searches of a device and some problems, or of all, sorted by device and problem."""
+    chosen = [
+        record
+        for problem in problems or (None,)
+        for record in store.records(device=device, problem=problem)
+    ]
+    records = {each.key: each for each in chosen}
     found: dict[tuple[str, Problem, str, Toolchain], RecordedSearch] = {}
     for key, created, first in store.first_measurements():
         record = records.get(key)

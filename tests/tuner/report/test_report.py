@@ -99,8 +99,8 @@ def run(*words: object) -> str:
 class TestSearchesOnRecord:
     def test_are_told_apart_and_in_their_order(self, database: Path, device: Device) -> None:
         with Store(database, read_only=True) as store:
-            elsewhere, found = searches(store, None, None)
-            assert searches(store, device.name, None) == [found]
+            elsewhere, found = searches(store)
+            assert searches(store, device.name) == [found]
         assert len(found.evaluated) == 48
         assert found.evaluated[0].first.median_us == 20.0
         assert found.evaluated[0].record.measurement.median_us == 18.0, "timed again at the end"
@@ -109,7 +109,7 @@ class TestSearchesOnRecord:
 
     def test_become_trials(self, database: Path, device: Device) -> None:
         with Store(database, read_only=True) as store:
-            [found] = searches(store, device.name, None)
+            [found] = searches(store, device.name)
         space = space_of(found)
         assert space is not None
         trials = trials_of(found, space)
@@ -121,7 +121,7 @@ class TestSearchesOnRecord:
         assert trials[0].user_attrs["record"] == found.evaluated[0].record.key
 
     def test_say_which_knob_matters(self, database: Path, device: Device) -> None:
-        [section] = read_sections(database, device, None)
+        [section] = read_sections(database, device)
         [study] = section.studies.values()
         found = importance(study)
         assert max(found, key=lambda name: found[name]) == "slack"
@@ -150,7 +150,7 @@ class TestSearchesOnRecord:
 
 class TestComparisons:
     def test_show_how_much_of_each_knob_was_tried(self, database: Path, device: Device) -> None:
-        [section] = read_sections(database, device, None)
+        [section] = read_sections(database, device)
         knobs = {each.knob: each for each in coverage(section.trials)}
         slack = knobs["slack"]
         tried = Counter(trial.params["staged.slack"] for trial in section.trials)
@@ -180,7 +180,7 @@ class TestComparisons:
     def test_show_what_one_config_for_all_shapes_costs(
         self, two_shapes: Path, device: Device
     ) -> None:
-        sections = read_sections(two_shapes, device, None)
+        sections = read_sections(two_shapes, device)
         [crossing] = crossings(sections)
         assert crossing.device == device.name and len(crossing.configs) == 2
         names = [f"{each.search.problem.describe()} measured" for each in sections]
@@ -190,6 +190,13 @@ class TestComparisons:
         assert single[1][single[2]] == 1.0 and None in single[1]
         assert crossings(sections[:1]) == []
         assert [cost_of_choice(each) for each in sections] == [1.0, 1.0]
+
+    def test_are_of_all_given_shapes(self, two_shapes: Path, device: Device) -> None:
+        every = [each.search.problem for each in read_sections(two_shapes, device)]
+        assert len(every) == 2
+        for problems in (every[:1], every[1:], every):
+            sections = read_sections(two_shapes, device, problems)
+            assert [each.search.problem for each in sections] == problems
 
     def test_show_what_changed_since_a_table(
         self, two_shapes: Path, problem: Problem, recorded: Callable[..., Record],
@@ -278,7 +285,7 @@ class TestAReport:
 
     def test_shows_the_best_so_far(self, database: Path, device: Device) -> None:
         pytest.importorskip("plotly")
-        [section] = read_sections(database, device, None)
+        [section] = read_sections(database, device)
         traces = {trace.name: trace for trace in history(section).data}
         line = list(traces["best so far"].y)
         assert len(line) == len(section.search.evaluated)
@@ -314,7 +321,7 @@ class TestAReport:
         pytest.importorskip("plotly")
         monkeypatch.setattr(figure, "PARALLEL_TRIALS", 10)
         monkeypatch.setattr(figure, "PARALLEL_KNOBS", 2)
-        [section] = read_sections(database, device, None)
+        [section] = read_sections(database, device)
         [(plan, study)] = section.studies.items()
         [lines] = figure.parallel_coordinates(plan, study, figure.importance(study)).data
         times, first, _ = lines.dimensions
