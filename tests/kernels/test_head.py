@@ -20,7 +20,7 @@ from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.runtime import decoder
 from flashtune.kernels.runtime.binding import Bound
-from flashtune.kernels.runtime.decoder import LockedStep
+from flashtune.kernels.runtime.decoder import ROUNDED, locked
 from flashtune.kernels.weights import Weights, permute_rows_
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import MOST_TOKENS, Problem
@@ -454,7 +454,7 @@ def test_on_a_cpu_centroids_are_converted_once() -> None:
 def test_the_steps_of_a_call(n_tokens: int, here: list[int], on_a_gpu: list[int]) -> None:
     decoder = FlashHead(*parts(), n_probes=3).decoder
     assert decoder.step_sizes(n_tokens) == here
-    decoder._rounds = True
+    decoder._step_sizes = ROUNDED
     assert decoder.step_sizes(n_tokens) == on_a_gpu
 
 
@@ -462,7 +462,7 @@ def test_a_step_for_more_tokens_gives_those_that_are_there() -> None:
     weight, centroids, assignments = parts()
     exact = FlashHead(weight, centroids, assignments, n_probes=3)
     rounded = FlashHead(weight, centroids, assignments, n_probes=3)
-    rounded.decoder._rounds = True
+    rounded.decoder._step_sizes = ROUNDED
     for n_tokens in (1, 3, 7, 33, 41, 0):
         hidden = torch.randn(n_tokens, WIDTH)
         assert torch.equal(rounded(hidden), exact(hidden))
@@ -723,21 +723,43 @@ def test_what_is_no_number_of_tokens_is_refused(number: Any) -> None:
             call(number)
 
 
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_answers_are_tensors_as_torch_makes_them(
+    public: bool, mode: type[torch.no_grad], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a torch that has no other way to make them than its public one."""
+    if public:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    head = FlashHead(*parts(), n_probes=3)
+    with mode():
+        for answer, like in (
+            (head(torch.randn(41, WIDTH)), torch.empty(41, dtype=torch.int64)),
+            (head.logits(torch.randn(2, WIDTH)), torch.empty(2, VOCAB)),
+        ):
+            for name in ("shape", "dtype", "device", "layout", "requires_grad"):
+                assert getattr(answer, name) == getattr(like, name), name
+            assert answer.stride() == like.stride()
+            assert answer.is_inference() == like.is_inference()
+
+
 def test_a_fork_amid_another_threads_call_leaves_a_child_that_decodes() -> None:
     """As if that thread held the locks for ever: in the child it is not there."""
     head = FlashHead(*parts(), n_probes=3)
     hidden = torch.randn(2, WIDTH)
     expected = head(hidden).tolist()
     held, done = threading.Event(), threading.Event()
-    step = LockedStep(lambda *_: None)
-    head.decoder._steps["argmax", 2, 0] = step
 
-    def hold() -> None:
-        with step._lock, head._allowance.lock:
-            held.set()
-            done.wait()
+    def hold(*_: object) -> None:
+        held.set()
+        done.wait()
 
-    thread = threading.Thread(target=hold)
+    def call() -> None:
+        with head._allowance.lock:
+            head(hidden)
+
+    head.decoder._steps["argmax", 2, 0] = locked(hold)
+    thread = threading.Thread(target=call)
     thread.start()
     held.wait()
     child = os.fork()

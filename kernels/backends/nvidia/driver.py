@@ -15,6 +15,7 @@ import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -163,10 +164,10 @@ class _Graph:
         finally:
             driver.cuStreamDestroy_v2(stream)
 
-    def __call__(self, stream: int) -> None:
-        error = self._launch(self.handle, ctypes.c_void_p(stream))
+    def launch(self, stream: int) -> None:
+        error = self._launch(self.handle, stream)
         if error:
-            again = partial(self._launch, self.handle, ctypes.c_void_p(stream))
+            again = partial(self._launch, self.handle, stream)
             _check(_in_context(error, self._context, again))
 
     def __del__(self) -> None:
@@ -183,7 +184,7 @@ def recorded(runs: Sequence[Run], index: int) -> Run:
     driver, mode = library(), ctypes.c_int(_RELAXED)
     _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
     try:
-        return _Graph(runs, index)
+        return _Graph(runs, index).launch
     finally:
         _check(driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
 
@@ -207,9 +208,12 @@ def _config(shape: Shape) -> _Config:
 def library() -> Any:
     """The driver's library; raises FlashtuneError if there is none."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        found = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise FlashtuneError(f"there is no NVIDIA driver: {error}") from error
+    with suppress(AttributeError):  # a driver that is too old for graphs
+        found.cuGraphLaunch.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return found
 
 
 @functools.cache

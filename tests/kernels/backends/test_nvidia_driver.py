@@ -64,10 +64,10 @@ class FakeDriver:
         self.instantiated += 1
         handle._obj.value = self.instantiated
 
-    def _cuGraphLaunch(self, handle: Any, stream: ctypes.c_void_p) -> int:
+    def _cuGraphLaunch(self, handle: Any, stream: int) -> int:
         if not self.current:
             return 201
-        self.replayed.append((handle.value, stream.value))
+        self.replayed.append((handle.value, stream))
         return 0
 
     def _cuLaunchKernelEx(self, where: Any, function: Any, arguments: Any, _: None) -> int:
