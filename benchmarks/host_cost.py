@@ -1,17 +1,22 @@
 """The host time of a decode call, compared with the dense layer's, at 1, 8 and 32 rows.
 
     python benchmarks/host_cost.py [--shape SHAPE]... [--out FILE]
+    python benchmarks/host_cost.py --python [--out FILE]
 
 Calls are issued a few at a time without waiting for the GPU, so that only the host is timed.
 `steps` are the launches themselves, without the head around them; `graph` is a replay of a
 captured call, the least that a call can cost the host. GPU times are those of the same calls in
 turns with the dense layer, as in `contest`.
+
+With `--python`, which needs no GPU, the step does nothing: what is left is what checks, look-ups
+and the allocation of the output cost a call on a CPU.
 """
 
 import argparse
 import json
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,12 +98,44 @@ def measure(problem: Problem, where: torch.device) -> list[dict[str, object]]:
     return found
 
 
+def python_us() -> dict[str, dict[str, float]]:
+    """Least microseconds of calls on a CPU whose step does nothing, by rows."""
+    size, width = 1024, 64
+    weight, centroids = torch.randn(size, width).bfloat16(), torch.randn(64, width).bfloat16()
+    head = FlashHead(weight, centroids, torch.arange(size) // 16, n_probes=8, tune="never")
+    found = {}
+    for rows in (1, 8, 32):
+        hidden = torch.randn(rows, width).bfloat16()
+        for epilogue in ("argmax", "logits"):
+            head.decoder._steps[epilogue, rows, 0] = lambda *_: None
+        calls = {
+            "head": partial(head, hidden),
+            "head.logits": partial(head.logits, hidden),
+            "torch.empty": partial(torch.empty, rows, dtype=torch.int64),
+        }
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(10 * ROUNDS):
+            for name, call in calls.items():
+                samples[name].append(min(timeit.repeat(call, number=500, repeat=3)) / 500)
+        found[str(rows)] = {name: 1e6 * min(own) for name, own in samples.items()}
+    return found
+
+
 def main() -> None:
-    """Print the costs on this machine's GPU."""
+    """Print the costs on this machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", action="append")
+    parser.add_argument("--python", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.python:
+        costs = python_us()
+        for rows, own in costs.items():
+            text = ", ".join(f"{name} {time_us:.2f}" for name, time_us in own.items())
+            print(f"{rows:>4s} rows, microseconds: {text}")
+        if given.out:
+            given.out.write_text(json.dumps(costs, indent=1) + "\n")
+        return
     where = torch.device("cuda", 0)
     device = device_of(where)
     assert device is not None
