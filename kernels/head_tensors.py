@@ -26,13 +26,14 @@ from flashtune.kernels.weights import (
     in_order,
     marks_of,
     order_of,
+    packed,
+    rows_at_once,
     stored_weights,
 )
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import IN_ORDER, IN_PLACE, ROWS, Problem
 
 LOG = logging.getLogger("flashtune")
-_MARKED_ROWS = 2**14  # at a time
 
 
 class HeadTensors(nn.Module):
@@ -100,7 +101,7 @@ class HeadTensors(nn.Module):
             pinned.order,
         )
         self.special_token_ids = tuple(special)
-        scored = format_of(self.problem.centroid_dtype).pack(pinned.centroids(centroids))
+        scored = packed(self.problem.centroid_dtype, pinned.centroids(centroids))
         self._released = release_weight
         self._keep(self._laid_out(model, scored, pinned.order))
         self.register_buffer("like", weight.new_empty(0, weight.shape[1]), persistent=False)
@@ -173,8 +174,13 @@ class HeadTensors(nn.Module):
         """The current rows of the model's weight, in cluster order."""
         model = self._referred[0].detach()
         self._marked_dtype = model.dtype
-        marks = [marks_of(rows) for rows in torch.split(model, _MARKED_ROWS)]
-        return torch.cat(marks)[ids.long()]
+        marks = ids.new_empty(len(model), dtype=torch.int64)
+        at_once = rows_at_once(model.shape[1])
+        for rows, part in zip(
+            torch.split(model, at_once), torch.split(marks, at_once), strict=True
+        ):
+            part.copy_(marks_of(rows))
+        return marks[ids.long()]
 
     @property
     def model_weight(self) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ from flashtune.tuning_db.problem import Problem
 
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 _CHUNK_BYTES = 2**26
-_PACKED_ROWS = 2**12  # at a time
+_AT_ONCE_BYTES = 2**22  # of rows in float32; packing them makes a few tensors of that size
 # Error bounds of a packed number: half a step plus float32's rounding, bf16's rounding, and the
 # loss for numbers so small that their scale is not a normal float16.
 _HALF, _CONVERTED, _TINY = 0.501, 2.0**-8, 1e-6
@@ -106,13 +106,7 @@ def stored_weights(
     model: the weight `[vocab, hidden]` by token ids, kept if it decides among candidates or rows
     are read in place. order: the token of each row, in cluster order.
     """
-    packed = format_of(problem.weight_dtype)
-    if packed.quantised:  # a few rows at a time: packing works in float32
-        parts = [packed.pack(model[part]) for part in torch.split(order, _PACKED_ROWS)]
-        scales = [part.scales for part in parts if part.scales is not None]
-        stored = Stored(torch.cat([part.data for part in parts]), torch.cat(scales))
-    else:
-        stored = packed.pack(model if problem.in_place else model[order])
+    stored = packed(problem.weight_dtype, model, None if problem.in_place else order)
     return Weights(
         weight=stored.data,
         centroids=centroids.data,
@@ -121,6 +115,34 @@ def stored_weights(
         centroid_scales=centroids.scales,
         model_weight=model if problem.n_rescored else None,
     )
+
+
+def packed(format_name: str, matrix: torch.Tensor, order: torch.Tensor | None = None) -> Stored:
+    """A matrix's rows, in this order if one is given, in a format.
+
+    Those of a quantised format are packed a few at a time, since that works in float32.
+    """
+    made = format_of(format_name)
+    if not made.quantised:
+        return made.pack(matrix if order is None else matrix[order])
+    order = torch.arange(len(matrix), device=matrix.device) if order is None else order
+    first = made.pack(matrix[:1])
+    whole = [each.new_empty(len(order), *each.shape[1:]) for each in _parts(first)]
+    at_once = rows_at_once(matrix.shape[1])
+    for start in range(0, len(order), at_once):
+        some = slice(start, start + at_once)
+        for tensor, part in zip(whole, _parts(made.pack(matrix[order[some]])), strict=True):
+            tensor[some] = part
+    return Stored(*whole)
+
+
+def _parts(stored: Stored) -> list[torch.Tensor]:
+    return [each for each in (stored.data, stored.scales) if each is not None]
+
+
+def rows_at_once(width: int) -> int:
+    """How many rows of a matrix to work on at a time, so that what that takes stays small."""
+    return max(1, _AT_ONCE_BYTES // (4 * width))
 
 
 def marks_of(rows: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from flashtune.kernels.head import FlashHead
 from flashtune.kernels.measure.contest import Verdict, contest
+from flashtune.kernels.weights import rows_at_once
 from flashtune.tuning_db.problem import MOST_TOKENS
 
 LOG = logging.getLogger("flashtune")
-_ROWS_AT_ONCE = 8192  # compared at a time
 _SAMPLED = 256  # values
 _LINEARS: "weakref.WeakValueDictionary[int, FlashLinear]" = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
@@ -53,8 +53,9 @@ def made_of(head: FlashHead, weight: torch.Tensor, most_rows: int | None = None)
     model = weights.model_weight
     copied = model is not None and model.data_ptr() != weight.data_ptr()
     with torch.no_grad():
-        for first in range(0, len(head.ids), _ROWS_AT_ONCE * step):
-            part = slice(first, first + _ROWS_AT_ONCE * step, step)
+        at_once = rows_at_once(weight.shape[1]) * step
+        for first in range(0, len(head.ids), at_once):
+            part = slice(first, first + at_once, step)
             ids = head.ids[part].long()
             own = weight[ids]
             if not weights.holds(problem, part, own):

@@ -13,7 +13,7 @@ import torch
 from flashtune.kernels.epilogues.epilogue import poisoned_out
 from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
-from flashtune.kernels.weights import Step, Weights, stored_weights
+from flashtune.kernels.weights import Step, Weights, packed, stored_weights
 from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.problem import Problem
 
@@ -61,7 +61,7 @@ class Workload:
         for rows in torch.split(model, _ROWS_AT_ONCE):
             rows.copy_(normal(*rows.shape))
         centroids = torch.nn.functional.normalize(normal(problem.n_clusters, shape[1]), dim=1)
-        scored = format_of(problem.centroid_dtype).pack(centroids)
+        scored = packed(problem.centroid_dtype, centroids)
         order = torch.randperm(problem.vocab_size, generator=generator, device=device)
         ids = order.view(problem.n_clusters, -1).sort(dim=1).values.flatten()
         weights = stored_weights(problem, model, scored, ids)

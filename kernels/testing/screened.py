@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels.formats.format import format_of
 from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import slack_of
@@ -19,7 +18,7 @@ from flashtune.kernels.testing.runner import (
     random_weights,
     run,
 )
-from flashtune.kernels.weights import Weights, stored_weights, token_order
+from flashtune.kernels.weights import Weights, packed, stored_weights, token_order
 from flashtune.tuning_db.problem import Problem
 
 QUANTISED = [
@@ -65,7 +64,7 @@ def stored_head(problem: Problem, model: torch.Tensor) -> Weights:
     """A head of these rows, by token id, in a problem's formats, with random centroids."""
     generator = torch.Generator().manual_seed(6)
     drawn = torch.randn(problem.n_clusters, problem.hidden_size, generator=generator)
-    centroids = format_of(problem.centroid_dtype).pack(drawn.to(model.device))
+    centroids = packed(problem.centroid_dtype, drawn.to(model.device))
     order = torch.randperm(problem.vocab_size, generator=generator).view(problem.n_clusters, -1)
     ids = order.sort(dim=1).values.flatten().to(model.device)
     return stored_weights(problem, model, centroids, ids)
