@@ -1,7 +1,7 @@
 """The decode head on this machine's CPU, side by side: dense, plain torch, flashtune.
 
     python benchmarks/cpu_decode.py [--shape NAME]… [--rounds N] [--json FILE]
-    python benchmarks/cpu_decode.py --formats [--rounds N]
+    python benchmarks/cpu_decode.py --formats [--simd LEVEL] [--rounds N]
 
 Prints a Markdown table per shape; with --formats a table of the number formats instead, each with
 its own byte floor. All rows are timed in turns in one process, on cold weights, by the wall clock;
@@ -9,10 +9,11 @@ the times are medians over the rounds, the ratio to the floor is the median of e
 The byte floor is the time a C++ loop takes to read as many bytes as a step must, with one thread
 or with all, whichever is faster, in the same rounds. Every kernel is verified against float64
 before it is timed. The choice is the runtime's own, so run `flashtune search --device cpu --shape
-…` first.
+…` first. With --simd the kernels are those for a CPU whose best instructions these are.
 """
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from flashtune.kernels.measure.timing import WallTimer
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate, plans_of
 from flashtune.kernels.plans.config import Config, config_data, short_config
+from flashtune.kernels.plans.parts.simd import SIMD_LEVELS
 from flashtune.kernels.runtime.records import best_choice
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
@@ -300,12 +302,17 @@ def print_formats(problem: Problem, rows: Sequence[FormatRow]) -> None:
 
 @click.command()
 @click.option("--formats", is_flag=True, help="Compare number formats.")
+@click.option("--simd", type=click.Choice(SIMD_LEVELS[platform.machine()]))
 @click.option("--shape", "shapes", multiple=True, default=SHAPES)
 @click.option("--rounds", default=25, show_default=True)
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path))
-def main(formats: bool, shapes: Sequence[str], rounds: int, path: Path | None) -> None:
+def main(
+    formats: bool, simd: str | None, shapes: Sequence[str], rounds: int, path: Path | None
+) -> None:
     """Measure and print."""
     device = this_cpu()
+    if simd is not None:
+        device = replace(device, arch=f"{platform.machine()}-{simd}")
     print(f"{device.title} ({device.arch}), torch {torch.__version__}")
     results = {}
     for problem in map(parse_shape, shapes):
