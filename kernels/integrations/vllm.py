@@ -11,12 +11,20 @@ asks FlashHead first, and the head, which builds FlashHead when the weights are 
 lacks any of this, FlashHead is off, with one warning; the model still loads. See docs/vllm.md.
 """
 
+from contextlib import suppress
 from typing import Any
 
-from flashtune.kernels.integrations.vllm_head import LOG, ServedHead, served_head
+from flashtune.kernels.integrations.vllm_head import (
+    LOG,
+    ServedHead,
+    is_draft,
+    lends_head,
+    served_head,
+)
 from flashtune.kernels.model_folder.own_class import PREFIX
 
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
+_SHARES_HEAD = "eagle_head"  # vLLM's tag of the model that is built: EAGLE, MTP and their kin
 _done: set[str] = set()
 
 
@@ -55,10 +63,37 @@ def _current_head() -> ServedHead | None:
     try:
         from vllm.config import get_current_vllm_config
 
-        return served_head(get_current_vllm_config())
+        config = get_current_vllm_config()
+        return served_head(config, drafts=is_draft(config) or _shares_head())
     except Exception as error:  # a layer that is built outside an engine
         LOG.warning("FlashHead is off for a layer: %s: %s", type(error).__name__, error)
         return None
+
+
+def _heads_of_layer() -> list[ServedHead]:
+    """What is built from the head layer that is being made, when its weights are loaded.
+
+    A draft that shares its target's head may have made a layer of its own, which vLLM then drops.
+    """
+    if _shares_head():
+        return []
+    heads = [_current_head()]
+    with suppress(Exception):  # has been said
+        from vllm.config import get_current_vllm_config
+
+        config = get_current_vllm_config()
+        if lends_head(config):
+            heads.append(served_head(config, drafts=True))
+    return [each for each in heads if each is not None]
+
+
+def _shares_head() -> bool:
+    """Whether the model that is being built drafts with its target's head."""
+    try:
+        from vllm.compilation import backends
+    except ImportError:
+        return False
+    return getattr(backends, "model_tag", None) == _SHARES_HEAD
 
 
 def _register_processor() -> None:
@@ -98,20 +133,21 @@ def _register_head() -> None:
     )
 
     class FlashHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-        def __init__(self, served: Any) -> None:
+        def __init__(self, heads: list[ServedHead]) -> None:
             super().__init__()
-            self._served = served
+            self._heads = heads
 
         def process_weights_after_loading(self, layer: Any) -> None:
             super().process_weights_after_loading(layer)
-            self._served.build(layer)
+            for head in self._heads:
+                head.build(layer)
 
     class FlashHeadLMHead(ParallelLMHead):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._served = _current_head()
+            heads = _heads_of_layer()
             method = getattr(self, "quant_method", None)
-            if self._served is not None and type(method) is UnquantizedEmbeddingMethod:
-                self.quant_method = FlashHeadMethod(self._served)
+            if heads and type(method) is UnquantizedEmbeddingMethod:
+                self.quant_method = FlashHeadMethod(heads)
 
     ParallelLMHead.register_oot(FlashHeadLMHead)

@@ -1,7 +1,7 @@
 """The head of one model that vLLM serves: FlashHead if it may answer, else None for dense.
 
 Usage, by the layers in `vllm.py`:
-    served = served_head(vllm_config)      # None unless this is a FlashHead model, or screened
+    served = served_head(vllm_config, drafts=False)     # None unless something asks for FlashHead
     served.build(lm_head)                  # when the weights are loaded
     logits = served.logits(layer, lm_head, hidden)     # None: use the dense head
 
@@ -41,26 +41,28 @@ LOG = logging.getLogger("vllm.flashtune")  # vLLM shows only loggers below its o
 REQUIRE = "require"
 MODES = (*TUNE, REQUIRE)  # of FLASHTUNE_TUNE; the last: only what was measured here is used
 SIZES = tuple(sorted({*ROUNDED[1:]}))
+SHARING = ("eagle", "mtp")  # methods of speculative decoding whose draft has its target's head
 
 _SERVED: "WeakValueDictionary[tuple[int, bool], ServedHead]" = WeakValueDictionary()
 
 
-def served_head(vllm_config: Any) -> "ServedHead | None":
-    """The one head of an engine, or None if it is off or nothing asks for it.
+def served_head(vllm_config: Any, *, drafts: bool) -> "ServedHead | None":
+    """The one head of an engine's target or draft, or None if it is off or nothing asks for it.
 
     A FlashHead model asks for it; for any model, a screen in FLASHTUNE_SCREEN or in the model's
-    config does.
+    config does. drafts: the head of what drafts, whose tokens are all verified.
     """
     if not flash_head_enabled():
         return None
     # The text part of a vision model has a config of its own, but shares this one, as the draft
     # of an engine may
-    key = (id(vllm_config.compilation_config), is_draft(vllm_config))
+    key = (id(vllm_config.compilation_config), drafts)
     served = _SERVED.get(key)
     if served is None:
         folder, screen = flash_head_folder(vllm_config.model_config), named_screen()
         if folder is not None or screen not in ("", NO_SCREEN):
-            served = _SERVED[key] = ServedHead(vllm_config, folder, screen or None)
+            served = ServedHead(vllm_config, folder, screen or None, drafts=drafts)
+            _SERVED[key] = served
     return served
 
 
@@ -73,7 +75,7 @@ def flash_head_folder(model_config: Any) -> ModelFolder | None:
     return folder if folder.has_clusters or SCREEN_KEY in folder.config else None
 
 
-def why_unsupported(vllm_config: Any) -> str | None:
+def why_unsupported(vllm_config: Any, *, drafts: bool) -> str | None:
     """The requested engine feature that FlashHead doesn't support, or None."""
     parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size > 1:
@@ -82,11 +84,17 @@ def why_unsupported(vllm_config: Any) -> str | None:
         )
     if vllm_config.lora_config is not None:
         return "LoRA is enabled, and an adapter may change the head"
-    verifies = vllm_config.speculative_config is not None and not is_draft(vllm_config)
+    verifies = vllm_config.speculative_config is not None and not drafts
+    if verifies and verifies_drafts() and not getattr(vllm_config, "use_v2_model_runner", True):
+        return (
+            "beside speculative decoding vLLM's V1 model runner loads no logits processors, so it "
+            "can't be known which requests need the dense head: leave FLASHTUNE_VERIFY unset, or "
+            "use the V2 model runner"
+        )
     if verifies and not verifies_drafts():
         return (
-            "in speculative decoding it would change which tokens are accepted; set "
-            "FLASHTUNE_VERIFY=1 to use it nevertheless"
+            "in speculative decoding this model verifies, and FlashHead would change which tokens "
+            "are accepted; set FLASHTUNE_VERIFY=1 to use it nevertheless"
         )
     return None
 
@@ -94,8 +102,8 @@ def why_unsupported(vllm_config: Any) -> str | None:
 def is_draft(vllm_config: Any) -> bool:
     """Whether an engine's config belongs to the draft model of another model.
 
-    Its target verifies everything that a draft model proposes. Heads that share the target's own
-    (EAGLE, MTP) are built with the config of the target.
+    Its target verifies everything that a draft model proposes. Drafts that share the target's head
+    (`lends_head`) are built with the config of the target.
     """
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
@@ -107,6 +115,12 @@ def is_draft(vllm_config: Any) -> bool:
     return own is draft or named == getattr(draft, "model", None) != getattr(target, "model", None)
 
 
+def lends_head(vllm_config: Any) -> bool:
+    """Whether an engine's draft decodes with the head of this config's model (EAGLE, MTP)."""
+    method = getattr(vllm_config.speculative_config, "method", None)
+    return method in SHARING and not is_draft(vllm_config)
+
+
 class ServedHead:
     """Decides call by call between FlashHead and the dense head of one engine.
 
@@ -116,20 +130,26 @@ class ServedHead:
     """
 
     def __init__(
-        self, vllm_config: Any, folder: ModelFolder | None, screen: str | None = None
+        self,
+        vllm_config: Any,
+        folder: ModelFolder | None,
+        screen: str | None = None,
+        *,
+        drafts: bool = False,
     ) -> None:
         """For the engine with this config.
 
         folder: the model's folder, if it asks for FlashHead. screen: overrides the folder's.
+        drafts: for the draft's steps, which need no gate.
         """
         self._config, self._folder, self._screen = vllm_config, folder, screen
-        self._drafts = is_draft(vllm_config)
+        self._drafts = drafts
         self._fills = folder is not None and folder.has_clusters
         self._given_up = self._asked = False
         self._lm_head: Any = None
         self._head: FlashHead | None = None
         self._sizes: dict[int, int] = {}  # of SIZES, by the rows for which FlashHead answers
-        why = why_unsupported(vllm_config)
+        why = why_unsupported(vllm_config, drafts=drafts)
         if why:
             self._give_up(why)
 
@@ -138,8 +158,13 @@ class ServedHead:
         if self._given_up or self._lm_head not in (None, lm_head):
             return
         try:
-            self._head, answers = self._built(lm_head)
-            self._sizes = {rows: size for rows, size in enumerate(ROUNDED) if size in answers}
+            other = _SERVED.get((id(self._config.compilation_config), not self._drafts))
+            if other is not None and other._lm_head is lm_head and other._head is not None:
+                self._head, self._sizes = other._head, other._sizes
+                LOG.info("FlashHead answers for target and draft, and is there once")
+            else:
+                self._head, answers = self._built(lm_head)
+                self._sizes = {rows: size for rows, size in enumerate(ROUNDED) if size in answers}
             self._lm_head = lm_head
         except FlashtuneError as error:
             self._give_up(str(error))
@@ -177,6 +202,8 @@ class ServedHead:
         """Whether FlashHead may be used, as checked in the first call with few rows."""
         if self._given_up or hidden.dim() != 2 or not 0 < hidden.shape[0] <= SIZES[-1]:
             return False
+        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be tried or built now
         gate = gate_of(self._config)
         why = _why_never(processor, lm_head, hidden, self._fills)
         if gate is None and not self._drafts:
@@ -229,7 +256,8 @@ class ServedHead:
             why = "no record was measured here" if not sizes else "the dense head is faster here"
             raise FlashtuneError(f"{why}, at any number of rows")
         LOG.info(
-            "FlashHead answers for up to %d rows%s: %s, %.0f MiB beside the weight",
+            "FlashHead %s for up to %d rows%s: %s, %.0f MiB beside the weight",
+            "drafts" if self._drafts else "answers",
             answers[-1],
             "" if answers == sizes[: len(answers)] else f" ({_listed(answers)} as batches grow)",
             head.extra_repr(),
@@ -261,7 +289,8 @@ class ServedHead:
 
     def _give_up(self, why: str) -> None:
         self._given_up, self._head, self._sizes = True, None, {}
-        LOG.warning("FlashHead is off, the dense head is used: %s", why)
+        whose = " for the draft" if self._drafts else ""
+        LOG.warning("FlashHead is off%s, the dense head is used: %s", whose, why)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # FlashHead in a real vLLM on this machine's CPU, held against plain vLLM on the same model.
-#   tests/serving/run.sh             in process and over HTTP
+#   tests/serving/run.sh             in process and over HTTP; beside it, in process with V2
 #   tests/serving/run.sh --short     in process only
-#   tests/serving/run.sh --speculative   a draft and its target, in process
+#   tests/serving/run.sh --v2        in process, with vLLM's V2 model runner (model_runner.py)
+#   tests/serving/run.sh --speculative   drafts and their targets, in process
 #   tests/serving/run.sh --prepare   only what these need: the environment and the models
 # Makes its own environment (2.5 GB) and model folders in .venv-serving, or in $SERVING_FOLDER, and
 # uses them again. Exits with 1 where an answer is not what it must be.
@@ -34,7 +35,36 @@ fi
 [ "${1:-}" != --prepare ] || exit 0
 if [ "${1:-}" = --speculative ]; then
     mkdir -p "$models/copies"
-    exec "$python" tests/serving/speculative.py "$models/plain" "$models/flash" "$models/copies"
+    if [ ! -e "$models/eagle/config.json" ]; then
+        "$python" tests/serving/linear_eagle.py "$models/plain" "$models/eagle"
+    fi
+    exec "$python" tests/serving/speculative.py "$models/plain" "$models/flash" "$models/eagle" \
+        "$models/copies"
+fi
+
+with_v2() {
+    mkdir -p "$models/copies-v2"
+    SERVING_RUNNER=v2 "$python" tests/serving/compare.py --short "$models/plain" \
+        "$models/flash" "$models/copies-v2"
+}
+
+if [ "${1:-}" = --v2 ]; then
+    with_v2
+    exit
+fi
+beside=
+if [ $# = 0 ]; then
+    with_v2 >"$folder/v2.log" 2>&1 &
+    beside=$!
+    trap 'kill $beside 2>/dev/null || true' EXIT
 fi
 "$python" tests/serving/v2_gate.py
 "$python" tests/serving/compare.py "$@" "$models/plain" "$models/flash" "$models/copies"
+[ -n "$beside" ] || exit 0
+status=0
+wait "$beside" || status=$?
+trap - EXIT
+echo "vLLM's V2 model runner:"
+[ "$status" = 0 ] || cat "$folder/v2.log"
+grep -E '^(ok|FAIL|all as| )' "$folder/v2.log"
+exit "$status"

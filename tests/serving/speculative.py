@@ -1,13 +1,15 @@
 """Speculative decoding in a real vLLM: FlashHead as the head of the draft, and of the target.
 
-    python speculative.py PLAIN FLASH WORK
+    python speculative.py PLAIN FLASH EAGLE WORK
 
-PLAIN is a model folder, FLASH the FlashHead model made of it. The model drafts for itself, so that
-each drafted token is right unless the draft's head misses it:
+PLAIN is a model folder, FLASH the FlashHead model made of it, EAGLE a draft for it without a head
+of its own (linear_eagle.py). First the model drafts for itself, so that each drafted token is
+right unless the draft's head misses it, then EAGLE drafts:
 - dense draft, dense target: what the others are held against
 - FlashHead draft: the same answers, whatever it misses
 - FlashHead draft of one probe: likewise, with fewer drafted tokens accepted
-- FlashHead target with all clusters probed (FLASHTUNE_VERIFY=1): the same answers
+- EAGLE with FlashHead: the same answers; with all clusters probed, as many accepted as when dense
+- FlashHead target with all clusters probed (FLASHTUNE_VERIFY=1, V2 runner): the same answers
 Each is an engine in a process of its own. Exits with 1 where an answer is not what it must be.
 """
 
@@ -32,8 +34,9 @@ PROMPTS = [
 ]
 
 
-def serve(target: str, draft: str, out: str) -> None:
+def serve(target: str, draft: str, method: str, out: str) -> None:
     """Answer all prompts with one engine, greedily."""
+    import model_runner  # noqa: F401  # before vLLM
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -45,7 +48,7 @@ def serve(target: str, draft: str, out: str) -> None:
         kv_cache_memory_bytes=64 << 20,
         disable_log_stats=False,
         speculative_config={
-            "method": "draft_model",
+            "method": method,
             "model": draft,
             "num_speculative_tokens": N_DRAFTED,
         },
@@ -68,43 +71,65 @@ def serve(target: str, draft: str, out: str) -> None:
     Path(out).write_text(json.dumps(found))
 
 
+def used(said: list[str]) -> tuple[bool, bool]:
+    """Whether FlashHead answered for the target, and for the draft, to the end."""
+    text = "\n".join(said)
+    both = "FlashHead answers for target and draft" in text
+    target = "FlashHead answers for" in text and "FlashHead is off, the dense" not in text
+    draft = both or "FlashHead drafts for" in text
+    return target, draft and "FlashHead is off for the draft" not in text
+
+
 def main() -> int:
     """Serve each pair, and hold the answers against those of the dense one."""
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:])
         return 0
-    plain, flash, work = map(Path, sys.argv[1:])
-    n_clusters = ModelFolder.open(flash).problem().n_clusters
+    plain, flash, eagle, work = map(Path, sys.argv[1:])
+    every = probing(flash, work, "all", ModelFolder.open(flash).problem().n_clusters)
+    one = probing(flash, work, "one", 1)
     pairs = {
-        "dense draft": (plain, plain, "0"),
-        "FlashHead draft": (plain, flash, "0"),
-        "FlashHead draft, 1 probe": (plain, probing(flash, work, "one", 1), "0"),
-        "FlashHead target, all probed": (probing(flash, work, "all", n_clusters), plain, "1"),
+        "dense draft": (plain, plain, "0", "v1"),
+        "FlashHead draft": (plain, flash, "0", "v1"),
+        "FlashHead draft, 1 probe": (plain, one, "0", "v1"),
+        "dense EAGLE": (plain, eagle, "0", "v1"),
+        "FlashHead EAGLE": (flash, eagle, "0", "v1"),
+        "FlashHead EAGLE, 1 probe": (one, eagle, "0", "v1"),
+        "FlashHead EAGLE, all probed": (every, eagle, "0", "v1"),
+        "dense EAGLE, V2": (plain, eagle, "0", "v2"),
+        "FlashHead EAGLE, all probed, V2": (every, eagle, "0", "v2"),
+        "FlashHead EAGLE and target, all probed, V2": (every, eagle, "1", "v2"),
+        "FlashHead EAGLE and target, V2": (flash, eagle, "1", "v2"),
     }
-    expected, good = None, True
-    for name, (target, draft, verify) in pairs.items():
+    expected, good, accepted = None, True, {}
+    for name, (target, draft, verify, runner) in pairs.items():
         out = work / "speculative.json"
         out.unlink(missing_ok=True)
         env = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "FLASHHEAD_ENABLED": "always",
             "FLASHTUNE_VERIFY": verify,
+            "SERVING_RUNNER": runner,
         }
-        command = [sys.executable, __file__, "serve", str(target), str(draft), str(out)]
+        method = "eagle" if draft == eagle else "draft_model"
+        command = [sys.executable, __file__, "serve", str(target), str(draft), method, str(out)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout[-2000:], done.stderr[-4000:])
             return 1
-        said = [line for line in done.stderr.splitlines() if "FlashHead " in line]
-        said += [line for line in done.stdout.splitlines() if "FlashHead " in line]
-        answers = any("FlashHead answers" in line for line in said)
+        printed = (done.stderr + done.stdout).splitlines()
+        said = [line for line in printed if "FlashHead " in line]
         found = json.loads(out.read_text())
+        accepted[name] = found["accepted"]
         expected = expected or found["tokens"]
-        same = sum(one == other for one, other in zip(found["tokens"], expected, strict=True))
-        right = same == len(PROMPTS) and answers == (name != "dense draft")
+        same = sum(mine == its for mine, its in zip(found["tokens"], expected, strict=True))
+        right = used(said) == (verify == "1", "FlashHead draft" in name or "FlashHead E" in name)
+        if verify == "0" or "all probed" in name:
+            right &= same == len(PROMPTS)
+        if "EAGLE" in name and "all probed" in name:
+            right &= accepted[name] == accepted[f"dense EAGLE{', V2' if runner == 'v2' else ''}"]
         good &= right
         print(
             f"{'ok  ' if right else 'FAIL'} {name}: {same} of {len(PROMPTS)} answers as with the "

@@ -41,6 +41,7 @@ class Config:
     scheduler_config: Any = field(default_factory=lambda: SimpleNamespace(max_num_seqs=4))
     lora_config: Any = None
     speculative_config: Any = None
+    use_v2_model_runner: bool = True
 
     @property
     def model_config(self) -> Any:
@@ -130,6 +131,7 @@ class StubVllm:
             UnquantizedEmbeddingMethod=UnquantizedEmbeddingMethod,
         )
         self.add("vllm.config", get_current_vllm_config=lambda: self.current)
+        self.add("vllm.compilation.backends", model_tag="backbone")
 
     def _registry(self) -> None:
         class Registry:
@@ -322,7 +324,7 @@ def test_a_head_that_is_nowhere_faster_is_not_kept(
     engine = vllm.engine(config, weight())
     engine.load()
     assert torch.equal(engine(states(2)), engine.dense(states(2)))
-    assert engine.lm_head._served._head is None
+    assert engine.processor._served._head is None
     (warning,) = warnings(caplog)
     assert "the dense head is faster here, at any number of rows" in warning
     del gate
@@ -338,7 +340,7 @@ def test_the_settings_of_the_environment_reach_the_head(
     engine = vllm.engine(config, weight())
     engine.load()
     assert probed(engine(states(1))) == [3 * VOCAB // CLUSTERS]
-    assert engine.lm_head._served._head.tune == "never"
+    assert engine.processor._served._head.tune == "never"
     del gate
 
 
@@ -497,6 +499,90 @@ def test_a_draft_is_answered_for_without_a_gate(
     assert probed(other(states(3))) == [VOCAB // CLUSTERS] * 3
     assert torch.equal(engine(states(2)), engine.dense(states(2)))
     assert warnings(caplog) == []
+
+
+def _eagle(
+    vllm: StubVllm, model: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Config, Engine, Engine]:
+    """A target and its draft, which are built one after the other, with the same config."""
+    speculating = SimpleNamespace(**vars(_speculating(model, "an/eagle")), method="eagle")
+    config = Config(model, speculative_config=speculating)
+    target = vllm.engine(config, weight())
+    with monkeypatch.context() as patch:
+        backends = vllm.modules["vllm.compilation.backends"]
+        patch.setattr(backends, "model_tag", "eagle_head")
+        return config, target, vllm.engine(config, -weight())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_eagle_drafts_with_its_targets_head(
+    vllm: StubVllm,
+    folder: Folder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+) -> None:
+    """It is built with the target's, or at the first token if the embedding is the head."""
+    config, target, draft = _eagle(vllm, folder(n_probes=1), monkeypatch)
+    gate = RequestGate(config)
+    gate.add_request(0, scored := SimpleNamespace(logprobs=1))  # no matter for what drafts
+    if not tied:
+        target.load()
+        draft.load()  # a layer of its own, which the engine drops
+    assert (draft.processor._served._head is None) == tied
+    draft.lm_head = target.lm_head
+    assert probed(draft(states(3))) == [VOCAB // CLUSTERS] * 3
+    assert torch.equal(target(states(2)), target.dense(states(2)))
+    assert all("FLASHTUNE_VERIFY=1" in each for each in warnings(caplog))
+    del gate, scored
+
+
+def test_a_target_does_not_verify_where_its_gate_is_not_loaded(
+    vllm: StubVllm,
+    folder: Folder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_VERIFY", "1")
+    model = folder(n_probes=1)
+    speculating = _speculating(model, "a/draft")
+    engine = vllm.engine(
+        Config(model, speculative_config=speculating, use_v2_model_runner=False), weight()
+    )
+    engine.load()
+    assert engine.processor._served._head is None  # and takes no memory
+    assert torch.equal(engine(states(2)), engine.dense(states(2)))
+    (warning,) = warnings(caplog)
+    assert "V1 model runner loads no logits processors" in warning
+
+
+def test_target_and_draft_share_one_flash_head(
+    vllm: StubVllm, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHTUNE_VERIFY", "1")
+    config, target, draft = _eagle(vllm, folder(n_probes=1), monkeypatch)
+    gate = RequestGate(config)
+    target.load()
+    assert draft.processor._served is not target.processor._served
+    assert draft.processor._served._head is target.processor._served._head is not None
+    draft.lm_head = target.lm_head
+    for engine in (draft, target):
+        assert probed(engine(states(3))) == [VOCAB // CLUSTERS] * 3
+    del gate
+
+
+def test_nothing_is_built_while_a_stream_is_captured(
+    vllm: StubVllm, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, draft = _eagle(vllm, folder(n_probes=1), monkeypatch)
+    served = draft.processor._served
+    hidden: Any = SimpleNamespace(dim=lambda: 2, shape=(1, WIDTH), is_cuda=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert served.logits(draft.processor, draft.lm_head, hidden) is None
+    assert served._head is None and not served._given_up
+    assert probed(draft(states(1))) == [VOCAB // CLUSTERS]
+    del config
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -705,7 +791,7 @@ class TestScreens:
             path = Path(plain) / "config.json"
             path.write_text('{"flash_head_screen": "int8"}')
         gate, engine = self.engine(vllm, plain, soft_cap=soft_cap)
-        head = engine.lm_head._served._head
+        head = engine.processor._served._head
         assert head.model_weight.data_ptr() == engine.lm_head.weight.data_ptr()
         logits = engine(states(3))
         assert torch.equal(logits.argmax(dim=1), engine.dense(states(3)).argmax(dim=1))
@@ -726,7 +812,7 @@ class TestScreens:
             if named:
                 monkeypatch.setenv("FLASHTUNE_SCREEN", named)
             gate, engine = self.engine(vllm, model)
-            assert str(engine.lm_head._served._head.screen) == kept
+            assert str(engine.processor._served._head.screen) == kept
             assert probed(engine(states(2))) == [2 * VOCAB // CLUSTERS] * 2
             del gate
 
@@ -752,7 +838,7 @@ class TestScreens:
     ) -> None:
         monkeypatch.setenv("FLASHTUNE_SCREEN", value)
         gate, engine = self.engine(vllm, plain)
-        assert engine.lm_head._served is None
+        assert engine.processor._served is None
         del gate
 
 
