@@ -158,9 +158,10 @@ class ServedHead:
         if self._given_up or self._lm_head not in (None, lm_head):
             return
         try:
-            other = _SERVED.get((id(self._config.compilation_config), not self._drafts))
-            if other is not None and other._lm_head is lm_head and other._head is not None:
-                self._head, self._sizes = other._head, other._sizes
+            engine = id(self._config.compilation_config)
+            target = _SERVED.get((engine, False)) if self._drafts else None
+            if target is not None and target._head is not None and target._lm_head is lm_head:
+                self._head, self._sizes = target._head, target._sizes
                 LOG.info("FlashHead answers for target and draft, and is there once")
             else:
                 self._head, answers = self._built(lm_head)
@@ -206,6 +207,8 @@ class ServedHead:
             return False  # nothing can be tried or built now
         gate = gate_of(self._config)
         why = _why_never(processor, lm_head, hidden, self._fills)
+        if self._drafts and self._lm_head not in (None, lm_head):
+            why = "it has a head of its own, and not its target's"
         if gate is None and not self._drafts:
             why = (
                 "this vLLM did not load the logits processor that finds requests which need the "

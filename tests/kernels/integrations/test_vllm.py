@@ -528,7 +528,7 @@ def test_eagle_drafts_with_its_targets_head(
     gate.add_request(0, scored := SimpleNamespace(logprobs=1))  # no matter for what drafts
     if not tied:
         target.load()
-        draft.load()  # a layer of its own, which the engine drops
+    draft.load()  # a layer of its own, which the engine drops
     assert (draft.processor._served._head is None) == tied
     draft.lm_head = target.lm_head
     assert probed(draft(states(3))) == [VOCAB // CLUSTERS] * 3
@@ -568,7 +568,28 @@ def test_target_and_draft_share_one_flash_head(
     draft.lm_head = target.lm_head
     for engine in (draft, target):
         assert probed(engine(states(3))) == [VOCAB // CLUSTERS] * 3
+    before = target.processor._served._head
+    with torch.no_grad():
+        target.lm_head.weight.mul_(2.0)
+    target.load()  # again
+    assert draft.processor._served._head is target.processor._served._head is not before
     del gate
+
+
+def test_a_draft_with_a_head_of_its_own_stays_dense(
+    vllm: StubVllm,
+    folder: Folder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, target, draft = _eagle(vllm, folder(n_probes=1), monkeypatch)
+    target.load()
+    for _ in range(2):
+        assert torch.equal(draft(states(2)), draft.dense(states(2)))
+    assert draft.processor._served._head is None  # and takes no memory
+    assert "off for the draft" in warnings(caplog)[-1]
+    assert "a head of its own" in warnings(caplog)[-1]
+    del config
 
 
 def test_nothing_is_built_while_a_stream_is_captured(
