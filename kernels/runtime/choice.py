@@ -41,6 +41,7 @@ USER, ADDED, PREBUILT = "user database", "added table", "prebuilt table"
 BUILT_IN = "built in"
 TIMING = "the way of timing"
 NEAR_WINNERS = 4  # of other shapes or devices, raced if this shape has no record
+ALIKE = 4  # more winners, those for as many tokens, raced with them
 BESIDE = 2  # of near winners, raced beside what was only predicted for this shape
 SHAPE_FIELDS = ("hidden_size", "n_clusters", "n_probes", "cluster_size", "n_tokens")
 _SAME_FIELDS = ("weight_dtype", "centroid_dtype", "model_dtype")
@@ -198,7 +199,8 @@ def contenders(
     measured, the last are up to 2 winners that were measured for near shapes, or on a near device
     of this architecture: a prediction can be wrong about what a measurement knows. If there are no
     such records, they are the winners of up to 4 other shapes or devices, the nearest first, then
-    configs known to be good in general. Raises FlashtuneError when there is no default.
+    of up to 4 for as many tokens, since tokens matter more than the device, then configs known to
+    be good in general. Raises FlashtuneError when there is no default.
     """
     sources = list(sources)
     default = default_config(problem, device)
@@ -228,7 +230,9 @@ def contenders(
             if _why_not_built(config, problem, device) is None
             and config_key(config_data(config)) not in failed
         )
-        found = dict.fromkeys([*list(near.values())[:NEAR_WINNERS], *good])
+        alike = [config for of, config in near.items() if of[1].n_tokens == problem.n_tokens]
+        nearest = [*list(near.values())[:NEAR_WINNERS], *alike[:ALIKE]]
+        found = dict.fromkeys([*nearest, *good])
     found.pop(default, None)
     return [default, *list(found)[:MOST]]
 

@@ -409,3 +409,20 @@ def test_a_prediction_for_one_token_does_not_go_before_the_default_for_several(
     assert pick(known, problem=several).level is level
     raced = contenders(several, H200, TOOLS, [Source(name=USER, records=known)])
     assert config in raced[1:]
+
+
+def test_winners_for_as_many_tokens_are_raced_beside_nearer_ones_for_one() -> None:
+    """Which plan is fast depends on the tokens more than on the device."""
+    shapes = [replace(PROBLEM, n_probes=PROBLEM.n_probes + more) for more in range(6)]
+    nearer = [
+        record(staged(1, score_block=256, score_warps=2**i), problem=shape)
+        for i, shape in enumerate(shapes)
+    ]
+    far = replace(SMALLER, n_tokens=4)
+    elsewhere = [record(staged(4), device="nvidia-h100", problem=far)]
+    known = [Source(name=USER, records=[*nearer, *elsewhere])]
+    raced = contenders(replace(PROBLEM, n_tokens=4), H200, TOOLS, known)
+    assert staged(4) in raced[1:]
+    assert sum(config.score_block == 256 for config in raced[1:]) == 4
+    raced = contenders(replace(PROBLEM, n_tokens=8), H200, TOOLS, known)
+    assert staged(4) not in raced[1:]
