@@ -11,8 +11,8 @@ asks FlashHead first, and the head, which builds FlashHead when the weights are 
 lacks any of this, FlashHead is off, with one warning; the model still loads. See docs/vllm.md.
 """
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from flashtune.kernels.integrations.vllm_head import (
     LOG,
@@ -26,6 +26,7 @@ from flashtune.kernels.model_folder.own_class import PREFIX
 _SUFFIXES = ("ForCausalLM", "ForConditionalGeneration")
 _SHARES_HEAD = "eagle_head"  # vLLM's tag of the model that is built: EAGLE, MTP and their kin
 _done: set[str] = set()
+Found = TypeVar("Found")
 
 
 def register() -> None:
@@ -58,33 +59,31 @@ def _register_architectures() -> None:
             MODELS_CONFIG_MAP[PREFIX + name] = checks
 
 
-def _current_head() -> ServedHead | None:
-    """The head of the engine that is being built; never raises."""
+def _current(find: Callable[[Any], Found]) -> Found | None:
+    """What is found with the config of the engine that is being built; never raises."""
     try:
         from vllm.config import get_current_vllm_config
 
-        config = get_current_vllm_config()
-        return served_head(config, drafts=is_draft(config) or _shares_head())
+        return find(get_current_vllm_config())
     except Exception as error:  # a layer that is built outside an engine
         LOG.warning("FlashHead is off for a layer: %s: %s", type(error).__name__, error)
         return None
 
 
-def _heads_of_layer() -> list[ServedHead]:
+def _head_of(vllm_config: Any) -> ServedHead | None:
+    """The head that the model that is being built decodes with."""
+    return served_head(vllm_config, drafts=is_draft(vllm_config) or _shares_head())
+
+
+def _heads_of_layer(vllm_config: Any) -> list[ServedHead]:
     """What is built from the head layer that is being made, when its weights are loaded.
 
     A draft that shares its target's head may have made a layer of its own, which vLLM then drops.
     """
     if _shares_head():
         return []
-    heads = [_current_head()]
-    with suppress(Exception):  # has been said
-        from vllm.config import get_current_vllm_config
-
-        config = get_current_vllm_config()
-        if lends_head(config):
-            heads.append(served_head(config, drafts=True))
-    return [each for each in heads if each is not None]
+    lent = served_head(vllm_config, drafts=True) if lends_head(vllm_config) else None
+    return [each for each in (_head_of(vllm_config), lent) if each is not None]
 
 
 def _shares_head() -> bool:
@@ -102,7 +101,7 @@ def _register_processor() -> None:
     class FlashHeadLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._served = _current_head()
+            self._served = _current(_head_of)
             self._given: Any = None
 
         def given_logits(self, logits: Any, lm_head: Any, hidden_states: Any) -> Any:
@@ -145,7 +144,7 @@ def _register_head() -> None:
     class FlashHeadLMHead(ParallelLMHead):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            heads = _heads_of_layer()
+            heads = _current(_heads_of_layer)
             method = getattr(self, "quant_method", None)
             if heads and type(method) is UnquantizedEmbeddingMethod:
                 self.quant_method = FlashHeadMethod(heads)

@@ -84,17 +84,18 @@ def why_unsupported(vllm_config: Any, *, drafts: bool) -> str | None:
         )
     if vllm_config.lora_config is not None:
         return "LoRA is enabled, and an adapter may change the head"
-    verifies = vllm_config.speculative_config is not None and not drafts
-    if verifies and verifies_drafts() and not getattr(vllm_config, "use_v2_model_runner", True):
+    if vllm_config.speculative_config is None or drafts:
+        return None
+    if not verifies_drafts():
+        return (
+            "in speculative decoding this model verifies, and FlashHead would change which tokens "
+            "are accepted; set FLASHTUNE_VERIFY=1 to use it nevertheless"
+        )
+    if not getattr(vllm_config, "use_v2_model_runner", True):
         return (
             "beside speculative decoding vLLM's V1 model runner loads no logits processors, so it "
             "can't be known which requests need the dense head: leave FLASHTUNE_VERIFY unset, or "
             "use the V2 model runner"
-        )
-    if verifies and not verifies_drafts():
-        return (
-            "in speculative decoding this model verifies, and FlashHead would change which tokens "
-            "are accepted; set FLASHTUNE_VERIFY=1 to use it nevertheless"
         )
     return None
 
