@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_generate.py make FOLDER llama-3.1-8b qwen3-1.7b …
     python benchmarks/vllm_generate.py run FOLDER llama-3.1-8b --out FILE.json
+    python benchmarks/vllm_generate.py draft FOLDER llama-3.1-8b --out FILE.json
 
 `make` writes models of real shapes with random weights and clusters them. The weights are made so
 that each token has one clear successor, as in a trained model: agreeing tokens show that
@@ -12,17 +13,25 @@ the plugin looks up the number of rows and steps aside. By default FlashHead ans
 found it faster, with `--always` at any number of rows. With `--kernels` the GPU's own time of a
 step is shown, too. Last, the FlashHead is dropped, and the tensors' memory with and without it is
 reported.
+
+`draft` serves a Llama with an EAGLE draft, which `make` wrote beside it: one layer of real size and
+a linear map that gives the successor, so that nearly all drafted tokens are accepted. vLLM captures
+the draft with its head, so an engine can't switch: FLASHHEAD_ENABLED and FLASHTUNE_VERIFY say who
+drafts and who verifies, and runs of several engines are compared.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +69,7 @@ SHAPES = {
     "qwen3-0.6b": Shape("qwen3", 151936, 1024, 28, 3072, 16, 8, 128),
     "gemma-3-1b": Shape("gemma3_text", 262144, 1152, 26, 6912, 4, 1, 256),
     "tiny": Shape("qwen3", 4096, 256, 2, 512, 4, 2, 64),
+    "tiny-llama": Shape("llama", 4096, 256, 2, 512, 4, 2, 64),
 }
 
 
@@ -134,6 +144,8 @@ def make(folder: Path, name: str) -> None:
     kept = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
     made = time.monotonic()
+    if shape.kind == "llama":
+        make_eagle(folder / f"{name}-eagle", config.to_dict(), tensors, sign)
     del tensors, kept, embedding
     n_clusters = shape.vocab // 16
     command = "from flashtune.__main__ import main; main()"
@@ -143,6 +155,27 @@ def make(folder: Path, name: str) -> None:
     print(
         f"{name}: {made - began:.0f} s, clustered in {time.monotonic() - made:.0f} s", flush=True
     )
+
+
+def make_eagle(path: Path, config: dict[str, Any], tensors: dict[str, Any], sign: Any) -> None:
+    """An EAGLE draft of one layer whose linear map gives a token's successor.
+
+    tensors: the target's, whose first layer it takes; sign: of the pairs, `[hidden]`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    hidden = len(sign)
+    linear = torch.zeros(hidden, 2 * hidden, dtype=torch.bfloat16, device=sign.device)
+    linear[:, :hidden] = (sign * LEAD / (0.02**2 * hidden)).diag()
+    own = {"fc.weight": linear}
+    own |= {name[6:]: each for name, each in tensors.items() if name.startswith("model.layers.0.")}
+    del own["layers.0.input_layernorm.weight"]  # an EAGLE has none
+    path.mkdir(parents=True, exist_ok=True)
+    kept = {name: each.cpu().contiguous() for name, each in own.items()}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    data = {**config, "num_hidden_layers": 1, "dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(data, indent=1, default=str))
 
 
 class Heads:
@@ -184,14 +217,16 @@ class Heads:
         return name if name == "always" or faster else "dense"
 
 
-def run(folder: Path, name: str, given: argparse.Namespace) -> None:
-    """Print tokens per second of each head for each number of rows and kind of sampling."""
+def engine(
+    folder: Path, name: str, rows: Sequence[int], given: argparse.Namespace, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """An engine for a FlashHead model and at most so many rows, and what is noted of a run."""
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     cpu = not torch.cuda.is_available()
-    rows = [int(number) for number in given.rows.split(",")]
-    settings: dict[str, Any] = {
+    most = max(rows) * (1 + getattr(given, "drafted", 0))  # rows of a step
+    settings |= {
         "model": str(folder / f"{name}-flash"),
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
@@ -204,25 +239,99 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
     if cpu:
         settings["enforce_eager"] = True
     else:
-        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= max(rows)]
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= most]
         settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     began = time.monotonic()
     llm = LLM(**settings)
-    loaded = time.monotonic() - began
-    heads = Heads()
-    vocab = SHAPES[name].vocab
+    return llm, {
+        "model": name,
+        "shape": asdict(SHAPES[name]),
+        "device": "cpu" if cpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's default"),
+        "load_s": round(time.monotonic() - began, 1),
+        "tokens": given.tokens,
+        "repeats": given.repeats,
+    }
 
-    def generate(n_rows: int, n_tokens: int, kind: str) -> tuple[float, list[list[int]]]:
-        prompts = [
-            {"prompt_token_ids": [(i * 7919 + j * 104729 + 11) % vocab for j in range(PROMPT)]}
-            for i in range(n_rows)
-        ]
-        sampling = SamplingParams(
-            max_tokens=n_tokens, ignore_eos=True, detokenize=False, seed=None, **KINDS[kind]
+
+def answers(
+    llm: Any, vocab: int, n_rows: int, n_tokens: int, kind: str
+) -> tuple[float, list[list[int]]]:
+    """Seconds that so many answers of so many tokens took, and the tokens."""
+    from vllm import SamplingParams
+
+    prompts = [
+        {"prompt_token_ids": [(i * 7919 + j * 104729 + 11) % vocab for j in range(PROMPT)]}
+        for i in range(n_rows)
+    ]
+    sampling = SamplingParams(
+        max_tokens=n_tokens, ignore_eos=True, detokenize=False, seed=None, **KINDS[kind]
+    )
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in outputs]
+
+
+def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
+    """Print tokens per second with an EAGLE draft, and how many drafted tokens are accepted."""
+    from flashtune.kernels.integrations import vllm_head
+
+    rows = [int(number) for number in given.rows.split(",")]
+    speculative = {
+        "method": "eagle",
+        "model": str(folder / f"{name}-eagle"),
+        "num_speculative_tokens": given.drafted,
+    }
+    llm, found = engine(
+        folder, name, rows, given, speculative_config=speculative, disable_log_stats=False
+    )
+
+    def counted() -> list[float]:
+        """Tokens drafted so far, and accepted."""
+        seen = {each.name: getattr(each, "value", 0) for each in llm.get_metrics()}
+        names = ("draft", "accepted")
+        return [seen.get(f"vllm:spec_decode_num_{each}_tokens", 0) for each in names]
+
+    cells: list[dict[str, Any]] = []
+    for n_rows in rows:
+        answers(llm, SHAPES[name].vocab, n_rows, SHORT, "greedy")
+        rates, before = [], counted()
+        for _ in range(given.repeats):
+            short, _ = answers(llm, SHAPES[name].vocab, n_rows, SHORT, "greedy")
+            long, tokens = answers(llm, SHAPES[name].vocab, n_rows, SHORT + given.tokens, "greedy")
+            rates.append(given.tokens * n_rows / (long - short))
+        drafted, accepted = (now - then for now, then in zip(counted(), before, strict=True))
+        rate = statistics.median(rates)
+        cells.append(
+            {
+                "rows": n_rows,
+                "tokens_a_second": round(rate, 1),
+                "all": [round(each, 1) for each in rates],
+                "accepted": round(accepted / drafted, 4) if drafted else None,
+                "answers": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+            }
         )
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in outputs]
+        print(f"{name}, {given.drafted} drafted: {cells[-1]}", flush=True)
+    heads = {
+        "draft" if drafts else "target": str(each._head)
+        for (_, drafts), each in vllm_head._SERVED.items()
+        if each._head is not None
+    }
+    found |= {"drafted": given.drafted, "flash_heads": heads, "cells": cells}
+    print(f"FlashHead: {heads or 'nowhere'}", flush=True)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def run(folder: Path, name: str, given: argparse.Namespace) -> None:
+    """Print tokens per second of each head for each number of rows and kind of sampling."""
+    import torch
+
+    rows = [int(number) for number in given.rows.split(",")]
+    llm, found = engine(folder, name, rows, given)
+    heads = Heads()
+    generate = partial(answers, llm, SHAPES[name].vocab)
 
     def kernels_us(n_rows: int, n_tokens: int = 24) -> float:
         """The GPU's own time of a step: the kernels of one answer, less those of a shorter one."""
@@ -235,18 +344,7 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
 
     flash = "always" if given.always else "flash"
     cells: list[dict[str, Any]] = []
-    found = {
-        "model": name,
-        "shape": asdict(SHAPES[name]),
-        "device": "cpu" if cpu else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "v2_runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "vLLM's default"),
-        "load_s": round(loaded, 1),
-        "tokens": given.tokens,
-        "repeats": given.repeats,
-        "head": [str(each._head) for each in heads.served],
-        "cells": cells,
-    }
+    found |= {"head": [str(each._head) for each in heads.served], "cells": cells}
 
     def keep() -> None:
         """Write what was found, after each cell in case the rest fails."""
@@ -296,7 +394,7 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
                 f"{', kernels ' + str(cell['kernels_us']) if 'kernels_us' in cell else ''}",
                 flush=True,
             )
-    if not cpu:
+    if torch.cuda.is_available():
         found["resident_bytes"] = heads.resident_bytes()
         print(found["resident_bytes"], flush=True)
         keep()
@@ -309,21 +407,24 @@ def main() -> None:
     making, running = parts.add_parser("make"), parts.add_parser("run")
     making.add_argument("folder", type=Path)
     making.add_argument("names", nargs="+", choices=SHAPES)
-    running.add_argument("folder", type=Path)
-    running.add_argument("name", choices=SHAPES)
-    running.add_argument("--rows", default="1,4,8,16,32")
+    drafting = parts.add_parser("draft")
+    for part, rows, tokens in ((running, "1,4,8,16,32", 128), (drafting, "1,8", 256)):
+        part.add_argument("folder", type=Path)
+        part.add_argument("name", choices=SHAPES)
+        part.add_argument("--rows", default=rows)
+        part.add_argument("--tokens", type=int, default=tokens)
+        part.add_argument("--repeats", type=int, default=5)
+        part.add_argument("--out", type=Path)
     running.add_argument("--kinds", default=",".join(KINDS))
-    running.add_argument("--tokens", type=int, default=128)
-    running.add_argument("--repeats", type=int, default=5)
     running.add_argument("--always", action="store_true")
     running.add_argument("--kernels", action="store_true")
-    running.add_argument("--out", type=Path)
+    drafting.add_argument("--drafted", type=int, default=3)
     given = parser.parse_args()
     if given.part == "make":
         for name in given.names:
             make(given.folder, name)
         return
-    run(given.folder, given.name, given)
+    (run if given.part == "run" else draft)(given.folder, given.name, given)
 
 
 if __name__ == "__main__":

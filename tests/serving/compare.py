@@ -1,6 +1,7 @@
 """Serve FlashHead models with vLLM, and hold what comes out against plain vLLM.
 
-Usage (tests/serving/run.sh makes all of this): python compare.py [--short] PLAIN FLASH WORK
+Usage (tests/serving/run.sh makes all of this):
+    python compare.py [--short] [--jobs N] PLAIN FLASH WORK
 
 PLAIN is a model folder, FLASH the FlashHead model made of it. Copies of FLASH in the folder WORK
 probe all clusters, or just one. What is compared, and must hold, or the exit code is 1:
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,10 @@ def held(what: str, expected: Answers, found: Answers, names: list[str], *, same
     return not wrong
 
 
-def compare(script: str, expected: Answers, copies: dict[str, Path]) -> bool:
-    """Run a script on every copy and hold its answers against plain vLLM's."""
-    by_copy = {name: answers(script, model) for name, model in copies.items()}
+def compare(script: str, expected: Answers, everything: Answers, one: Answers) -> bool:
+    """Hold the answers with all clusters probed, and with one, against plain vLLM's."""
     dense = [name for name, answer in expected.items() if answer["dense"]]
     fast = [name for name, answer in expected.items() if answer["differs"]]
-    everything, one = by_copy["all"], by_copy["one"]
     good = held(f"{script}, all clusters probed", expected, everything, [*expected], same=True)
     good &= held(f"{script}, one probed, dense", expected, one, dense, same=True)
     return good & held(f"{script}, one probed, FlashHead", expected, one, fast, same=False)
@@ -108,22 +108,30 @@ def _up_to_first_difference(row: list[int], other: list[int]) -> list[tuple[int,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hold FlashHead in vLLM against plain vLLM.")
     parser.add_argument("--short", action="store_true", help="in process only, no API server")
+    parser.add_argument("--jobs", type=int, default=1, help="engines that run at a time")
     parser.add_argument("plain", type=Path)
     parser.add_argument("flash", type=Path)
     parser.add_argument("work", type=Path)
     arguments = parser.parse_args()
     problem = ModelFolder.open(arguments.flash).problem()
-    copies = {
-        "all": probing(arguments.flash, arguments.work, "all", problem.n_clusters),
-        "one": probing(arguments.flash, arguments.work, "one", 1),
-    }
-    expected = answers("in_process.py", arguments.plain)
-    good = compare("in_process.py", expected, copies)
-    off = answers("in_process.py", copies["one"], enabled=False)
-    good &= held("in_process.py, FLASHHEAD_ENABLED=0", expected, off, [*expected], same=True)
-    report(problem.n_probes, expected, answers("in_process.py", arguments.flash))
-    if not arguments.short:
-        good &= compare("over_http.py", answers("over_http.py", arguments.plain), copies)
+    plain, flash = arguments.plain, arguments.flash
+    every = probing(flash, arguments.work, "all", problem.n_clusters)
+    one = probing(flash, arguments.work, "one", 1)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+
+        def started(script: str, *models: Path) -> list[Future[Answers]]:
+            return [pool.submit(answers, script, model) for model in models]
+
+        asked = started("in_process.py", plain, every, one, flash)
+        off = pool.submit(answers, "in_process.py", one, enabled=False)
+        served = [] if arguments.short else started("over_http.py", plain, every, one)
+        expected, *found, usual = (each.result() for each in asked)
+        good = compare("in_process.py", expected, *found)
+        name = "in_process.py, FLASHHEAD_ENABLED=0"
+        good &= held(name, expected, off.result(), [*expected], same=True)
+        report(problem.n_probes, expected, usual)
+        if served:
+            good &= compare("over_http.py", *(each.result() for each in served))
     print("all as it must be" if good else "see FAIL above")
     raise SystemExit(0 if good else 1)
 

@@ -63,8 +63,8 @@ def main() -> None:
     ask("greedy, batch of 8", PROMPTS, greedy())
     ask("seeded sampling", PROMPTS[:3], SamplingParams(temperature=0.8, seed=7, max_tokens=10))
     # Triton's interpreter can't run V2's kernels for top-k, top-p and structured output
-    cut = {} if model_runner.V2 else {"top_p": 0.9, "top_k": 40}
-    name = "min-p" if model_runner.V2 else "top-p, top-k, min-p"
+    cut = {} if model_runner.INTERPRETED else {"top_p": 0.9, "top_k": 40}
+    name = "min-p" if model_runner.INTERPRETED else "top-p, top-k, min-p"
     ask(name, PROMPTS[:2], SamplingParams(**cut, min_p=0.02, seed=3, max_tokens=10))
     penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
     ask("penalties", PROMPTS[:2], greedy(**penalties))
@@ -73,7 +73,7 @@ def main() -> None:
     ask("prompt logprobs", PROMPTS[:1], greedy(4, prompt_logprobs=2), dense=True)
     ask("lifted token", PROMPTS[:1], greedy(logit_bias={4321: 100.0}), dense=True)
     ask("allowed tokens", PROMPTS[:1], greedy(allowed_token_ids=[260, 30, 28]), dense=True)
-    if not model_runner.V2:
+    if not model_runner.INTERPRETED:
         choice = StructuredOutputsParams(choice=["elephant", "zebra"])
         ask("choice", PROMPTS[5:6], greedy(structured_outputs=choice), dense=True)
 

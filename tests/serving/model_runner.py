@@ -1,16 +1,22 @@
 """Which of vLLM's model runners the scripts of this folder get; import this before vLLM.
 
-On a CPU that is V1, unless SERVING_RUNNER is v2. V2 is the one that GPUs get. It launches kernels
-of Triton, which Triton's interpreter runs on a CPU: slowly, but it is that runner.
+SERVING_RUNNER says `v1` or `v2`; else it is what vLLM itself takes: V1 on a CPU, V2 on a GPU. V2
+launches kernels of Triton. Triton's interpreter runs them on a CPU: slowly, but it is that runner.
 """
 
 import os
 
-V2 = os.environ.get("SERVING_RUNNER") == "v2"
+import torch
+
+GPU = torch.cuda.is_available()
+V2 = os.environ.get("SERVING_RUNNER", "v2" if GPU else "v1") == "v2"
+INTERPRETED = V2 and not GPU
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in this process
-if V2:
-    os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+if V2 or GPU:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(V2))
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
 
     from types import SimpleNamespace
     from typing import Any

@@ -1,6 +1,6 @@
 """Speculative decoding in a real vLLM: FlashHead as the head of the draft, and of the target.
 
-    python speculative.py PLAIN FLASH EAGLE WORK
+    python speculative.py [--runner v1|v2] [--jobs N] PLAIN FLASH EAGLE WORK
 
 PLAIN is a model folder, FLASH the FlashHead model made of it, EAGLE a draft for it without a head
 of its own (linear_eagle.py). First the model drafts for itself, so that each drafted token is
@@ -13,11 +13,13 @@ right unless the draft's head misses it, then EAGLE drafts:
 Each is an engine in a process of its own. Exits with 1 where an answer is not what it must be.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,14 @@ PROMPTS = [
 
 def serve(target: str, draft: str, method: str, out: str) -> None:
     """Answer all prompts with one engine, greedily."""
-    import model_runner  # noqa: F401  # before vLLM
+    import model_runner  # before vLLM
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=target,
         dtype="bfloat16",
-        enforce_eager=True,
+        enforce_eager=not model_runner.GPU,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
         max_model_len=256,
         max_num_seqs=4,
         kv_cache_memory_bytes=64 << 20,
@@ -80,12 +83,38 @@ def used(said: list[str]) -> tuple[bool, bool]:
     return target, draft and "FlashHead is off for the draft" not in text
 
 
+def run(target: Path, draft: Path, eagle: Path, verify: str, runner: str, out: Path) -> list[str]:
+    """Serve one pair in a process of its own, which writes what it found; what it said."""
+    out.unlink(missing_ok=True)
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "FLASHHEAD_ENABLED": "always",
+        "FLASHTUNE_VERIFY": verify,
+        "SERVING_RUNNER": runner,
+    }
+    method = "eagle" if draft == eagle else "draft_model"
+    command = [sys.executable, __file__, "serve", str(target), str(draft), method, str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    printed = (done.stderr + done.stdout).splitlines()
+    return [line for line in printed if "FlashHead " in line]
+
+
 def main() -> int:
     """Serve each pair, and hold the answers against those of the dense one."""
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:])
         return 0
-    plain, flash, eagle, work = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description="FlashHead in speculative decoding.")
+    parser.add_argument("--runner", choices=("v1", "v2"), help="only pairs with this one")
+    parser.add_argument("--jobs", type=int, default=1, help="engines that run at a time")
+    for name in ("plain", "flash", "eagle", "work"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    plain, flash, eagle, work = given.plain, given.flash, given.eagle, given.work
     every = probing(flash, work, "all", ModelFolder.open(flash).problem().n_clusters)
     one = probing(flash, work, "one", 1)
     pairs = {
@@ -97,48 +126,41 @@ def main() -> int:
         "FlashHead EAGLE, 1 probe": (one, eagle, "0", "v1"),
         "FlashHead EAGLE, all probed": (every, eagle, "0", "v1"),
         "dense EAGLE, V2": (plain, eagle, "0", "v2"),
+        "FlashHead EAGLE, V2": (flash, eagle, "0", "v2"),
         "FlashHead EAGLE, all probed, V2": (every, eagle, "0", "v2"),
         "FlashHead EAGLE and target, all probed, V2": (every, eagle, "1", "v2"),
         "FlashHead EAGLE and target, V2": (flash, eagle, "1", "v2"),
     }
-    expected, good, accepted = None, True, {}
-    for name, (target, draft, verify, runner) in pairs.items():
-        out = work / "speculative.json"
-        out.unlink(missing_ok=True)
-        env = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "FLASHHEAD_ENABLED": "always",
-            "FLASHTUNE_VERIFY": verify,
-            "SERVING_RUNNER": runner,
+    pairs = {name: pair for name, pair in pairs.items() if given.runner in (None, pair[-1])}
+    outs = {name: work / f"speculative-{number}.json" for number, name in enumerate(pairs)}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        running = {
+            name: pool.submit(run, target, draft, eagle, verify, runner, outs[name])
+            for name, (target, draft, verify, runner) in pairs.items()
         }
-        method = "eagle" if draft == eagle else "draft_model"
-        command = [sys.executable, __file__, "serve", str(target), str(draft), method, str(out)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stdout[-2000:], done.stderr[-4000:])
-            return 1
-        printed = (done.stderr + done.stdout).splitlines()
-        said = [line for line in printed if "FlashHead " in line]
-        found = json.loads(out.read_text())
-        accepted[name] = found["accepted"]
-        expected = expected or found["tokens"]
-        same = sum(mine == its for mine, its in zip(found["tokens"], expected, strict=True))
-        right = used(said) == (verify == "1", "FlashHead draft" in name or "FlashHead E" in name)
-        if verify == "0" or "all probed" in name:
-            right &= same == len(PROMPTS)
-        if "EAGLE" in name and "all probed" in name:
-            right &= accepted[name] == accepted[f"dense EAGLE{', V2' if runner == 'v2' else ''}"]
-        good &= right
-        print(
-            f"{'ok  ' if right else 'FAIL'} {name}: {same} of {len(PROMPTS)} answers as with the "
-            f"dense draft, {found['accepted']:.3f} of drafted tokens accepted, "
-            f"{found['tokens_a_second']:.1f} tokens/s",
-            flush=True,
-        )
-        if not right:
-            print("\n".join(said))
+        good, expected, accepted = True, None, {}
+        for name, (_, _, verify, runner) in pairs.items():
+            said = running[name].result()
+            found = json.loads(outs[name].read_text())
+            accepted[name] = found["accepted"]
+            expected = expected or found["tokens"]
+            same = sum(mine == its for mine, its in zip(found["tokens"], expected, strict=True))
+            drafts = "FlashHead draft" in name or "FlashHead E" in name
+            right = used(said) == (verify == "1", drafts)
+            if verify == "0" or "all probed" in name:
+                right &= same == len(PROMPTS)
+            if "EAGLE" in name and "all probed" in name:
+                other = f"dense EAGLE{', V2' if runner == 'v2' else ''}"
+                right &= accepted[name] == accepted[other]
+            good &= right
+            print(
+                f"{'ok  ' if right else 'FAIL'} {name}: {same} of {len(PROMPTS)} answers as with "
+                f"the dense draft, {found['accepted']:.3f} of drafted tokens accepted, "
+                f"{found['tokens_a_second']:.1f} tokens/s",
+                flush=True,
+            )
+            if not right:
+                print("\n".join(said))
     return 0 if good else 1
 
 
