@@ -14,10 +14,10 @@ found it faster, with `--always` at any number of rows. With `--kernels` the GPU
 step is shown, too. Last, the FlashHead is dropped, and the tensors' memory with and without it is
 reported.
 
-`draft` serves a Llama with an EAGLE draft, which `make` wrote beside it: one layer of real size and
-a linear map that gives the successor, so that nearly all drafted tokens are accepted. vLLM captures
-the draft with its head, so an engine can't switch: FLASHHEAD_ENABLED and FLASHTUNE_VERIFY say who
-drafts and who verifies, and runs of several engines are compared.
+`draft` serves a Llama with an EAGLE draft, which `make` wrote beside it: one layer of real size,
+and a linear map that gives the successor, so that nearly all drafted tokens are accepted. vLLM
+captures the draft with its head, so an engine can't switch: FLASHHEAD_ENABLED and FLASHTUNE_VERIFY
+say who drafts and who verifies, and runs of several engines are compared.
 """
 
 import argparse
