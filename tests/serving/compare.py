@@ -49,7 +49,7 @@ def probing(flash: Path, work: Path, name: str, n_probes: int) -> Path:
 
 
 def answers(script: str, model: Path, *, enabled: bool = True) -> Answers:
-    """What a script of this folder prints for a model: each case's answer, by name."""
+    """What a script of this folder prints last for a model: each case's answer, by name."""
     run = subprocess.run(
         [sys.executable, str(HERE / script), str(model)],
         env={**os.environ, **SETTINGS, "FLASHHEAD_ENABLED": "always" if enabled else "0"},
@@ -59,7 +59,9 @@ def answers(script: str, model: Path, *, enabled: bool = True) -> Answers:
     )
     if run.returncode:
         raise SystemExit(f"{script} {model.name} ended with {run.returncode}: see above")
-    found: Answers = json.loads(run.stdout.splitlines()[-1])
+    # vLLM logs there as well, on a GPU even after the last answer
+    said = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    found: Answers = json.loads(said[-1])
     return found
 
 

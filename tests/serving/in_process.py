@@ -1,4 +1,4 @@
-"""Answers of a vLLM engine in this process: python in_process.py MODEL; the last line is JSON.
+"""Answers of a vLLM engine in this process: python in_process.py MODEL; its last line is JSON.
 
 Each case's answer: what was `said`, the `tokens`, whether the `dense` head has to give it, and
 whether it `differs` with one cluster probed.

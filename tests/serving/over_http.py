@@ -1,4 +1,4 @@
-"""Answers of vLLM's OpenAI server: python over_http.py MODEL; the last line is JSON.
+"""Answers of vLLM's OpenAI server: python over_http.py MODEL; its last line is JSON.
 
 As in_process.py, asked with the `openai` client.
 """
