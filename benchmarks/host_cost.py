@@ -11,7 +11,7 @@ least that a call can cost the host. GPU times are those of the same calls in tu
 layer, as in `contest`.
 
 With `--python`, which needs no GPU, the step does nothing: what is left is what checks, look-ups
-and the allocation of the output cost a call on a CPU.
+and the allocation of the output cost a call on a CPU, with the padding of a GPU's rows.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from flashtune import FlashHead
 from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.measure.contest import contest
 from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.runtime.decoder import ROUNDED
 from flashtune.tuning_db.problem import Problem, parse_shape
 
 CALLS, ROUNDS, PASSES = 20, 40, 9
@@ -110,11 +111,12 @@ def python_us() -> dict[str, dict[str, float]]:
     size, width = 1024, 64
     weight, centroids = torch.randn(size, width).bfloat16(), torch.randn(64, width).bfloat16()
     head = FlashHead(weight, centroids, torch.arange(size) // 16, n_probes=8, tune="never")
+    head.decoder._step_sizes = ROUNDED
     found = {}
-    for rows in (1, 8, 32):
+    for rows in ROWS:
         hidden = torch.randn(rows, width).bfloat16()
         for epilogue in ("argmax", "logits"):
-            head.decoder._steps[epilogue, rows, 0] = lambda *_: None
+            head.decoder._steps[epilogue, ROUNDED[rows], 0] = lambda *_: None
         calls = {
             "head": partial(head, hidden),
             "head.logits": partial(head.logits, hidden),

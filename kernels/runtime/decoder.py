@@ -163,8 +163,11 @@ class Decoder:
             )
             for states, part in parts:
                 self._run(states, part, (epilogue, part.shape[0], stream))
-        if rows != n_tokens:
-            out = out[:n_tokens]
+        if rows != n_tokens:  # which costs the host less than half of what a slice does
+            if epilogue == "argmax":
+                out.resize_(n_tokens)
+            else:
+                out.resize_(n_tokens, self._n_rows)
         if epilogue == "logits" and out.shape[1] > self._vocab_size:
             return out[:, : self._vocab_size].contiguous()
         return out
