@@ -27,7 +27,7 @@ from flashtune.tuner.predict.check import losses
 from flashtune.tuning_db.device import Device, find_device
 from flashtune.tuning_db.probe import Figures, Probe
 from flashtune.tuning_db.problem import Problem
-from flashtune.tuning_db.shortlist import MOST
+from flashtune.tuning_db.shortlist import MOST, near_of
 
 NOISE = 0.05  # of a simulated probe's figures, up or down
 MISSES = 1.2  # factor by which every probe exceeds the constants, the reference's too
@@ -55,7 +55,8 @@ def judged(problems: dict[Problem, list[Sample]], model: CostModel, device: Devi
             for each in samples
         ]
         times = [each.time_us for each in samples]
-        found = losses(guesses, times, [config_data(each.config) for each in samples])
+        configs = [config_data(each.config) for each in samples]
+        found = losses(guesses, times, configs, near=near_of(device.name))
         first.append(found[0])
         best.append(found[1])
         errors += [abs(guess / time - 1) for guess, time in zip(guesses, times, strict=True)]

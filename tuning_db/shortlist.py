@@ -5,29 +5,42 @@ Usage:
 
 A cost model's error depends on the kind of config, so its favourites, which are all alike, would
 be wrong together. The rule: first the fastest of each family (a plan, and its way to select
-clusters), the faster families first, unless it is predicted more than 1.2 times as slow as the
-fastest of all; then, one by one, the config with the least `time x (1 + 0.3 / d)`, where d is the
-number of knobs in which it differs from the nearest chosen one. A config that differs in a single
-knob counts as 30 % slower than it is, one that differs in five as 6 %.
+clusters), the faster families first, unless it is predicted much slower than the fastest of all
+(1.05 times on the architecture that the cost model was fitted to, 1.2 times elsewhere); then, one
+by one, the config with the least `time x (1 + 0.3 / d)`, where d is the number of knobs in which
+it differs from the nearest chosen one. A config that differs in a single knob counts as 30 %
+slower than it is, one that differs in five as 6 %.
 
-Both numbers were chosen on an H200's records; docs/cost-model.md has what they give on an H100's.
+The numbers were chosen on an H200's records; docs/decisions/0016 has what they give on an H100's.
 """
 
 from collections.abc import Iterable, Sequence
 
+from flashtune.tuning_db.device import all_devices
 from flashtune.tuning_db.record import ConfigData, Outcome, Record, config_key, family
 
 MOST = 8
-NEAR = 1.2  # times the fastest prediction: a slower family has no place of its own
+FITTED = "sm_90"  # the architecture of the cost model's calibration
+NEAR_FITTED, NEAR = 1.05, 1.2  # times the fastest prediction: a slower family has no own place
 LIKENESS = 0.3  # penalty for differing from a chosen config in only one knob
 
 
-def shortlist(records: Iterable[Record], most: int = MOST, *, near: float = NEAR) -> list[Record]:
-    """Up to `most` of the records that worked, chosen by the rule above, fastest first.
+def near_of(device: str) -> float:
+    """How many times as slow as the fastest a family may be that gets a place on a device."""
+    fitted = any(each.name == device and each.arch == FITTED for each in all_devices())
+    return NEAR_FITTED if fitted else NEAR
 
-    near: how many times as slow as the fastest a family may be that gets a place.
+
+def shortlist(
+    records: Iterable[Record], most: int = MOST, *, near: float | None = None
+) -> list[Record]:
+    """Up to `most` of a device's records that worked, chosen by the rule above, fastest first.
+
+    near: in place of `near_of` the device.
     """
     worked = [record for record in records if record.measurement.outcome is Outcome.OK]
+    if near is None:
+        near = near_of(worked[0].device) if worked else NEAR
     times = [record.measurement.median_us or 0.0 for record in worked]
     configs = [each.config for each in worked]
     return [worked[at] for at in shortlisted(times, configs, most, near=near)]
@@ -38,7 +51,7 @@ def shortlisted(
     configs: Sequence[ConfigData],
     most: int = MOST,
     *,
-    near: float = NEAR,
+    near: float,
     likeness: float = LIKENESS,
 ) -> list[int]:
     """The places of the shortlisted configs, given their predicted times; fastest first."""

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from flashtune.kernels.predict.cost_model import shipped_model
+from flashtune.tuning_db.device import find_device
 from flashtune.tuning_db.record import Record
-from flashtune.tuning_db.shortlist import MOST, knobs_apart, shortlist
+from flashtune.tuning_db.shortlist import FITTED, MOST, knobs_apart, shortlist
 
 MakeRecord = Callable[..., Record]
 Staged = Callable[..., Record]
@@ -16,9 +18,11 @@ Staged = Callable[..., Record]
 def staged(make_record: MakeRecord) -> Staged:
     """A predicted config: `staged(10.0, a=1)`, of one family unless it is given another."""
 
-    def make(median_us: float | None, plan: str = "staged", **knobs: Any) -> Record:
+    def make(
+        median_us: float | None, plan: str = "staged", device: str = "agx-orin", **knobs: Any
+    ) -> Record:
         config = {"plan": plan, "selection": "threshold", "a": 0, "b": 0, "c": 0, **knobs}
-        return make_record(median_us, config=config, policy="roofline-1")
+        return make_record(median_us, device=device, config=config, policy="roofline-1")
 
     return make
 
@@ -42,6 +46,20 @@ def test_a_family_that_is_far_slower_takes_no_place_from_faster_ones(staged: Sta
     far = staged(12.1, plan="persistent", b=7, c=7)  # more than 1.2 times as slow
     assert shortlist([far, *favourites]) == favourites
     assert shortlist([far, *favourites[1:]])[-1] == far, "where places are left"
+
+
+def test_families_take_fewer_places_on_the_architecture_that_the_model_was_fitted_to(
+    staged: Staged,
+) -> None:
+    def records(device: str) -> list[Record]:
+        ones = [staged(10.0 + n / 100, device=device, a=n, b=n, c=n) for n in range(MOST)]
+        return [*ones, staged(11.5, plan="persistent", device=device, b=7, c=7)]
+
+    for device in ("nvidia-h100", "nvidia-h200"):
+        assert shortlist(records(device)) == records(device)[:MOST], device
+    for device in ("agx-orin", "nvidia-a100", "agx-thor", "cpu-of-nobody"):
+        assert shortlist(records(device))[-1].config["plan"] == "persistent", device
+    assert find_device(shipped_model().device).arch == FITTED
 
 
 def test_of_more_families_than_places_the_fastest_are_kept(staged: Staged) -> None:

@@ -39,7 +39,7 @@ from flashtune.tuning_db.errors import FlashtuneError
 from flashtune.tuning_db.evidence import Evidence
 from flashtune.tuning_db.problem import Problem
 from flashtune.tuning_db.record import ConfigData
-from flashtune.tuning_db.shortlist import LIKENESS, NEAR, shortlisted
+from flashtune.tuning_db.shortlist import LIKENESS, near_of, shortlisted
 
 HEADLINE = ("gemma-3-270m", "qwen3-vl-2b")  # the smallest hidden size, and the published shape
 LEAST_CORRELATION = 0.8
@@ -382,7 +382,8 @@ def _results(
             continue
         times, guesses = samples.log_times[own], predictions[own]
         configs = [config_data(samples.samples[at].config) for at in np.flatnonzero(own).tolist()]
-        first, loss = losses(np.exp(guesses).tolist(), np.exp(times).tolist(), configs)
+        both = np.exp(guesses).tolist(), np.exp(times).tolist()
+        first, loss = losses(*both, configs, near=near_of(samples.device.name))
         yield ProblemResult(
             problem=problem,
             shape=shape,
@@ -400,7 +401,7 @@ def losses(
     measured_us: Sequence[float],
     configs: Sequence[ConfigData],
     *,
-    near: float = NEAR,
+    near: float,
     likeness: float = LIKENESS,
 ) -> tuple[float, float]:
     """How much slower the first choice and the best of the shortlist are than the best of all.

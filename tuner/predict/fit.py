@@ -108,7 +108,7 @@ class Samples:
 
     def __init__(self, samples: Sequence[Sample], device: Device) -> None:
         """Count the stages of each sample's config; `device` is the one it was timed on."""
-        self.samples = samples
+        self.samples, self.device = samples, device
         stages, owners = [], []
         for number, sample in enumerate(samples):
             own = stages_of(Candidate(sample.problem, sample.config, device), sample.uses)
@@ -126,14 +126,14 @@ class Samples:
         totals: Array = np.log(np.bincount(self._owners, times, len(self.samples)))
         return totals
 
-    def without(self, shapes: Collection[str], device: Device) -> "Samples":
+    def without(self, shapes: Collection[str]) -> "Samples":
         """The samples of all other shapes."""
         kept = [
             sample
             for sample, shape in zip(self.samples, self.shapes, strict=True)
             if shape not in shapes
         ]
-        return Samples(kept, device)
+        return Samples(kept, self.device)
 
 
 def fit_constants(samples: Samples, start: Constants | None = None) -> Constants:
@@ -194,7 +194,7 @@ def fit_model(
     held_out = {}
     for done, held in enumerate(wanted, start=1):
         on_fit(done, len(wanted) + 1)
-        held_out[held] = rounded(fit_constants(samples.without(held, device), everything))
+        held_out[held] = rounded(fit_constants(samples.without(held), everything))
     on_fit(len(wanted) + 1, len(wanted) + 1)
     singles = {shapes[0]: each for shapes, each in held_out.items() if len(shapes) == 1}
     problems = [sample.problem for sample in calibration.samples]

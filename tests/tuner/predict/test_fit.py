@@ -97,7 +97,7 @@ def test_what_is_held_out_has_no_say(made_up: Calibration, h200: Device) -> None
         for each in made_up.samples
     ]
     held = (SHAPES[0],)
-    without = [Samples(each, h200).without(held, h200) for each in (samples.samples, changed)]
+    without = [Samples(each, h200).without(held) for each in (samples.samples, changed)]
     one, other = (fit_constants(each) for each in without)
     assert one == other != fit_constants(Samples(changed, h200))
 
