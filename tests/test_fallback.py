@@ -29,7 +29,7 @@ def test_a_shape_does_without_all_of_its_own_records(fallback: ModuleType) -> No
     device, table = find_device("h200"), prebuilt_table("nvidia-h200")
     assert table is not None
     problems = fallback.usual_problems(table.records)
-    assert len(problems) == 37  # six of them in int8, and six with rows in int4
+    assert len(problems) == 44  # six of them in int8, and six with rows in int4
     for problem in problems:
         compared = fallback.contenders(problem, device, TOOLS, table.records)
         shape = fallback.shape_of(problem)
