@@ -51,7 +51,8 @@ class _Search(click.Command):
     "--timeout",
     type=options.SECONDS,
     help=(
-        "Time limit for the whole run, in seconds; each shape gets an equal share of what is left."
+        "Time limit for the whole run, in seconds; each shape gets an equal share of what is "
+        "left, and those that run out of it get what the others leave."
     ),
 )
 @click.option(

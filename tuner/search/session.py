@@ -48,6 +48,7 @@ from flashtune.tuning_db.store import Store
 from flashtune.tuning_db.table import prebuilt_table
 from flashtune.tuning_db.table_folder import added_tables
 
+SHORTEST_SECONDS = 5.0  # for which a search that was cut short is continued
 UNREAD_SECONDS = 0.01  # for which replies are left unread between two steps; far below a task's
 
 
@@ -127,7 +128,7 @@ class Session:
         self.request, self.store = request, store
         self.pools: list[WorkerPool] = []
         self._device = request.device
-        self._searches: list[Search] = []
+        self._searches: dict[int, Search] = {}  # by the place of their problem
         self.provenance, self.toolchain = _evaluated(request)
         _check_energy(request, self.provenance)
         self._left_out = _left_out(request, self.provenance)
@@ -161,18 +162,28 @@ class Session:
             self.pools = [compilers, measurers]
             muster = Muster(measurers, self._reference(), display.note)
             end = time.monotonic() + (self.request.timeout_s or math.inf)
-            waiting, begun = deque(self._spaces), list[Steps[None]]()
+            waiting, begun = deque(range(len(self._spaces))), list[Steps[None]]()
             while waiting or begun:
                 muster.turn()
                 most = max(1, measurers.size) if self.provenance is Provenance.MEASURED else 1
                 while waiting and len(begun) < most and time.monotonic() < end:
                     rounds = -(-len(waiting) // most)
                     share = (end - time.monotonic()) / rounds if self.request.timeout_s else None
-                    evaluator = self._evaluator(waiting[0].problem, begun)
-                    begun.append(self._search(waiting.popleft(), share, evaluator, display))
+                    begun.append(self._search(waiting.popleft(), share, begun, display))
                 if not begun:
                     return  # out of time
                 yield from in_turns(begun)
+                if not waiting and not begun:
+                    waiting.extend(self._cut_short(end - time.monotonic()))
+
+    def _cut_short(self, left: float) -> list[int]:
+        """What to continue in the seconds that are left: the last searches did not need them.
+
+        Those that ran out of time, the one that knows the fewest configs first, each for a while.
+        """
+        cut = [place for place, search in self._searches.items() if search.timed_out]
+        cut.sort(key=lambda place: len(self._searches[place].proposals.known))
+        return cut[: int(max(0.0, left) // SHORTEST_SECONDS)] if cut else []
 
     def result(self, *, cancelled: bool) -> SessionResult:
         """The results, or the results so far, of the searches that were begun."""
@@ -182,7 +193,7 @@ class Session:
             device=max(devices, key=lambda device: device.memory_bandwidth),
             provenance=self.provenance,
             problems=self.request.problems,
-            results=[each.result() for each in self._searches],
+            results=[each.result() for each in self._searches.values()],
             cancelled=cancelled,
         )
 
@@ -212,13 +223,10 @@ class Session:
         )
 
     def _search(
-        self,
-        space: Space,
-        timeout_s: float | None,
-        evaluator: Evaluator,
-        display: Display,
+        self, place: int, timeout_s: float | None, sharers: Sequence[Any], display: Display
     ) -> Steps[None]:
-        with closing(evaluator):
+        space = self._spaces[place]
+        with closing(self._evaluator(space.problem, sharers)) as evaluator:
             search = Search(
                 space,
                 evaluator,
@@ -234,7 +242,7 @@ class Session:
                     space.problem, self.request.trials, floor_us(space.problem, self._device)
                 ),
             )
-            self._searches.append(search)
+            self._searches[place] = search
             yield from search.steps()
 
     def _evaluator(self, problem: Problem, sharers: Sequence[Any]) -> Evaluator:
