@@ -38,8 +38,13 @@ if [ "${1:-}" = --speculative ]; then
     if [ ! -e "$models/eagle/config.json" ]; then
         "$python" tests/serving/linear_eagle.py "$models/plain" "$models/eagle"
     fi
+    if [ ! -e "$models/mtp-flash/config.json" ]; then
+        "$python" tests/serving/tiny_mtp.py "$models/plain" "$models/mtp"
+        "$folder/bin/flashtune" cluster --model "$models/mtp" --out "$models/mtp-flash" --link \
+            --probes 192
+    fi
     exec "$python" tests/serving/speculative.py "$models/plain" "$models/flash" "$models/eagle" \
-        "$models/copies"
+        "$models/mtp-flash" "$models/copies"
 fi
 
 with_v2() {

@@ -1,14 +1,15 @@
 """Speculative decoding in a real vLLM: FlashHead as the head of the draft, and of the target.
 
-    python speculative.py [--runner v1|v2] [--jobs N] PLAIN FLASH EAGLE WORK
+    python speculative.py [--runner v1|v2] [--jobs N] PLAIN FLASH EAGLE MTP WORK
 
 PLAIN is a model folder, FLASH the FlashHead model made of it, EAGLE a draft for it without a head
-of its own (linear_eagle.py). First the model drafts for itself, so that each drafted token is
-right unless the draft's head misses it, then EAGLE drafts:
+of its own (linear_eagle.py), MTP a FlashHead model that predicts several tokens (tiny_mtp.py).
+First the model drafts for itself, so that each drafted token is right unless the draft's head
+misses it, then EAGLE drafts, then MTP for itself:
 - dense draft, dense target: what the others are held against
 - FlashHead draft: the same answers, whatever it misses
 - FlashHead draft of one probe: likewise, with fewer drafted tokens accepted
-- EAGLE with FlashHead: the same answers; with all clusters probed, as many accepted as when dense
+- EAGLE, MTP with FlashHead: likewise; with all clusters probed, as many accepted as when dense
 - FlashHead target with all clusters probed (FLASHTUNE_VERIFY=1, V2 runner): the same answers
 Each is an engine in a process of its own. Exits with 1 where an answer is not what it must be.
 """
@@ -34,6 +35,7 @@ PROMPTS = [
     "Name three colours.",
     "Explain what a compiler does.",
 ]
+TOKENS = [3 + 1009 * number for number in range(16)]  # MTP's prompts, whose successors it knows
 
 
 def serve(target: str, draft: str, method: str, out: str) -> None:
@@ -57,10 +59,13 @@ def serve(target: str, draft: str, method: str, out: str) -> None:
         },
     )
     chats: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    ask = llm.chat
+    if method == "mtp":
+        chats, ask = [{"prompt_token_ids": [token]} for token in TOKENS], llm.generate
     sampling = SamplingParams(temperature=0.0, max_tokens=N_TOKENS)
-    llm.chat(chats[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    ask(chats[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
     start = time.perf_counter()
-    answers = llm.chat(chats, sampling, use_tqdm=False)
+    answers = ask(chats, sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
     tokens = [list(each.outputs[0].token_ids) for each in answers]
     counts = {each.name: getattr(each, "value", 0) for each in llm.get_metrics()}
@@ -83,18 +88,19 @@ def used(said: list[str]) -> tuple[bool, bool]:
     return target, draft and "FlashHead is off for the draft" not in text
 
 
-def run(target: Path, draft: Path, eagle: Path, verify: str, runner: str, out: Path) -> list[str]:
+def run(
+    target: Path, draft: Path, method: str, enabled: str, verify: str, runner: str, out: Path
+) -> list[str]:
     """Serve one pair in a process of its own, which writes what it found; what it said."""
     out.unlink(missing_ok=True)
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "FLASHHEAD_ENABLED": "always",
+        "FLASHHEAD_ENABLED": enabled,
         "FLASHTUNE_VERIFY": verify,
         "SERVING_RUNNER": runner,
     }
-    method = "eagle" if draft == eagle else "draft_model"
     command = [sys.executable, __file__, "serve", str(target), str(draft), method, str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -111,51 +117,60 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="FlashHead in speculative decoding.")
     parser.add_argument("--runner", choices=("v1", "v2"), help="only pairs with this one")
     parser.add_argument("--jobs", type=int, default=1, help="engines that run at a time")
-    for name in ("plain", "flash", "eagle", "work"):
+    for name in ("plain", "flash", "eagle", "mtp", "work"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
-    plain, flash, eagle, work = given.plain, given.flash, given.eagle, given.work
-    every = probing(flash, work, "all", ModelFolder.open(flash).problem().n_clusters)
-    one = probing(flash, work, "one", 1)
+    plain, flash, eagle, mtp = given.plain, given.flash, given.eagle, given.mtp
+    every, one, mtp_every, mtp_one = (
+        probing(folder, given.work, f"{folder.name}-{n_probes}", n_probes)
+        for folder in (flash, mtp)
+        for n_probes in (ModelFolder.open(folder).problem().n_clusters, 1)
+    )
+    always, off = "always", "0"
     pairs = {
-        "dense draft": (plain, plain, "0", "v1"),
-        "FlashHead draft": (plain, flash, "0", "v1"),
-        "FlashHead draft, 1 probe": (plain, one, "0", "v1"),
-        "dense EAGLE": (plain, eagle, "0", "v1"),
-        "FlashHead EAGLE": (flash, eagle, "0", "v1"),
-        "FlashHead EAGLE, 1 probe": (one, eagle, "0", "v1"),
-        "FlashHead EAGLE, all probed": (every, eagle, "0", "v1"),
-        "dense EAGLE, V2": (plain, eagle, "0", "v2"),
-        "FlashHead EAGLE, V2": (flash, eagle, "0", "v2"),
-        "FlashHead EAGLE, all probed, V2": (every, eagle, "0", "v2"),
-        "FlashHead EAGLE and target, all probed, V2": (every, eagle, "1", "v2"),
-        "FlashHead EAGLE and target, V2": (flash, eagle, "1", "v2"),
+        "dense draft": (plain, plain, "draft_model", always, "0", "v1"),
+        "FlashHead draft": (plain, flash, "draft_model", always, "0", "v1"),
+        "FlashHead draft, 1 probe": (plain, one, "draft_model", always, "0", "v1"),
+        "dense EAGLE": (plain, eagle, "eagle", always, "0", "v1"),
+        "FlashHead EAGLE": (flash, eagle, "eagle", always, "0", "v1"),
+        "FlashHead EAGLE, 1 probe": (one, eagle, "eagle", always, "0", "v1"),
+        "FlashHead EAGLE, all probed": (every, eagle, "eagle", always, "0", "v1"),
+        "dense EAGLE, V2": (plain, eagle, "eagle", always, "0", "v2"),
+        "FlashHead EAGLE, V2": (flash, eagle, "eagle", always, "0", "v2"),
+        "FlashHead EAGLE, all probed, V2": (every, eagle, "eagle", always, "0", "v2"),
+        "FlashHead EAGLE and target, all probed, V2": (every, eagle, "eagle", always, "1", "v2"),
+        "FlashHead EAGLE and target, V2": (flash, eagle, "eagle", always, "1", "v2"),
+        "dense MTP": (mtp, mtp, "mtp", off, "0", "v1"),
+        "FlashHead MTP": (mtp, mtp, "mtp", always, "0", "v1"),
+        "FlashHead MTP, 1 probe": (mtp_one, mtp_one, "mtp", always, "0", "v1"),
+        "FlashHead MTP, all probed": (mtp_every, mtp_every, "mtp", always, "0", "v1"),
+        "dense MTP, V2": (mtp, mtp, "mtp", off, "0", "v2"),
+        "FlashHead MTP, all probed, V2": (mtp_every, mtp_every, "mtp", always, "0", "v2"),
     }
     pairs = {name: pair for name, pair in pairs.items() if given.runner in (None, pair[-1])}
-    outs = {name: work / f"speculative-{number}.json" for number, name in enumerate(pairs)}
+    outs = {name: given.work / f"speculative-{number}.json" for number, name in enumerate(pairs)}
     with ThreadPoolExecutor(given.jobs) as pool:
-        running = {
-            name: pool.submit(run, target, draft, eagle, verify, runner, outs[name])
-            for name, (target, draft, verify, runner) in pairs.items()
-        }
-        good, expected, accepted = True, None, {}
-        for name, (_, _, verify, runner) in pairs.items():
+        running = {name: pool.submit(run, *pair, outs[name]) for name, pair in pairs.items()}
+        good, expected, accepted = True, {}, {}
+        for name, (_, _, method, _, verify, runner) in pairs.items():
             said = running[name].result()
             found = json.loads(outs[name].read_text())
             accepted[name] = found["accepted"]
-            expected = expected or found["tokens"]
-            same = sum(mine == its for mine, its in zip(found["tokens"], expected, strict=True))
-            drafts = "FlashHead draft" in name or "FlashHead E" in name
+            mine, its = found["tokens"], expected.setdefault(method == "mtp", found["tokens"])
+            same = sum(one == other for one, other in zip(mine, its, strict=True))
+            drafts = name.startswith("FlashHead")
             right = used(said) == (verify == "1", drafts)
             if verify == "0" or "all probed" in name:
-                right &= same == len(PROMPTS)
-            if "EAGLE" in name and "all probed" in name:
-                other = f"dense EAGLE{', V2' if runner == 'v2' else ''}"
+                right &= same == len(its)
+            if method != "draft_model" and "all probed" in name:
+                other = f"dense {method.upper()}{', V2' if runner == 'v2' else ''}"
                 right &= accepted[name] == accepted[other]
+            if "1 probe" in name:
+                right &= accepted[name] < accepted[name.removesuffix(", 1 probe")]
             good &= right
             print(
-                f"{'ok  ' if right else 'FAIL'} {name}: {same} of {len(PROMPTS)} answers as with "
-                f"the dense draft, {found['accepted']:.3f} of drafted tokens accepted, "
+                f"{'ok  ' if right else 'FAIL'} {name}: {same} of {len(its)} answers as with the "
+                f"dense draft, {found['accepted']:.3f} of drafted tokens accepted, "
                 f"{found['tokens_a_second']:.1f} tokens/s",
                 flush=True,
             )
