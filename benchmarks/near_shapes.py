@@ -20,7 +20,7 @@ from flashtune.kernels.plans.config import Config
 from flashtune.kernels.predict.cost_model import shipped_model
 from flashtune.kernels.runtime.choice import PREBUILT, Source, contenders
 from flashtune.tuner.cli.options import DEVICE, SHAPE
-from flashtune.tuner.search.evaluate import REST_SECONDS, PredictingEvaluator
+from flashtune.tuner.search.evaluate import PredictingEvaluator
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
@@ -50,13 +50,8 @@ def best_us(
     problem: Problem, device: Device, configs: Sequence[Config], compilers: WorkerPool
 ) -> float | None:
     """The shortest predicted time of the configs that compile and fit."""
-    evaluator = PredictingEvaluator(problem, device, compilers)
-    for config in configs:
-        evaluator.submit(config)
-    times = []
-    while evaluator.pending:
-        evaluator.rest(REST_SECONDS)
-        times += [each.measurement.median_us for each in evaluator.collect()]
+    found = PredictingEvaluator(problem, device, compilers).each(configs)
+    times = [each.measurement.median_us for each in found]
     return min((each for each in times if each is not None), default=None)
 
 

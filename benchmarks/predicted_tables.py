@@ -25,7 +25,7 @@ from flashtune.kernels.plans.config import Config, config_data
 from flashtune.kernels.predict.cost_model import VERSION, shipped_model
 from flashtune.tuner.cli.options import DEVICE, SHAPE
 from flashtune.tuner.predict.calibration import CALIBRATIONS, read_calibration
-from flashtune.tuner.search.evaluate import REST_SECONDS, PredictingEvaluator
+from flashtune.tuner.search.evaluate import PredictingEvaluator
 from flashtune.tuner.search.ranking import promising
 from flashtune.tuner.search.space import Space
 from flashtune.tuner.workers.pool import WorkerPool
@@ -87,25 +87,20 @@ def predict_problem(
     """Predict the promising configs of one problem; returns how many of them work."""
     space = Space(problem, device)
     wanted = promising(space, shipped_model(), most=most, seed=0, near=near)
-    evaluator = PredictingEvaluator(problem, device, compilers)
-    for config in wanted:
-        evaluator.submit(config)
     working = 0
-    while evaluator.pending:
-        evaluator.rest(REST_SECONDS)
-        for evaluation in evaluator.collect():
-            working += evaluation.measurement.outcome is Outcome.OK
-            store.add(
-                Record(
-                    device=device.name,
-                    toolchain=tools,
-                    problem=problem,
-                    config=config_data(evaluation.config),
-                    provenance=Provenance.PREDICTED,
-                    measurement=evaluation.measurement,
-                    created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                )
+    for evaluation in PredictingEvaluator(problem, device, compilers).each(wanted):
+        working += evaluation.measurement.outcome is Outcome.OK
+        store.add(
+            Record(
+                device=device.name,
+                toolchain=tools,
+                problem=problem,
+                config=config_data(evaluation.config),
+                provenance=Provenance.PREDICTED,
+                measurement=evaluation.measurement,
+                created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             )
+        )
     return working
 
 

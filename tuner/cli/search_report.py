@@ -141,7 +141,7 @@ def _notes(outcome: SessionResult) -> Iterator[str]:
     if outcome.cancelled:
         begun = len(outcome.results)
         yield (
-            f"INTERRUPTED: {begun} of {len(outcome.problems)} shapes begun, the last one not "
+            f"INTERRUPTED: {begun} of {len(outcome.problems)} shapes begun, not all of them "
             "finished; run the same command again to continue"
         )
     elif len(outcome.results) < len(outcome.problems) or any(

@@ -14,7 +14,7 @@ evaluators may share pools: they wait only in `rest`, which their caller calls o
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -136,6 +136,14 @@ class PredictingEvaluator:
             Evaluation(task.candidates[0].config, self._measurement(task.candidates[0], reply))
             for task, reply in self._pool.collect(self)
         ]
+
+    def each(self, configs: Iterable[Config]) -> Iterator[Evaluation]:
+        """Predictions for all of these configs, in the order in which they are ready."""
+        for config in configs:
+            self.submit(config)
+        while self.pending:
+            self.rest(REST_SECONDS)
+            yield from self.collect()
 
     def compare(self, configs: Sequence[Config]) -> Steps[list[Evaluation]]:
         """Nothing: a repeated prediction is the same."""

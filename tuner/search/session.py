@@ -277,10 +277,7 @@ class Session:
 
 
 def side_by_side(sessions: Sequence[Session], display: Display) -> list[SessionResult]:
-    """Run sessions concurrently to their end; Ctrl-C ends them with their results so far.
-
-    In a session that is cut short, the searches that were under way are the last results.
-    """
+    """Run sessions concurrently to their end; Ctrl-C ends them with their results so far."""
     session_of = {session.steps(display): session for session in sessions}
     under_way, cancelled = list(session_of), False
     try:

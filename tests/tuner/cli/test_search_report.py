@@ -104,7 +104,7 @@ def test_the_best_of_the_search_and_the_winner_are_told_apart(said, result) -> N
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"cancelled": True}, "INTERRUPTED: 1 of 2 shapes begun, the last one not finished"),
+        ({"cancelled": True}, "INTERRUPTED: 1 of 2 shapes begun, not all of them finished"),
         ({}, "out of time: 1 of 2 shapes begun"),
     ],
 )
