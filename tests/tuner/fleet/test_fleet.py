@@ -311,8 +311,9 @@ class TestTheCommandAndTheFunction:
             asked.append(request)
             return [fleet(1.0, 1.0), fleet(1.0, device=ORIN)][: 1 if wanted else 2]
 
-        monkeypatch.setattr("flashtune.tuner.fleet.fleets.fleets_for", pretended)
+        # The API first: were it imported now, it would keep what is pretended for good
         monkeypatch.setattr("flashtune.tuner.api.fleets_for", pretended)
+        monkeypatch.setattr("flashtune.tuner.fleet.fleets.fleets_for", pretended)
         return asked
 
     @staticmethod
