@@ -273,6 +273,15 @@ def answers(
     return time.perf_counter() - start, [list(each.outputs[0].token_ids) for each in outputs]
 
 
+def measured_rate(
+    llm: Any, vocab: int, n_rows: int, n_tokens: int, kind: str
+) -> tuple[float, list[list[int]]]:
+    """Tokens per second of answers of so many tokens beyond the first ones, and the answers."""
+    short, _ = answers(llm, vocab, n_rows, SHORT, kind)
+    long, tokens = answers(llm, vocab, n_rows, SHORT + n_tokens, kind)
+    return n_tokens * n_rows / (long - short), tokens
+
+
 def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
     """Print tokens per second with an EAGLE draft, and how many drafted tokens are accepted."""
     from flashtune.kernels.integrations import vllm_head
@@ -298,15 +307,13 @@ def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
         answers(llm, SHAPES[name].vocab, n_rows, SHORT, "greedy")
         rates, before = [], counted()
         for _ in range(given.repeats):
-            short, _ = answers(llm, SHAPES[name].vocab, n_rows, SHORT, "greedy")
-            long, tokens = answers(llm, SHAPES[name].vocab, n_rows, SHORT + given.tokens, "greedy")
-            rates.append(given.tokens * n_rows / (long - short))
+            one, tokens = measured_rate(llm, SHAPES[name].vocab, n_rows, given.tokens, "greedy")
+            rates.append(one)
         drafted, accepted = (now - then for now, then in zip(counted(), before, strict=True))
-        rate = statistics.median(rates)
         cells.append(
             {
                 "rows": n_rows,
-                "tokens_a_second": round(rate, 1),
+                "tokens_a_second": round(statistics.median(rates), 1),
                 "all": [round(each, 1) for each in rates],
                 "accepted": round(accepted / drafted, 4) if drafted else None,
                 "answers": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
@@ -332,6 +339,7 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
     llm, found = engine(folder, name, rows, given)
     heads = Heads()
     generate = partial(answers, llm, SHAPES[name].vocab)
+    rate_of = partial(measured_rate, llm, SHAPES[name].vocab)
 
     def kernels_us(n_rows: int, n_tokens: int = 24) -> float:
         """The GPU's own time of a step: the kernels of one answer, less those of a shorter one."""
@@ -361,9 +369,8 @@ def run(folder: Path, name: str, given: argparse.Namespace) -> None:
             for repeat in range(given.repeats):
                 for head in list(rates)[:: 1 if repeat % 2 else -1]:
                     heads.use(head)
-                    short, _ = generate(n_rows, SHORT, kind)
-                    long, tokens[head] = generate(n_rows, SHORT + given.tokens, kind)
-                    rates[head].append(given.tokens * n_rows / (long - short))
+                    one, tokens[head] = rate_of(n_rows, given.tokens, kind)
+                    rates[head].append(one)
             medians = {head: statistics.median(own) for head, own in rates.items()}
             cell: dict[str, Any] = {
                 "kind": kind,

@@ -18,7 +18,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,16 @@ def probing(flash: Path, work: Path, name: str, n_probes: int) -> Path:
     (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps({**config, "n_probes": n_probes}))
     return copy
+
+
+@contextmanager
+def engines(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Where engines run, so many at a time; after a failure no other one is begun."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def answers(script: str, model: Path, *, enabled: bool = True) -> Answers:
@@ -119,7 +131,7 @@ def main() -> None:
     plain, flash = arguments.plain, arguments.flash
     every = probing(flash, arguments.work, "all", problem.n_clusters)
     one = probing(flash, arguments.work, "one", 1)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with engines(arguments.jobs) as pool:
 
         def started(script: str, *models: Path) -> list[Future[Answers]]:
             return [pool.submit(answers, script, model) for model in models]

@@ -20,11 +20,11 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compare import probing
+from compare import engines, probing
 
 from flashtune.kernels.model_folder.folder import ModelFolder
 
@@ -35,7 +35,20 @@ PROMPTS = [
     "Name three colours.",
     "Explain what a compiler does.",
 ]
-TOKENS = [3 + 1009 * number for number in range(16)]  # MTP's prompts, whose successors it knows
+TOKENS = [3 + 1009 * number for number in range(16)]  # whose successors MTP knows
+FIRST = 7  # of MTP's prompts: it gets no embedding of a text's first token
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What decodes and what drafts for it; `enabled`, `verify`: FlashHead at all, as target."""
+
+    target: Path
+    draft: Path
+    method: str
+    runner: str = "v1"
+    enabled: bool = True
+    verify: bool = False
 
 
 def serve(target: str, draft: str, method: str, out: str) -> None:
@@ -61,7 +74,7 @@ def serve(target: str, draft: str, method: str, out: str) -> None:
     chats: Any = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     ask = llm.chat
     if method == "mtp":
-        chats, ask = [{"prompt_token_ids": [token]} for token in TOKENS], llm.generate
+        chats, ask = [{"prompt_token_ids": [FIRST, token]} for token in TOKENS], llm.generate
     sampling = SamplingParams(temperature=0.0, max_tokens=N_TOKENS)
     ask(chats[:1], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
     start = time.perf_counter()
@@ -88,21 +101,19 @@ def used(said: list[str]) -> tuple[bool, bool]:
     return target, draft and "FlashHead is off for the draft" not in text
 
 
-def run(
-    target: Path, draft: Path, method: str, enabled: str, verify: str, runner: str, out: Path
-) -> list[str]:
+def run(pair: Pair, out: Path) -> list[str]:
     """Serve one pair in a process of its own, which writes what it found; what it said."""
     out.unlink(missing_ok=True)
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "FLASHHEAD_ENABLED": enabled,
-        "FLASHTUNE_VERIFY": verify,
-        "SERVING_RUNNER": runner,
+        "FLASHHEAD_ENABLED": "always" if pair.enabled else "0",
+        "FLASHTUNE_VERIFY": str(int(pair.verify)),
+        "SERVING_RUNNER": pair.runner,
     }
-    command = [sys.executable, __file__, "serve", str(target), str(draft), method, str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, __file__, "serve", pair.target, pair.draft, pair.method, out]
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     printed = (done.stderr + done.stdout).splitlines()
@@ -126,44 +137,43 @@ def main() -> int:
         for folder in (flash, mtp)
         for n_probes in (ModelFolder.open(folder).problem().n_clusters, 1)
     )
-    always, off = "always", "0"
+    verifying = Pair(flash, eagle, "eagle", "v2", verify=True)
     pairs = {
-        "dense draft": (plain, plain, "draft_model", always, "0", "v1"),
-        "FlashHead draft": (plain, flash, "draft_model", always, "0", "v1"),
-        "FlashHead draft, 1 probe": (plain, one, "draft_model", always, "0", "v1"),
-        "dense EAGLE": (plain, eagle, "eagle", always, "0", "v1"),
-        "FlashHead EAGLE": (flash, eagle, "eagle", always, "0", "v1"),
-        "FlashHead EAGLE, 1 probe": (one, eagle, "eagle", always, "0", "v1"),
-        "FlashHead EAGLE, all probed": (every, eagle, "eagle", always, "0", "v1"),
-        "dense EAGLE, V2": (plain, eagle, "eagle", always, "0", "v2"),
-        "FlashHead EAGLE, V2": (flash, eagle, "eagle", always, "0", "v2"),
-        "FlashHead EAGLE, all probed, V2": (every, eagle, "eagle", always, "0", "v2"),
-        "FlashHead EAGLE and target, all probed, V2": (every, eagle, "eagle", always, "1", "v2"),
-        "FlashHead EAGLE and target, V2": (flash, eagle, "eagle", always, "1", "v2"),
-        "dense MTP": (mtp, mtp, "mtp", off, "0", "v1"),
-        "FlashHead MTP": (mtp, mtp, "mtp", always, "0", "v1"),
-        "FlashHead MTP, 1 probe": (mtp_one, mtp_one, "mtp", always, "0", "v1"),
-        "FlashHead MTP, all probed": (mtp_every, mtp_every, "mtp", always, "0", "v1"),
-        "dense MTP, V2": (mtp, mtp, "mtp", off, "0", "v2"),
-        "FlashHead MTP, all probed, V2": (mtp_every, mtp_every, "mtp", always, "0", "v2"),
+        "dense draft": Pair(plain, plain, "draft_model"),
+        "FlashHead draft": Pair(plain, flash, "draft_model"),
+        "FlashHead draft, 1 probe": Pair(plain, one, "draft_model"),
+        "dense EAGLE": Pair(plain, eagle, "eagle"),
+        "FlashHead EAGLE": Pair(flash, eagle, "eagle"),
+        "FlashHead EAGLE, 1 probe": Pair(one, eagle, "eagle"),
+        "FlashHead EAGLE, all probed": Pair(every, eagle, "eagle"),
+        "dense EAGLE, V2": Pair(plain, eagle, "eagle", "v2"),
+        "FlashHead EAGLE, V2": Pair(flash, eagle, "eagle", "v2"),
+        "FlashHead EAGLE, all probed, V2": Pair(every, eagle, "eagle", "v2"),
+        "FlashHead EAGLE and target, all probed, V2": replace(verifying, target=every),
+        "FlashHead EAGLE and target, V2": verifying,
+        "dense MTP": Pair(mtp, mtp, "mtp", enabled=False),
+        "FlashHead MTP": Pair(mtp, mtp, "mtp"),
+        "FlashHead MTP, 1 probe": Pair(mtp_one, mtp_one, "mtp"),
+        "FlashHead MTP, all probed": Pair(mtp_every, mtp_every, "mtp"),
+        "dense MTP, V2": Pair(mtp, mtp, "mtp", "v2", enabled=False),
+        "FlashHead MTP, all probed, V2": Pair(mtp_every, mtp_every, "mtp", "v2"),
     }
-    pairs = {name: pair for name, pair in pairs.items() if given.runner in (None, pair[-1])}
+    pairs = {name: pair for name, pair in pairs.items() if given.runner in (None, pair.runner)}
     outs = {name: given.work / f"speculative-{number}.json" for number, name in enumerate(pairs)}
-    with ThreadPoolExecutor(given.jobs) as pool:
-        running = {name: pool.submit(run, *pair, outs[name]) for name, pair in pairs.items()}
+    with engines(given.jobs) as pool:
+        running = {name: pool.submit(run, pair, outs[name]) for name, pair in pairs.items()}
         good, expected, accepted = True, {}, {}
-        for name, (_, _, method, _, verify, runner) in pairs.items():
+        for name, pair in pairs.items():
             said = running[name].result()
             found = json.loads(outs[name].read_text())
             accepted[name] = found["accepted"]
-            mine, its = found["tokens"], expected.setdefault(method == "mtp", found["tokens"])
+            mine, its = found["tokens"], expected.setdefault(pair.method == "mtp", found["tokens"])
             same = sum(one == other for one, other in zip(mine, its, strict=True))
-            drafts = name.startswith("FlashHead")
-            right = used(said) == (verify == "1", drafts)
-            if verify == "0" or "all probed" in name:
+            right = used(said) == (pair.verify, name.startswith("FlashHead"))
+            if not pair.verify or "all probed" in name:
                 right &= same == len(its)
-            if method != "draft_model" and "all probed" in name:
-                other = f"dense {method.upper()}{', V2' if runner == 'v2' else ''}"
+            if pair.method != "draft_model" and "all probed" in name:
+                other = f"dense {pair.method.upper()}{', V2' if pair.runner == 'v2' else ''}"
                 right &= accepted[name] == accepted[other]
             if "1 probe" in name:
                 right &= accepted[name] < accepted[name.removesuffix(", 1 probe")]

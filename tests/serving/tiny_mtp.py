@@ -4,7 +4,8 @@
 
 Its weights are random, but so that each token has one clear successor: tokens are pairs whose
 embeddings differ by the signs that the last norm changes. The layer that predicts the token after
-next knows the same, so with a dense head each of its drafts is right. TOKENIZER is a model folder
+next knows the same, so with a dense head each of its drafts is right, but for the first token of a
+text, whose embedding vLLM does not give to it. TOKENIZER is a model folder
 whose tokenizer, and vocabulary's size, it takes.
 """
 
