@@ -3,6 +3,7 @@
     python benchmarks/vllm_generate.py make FOLDER llama-3.1-8b qwen3-1.7b …
     python benchmarks/vllm_generate.py run FOLDER llama-3.1-8b --out FILE.json
     python benchmarks/vllm_generate.py draft FOLDER llama-3.1-8b --out FILE.json
+    python benchmarks/vllm_generate.py draft FOLDER qwen3-1.7b --by qwen3-0.6b --out FILE.json
 
 `make` writes models of real shapes with random weights and clusters them. The weights are made so
 that each token has one clear successor, as in a trained model: agreeing tokens show that
@@ -15,9 +16,10 @@ step is shown, too. Last, the FlashHead is dropped, and the tensors' memory with
 reported.
 
 `draft` serves a Llama with an EAGLE draft, which `make` wrote beside it: one layer of real size,
-and a linear map that gives the successor, so that nearly all drafted tokens are accepted. vLLM
-captures the draft with its head, so an engine can't switch: FLASHHEAD_ENABLED and FLASHTUNE_VERIFY
-say who drafts and who verifies, and runs of several engines are compared.
+and a linear map that gives the successor, so that nearly all drafted tokens are accepted. With
+`--by` another of the models drafts, whose tokens have the same successors. vLLM captures the draft
+with its head, so an engine can't switch: FLASHHEAD_ENABLED and FLASHTUNE_VERIFY say who drafts and
+who verifies, and runs of several engines are compared.
 """
 
 import argparse
@@ -283,13 +285,13 @@ def measured_rate(
 
 
 def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
-    """Print tokens per second with an EAGLE draft, and how many drafted tokens are accepted."""
+    """Print tokens per second with a draft, and how many drafted tokens are accepted."""
     from flashtune.kernels.integrations import vllm_head
 
     rows = [int(number) for number in given.rows.split(",")]
     speculative = {
-        "method": "eagle",
-        "model": str(folder / f"{name}-eagle"),
+        "method": "draft_model" if given.by else "eagle",
+        "model": str(folder / (f"{given.by}-flash" if given.by else f"{name}-eagle")),
         "num_speculative_tokens": given.drafted,
     }
     llm, found = engine(
@@ -325,7 +327,7 @@ def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
         for (_, drafts), each in vllm_head._SERVED.items()
         if each._head is not None
     }
-    found |= {"drafted": given.drafted, "flash_heads": heads, "cells": cells}
+    found |= {"by": given.by or "eagle", "drafted": given.drafted, "flash_heads": heads, "cells": cells}
     print(f"FlashHead: {heads or 'nowhere'}", flush=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -426,6 +428,7 @@ def main() -> None:
     running.add_argument("--always", action="store_true")
     running.add_argument("--kernels", action="store_true")
     drafting.add_argument("--drafted", type=int, default=3)
+    drafting.add_argument("--by", choices=SHAPES, help="the model that drafts, else an EAGLE")
     given = parser.parse_args()
     if given.part == "make":
         for name in given.names:

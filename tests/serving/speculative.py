@@ -142,6 +142,8 @@ def main() -> int:
         "dense draft": Pair(plain, plain, "draft_model"),
         "FlashHead draft": Pair(plain, flash, "draft_model"),
         "FlashHead draft, 1 probe": Pair(plain, one, "draft_model"),
+        "dense draft, V2": Pair(plain, plain, "draft_model", "v2"),
+        "FlashHead draft, V2": Pair(plain, flash, "draft_model", "v2"),
         "dense EAGLE": Pair(plain, eagle, "eagle"),
         "FlashHead EAGLE": Pair(flash, eagle, "eagle"),
         "FlashHead EAGLE, 1 probe": Pair(one, eagle, "eagle"),
