@@ -54,7 +54,7 @@ def kernel_timer(config: Config, workload: Workload, device: Device) -> Timer:
     """A config's kernels, verified; raises RuntimeError if their tokens are wrong."""
     candidate = Candidate(workload.problem, config, device)
     step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
-    reason = workload.why_wrong(step, candidate.slack)
+    reason = workload.why_wrong(step, candidate.slack, tensor_cores=candidate.plan.tensor_cores)
     if reason:
         raise RuntimeError(f"{config}: {reason}")
     return target_of(device).timer(step, workload)
@@ -128,10 +128,10 @@ def main(shapes: Sequence[str], tokens: Sequence[int], seed: int, output: Path |
     for problem in problems:
         rows.append(compare(problem, device, bandwidth, seed))
         torch.cuda.empty_cache()
+        if output:  # after each row in case a later one fails
+            data = {"device": device.name, "read_bandwidth": bandwidth, "rows": rows}
+            output.write_text(json.dumps(data, indent=1) + "\n")
     print_table(rows)
-    if output:
-        data = {"device": device.name, "read_bandwidth": bandwidth, "rows": rows}
-        output.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

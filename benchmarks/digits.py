@@ -155,7 +155,9 @@ def compare(
             backend = backend_of(candidate)
             row = replace(row, predicted_us=predict(candidate, backend.compile(candidate)).time_us)
             step = backend.loader(candidate, where)()
-            reason = workload.why_wrong(step, candidate.slack)
+            reason = workload.why_wrong(
+                step, candidate.slack, tensor_cores=candidate.plan.tensor_cores
+            )
             if reason:
                 raise FlashtuneError(f"wrong: {reason}")
             timers[config, "alone"] = GraphTimer(step, workload)

@@ -35,7 +35,7 @@ from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.timing import GraphTimer, Timer, Timing, WallTimer, interleaved
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config, parse_config, slack_of
+from flashtune.kernels.plans.config import Config, parse_config
 from flashtune.kernels.runtime.binding import compile_step
 from flashtune.kernels.runtime.decoder import MOST_TOKENS
 from flashtune.kernels.weights import Step, Weights
@@ -224,11 +224,13 @@ def verified_step(problem: Problem, config: Config, weights: Weights) -> Step:
     where = weights.weight.device
     device = device_of(where)
     assert device is not None
-    step = compile_step(Candidate(problem, config, device), where)()
+    candidate = Candidate(problem, config, device)
+    step = compile_step(candidate, where)()
     hidden = torch.randn(problem.n_tokens, problem.hidden_size, device=where).bfloat16()
     out = new_out(problem, where)
     step(weights, hidden, out)
-    reason = Judge(weights, problem).why_wrong(out, hidden, slack_of(config))
+    judge = Judge(weights, problem, tensor_cores=candidate.plan.tensor_cores)
+    reason = judge.why_wrong(out, hidden, candidate.slack)
     if reason:
         raise RuntimeError(f"{problem.describe()}, {config}: {reason}")
     return step

@@ -327,7 +327,12 @@ def draft(folder: Path, name: str, given: argparse.Namespace) -> None:
         for (_, drafts), each in vllm_head._SERVED.items()
         if each._head is not None
     }
-    found |= {"by": given.by or "eagle", "drafted": given.drafted, "flash_heads": heads, "cells": cells}
+    found |= {
+        "by": given.by or "eagle",
+        "drafted": given.drafted,
+        "flash_heads": heads,
+        "cells": cells,
+    }
     print(f"FlashHead: {heads or 'nowhere'}", flush=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

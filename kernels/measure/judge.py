@@ -44,6 +44,13 @@ class Judge:
     sums float32 holds exactly, the bound is zero. Logits are rounded once more, to the dtype they
     come in: since rounding keeps the order, they must lie between the bound's ends, rounded.
 
+    Tensor cores cut instead of rounding. They add a few products to a sum at a time, all cut to
+    a multiple of 2^-24 of the largest's power of two (Ampere, 8 products at a time) or of 2^-25
+    (Hopper, 16), and cut what comes out to float32 (Khattak and Mikaitis, Accurate Models of
+    NVIDIA Tensor Cores, 2025). An Ampere may so lose (9 2^-24 + 2^-23) sum |a_i b_i|
+    for each 8 products, a Hopper half. With `tensor_cores` the bound is therefore
+    (11/8 width + 16) 2^-24 sum |a_i b_i|.
+
     For quantised weights the reference is the dequantised numbers, whole numbers times scales. A
     kernel multiplies by a scale after it has added up, and rounds once more for it, which the
     bound's 16 further steps cover. Of int8 alone it may also take each state as whole multiples of
@@ -60,6 +67,7 @@ class Judge:
     weights: Weights
     problem: Problem
     exact: bool = False
+    tensor_cores: bool = False
 
     @property
     def n_probes(self) -> int:
@@ -97,7 +105,8 @@ class Judge:
 
         multiples: whether states may be taken as whole multiples of a power of two.
         """
-        depth = 0 if self.exact else rows.shape[1] / 32 + 16
+        steps = rows.shape[1] * (11 / 8 if self.tensor_cores else 1 / 32) + 16
+        depth = 0 if self.exact else steps
         rows = rows.double()
         bounds = depth * 2.0**-24 * (rows.abs() @ states.abs().T)
         if multiples and not self.exact:

@@ -77,16 +77,17 @@ class Trial(Generic[Entrant]):
         except Exception as error:  # compilers and drivers raise exceptions of any type
             self._ended[entrant] = failure(error, Outcome.COMPILE_ERROR, self._policy)
 
-    def admit(self, entrant: Entrant, slack: int) -> None:
+    def admit(self, entrant: Entrant, slack: int, *, tensor_cores: bool = False) -> None:
         """Verify an entrant that was loaded, and take its first samples.
 
-        slack: how many clusters its step may probe beyond those that must be.
+        slack: how many clusters its step may probe beyond those that must be. tensor_cores:
+        whether they multiply.
         """
         step = self._steps.get(entrant)
         if step is None or self.lost:
             return
         try:
-            reason = self._workload.why_wrong(step, slack)
+            reason = self._workload.why_wrong(step, slack, tensor_cores=tensor_cores)
             if reason:
                 raise WrongResultError(reason)
             timer = self._make_timer(step, self._workload)

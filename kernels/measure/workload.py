@@ -41,7 +41,7 @@ class Workload:
     states: tuple[torch.Tensor, ...]
     checks: tuple[torch.Tensor, ...]
     most_bytes: int = 0
-    _right: dict[tuple[int, tuple[int, ...]], int] = field(
+    _right: dict[tuple[int, bool, tuple[int, ...]], int] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -140,19 +140,22 @@ class Workload:
             scale = 12 / float(state.norm())  # logits have the deviation |state|: 12 of them
             weights.put(problem, row, state * scale)
 
-    def why_wrong(self, step: Step, slack: int) -> str | None:
+    def why_wrong(self, step: Step, slack: int, *, tensor_cores: bool = False) -> str | None:
         """None if the step's output is right for every check, twice each, else why not.
 
-        The output is poisoned before each call. Most configs give the same tokens, and an output
-        that was right with little slack is right with more, so it is not judged again.
+        slack: how many more clusters than requested it may probe. tensor_cores: whether they
+        multiply, which cut instead of rounding. The output is poisoned before each call. Most
+        configs give the same tokens, and an output that was right with little slack is right with
+        more, so it is not judged again.
         """
-        judge = Judge(self.sets[0], self.problem)
+        judge = Judge(self.sets[0], self.problem, tensor_cores=tensor_cores)
         for number, states in enumerate(self.checks):
             for _ in range(2):
                 out = poisoned_out(self.problem, states.device)
                 step(self.sets[0], states, out)
-                answer = number, () if out.is_floating_point() else tuple(out.tolist())
-                if answer[1] and self._right.get(answer, slack + 1) <= slack:
+                tokens = () if out.is_floating_point() else tuple(out.tolist())
+                answer = number, tensor_cores, tokens
+                if tokens and self._right.get(answer, slack + 1) <= slack:
                     continue
                 reason = judge.why_wrong(out, states, slack)
                 if reason:

@@ -218,6 +218,7 @@ BATCHED = Plan(
     values=_values,
     slack=lambda config: int(config.slack),
     starts=_starts,
+    tensor_cores=True,
 )
 
 

@@ -61,7 +61,8 @@ class Plan:
 
     launches: its own kernels in the order of their launches. values: what the template is filled
     in with. slack: how many more clusters than requested a config may probe. starts: configs from
-    which searches begin, valid or not, those expected to be fastest first.
+    which searches begin, valid or not, those expected to be fastest first. tensor_cores: whether
+    they multiply on a GPU, which cut instead of rounding (measure/judge.py).
     """
 
     config: type[Config]
@@ -72,6 +73,7 @@ class Plan:
     values: Callable[["Candidate"], Mapping[str, Value]]
     slack: Callable[[Any], int]
     starts: Callable[[Problem, Device], Sequence[Config]]
+    tensor_cores: bool = False
 
     @property
     def name(self) -> str:

@@ -103,4 +103,5 @@ DENSE = Plan(
     values=_values,
     slack=lambda config: ALL_CLUSTERS,
     starts=_starts,
+    tensor_cores=True,
 )

@@ -26,8 +26,8 @@ from flashtune.kernels.measure.memory import free_bytes, scratch_bytes
 from flashtune.kernels.measure.timing import timer_bytes
 from flashtune.kernels.measure.trial import FAR_BEHIND, Trial
 from flashtune.kernels.measure.workload import Workload
-from flashtune.kernels.plans.candidate import Candidate
-from flashtune.kernels.plans.config import Config, slack_of
+from flashtune.kernels.plans.candidate import PLANS, Candidate
+from flashtune.kernels.plans.config import Config
 from flashtune.kernels.runtime.compilers import Compilers
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
@@ -113,7 +113,8 @@ def compare(
             if config in trial.loaded and why_not:
                 missed[config] = why_not
             else:
-                trial.admit(config, slack_of(config))
+                plan = PLANS[config.plan]
+                trial.admit(config, plan.slack(config), tensor_cores=plan.tensor_cores)
         trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=configs[:1])
         trial.take_turns(ROUNDS, least=LEAST_ROUNDS, until=end)
     finally:

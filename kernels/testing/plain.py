@@ -7,18 +7,19 @@ import torch
 
 from flashtune.kernels.epilogues.epilogue import new_out, poisoned_out
 from flashtune.kernels.formats.format import format_of
-from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import slack_of
 from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.testing.runner import (
     Contract,
     Runner,
+    judge_of,
     probed,
     random_states,
     random_weights,
     run,
     tokens_of,
+    why_wrong,
 )
 from flashtune.tuning_db.problem import Problem
 
@@ -36,7 +37,7 @@ class PlainHeads(Contract):
         problem = probed(replace(runner.problems[clusters_of], epilogue=epilogue), probes)
         step = runner.make(problem, config)
         workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
-        assert workload.why_wrong(step, slack_of(config)) is None
+        assert why_wrong(workload, step, config) is None
 
     def test_each_token_probes_clusters_of_its_own(
         self, runner: Runner, config: Config, problem: Problem
@@ -48,7 +49,7 @@ class PlainHeads(Contract):
         probed = scores.topk(problem.n_probes, dim=1).indices.tolist()
         assert len({frozenset(clusters) for clusters in probed}) == 3
         tokens = run(step, problem, weights, hidden)
-        judge = Judge(weights, problem)
+        judge = judge_of(config, weights, problem)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
         assert len(set(tokens_of(tokens).tolist())) > 1
 
@@ -61,7 +62,10 @@ class PlainHeads(Contract):
         hidden = random_states(token_problem, runner, seed=2).abs()
         assert bool((weights.weight.float() @ hidden[0].float() < 0).all())
         tokens = run(step, token_problem, weights, hidden)
-        assert Judge(weights, token_problem).why_wrong(tokens, hidden, slack_of(config)) is None
+        assert (
+            judge_of(config, weights, token_problem).why_wrong(tokens, hidden, slack_of(config))
+            is None
+        )
 
     def test_rows_that_pad_a_cluster_change_nothing(
         self, runner: Runner, config: Config, token_problem: Problem
@@ -80,7 +84,7 @@ class PlainHeads(Contract):
             weights = replace(weights, weight=rows.flatten(0, 1), ids=ids.flatten())
             tokens = run(step, token_problem, weights, hidden)
             assert int(tokens) in ids[:, -1]
-            judge = Judge(weights, token_problem)
+            judge = judge_of(config, weights, token_problem)
             assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
 
     def test_the_smallest_of_tied_tokens_wins(
@@ -94,7 +98,7 @@ class PlainHeads(Contract):
             if seed:
                 rows[:, ::2] += 1  # half of each cluster's do, the others lie above or below
             hidden = torch.ones(1, token_problem.hidden_size).bfloat16().to(runner.torch_device)
-            judge = Judge(weights, token_problem, exact=True)
+            judge = judge_of(config, weights, token_problem, exact=True)
             out = run(step, token_problem, weights, hidden)
             assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -105,7 +109,7 @@ class PlainHeads(Contract):
         for seed in range(2):
             weights = random_weights(problem, runner, seed, whole=True)
             hidden = random_states(problem, runner, seed).sign()
-            judge = Judge(weights, problem, exact=True)
+            judge = judge_of(config, weights, problem, exact=True)
             out = run(step, problem, weights, hidden)
             assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -130,7 +134,7 @@ class PlainHeads(Contract):
         hidden = 32 * random_states(problem, runner, seed=2).sign().to(
             format_of(dtype).torch_dtype
         )
-        judge = Judge(weights, problem, exact=True)
+        judge = judge_of(config, weights, problem, exact=True)
         assert (
             judge.why_wrong(run(step, problem, weights, hidden), hidden, slack_of(config)) is None
         )
@@ -143,7 +147,7 @@ class PlainHeads(Contract):
         weights = random_weights(problem, runner)
         hidden = torch.full((1, problem.hidden_size), zero).bfloat16().to(runner.torch_device)
         tokens = run(step, problem, weights, hidden)
-        judge = Judge(weights, problem, exact=True)
+        judge = judge_of(config, weights, problem, exact=True)
         assert judge.why_wrong(tokens, hidden, slack_of(config)) is None
 
     def test_signed_zeros_tie(
@@ -173,7 +177,9 @@ class PlainHeads(Contract):
         if value != value:  # as plain torch has it: a row of NaN, whose argmax is 0
             assert out.tolist() == [0] if out.dim() == 1 else bool(out.isnan().all())
         tokens = run(step, problem, weights, hidden)  # and the next call is right again
-        assert Judge(weights, problem).why_wrong(tokens, hidden, slack_of(config)) is None
+        assert (
+            judge_of(config, weights, problem).why_wrong(tokens, hidden, slack_of(config)) is None
+        )
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_the_last_row_stands_for_those_that_are_missing(
@@ -188,7 +194,7 @@ class PlainHeads(Contract):
         few[rows:] = float("nan")  # what lies behind is not read
         out = poisoned_out(problem, hidden.device)
         step(weights, few[:rows], out)
-        assert Judge(weights, problem).why_wrong(out, whole, slack_of(config)) is None
+        assert judge_of(config, weights, problem).why_wrong(out, whole, slack_of(config)) is None
 
     def test_calls_leave_nothing_behind_for_the_next(
         self, runner: Runner, config: Config, problem: Problem
@@ -197,7 +203,7 @@ class PlainHeads(Contract):
         step = runner.make(problem, config)
         weights = random_weights(problem, runner)
         before = runner.kept(step)
-        judge = Judge(weights, problem)
+        judge = judge_of(config, weights, problem)
         for call in range(3):
             hidden = random_states(problem, runner, seed=call) * 2.0 ** (-8 * call)
             tokens = run(step, problem, weights, hidden)

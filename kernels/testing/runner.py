@@ -17,7 +17,9 @@ import torch
 
 from flashtune.kernels.backends.target import backend_of, target_of
 from flashtune.kernels.epilogues.epilogue import poisoned_out
-from flashtune.kernels.plans.candidate import Candidate
+from flashtune.kernels.measure.judge import Judge
+from flashtune.kernels.measure.workload import Workload
+from flashtune.kernels.plans.candidate import PLANS, Candidate
 from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.weights import Step, Weights
 from flashtune.tuning_db.device import Device
@@ -101,6 +103,17 @@ class Contract:
             if not re.search(self.may_refuse, str(error)):
                 raise
             pytest.skip(str(error))
+
+
+def judge_of(config: Config, weights: Weights, problem: Problem, *, exact: bool = False) -> Judge:
+    """The judge of what a config's kernels write, which knows how its plan multiplies."""
+    return Judge(weights, problem, exact, tensor_cores=PLANS[config.plan].tensor_cores)
+
+
+def why_wrong(workload: Workload, step: Step, config: Config) -> str | None:
+    """None if a config's step is right on a workload's checks, else why not."""
+    plan = PLANS[config.plan]
+    return workload.why_wrong(step, plan.slack(config), tensor_cores=plan.tensor_cores)
 
 
 def probed(problem: Problem, how_many: str) -> Problem:

@@ -6,17 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.config import slack_of
 from flashtune.kernels.plans.knob import Config
 from flashtune.kernels.testing.runner import (
     Contract,
     Runner,
+    judge_of,
     probed,
     random_states,
     random_weights,
     run,
+    why_wrong,
 )
 from flashtune.kernels.weights import Weights, packed, stored_weights, token_order
 from flashtune.tuning_db.problem import Problem
@@ -87,7 +88,7 @@ class ScreenedHeads(Contract):
         problem = probed(replace(problem, epilogue=epilogue), probes)
         step = self.step_or_skip(runner, problem, config)
         workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
-        judge = Judge(workload.sets[0], problem)
+        judge = judge_of(config, workload.sets[0], problem)
         for states in workload.checks[:3]:
             out = run(step, problem, workload.sets[0], states)
             assert judge.why_wrong(out, states, slack_of(config)) is None
@@ -105,7 +106,7 @@ class ScreenedHeads(Contract):
         weights = stored_head(problem, model)
         hidden = torch.ones(1, problem.hidden_size).bfloat16().to(runner.torch_device)
         out = run(step, problem, weights, hidden)
-        assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+        assert judge_of(config, weights, problem).why_wrong(out, hidden, slack_of(config)) is None
 
     @pytest.mark.parametrize(("clusters_of", "epilogue", "probes", "tokens"), IN_PLACE)
     def test_rows_in_place_give_the_right_answer(
@@ -123,7 +124,7 @@ class ScreenedHeads(Contract):
         problem = probed(problem, probes)
         step = self.step_or_skip(runner, problem, config)
         workload = Workload.create(problem, runner.torch_device, cold_bytes=1, seed=3)
-        assert workload.why_wrong(step, slack_of(config)) is None
+        assert why_wrong(workload, step, config) is None
         if epilogue == "logits" and probes == "all":  # bit for bit what rows in order give
             weights, states = workload.sets[0], workload.checks[3]
             ordered = replace(weights, weight=weights.weight[weights.ids.long()])
@@ -146,7 +147,7 @@ class ScreenedHeads(Contract):
                 drawn, weight=drawn.weight[:vocab].contiguous(), ids=ids.int().to(drawn.ids.device)
             )
             hidden = random_states(problem, runner, seed).sign()
-            judge = Judge(weights, problem, exact=True)
+            judge = judge_of(config, weights, problem, exact=True)
             out = run(step, problem, weights, hidden)
             assert judge.why_wrong(out, hidden, slack_of(config)) is None
 
@@ -162,7 +163,7 @@ class ScreenedHeads(Contract):
         weights = replace(weights, model_weight=weights.model_weight.flip(0).contiguous())
         hidden = random_states(problem, runner, seed=12)
         out = run(step, problem, weights, hidden)
-        assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+        assert judge_of(config, weights, problem).why_wrong(out, hidden, slack_of(config)) is None
 
     @pytest.mark.parametrize("formats", ["int8-decided", "int4-pinned"])
     def test_rows_of_zeros_and_outliers_are_screened(
@@ -177,7 +178,7 @@ class ScreenedHeads(Contract):
         hidden[1, 3] = 1000
         weights = stored_head(problem, model.to(runner.torch_device))
         out = run(step, problem, weights, hidden)
-        assert Judge(weights, problem).why_wrong(out, hidden, slack_of(config)) is None
+        assert judge_of(config, weights, problem).why_wrong(out, hidden, slack_of(config)) is None
 
     @pytest.mark.parametrize("formats", ["int8-decided", "int4-pinned"])
     def test_a_state_of_nan_spoils_its_own_row_alone(
@@ -190,4 +191,7 @@ class ScreenedHeads(Contract):
         hidden[0, 7] = float("nan")
         out = run(step, problem, weights, hidden)
         assert int(out[0]) == 0 if out.dim() == 1 else bool(out[0].isnan().all())
-        assert Judge(weights, problem).why_wrong(out[1:], hidden[1:], slack_of(config)) is None
+        assert (
+            judge_of(config, weights, problem).why_wrong(out[1:], hidden[1:], slack_of(config))
+            is None
+        )

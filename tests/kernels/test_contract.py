@@ -31,7 +31,7 @@ from flashtune.kernels.plans.parts.simd import simd_levels, useful_levels
 from flashtune.kernels.plans.persistent import PersistentConfig
 from flashtune.kernels.plans.staged import StagedConfig
 from flashtune.kernels.plans.streamed import StreamedConfig
-from flashtune.kernels.testing.runner import random_weights, run, tokens_of
+from flashtune.kernels.testing.runner import random_weights, run, tokens_of, why_wrong
 from flashtune.kernels.weights import Step
 from flashtune.testing import DecodeContract, Runner
 from flashtune.tuning_db.device import Device, find_device
@@ -475,7 +475,7 @@ def test_any_valid_config_of_a_cpu_gives_right_tokens(
         config, problem = random_config(rng), _small_problem(rng)
     step = _compiled_step(problem, config, CPU)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
-    assert workload.why_wrong(step, slack_of(config)) is None
+    assert why_wrong(workload, step, config) is None
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -499,7 +499,7 @@ def test_any_valid_config_gives_right_tokens(
             break
     step = _interpreted_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cpu"), cold_bytes=1, seed=seed)
-    assert workload.why_wrong(step, slack_of(config)) is None
+    assert why_wrong(workload, step, config) is None
 
 
 @pytest.mark.gpu
@@ -534,7 +534,7 @@ def test_any_valid_config_that_streams_gives_right_tokens(seed: int) -> None:
             break
     step = _compiled_step(problem, config, device)
     workload = Workload.create(problem, torch.device("cuda"), cold_bytes=1, seed=seed)
-    assert workload.why_wrong(step, slack_of(config)) is None
+    assert why_wrong(workload, step, config) is None
 
 
 def _small_problem(rng: random.Random) -> Problem:

@@ -12,9 +12,9 @@ from flashtune.kernels.backends.host import device_of
 from flashtune.kernels.backends.nvidia.driver import loaded
 from flashtune.kernels.backends.nvidia.probe import Gauge
 from flashtune.kernels.head import FlashHead
-from flashtune.kernels.measure.judge import Judge
 from flashtune.kernels.measure.probe import probe
 from flashtune.kernels.plans.config import parse_config, slack_of
+from flashtune.kernels.testing.runner import judge_of
 from flashtune.tuning_db.problem import EPILOGUES, Problem
 
 pytestmark = pytest.mark.gpu
@@ -39,8 +39,8 @@ def why_wrong(head: FlashHead, out: torch.Tensor, hidden: torch.Tensor) -> str |
     problem = replace(
         Problem(**found["problem"]), epilogue="logits" if out.dim() == 2 else "argmax"
     )
-    slack = slack_of(parse_config(found["config"]))
-    return Judge(head.decoder.weights, problem).why_wrong(out, hidden, slack)
+    config = parse_config(found["config"])
+    return judge_of(config, head.decoder.weights, problem).why_wrong(out, hidden, slack_of(config))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])

@@ -1,6 +1,6 @@
 """Speculative decoding in a real vLLM: FlashHead as the head of the draft, and of the target.
 
-    python speculative.py [--runner v1|v2] [--jobs N] PLAIN FLASH EAGLE MTP WORK
+    python speculative.py [--runner v1|v2] [--method M] [--jobs N] PLAIN FLASH EAGLE MTP WORK
 
 PLAIN is a model folder, FLASH the FlashHead model made of it, EAGLE a draft for it without a head
 of its own (linear_eagle.py), MTP a FlashHead model that predicts several tokens (tiny_mtp.py).
@@ -127,6 +127,9 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description="FlashHead in speculative decoding.")
     parser.add_argument("--runner", choices=("v1", "v2"), help="only pairs with this one")
+    parser.add_argument(
+        "--method", choices=("draft_model", "eagle", "mtp"), help="only pairs that draft so"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="engines that run at a time")
     for name in ("plain", "flash", "eagle", "mtp", "work"):
         parser.add_argument(name, type=Path)
@@ -160,7 +163,11 @@ def main() -> int:
         "dense MTP, V2": Pair(mtp, mtp, "mtp", "v2", enabled=False),
         "FlashHead MTP, all probed, V2": Pair(mtp_every, mtp_every, "mtp", "v2"),
     }
-    pairs = {name: pair for name, pair in pairs.items() if given.runner in (None, pair.runner)}
+    pairs = {
+        name: pair
+        for name, pair in pairs.items()
+        if given.runner in (None, pair.runner) and given.method in (None, pair.method)
+    }
     outs = {name: given.work / f"speculative-{number}.json" for number, name in enumerate(pairs)}
     with engines(given.jobs) as pool:
         running = {name: pool.submit(run, pair, outs[name]) for name, pair in pairs.items()}

@@ -1,6 +1,7 @@
 """The judge catches every kind of wrong token, and plain torch satisfies the judge."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,3 +164,57 @@ def test_states_may_be_whole_multiples_where_int8_is_read(
     _, bounds = judge.products(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), state, multiples=multiples)
     rounding = (4 / 32 + 16) * 2.0**-24 * 2.0**-30
     assert float(bounds) == pytest.approx(rounding + allowed, rel=1e-12)
+
+
+def on_tensor_cores(
+    rows: torch.Tensor, state: torch.Tensor, *, at_once: int, bits: int
+) -> torch.Tensor:
+    """`rows @ state` as tensor cores add it up: so many products to a sum at a time, all cut.
+
+    An A100 takes 8 and cuts after 24 bits behind the largest's first, an H100 16 and 25 (Khattak
+    and Mikaitis, Accurate Models of NVIDIA Tensor Cores, 2025).
+    """
+
+    def cut(numbers: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        return (numbers / unit).trunc() * unit
+
+    def unit_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.exp2(torch.frexp(numbers.abs()).exponent.double() - 1 - bits)
+
+    sums = torch.zeros(len(rows), 1, dtype=torch.float64)
+    for products in (rows.double() * state.double()).split(at_once, dim=1):
+        terms = torch.cat([sums, products], dim=1)
+        whole = cut(terms, unit_of(terms.abs().amax(dim=1, keepdim=True), bits)).sum(1, True)
+        sums = cut(whole, unit_of(whole, 23))
+    return sums[:, 0]
+
+
+@pytest.mark.parametrize(("at_once", "bits"), [(8, 24), (16, 25)], ids=["Ampere", "Hopper"])
+def test_what_tensor_cores_cut_off_is_no_error(at_once: int, bits: int) -> None:
+    """It is more than rounding would be: sums of 4096 products of one sign lose the most."""
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(64, 4096, generator=generator).bfloat16()
+    rows = (states * (12 / states.float().norm(dim=1, keepdim=True))).bfloat16()
+    ids = torch.arange(64, dtype=torch.int32)
+    weights = Weights(weight=rows, centroids=rows, ids=ids)
+    rounding = judge_of(weights, n_probes=1)
+    judge = replace(rounding, tensor_cores=True)
+    beyond = 0
+    for row, state in zip(rows, states, strict=True):
+        exact, bound = judge.products(row[None], state[None].double())
+        _, small = rounding.products(row[None], state[None].double())
+        lost = exact[0] - on_tensor_cores(row[None], state, at_once=at_once, bits=bits)
+        assert 0 <= float(lost) <= float(bound)
+        beyond += float(lost) > float(small)
+    assert beyond == len(rows)  # or rounding's bound would do
+
+
+@pytest.mark.parametrize("width", [640, 1152, 2048])
+def test_a_product_that_tensor_cores_leave_out_is_an_error(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    state = torch.randn(1, width, generator=generator).bfloat16()
+    weights = Weights(weight=state, centroids=state, ids=torch.zeros(1, dtype=torch.int32))
+    judge = replace(judge_of(weights, n_probes=1), tensor_cores=True)
+    exact, bound = judge.products(state, state.double())
+    without = exact[0, 0] - state.double().square()[0, state.abs().argmax()]
+    assert float(exact - without) > float(bound)

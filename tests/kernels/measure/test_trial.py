@@ -46,7 +46,7 @@ class Workload:
     def __init__(self, is_cuda: bool = False) -> None:
         self.sets = (SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda)),)
 
-    def why_wrong(self, step: Step, slack: int) -> str | None:
+    def why_wrong(self, step: Step, slack: int, *, tensor_cores: bool) -> str | None:
         step.verified += 1
         return step.wrong or None
 
