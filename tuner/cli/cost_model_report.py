@@ -66,8 +66,8 @@ def problems_table(report: Report) -> Table:
 
 
 def card_table(card: CardResult) -> Table:
-    """A line for each problem that was measured on another device."""
-    return _results_table(f"{card.device}, of which the fit has seen no time", card)
+    """A line for each problem of a calibration that the fit has not seen."""
+    return _results_table(f"{card.records}, of which the fit has seen no time", card)
 
 
 def _results_table(title: str, results: Results) -> Table:
@@ -186,9 +186,9 @@ def verdicts(report: Report) -> list[tuple[str, bool]]:
         ),
         *(
             (
-                f"best of {MOST} within {MOST_LOSS:.0%} on {card.device}: {_within(card)} of "
+                f"best of {MOST} within {MOST_LOSS:.0%} of {card.records}: {_within(card)} of "
                 f"{len(card.results)} problems",
-                passed["cards"][card.device],
+                passed["cards"][card.records],
             )
             for card in report.cards
         ),

@@ -19,7 +19,13 @@ import numpy.typing as npt
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.predict.cost_model import Array, CostModel
-from flashtune.tuner.predict.calibration import CARDS, FORMATS_TIMED, Calibration, read_calibration
+from flashtune.tuner.predict.calibration import (
+    CARDS,
+    FORMATS_TIMED,
+    LATER,
+    Calibration,
+    read_calibration,
+)
 from flashtune.tuner.predict.fit import (
     Fit,
     Samples,
@@ -108,9 +114,10 @@ class SplitResult(Results):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardResult(Results):
-    """The results on a device of which the fit has seen no time."""
+    """The results on a shipped calibration, by its file's name, of which the fit saw no time."""
 
     device: str
+    records: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,12 +237,15 @@ class Report:
                     )
                     for probes in PROBES
                 },
-                "cards": {card.device: card.loss <= MOST_LOSS for card in self.cards},
+                "cards": {card.records: card.loss <= MOST_LOSS for card in self.cards},
             },
             "splits": [
                 {"held_out": list(split.held_out), **split.data()} for split in self.splits
             ],
-            "cards": [{"device": card.device, **card.data()} for card in self.cards],
+            "cards": [
+                {"device": card.device, "records": card.records, **card.data()}
+                for card in self.cards
+            ],
             "figures": [{**asdict(each), "error": each.error} for each in self.figures],
             "rates": [
                 {**asdict(each), "error": each.error, "missed": each.missed} for each in self.rates
@@ -293,7 +303,7 @@ def check_model(fit: Fit, calibration: Calibration, device: Device) -> Report:
         splits=tuple(splits),
         figures=tuple(figures),
         rates=tuple(rates),
-        cards=tuple(_card(fit.model, each) for each in _other_cards(device)),
+        cards=tuple(_unseen(fit)),
         formats=tuple(_formats(fit.model)),
     )
 
@@ -315,21 +325,21 @@ def _is_of(fit: Fit, shapes: set[str]) -> bool:
     return some and bool(shapes) and all((shape,) in fit.held_out for shape in shapes)
 
 
-def _other_cards(device: Device) -> Iterator[Calibration]:
-    """The shipped calibrations of other devices."""
-    for path in CARDS:
+def _unseen(fit: Fit) -> Iterator[CardResult]:
+    """A fit's results on each shipped calibration but its own."""
+    for path in (*CARDS, LATER):
         calibration = read_calibration(path)
-        if calibration.device != device.name:
-            yield calibration
+        if digest(calibration) != fit.calibration:
+            yield _card(fit.model, calibration, path.name.removesuffix(".json.gz"))
 
 
-def _card(model: CostModel, calibration: Calibration) -> CardResult:
-    """A model's results on another device's measured configs."""
+def _card(model: CostModel, calibration: Calibration, records: str) -> CardResult:
+    """A model's results on measured configs that its fit has not seen."""
     samples = Samples(calibration.samples, find_device(calibration.device))
     predictions = samples.log_predictions(model.constants)
     inside = _inside(samples, predictions, model.intervals)
     results = _results(samples, predictions, inside, set(samples.shapes))
-    return CardResult(device=calibration.device, results=tuple(results))
+    return CardResult(device=calibration.device, records=records, results=tuple(results))
 
 
 def _formats(model: CostModel) -> Iterator[FormatResult]:
