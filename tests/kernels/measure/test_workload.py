@@ -98,6 +98,15 @@ def test_wrong_logits_are_caught(n_probes: int, spoil: Spoil, message: str) -> N
     assert message in reason
 
 
+def test_only_tensor_cores_may_cut() -> None:
+    workload = make(replace(LOGITS, weight_dtype="fp32"))
+    cut = logits_step(
+        8, lambda _, logits: torch.where(logits > -9000, logits * (1 - 2.0**-18), logits)
+    )
+    assert workload.why_wrong(cut, slack=0, tensor_cores=True) is None
+    assert "has logit" in (workload.why_wrong(cut, slack=0) or "")
+
+
 def test_clusters_that_tie_must_still_be_probed() -> None:
     workload = make(LOGITS)
     for weights in workload.sets:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,8 @@ from flashtune.kernels.backends.cpp.this_cpu import this_cpu
 from flashtune.kernels.backends.host import toolchain
 from flashtune.kernels.measure.memory import scratch_bytes
 from flashtune.kernels.measure.trial import Trial
-from flashtune.kernels.measure.workload import _sets_for
+from flashtune.kernels.measure.workload import Workload, _sets_for
+from flashtune.kernels.plans.candidate import PLANS
 from flashtune.kernels.plans.config import config_data
 from flashtune.kernels.runtime import decoder, heat, race
 from flashtune.kernels.runtime.binding import N_SPARES
@@ -86,6 +88,19 @@ def kept(database: Path, policy: str = RACE) -> list[Record]:
 def timed(data: Explain) -> dict[int, Explain]:
     """What a race says of each config, by its parts."""
     return {each["config"]["parts"]: each for each in data["race"]["timed"]}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_plan_on_tensor_cores_is_judged_as_one(
+    database: Path, backend: Any, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    seen: list[bool] = []
+    plan = replace(PLANS["cpp_fused"], tensor_cores=cut)
+    monkeypatch.setattr(heat, "PLANS", {"cpp_fused": plan})
+    monkeypatch.setattr(Workload, "why_wrong", lambda *_, tensor_cores: seen.append(tensor_cores))
+    add(database, record(2, 1.0))
+    make_head().explain()
+    assert len(seen) > 1 and set(seen) == {cut}
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from flashtune.kernels.backends.target import default_config
 from flashtune.kernels.measure import trial
+from flashtune.kernels.measure.workload import Workload
 from flashtune.kernels.plans.candidate import Candidate
 from flashtune.kernels.plans.config import config_data, parse_config
 from flashtune.tuner.workers import worker as worker_module
@@ -74,6 +76,18 @@ def test_a_compilation_says_what_its_kernels_need(task: MakeTask, backend) -> No
     reply = Worker().answer(task("compile", FINE))
     assert reply.measurements == ()
     assert [use.kernel for use in reply.uses] == ["step"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_plan_on_tensor_cores_is_judged_as_one(
+    task: MakeTask, backend, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    asked, seen = task("measure", FINE), []
+    plan = replace(asked.candidates[0].plan, tensor_cores=cut)
+    monkeypatch.setattr(Candidate, "plan", property(lambda _: plan))
+    monkeypatch.setattr(Workload, "why_wrong", lambda *_, tensor_cores: seen.append(tensor_cores))
+    Worker().answer(asked)
+    assert seen == [cut]
 
 
 def test_a_config_is_pruned_only_when_far_behind_the_best(task: MakeTask, backend) -> None:
