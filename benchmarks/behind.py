@@ -110,9 +110,7 @@ def compare(problem: Problem, device: Device, store: Store, with_shortlist: bool
         except Exception as error:  # of a compiler: the others go on
             click.echo(f"{short_config(config_data(config))}: {error}", err=True)
             continue
-        reason = workload.why_wrong(
-            step, candidate.slack, tensor_cores=candidate.plan.tensor_cores
-        )
+        reason = workload.why_wrong(step, **candidate.leeway)
         if reason:
             raise click.ClickException(f"{short_config(config_data(config))}: {reason}")
         timers[config, "alone"] = GraphTimer(step, workload)

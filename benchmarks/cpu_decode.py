@@ -142,7 +142,7 @@ def kernel(problem: Problem, config: Config, device: Device, workload: Workload)
     """A config's step, verified; raises RuntimeError if its tokens are wrong."""
     candidate = Candidate(problem, config, device)
     step = backend_of(candidate).loader(candidate, torch.device("cpu"))()
-    reason = workload.why_wrong(step, candidate.slack, tensor_cores=candidate.plan.tensor_cores)
+    reason = workload.why_wrong(step, **candidate.leeway)
     if reason:
         raise RuntimeError(f"{config}: {reason}")
     return step

@@ -54,7 +54,7 @@ def kernel_timer(config: Config, workload: Workload, device: Device) -> Timer:
     """A config's kernels, verified; raises RuntimeError if their tokens are wrong."""
     candidate = Candidate(workload.problem, config, device)
     step = backend_of(candidate).loader(candidate, torch.device("cuda"))()
-    reason = workload.why_wrong(step, candidate.slack, tensor_cores=candidate.plan.tensor_cores)
+    reason = workload.why_wrong(step, **candidate.leeway)
     if reason:
         raise RuntimeError(f"{config}: {reason}")
     return target_of(device).timer(step, workload)

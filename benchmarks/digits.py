@@ -155,9 +155,7 @@ def compare(
             backend = backend_of(candidate)
             row = replace(row, predicted_us=predict(candidate, backend.compile(candidate)).time_us)
             step = backend.loader(candidate, where)()
-            reason = workload.why_wrong(
-                step, candidate.slack, tensor_cores=candidate.plan.tensor_cores
-            )
+            reason = workload.why_wrong(step, **candidate.leeway)
             if reason:
                 raise FlashtuneError(f"wrong: {reason}")
             timers[config, "alone"] = GraphTimer(step, workload)

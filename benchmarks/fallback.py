@@ -81,7 +81,7 @@ def _timer(config: Config, workload: Workload, device: Device) -> Timer:
     candidate = Candidate(workload.problem, config, device)
     where = torch.device(target_of(device).torch_device)
     step = backend_of(candidate).loader(candidate, where)()
-    reason = workload.why_wrong(step, candidate.slack, tensor_cores=candidate.plan.tensor_cores)
+    reason = workload.why_wrong(step, **candidate.leeway)
     if reason:
         raise click.ClickException(f"{workload.problem.describe()}, {config}: {reason}")
     return target_of(device).timer(step, workload)

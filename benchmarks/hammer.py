@@ -119,9 +119,7 @@ def hammer(name: str, config: Config, problem: Problem, device: Device, calls: i
     workload = Workload.create(problem, where, cold_bytes=0, seed=3)
     load = backend_of(candidate).loader(candidate, where)
     steps: list[Step] = [load(), load()]
-    if reason := workload.why_wrong(
-        steps[0], candidate.slack, tensor_cores=candidate.plan.tensor_cores
-    ):
+    if reason := workload.why_wrong(steps[0], **candidate.leeway):
         raise FlashtuneError(reason)
     size = (STATES, problem.n_tokens, problem.hidden_size)
     states = torch.randn(size, device=where).to(workload.states[0].dtype)

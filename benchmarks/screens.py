@@ -95,9 +95,7 @@ def compare(
             row = replace(row, level=level, config=short_config(config_data(config)))
             candidate = Candidate(problem, config, device)
             step = backend_of(candidate).loader(candidate, where)()
-            reason = workload.why_wrong(
-                step, candidate.slack, tensor_cores=candidate.plan.tensor_cores
-            )
+            reason = workload.why_wrong(step, **candidate.leeway)
             if reason:
                 raise FlashtuneError(reason)
             timers[name, "alone"] = GraphTimer(step, workload)

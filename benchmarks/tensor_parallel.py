@@ -95,9 +95,7 @@ def head_us(problem: Problem, *, reduced: bool) -> float:
     candidate = Candidate(problem, config, device)
     workload = Workload.create(problem, where, cold_bytes=device.l2_bytes, seed=1)
     step = backend_of(candidate).loader(candidate, where)()
-    if reason := workload.why_wrong(
-        step, candidate.slack, tensor_cores=candidate.plan.tensor_cores
-    ):
+    if reason := workload.why_wrong(step, **candidate.leeway):
         raise FlashtuneError(reason)
     outs = [new_out(problem, where) for _ in range(STEPS)]
     sets = len(workload.sets)

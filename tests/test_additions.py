@@ -38,7 +38,7 @@ def why_wrong(problem: Problem, candidate: Candidate) -> str | None:
     where = torch.device("cpu")
     workload = Workload.create(problem, where, cold_bytes=0, seed=1)
     step = backend_of(candidate).loader(candidate, where)()
-    return workload.why_wrong(step, candidate.slack)
+    return workload.why_wrong(step, **candidate.leeway)
 
 
 def plain(problem: Problem) -> Candidate:

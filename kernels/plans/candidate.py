@@ -13,7 +13,7 @@ has its own file beside this one.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from flashtune.kernels.plans.knob import Config, config_data
 from flashtune.templates.render import Value, render
@@ -55,6 +55,16 @@ class Rule:
     knobs: frozenset[str] = frozenset()
 
 
+class Leeway(TypedDict):
+    """How far a config's answers may differ from the reference, as `why_wrong` takes it.
+
+    slack: how many more clusters than requested may be probed. tensor_cores: whether sums are cut.
+    """
+
+    slack: int
+    tensor_cores: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A plan. `builder` names the backend that builds it, `template` its Jinja template.
@@ -79,6 +89,10 @@ class Plan:
     def name(self) -> str:
         """Its name in records."""
         return self.config.plan
+
+    def leeway(self, config: Any) -> Leeway:
+        """How far the answers of one of its configs may differ."""
+        return Leeway(slack=self.slack(config), tensor_cores=self.tensor_cores)
 
 
 class KindOfDevice(Protocol):
@@ -123,6 +137,11 @@ class Candidate:
     def slack(self) -> int:
         """How many more clusters than requested it may probe."""
         return self.plan.slack(self.config)
+
+    @property
+    def leeway(self) -> Leeway:
+        """How far its answers may differ from the reference."""
+        return self.plan.leeway(self.config)
 
     @property
     def launches(self) -> Sequence[KernelUse]:

@@ -113,8 +113,7 @@ def compare(
             if config in trial.loaded and why_not:
                 missed[config] = why_not
             else:
-                plan = PLANS[config.plan]
-                trial.admit(config, plan.slack(config), tensor_cores=plan.tensor_cores)
+                trial.admit(config, **PLANS[config.plan].leeway(config))
         trial.drop_slower_than(FAR_BEHIND * trial.fastest_us, spared=configs[:1])
         trial.take_turns(ROUNDS, least=LEAST_ROUNDS, until=end)
     finally:

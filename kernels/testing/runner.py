@@ -112,8 +112,7 @@ def judge_of(config: Config, weights: Weights, problem: Problem, *, exact: bool 
 
 def why_wrong(workload: Workload, step: Step, config: Config) -> str | None:
     """None if a config's step is right on a workload's checks, else why not."""
-    plan = PLANS[config.plan]
-    return workload.why_wrong(step, plan.slack(config), tensor_cores=plan.tensor_cores)
+    return workload.why_wrong(step, **PLANS[config.plan].leeway(config))
 
 
 def probed(problem: Problem, how_many: str) -> Problem:

@@ -88,8 +88,7 @@ class Worker:
         trial: Trial[int] = Trial(workload, target_of(task.device).timer, policy)
         for number in numbers:
             trial.load(number, partial(self._load, task, number))
-            candidate = task.candidates[number]
-            trial.admit(number, candidate.slack, tensor_cores=candidate.plan.tensor_cores)
+            trial.admit(number, **task.candidates[number].leeway)
         run(trial)
         if task.energy:
             try:
